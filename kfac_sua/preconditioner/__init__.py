@@ -1,0 +1,28 @@
+"""Structured Fisher preconditioners for PyTorch: K-FAC, SUA, channel groups. Imports torch and the standard library."""
+
+from kfac_sua.preconditioner.kfac import KroneckerPreconditioner
+from kfac_sua.preconditioner.report import LayerReport, LayerTable
+from kfac_sua.preconditioner.settings import (
+    DampingRule,
+    FisherType,
+    InverseMethod,
+    KroneckerSettings,
+    Likelihood,
+    LossReduction,
+    Structure,
+    WeightSharing,
+)
+
+__all__ = [
+    "DampingRule",
+    "FisherType",
+    "InverseMethod",
+    "KroneckerPreconditioner",
+    "KroneckerSettings",
+    "LayerReport",
+    "LayerTable",
+    "Likelihood",
+    "LossReduction",
+    "Structure",
+    "WeightSharing",
+]

@@ -1,0 +1,165 @@
+"""The preconditioned gradient: inverse factors times a layer's weight and bias gradients.
+
+The weight gradient, in the order ``[out, taps, in]``, is viewed as ``[conv_groups, P, p, t, Q, d]`` (see
+``grouping``). PyTorch flattens row-major, so in that order the dense operator is ``kron(gradient_factor,
+activation_factor)`` for K-FAC and ``kron(gradient_factor, I_T, channel_factor)`` for SUA, block by block.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kfac_sua.preconditioner.grouping import BiasBlock, BlockLayout
+from kfac_sua.preconditioner.inverse import EigenBasis, Inverse
+
+
+@dataclass
+class LayerInverse:
+    """Inverse of a layer's damped Kronecker product under factored damping.
+
+    Args:
+        activation: Inverse of the damped activation factor.
+        gradient: Inverse of the damped gradient factor, already divided by the block's scale.
+        bias_scale: 1 / (1 + activation damping), ``[conv_groups]``: the inverse of the separate bias block's scalar
+            activation factor.
+    """
+
+    activation: Inverse
+    gradient: Inverse
+    bias_scale: Tensor
+
+
+@dataclass
+class LayerEigenbasis:
+    """Eigenbases of a layer's factors, for exact damping.
+
+    Args:
+        activation: Eigenbasis of the activation factor.
+        gradient: Eigenbasis of the gradient factor.
+        scale: S under ``expand``, 1 under ``reduce``.
+        damping: ε on the block.
+    """
+
+    activation: EigenBasis
+    gradient: EigenBasis
+    scale: float
+    damping: float
+
+
+def precondition_(
+    weight_grad: Tensor, bias_grad: Tensor | None, layout: BlockLayout, inverse: LayerInverse | LayerEigenbasis
+) -> None:
+    """Replace a layer's gradients by the preconditioned ones, in place.
+
+    Args:
+        weight_grad: ``[out, in, kh, kw]`` of a convolution (``in`` per convolution group) or ``[out, in]``.
+        bias_grad: ``[out]``; ``None`` where the layer has no trainable bias.
+        layout: The layer's block layout.
+        inverse: Inverse of its damped block.
+    """
+    dtype = inverse.activation.tensors().popitem()[1].dtype
+    blocks = _to_blocks(weight_grad.to(dtype), bias_grad if bias_grad is None else bias_grad.to(dtype), layout)
+    separate_bias = bias_grad if layout.bias is BiasBlock.SEPARATE else None
+    if isinstance(inverse, LayerInverse):
+        result = precondition_factored(blocks, inverse)
+        bias = None if separate_bias is None else _bias_factored(separate_bias.to(dtype), layout, inverse)
+    else:
+        result = precondition_exact(blocks, inverse)
+        bias = None if separate_bias is None else _bias_exact(separate_bias.to(dtype), layout, inverse)
+    joint_bias = _from_blocks(result, layout, weight_grad)
+    bias = joint_bias if bias is None else bias
+    if bias_grad is not None and bias is not None:
+        bias_grad.copy_(bias.reshape(bias_grad.shape))
+
+
+def precondition_factored(blocks: Tensor, inverse: LayerInverse) -> Tensor:
+    """Multiply ``[g, P, p, t, Q, d]`` by both inverse factors, block by block."""
+    g, num_p, p, t, num_q, d = blocks.shape
+    left = inverse.gradient.left(blocks.reshape(g * num_p, p, t * num_q * d))
+    right = inverse.activation.right(_activation_view(left, blocks.shape))
+    return _weight_view(right, blocks.shape)
+
+
+def precondition_exact(blocks: Tensor, basis: LayerEigenbasis) -> Tensor:
+    """Apply (scale · Ā ⊗ Ḡ + ε I)⁻¹ to ``[g, P, p, t, Q, d]`` in the factors' eigenbases."""
+    rotated = _rotate(blocks, basis.gradient.vectors.mT, basis.activation.vectors)
+    g, num_p, p, _, num_q, d = blocks.shape
+    gradient_values = basis.gradient.values.view(g, num_p, p, 1, 1, 1)
+    activation_values = basis.activation.values.view(g, 1, 1, 1, num_q, d)
+    rotated = rotated / (basis.scale * gradient_values * activation_values + basis.damping)
+    return _rotate(rotated, basis.gradient.vectors, basis.activation.vectors.mT)
+
+
+def _rotate(blocks: Tensor, gradient_matrix: Tensor, activation_matrix: Tensor) -> Tensor:
+    g, num_p, p, t, num_q, d = blocks.shape
+    left = torch.bmm(gradient_matrix, blocks.reshape(g * num_p, p, t * num_q * d))
+    right = torch.bmm(_activation_view(left, blocks.shape), activation_matrix)
+    return _weight_view(right, blocks.shape)
+
+
+def _activation_view(values: Tensor, shape: torch.Size) -> Tensor:
+    """View gradient-side values as ``[g · Q, P · p · t, d]``, without a copy unless both g and Q exceed 1."""
+    g, num_p, p, t, num_q, d = shape
+    return values.view(g, num_p * p * t, num_q, d).transpose(1, 2).reshape(g * num_q, num_p * p * t, d)
+
+
+def _weight_view(values: Tensor, shape: torch.Size) -> Tensor:
+    """Undo :func:`_activation_view`: ``[g · Q, P · p · t, d]`` to a view ``[g, P, p, t, Q, d]``."""
+    g, num_p, p, t, num_q, d = shape
+    return values.view(g, num_q, num_p, p, t, d).permute(0, 2, 3, 4, 1, 5)
+
+
+def _bias_factored(bias_grad: Tensor, layout: BlockLayout, inverse: LayerInverse) -> Tensor:
+    columns = _bias_blocks(bias_grad, layout)  # [g · P, p, 1]
+    scale = inverse.bias_scale.repeat_interleave(layout.gradient.count)
+    return _merge_bias(inverse.gradient.left(columns) * scale[:, None, None], layout)
+
+
+def _bias_exact(bias_grad: Tensor, layout: BlockLayout, basis: LayerEigenbasis) -> Tensor:
+    columns = torch.bmm(basis.gradient.vectors.mT, _bias_blocks(bias_grad, layout))
+    columns = columns / (basis.scale * basis.gradient.values.unsqueeze(-1) + basis.damping)
+    return _merge_bias(torch.bmm(basis.gradient.vectors, columns), layout)
+
+
+def _bias_blocks(bias_grad: Tensor, layout: BlockLayout) -> Tensor:
+    split = layout.gradient.split(bias_grad.view(layout.conv_groups, -1))  # [g, P, p]
+    return split.flatten(0, 1).unsqueeze(-1)
+
+
+def _merge_bias(columns: Tensor, layout: BlockLayout) -> Tensor:
+    return layout.gradient.merge(columns.view(layout.conv_groups, layout.gradient.count, -1))
+
+
+def _to_blocks(weight_grad: Tensor, bias_grad: Tensor | None, layout: BlockLayout) -> Tensor:
+    """Return the gradient as ``[g, P, p, t, Q, d]``; without a copy where possible (channels_last)."""
+    values = weight_grad if weight_grad.dim() == 4 else weight_grad[:, :, None, None]
+    values = values.permute(0, 2, 3, 1).flatten(1, 2)  # [out, taps, in]
+    values = layout.activation.split(values)  # [out, taps, Q, a]
+    if layout.taps_in_features:
+        values = values.transpose(1, 2).flatten(2).unsqueeze(1)  # [out, 1, Q, taps · a]
+    if layout.bias is BiasBlock.JOINT and bias_grad is not None:
+        values = torch.cat([values, bias_grad[:, None, None, None]], dim=-1)  # Q = 1
+    return _split_outputs(values, layout)
+
+
+def _split_outputs(values: Tensor, layout: BlockLayout) -> Tensor:
+    groups = layout.gradient
+    values = values.unflatten(0, (layout.conv_groups, groups.num_channels))  # [g, out, t, Q, d]
+    if groups.num_padded:
+        values = torch.nn.functional.pad(values, (0, 0, 0, 0, 0, 0, 0, groups.num_padded))
+    return values.unflatten(1, (groups.count, groups.size))
+
+
+def _from_blocks(blocks: Tensor, layout: BlockLayout, weight_grad: Tensor) -> Tensor | None:
+    """Write ``[g, P, p, t, Q, d]`` back into the weight gradient and return the joint bias, if any."""
+    values = blocks.flatten(1, 2)[:, : layout.gradient.num_channels].flatten(0, 1)  # [out, t, Q, d]
+    bias = None
+    if layout.bias is BiasBlock.JOINT:
+        bias, values = values[..., -1], values[..., :-1]
+    if layout.taps_in_features:
+        values = values.squeeze(1).unflatten(-1, (layout.num_taps, -1)).transpose(1, 2)  # [out, taps, Q, a]
+    values = layout.activation.merge(values)  # [out, taps, in]
+    target = weight_grad if weight_grad.dim() == 4 else weight_grad[:, :, None, None]
+    target.permute(0, 2, 3, 1).copy_(values.unflatten(1, target.shape[2:]))
+    return bias

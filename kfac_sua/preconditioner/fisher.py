@@ -1,0 +1,71 @@
+"""Output gradients that define the Fisher information: cotangents to send backward from the model's output.
+
+Every cotangent is the gradient of the un-averaged loss with respect to the outputs, so that no rescaling by the batch
+size is needed. Their second moment over the yielded cotangents is the Fisher information of the output distribution.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kfac_sua.preconditioner.settings import FisherType, Likelihood
+
+
+def fisher_cotangents(
+    outputs: Tensor, fisher_type: FisherType, likelihood: Likelihood, generator: torch.Generator
+) -> Iterator[Tensor]:
+    """Yield the cotangents of one mini-batch, each shaped like ``outputs``.
+
+    Args:
+        outputs: Model outputs: logits ``[n, classes]`` for ``categorical``, any shape ``[n, ...]`` for ``gaussian``.
+        fisher_type: ``mc`` yields one sampled cotangent; ``exact`` one per class (or output element).
+        likelihood: The predictive distribution.
+        generator: Source of the sampled labels, on the outputs' device.
+
+    Raises:
+        ValueError: If ``categorical`` gets outputs that are not ``[n, classes]``, or ``fisher_type`` is ``empirical``.
+    """
+    outputs = outputs.detach()
+    if likelihood is Likelihood.categorical and outputs.dim() != 2:
+        raise ValueError(
+            f"likelihood=categorical needs logits of shape [examples, classes], got {list(outputs.shape)}; "
+            f"flatten extra dimensions, or use likelihood=gaussian or fisher_type=empirical."
+        )
+    if fisher_type is FisherType.mc:
+        sample = _sampled_categorical if likelihood is Likelihood.categorical else _sampled_gaussian
+        yield sample(outputs, generator)
+    elif fisher_type is FisherType.exact:
+        yield from _exact_categorical(outputs) if likelihood is Likelihood.categorical else _exact_gaussian(outputs)
+    else:
+        raise ValueError("fisher_type=empirical takes its output gradients from the training loss, not from here.")
+
+
+def _sampled_categorical(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """∂(−log p_y)/∂logits = p − e_y, with y drawn from p."""
+    probabilities = logits.softmax(-1)
+    labels = torch.multinomial(probabilities, 1, generator=generator)
+    return probabilities.scatter_add(1, labels, torch.full_like(labels, -1, dtype=logits.dtype))
+
+
+def _sampled_gaussian(outputs: Tensor, generator: torch.Generator) -> Tensor:
+    """∂½‖y − f‖²/∂f = f − y, a standard normal draw."""
+    return torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype, device=outputs.device)
+
+
+def _exact_categorical(logits: Tensor) -> Iterator[Tensor]:
+    """√p_c (p − e_c) for every class c."""
+    probabilities = logits.softmax(-1)
+    for label in range(logits.shape[1]):
+        cotangent = probabilities.clone()
+        cotangent[:, label] -= 1
+        yield cotangent * probabilities[:, label : label + 1].sqrt()
+
+
+def _exact_gaussian(outputs: Tensor) -> Iterator[Tensor]:
+    """The unit vector of every output element, for all examples at once."""
+    flat = torch.zeros(outputs.shape[0], outputs[0].numel(), dtype=outputs.dtype, device=outputs.device)
+    for element in range(flat.shape[1]):
+        cotangent = flat.clone()
+        cotangent[:, element] = 1
+        yield cotangent.view_as(outputs)

@@ -1,0 +1,126 @@
+"""Splitting channels into groups, and the block layout of a layer's Fisher approximation.
+
+A layer's weight gradient is viewed as ``[conv_groups, P, p, t, Q, d]``: P groups of p output channels, t taps under
+the identity factor (SUA) and Q activation blocks of d features. K-FAC keeps its taps inside the features, so t = 1.
+The last channel group may be smaller than the others; it is padded with zeros, which damping keeps apart.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from kfac_sua.preconditioner.layers import LayerGeometry
+from kfac_sua.preconditioner.settings import Structure
+
+
+@dataclass(frozen=True)
+class ChannelGroups:
+    """``num_channels`` channels in groups of ``size``, the last one possibly ragged."""
+
+    num_channels: int
+    size: int
+
+    @classmethod
+    def of(cls, num_channels: int, group_size: int | None) -> "ChannelGroups":
+        """Group by ``group_size``; ``None``, or a size beyond the channels, gives one group."""
+        return cls(num_channels, min(group_size or num_channels, num_channels))
+
+    @property
+    def count(self) -> int:
+        """Number of groups."""
+        return -(-self.num_channels // self.size)
+
+    @property
+    def num_padded(self) -> int:
+        """Zero channels added to fill the last group."""
+        return self.count * self.size - self.num_channels
+
+    def split(self, values: Tensor) -> Tensor:
+        """Return ``[..., channels]`` as ``[..., count, size]``, padded with zeros where ragged."""
+        if self.num_padded:
+            values = F.pad(values, (0, self.num_padded))
+        return values.unflatten(-1, (self.count, self.size))  # [..., count, size]
+
+    def merge(self, values: Tensor) -> Tensor:
+        """Undo :meth:`split`: ``[..., count, size]`` to ``[..., channels]``, dropping the padding."""
+        return values.flatten(-2)[..., : self.num_channels]
+
+
+class BiasBlock(Enum):
+    """Where a layer's bias lives."""
+
+    NONE = "none"
+    JOINT = "joint"
+    """A homogeneous coordinate of the activation factor."""
+    SEPARATE = "separate"
+    """A block of its own, with the scalar activation factor 1."""
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """Block structure of one layer.
+
+    Args:
+        conv_groups: Groups of the convolution, each with factors of its own.
+        num_taps: Kernel taps.
+        taps_in_features: True for K-FAC (features are channel × tap), False for SUA (identity over taps).
+        activation: Channel groups of one convolution group's inputs.
+        gradient: Channel groups of one convolution group's outputs.
+        bias: Where the bias lives.
+    """
+
+    conv_groups: int
+    num_taps: int
+    taps_in_features: bool
+    activation: ChannelGroups
+    gradient: ChannelGroups
+    bias: BiasBlock
+
+    @classmethod
+    def of(cls, geometry: LayerGeometry, structure: Structure, group_size: int | None) -> "BlockLayout":
+        """Return the layout of a layer. On 1×1 kernels and linear layers SUA *is* K-FAC."""
+        taps_in_features = structure is Structure.kfac or geometry.num_taps == 1
+        activation = ChannelGroups.of(geometry.in_channels, group_size)
+        joint = taps_in_features and activation.count == 1
+        bias = BiasBlock.JOINT if joint else BiasBlock.SEPARATE
+        return cls(
+            conv_groups=geometry.conv_groups,
+            num_taps=geometry.num_taps,
+            taps_in_features=taps_in_features,
+            activation=activation,
+            gradient=ChannelGroups.of(geometry.out_channels, group_size),
+            bias=bias if geometry.has_bias else BiasBlock.NONE,
+        )
+
+    @property
+    def identity_taps(self) -> int:
+        """Taps under the identity factor: kh·kw for SUA, 1 otherwise."""
+        return 1 if self.taps_in_features else self.num_taps
+
+    @property
+    def feature_taps(self) -> int:
+        """Taps inside a feature block: kh·kw for K-FAC, 1 otherwise."""
+        return self.num_taps if self.taps_in_features else 1
+
+    @property
+    def activation_blocks(self) -> tuple[int, int]:
+        """Number and width of the activation factor's blocks."""
+        width = self.activation.size * self.feature_taps + (self.bias is BiasBlock.JOINT)
+        return self.conv_groups * self.activation.count, width
+
+    @property
+    def gradient_blocks(self) -> tuple[int, int]:
+        """Number and width of the gradient factor's blocks."""
+        return self.conv_groups * self.gradient.count, self.gradient.size
+
+    @property
+    def activation_dim(self) -> int:
+        """Rows of one convolution group's activation factor without padding; what the pi rule divides its trace by."""
+        return self.activation.num_channels * self.feature_taps + (self.bias is BiasBlock.JOINT)
+
+    @property
+    def gradient_dim(self) -> int:
+        """Rows of one convolution group's gradient factor without padding."""
+        return self.gradient.num_channels

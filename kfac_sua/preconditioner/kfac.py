@@ -1,0 +1,390 @@
+"""The public preconditioner: when to measure, refresh and apply. The mathematics lies in the files it calls."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kfac_sua.preconditioner.apply import LayerEigenbasis, LayerInverse, precondition_
+from kfac_sua.preconditioner.average import RunningAverage
+from kfac_sua.preconditioner.capture import Capture, Phase
+from kfac_sua.preconditioner.fisher import fisher_cotangents
+from kfac_sua.preconditioner.grouping import BlockLayout
+from kfac_sua.preconditioner.layers import LayerGeometry, discover_layers, preconditioned
+from kfac_sua.preconditioner.refresh import refresh_layers
+from kfac_sua.preconditioner.report import (
+    LayerTable,
+    activation_cost,
+    gradient_cost,
+    layer_table,
+    max_low_rank_rows,
+)
+from kfac_sua.preconditioner.settings import (
+    DampingRule,
+    FisherType,
+    KroneckerSettings,
+    LossReduction,
+    Structure,
+    WeightSharing,
+)
+from kfac_sua.preconditioner.state import (
+    average_from_state,
+    average_to_state,
+    inverse_from_state,
+    inverse_to_state,
+)
+from kfac_sua.preconditioner.statistics import LayerStatistics, finite_layers
+
+logger = logging.getLogger(__name__)
+
+STATE_VERSION = 1
+
+
+@dataclass
+class _Layer:
+    """Everything kept for one preconditioned layer."""
+
+    name: str
+    module: nn.Module
+    geometry: LayerGeometry
+    layout: BlockLayout
+    statistics: LayerStatistics
+    average: RunningAverage
+    fresh: bool = False  # measured since the last refresh
+    inverse: LayerInverse | LayerEigenbasis | None = None
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.module.weight  # type: ignore[return-value]
+
+    @property
+    def bias_grad(self) -> Tensor | None:
+        bias = self.module.bias
+        return bias.grad if self.geometry.has_bias and isinstance(bias, nn.Parameter) else None
+
+
+class KroneckerPreconditioner:
+    """Preconditions gradients with a Kronecker-factored Fisher: K-FAC, SUA, channel groups, and their combinations.
+
+    Around an ordinary loop, for the empirical Fisher::
+
+        preconditioner = KroneckerPreconditioner(model, structure="sua", group_size=32, damping=0.1)
+        for inputs, labels in batches:
+            optimizer.zero_grad()
+            loss_function(model(inputs), labels).backward()
+            preconditioner.step()  # replaces .grad of Linear and Conv2d layers, in place
+            optimizer.step()
+
+    With ``fisher_type="mc"`` or ``"exact"`` call ``preconditioner.fisher_backward(outputs)`` between the forward pass
+    and ``loss.backward()``. Parameters of all other layers keep the plain gradient; :meth:`describe` names them.
+
+    The per-example loss is averaged (``loss_reduction="mean"``) or summed over the first dimension of the layers'
+    inputs. With gradient accumulation, the accumulated gradient must be that of the mean over all micro-batches.
+
+    Args:
+        model: Any module; its ``nn.Linear`` and ``nn.Conv2d`` layers are preconditioned.
+        structure: ``"kfac"`` or ``"sua"``.
+        group_size: Channels per group; ``None`` for no grouping.
+        damping: Tikhonov ε > 0 on each layer's Fisher block.
+        damping_rule: ``"factored"``, ``"factored_pi"`` or ``"exact"``.
+        weight_sharing: ``"expand"`` or ``"reduce"``.
+        fisher_type: ``"empirical"``, ``"mc"`` or ``"exact"``.
+        inverse_period: Mini-batches between refreshes of the inverses.
+        settings: All settings at once, further ones included (see :class:`KroneckerSettings`); then none of the
+            above may be given.
+        seed: Seed of the sampled labels of ``fisher_type="mc"``.
+
+    Raises:
+        ValueError: If a setting is out of range, or no layer of the model can be preconditioned.
+
+    Reference: Laurent et al. (2018); Grosse & Martens (2016) for ``expand``; Martens & Grosse (2015) for the pi rule.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        structure: Structure | str | None = None,
+        group_size: int | None = None,
+        damping: float | None = None,
+        damping_rule: DampingRule | str | None = None,
+        weight_sharing: WeightSharing | str | None = None,
+        fisher_type: FisherType | str | None = None,
+        inverse_period: int | None = None,
+        settings: KroneckerSettings | None = None,
+        seed: int = 0,
+    ) -> None:
+        options = {
+            "structure": structure,
+            "group_size": group_size,
+            "damping": damping,
+            "damping_rule": damping_rule,
+            "weight_sharing": weight_sharing,
+            "fisher_type": fisher_type,
+            "inverse_period": inverse_period,
+        }
+        self.settings = _merge_settings(settings, options)
+        self.seed = seed
+        self.num_steps = 0
+        self.events: Counter[str] = Counter()
+        self._phase: Phase = _no_phase
+        self._discovered = discover_layers(model, self.settings.skip)
+        self._layers = {
+            name: self._make_layer(name, module, geometry)
+            for name, module, geometry in preconditioned(self._discovered)
+        }
+        self._capture = Capture(
+            model,
+            {name: layer.module for name, layer in self._layers.items()},
+            {name: layer.statistics for name, layer in self._layers.items()},
+            from_training_loss=self.settings.fisher_type is FisherType.empirical,
+        )
+        self._fisher_passes = 0
+        self._capture.enabled = self.statistics_due
+
+    # --- when -------------------------------------------------------------------------------------------------------
+
+    @property
+    def factor_period(self) -> int:
+        """Mini-batches between two measurements of the statistics."""
+        return self.settings.factor_period or self.settings.inverse_period
+
+    @property
+    def statistics_due(self) -> bool:
+        """Whether the coming :meth:`step` needs statistics of its mini-batch."""
+        return self.num_steps % self.factor_period == 0
+
+    @property
+    def inverses_due(self) -> bool:
+        """Whether the coming :meth:`step` refreshes the inverses."""
+        return self.num_steps % self.settings.inverse_period == 0
+
+    @property
+    def phase(self) -> Phase:
+        """Called with ``"statistics"``, ``"inversion"`` or ``"application"``, gives the context the work runs in."""
+        return self._phase
+
+    @phase.setter
+    def phase(self, phase: Phase) -> None:
+        self._phase = phase
+        self._capture.phase = phase
+
+    # --- verbs ------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        """Record statistics of the passes inside, due or not; for those who call the verbs one by one."""
+        before, self._capture.enabled = self._capture.enabled, True
+        try:
+            yield
+        finally:
+            self._capture.enabled = before
+
+    def fisher_backward(self, outputs: Tensor) -> None:
+        """Send the Fisher's cotangents backward from the model's outputs, if statistics are being recorded.
+
+        Does nothing for the empirical Fisher and on mini-batches without statistics. Leaves every ``.grad`` alone and
+        retains the graph for the training loss.
+
+        Args:
+            outputs: Outputs of the forward pass that has just run: logits ``[examples, classes]`` for a categorical
+                likelihood, any shape for a Gaussian one.
+
+        Raises:
+            ValueError: If the outputs do not fit ``settings.likelihood``.
+        """
+        if not self._capture.enabled or self.settings.fisher_type is FisherType.empirical:
+            return
+        generator = torch.Generator(outputs.device)
+        generator.manual_seed(self.seed * 1_000_003 + self.num_steps * 1_009 + self._fisher_passes)
+        self._fisher_passes += 1
+        cotangents = fisher_cotangents(outputs, self.settings.fisher_type, self.settings.likelihood, generator)
+        self._capture.backward(outputs, cotangents)
+
+    def step(self) -> None:
+        """Precondition the gradients in place, first measuring and refreshing what is due.
+
+        Call it after ``loss.backward()`` and before ``optimizer.step()``, once per optimisation step.
+
+        Raises:
+            RuntimeError: If statistics are due but none were recorded, or an inverse fails that has no predecessor.
+        """
+        if self.statistics_due:
+            self.update_factors()
+        if self.inverses_due:
+            self.update_inverses()
+        self.precondition_()
+        self.num_steps += 1
+        self._capture.enabled = self.statistics_due
+
+    @torch.no_grad()
+    def update_factors(self) -> None:
+        """Turn what was recorded into factors, or into the running average of factors."""
+        with self._phase("statistics"):
+            mean_loss = (
+                self.settings.loss_reduction is LossReduction.mean and self.settings.fisher_type is FisherType.empirical
+            )
+            measured = {
+                name: layer.statistics.factors(grads_of_mean_loss=mean_loss) for name, layer in self._layers.items()
+            }
+            self._capture.clear()
+            self._fisher_passes = 0
+            present = {name: factors for name, factors in measured.items() if factors is not None}
+            if not present:
+                raise RuntimeError(self._nothing_recorded())
+            self._report_missing([name for name in measured if name not in present])
+            finite = finite_layers(list(present.values()))
+            for (name, factors), is_finite in zip(present.items(), finite, strict=True):
+                layer = self._layers[name]
+                if is_finite:
+                    layer.average.update(factors)
+                    layer.fresh = True
+                else:
+                    self._report_event("non_finite_statistics", name, "its statistics are dropped")
+
+    @torch.no_grad()
+    def update_inverses(self) -> None:
+        """Invert the damped factors of every layer that has new ones, all equal-sized blocks in one call.
+
+        Raises:
+            RuntimeError: If a layer's first inverse fails.
+        """
+        with self._phase("inversion"):
+            layers = [layer for layer in self._layers.values() if layer.fresh]
+            factors = [layer.average.corrected() for layer in layers]
+            refreshed = refresh_layers(factors, [layer.layout for layer in layers], self.settings)
+            for layer, result in zip(layers, refreshed, strict=True):
+                if result.num_failed == 0:
+                    layer.inverse = result.inverse
+                else:
+                    self._keep_last_inverse(layer, result.num_failed)
+                layer.fresh = False
+                if self.settings.ema_decay == 0:
+                    layer.average = RunningAverage(0.0)
+
+    @torch.no_grad()
+    def precondition_(self) -> None:
+        """Replace the gradients of the preconditioned layers in place, with the inverses at hand."""
+        with self._phase("application"):
+            for layer in self._layers.values():
+                if layer.inverse is not None and layer.weight.grad is not None:
+                    precondition_(layer.weight.grad, layer.bias_grad, layer.layout, layer.inverse)
+
+    def describe(self) -> LayerTable:
+        """Return a row per layer: structure, blocks, factor sizes, memory and FLOPs, or why it is left alone."""
+        return layer_table(
+            self._discovered, {name: layer.layout for name, layer in self._layers.items()}, self.settings
+        )
+
+    def remove_hooks(self) -> None:
+        """Remove every hook from the model; the preconditioner cannot measure statistics afterwards."""
+        self._capture.remove()
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything a bit-exact continuation needs, keyed by layer name.
+
+        Nested dicts of tensors, numbers and strings, loadable with ``torch.load(..., weights_only=True)``. Take it
+        between two steps.
+        """
+        return {
+            "version": STATE_VERSION,
+            "num_steps": self.num_steps,
+            "seed": self.seed,
+            "events": dict(self.events),
+            "layers": {
+                name: {
+                    "average": average_to_state(layer.average),
+                    "fresh": layer.fresh,
+                    "inverse": inverse_to_state(layer.inverse),
+                }
+                for name, layer in self._layers.items()
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from :meth:`state_dict` of a preconditioner of the same model and settings.
+
+        Raises:
+            ValueError: If the state has another version or other layers.
+        """
+        if state["version"] != STATE_VERSION:
+            raise ValueError(
+                f"Preconditioner state has version {state['version']}, this release reads {STATE_VERSION}."
+            )
+        if set(state["layers"]) != set(self._layers):
+            differing = ", ".join(sorted(set(state["layers"]) ^ set(self._layers)))
+            raise ValueError(f"Preconditioner state belongs to another model; layers that differ: {differing}.")
+        for name, layer in self._layers.items():
+            layer.average = average_from_state(state["layers"][name]["average"], self.settings.ema_decay)
+            layer.fresh = state["layers"][name]["fresh"]
+            layer.inverse = inverse_from_state(state["layers"][name]["inverse"])
+        self.num_steps, self.seed = state["num_steps"], state["seed"]
+        self.events = Counter(state["events"])
+        self._capture.clear()
+        self._capture.enabled = self.statistics_due
+
+    # --- construction and messages ----------------------------------------------------------------------------------
+
+    def _make_layer(self, name: str, module: nn.Module, geometry: LayerGeometry) -> _Layer:
+        settings = self.settings
+        layout = BlockLayout.of(geometry, settings.structure, settings.group_size)
+        statistics = LayerStatistics(
+            name,
+            geometry,
+            layout,
+            reduce=settings.weight_sharing is WeightSharing.reduce,
+            max_activation_rows=max_low_rank_rows(activation_cost(layout, settings), settings),
+            max_gradient_rows=max_low_rank_rows(gradient_cost(layout, settings), settings),
+        )
+        return _Layer(name, module, geometry, layout, statistics, RunningAverage(settings.ema_decay))
+
+    def _keep_last_inverse(self, layer: _Layer, num_failed: int) -> None:
+        if layer.inverse is None:
+            raise RuntimeError(
+                f"The damped factors of layer {layer.name!r} are not positive definite ({num_failed} blocks, also in "
+                f"float64) with damping {self.settings.damping:g}; raise the damping."
+            )
+        self._report_event("failed_inverse", layer.name, "its last good inverse stays")
+
+    def _report_missing(self, names: Sequence[str]) -> None:
+        for name in names:
+            self._report_event("not_reached", name, "it keeps the plain gradient until the loss reaches it")
+
+    def _report_event(self, kind: str, layer_name: str, consequence: str) -> None:
+        """Count an event; log its first occurrence for each layer."""
+        key = f"{kind}:{layer_name}"
+        self.events[key] += 1
+        if self.events[key] == 1:
+            logger.warning("%s: %s; %s.", layer_name, kind.replace("_", " "), consequence)
+
+    def _nothing_recorded(self) -> str:
+        if self.settings.fisher_type is FisherType.empirical:
+            return (
+                "step() needs statistics of this mini-batch, but no backward pass through the model was recorded: call "
+                "loss.backward() with gradients enabled, after constructing the preconditioner."
+            )
+        return (
+            f"step() needs statistics of this mini-batch: with fisher_type={self.settings.fisher_type} call "
+            f"fisher_backward(outputs) between the forward pass and loss.backward()."
+        )
+
+
+def _merge_settings(settings: KroneckerSettings | None, options: Mapping[str, Any]) -> KroneckerSettings:
+    given = {name: value for name, value in options.items() if value is not None}
+    if settings is None:
+        return KroneckerSettings(**given)
+    if given:
+        raise ValueError(f"Give either settings or {', '.join(given)}, not both.")
+    return settings
+
+
+def _no_phase(name: str) -> AbstractContextManager[None]:
+    del name
+    return nullcontext()

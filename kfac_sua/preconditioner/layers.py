@@ -1,0 +1,177 @@
+"""Which modules can be preconditioned, and their geometry.
+
+Discovery names every parameter-holding module once: preconditioned, or left to the plain gradient with a reason.
+"""
+
+import fnmatch
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+NORMALISATION = (
+    nn.modules.batchnorm._NormBase,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.LocalResponseNorm,
+)
+
+
+@dataclass(frozen=True)
+class LayerGeometry:
+    """Shape of a linear or 2-d convolution layer; a linear layer is a 1×1 convolution over its extra dimensions.
+
+    Args:
+        in_channels: Input channels (features) of one convolution group.
+        out_channels: Output channels (features) of one convolution group.
+        conv_groups: ``groups`` of the convolution; 1 for a linear layer.
+        kernel_size: Kernel height and width.
+        stride: Vertical and horizontal stride.
+        dilation: Vertical and horizontal dilation.
+        padding: Pixels added left, right, top, bottom.
+        padding_mode: ``zeros``, ``reflect``, ``replicate`` or ``circular``.
+        has_bias: Whether a trainable bias is added.
+        is_convolution: False for ``nn.Linear``.
+    """
+
+    in_channels: int
+    out_channels: int
+    conv_groups: int = 1
+    kernel_size: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    padding_mode: str = "zeros"
+    has_bias: bool = False
+    is_convolution: bool = True
+
+    @property
+    def num_taps(self) -> int:
+        """Kernel height times width."""
+        return self.kernel_size[0] * self.kernel_size[1]
+
+    @classmethod
+    def of(cls, module: nn.Linear | nn.Conv2d) -> "LayerGeometry":
+        """Read the geometry of a module; a frozen bias counts as none."""
+        has_bias = module.bias is not None and module.bias.requires_grad
+        if isinstance(module, nn.Linear):
+            return cls(module.in_features, module.out_features, has_bias=has_bias, is_convolution=False)
+        return cls(
+            in_channels=module.in_channels // module.groups,
+            out_channels=module.out_channels // module.groups,
+            conv_groups=module.groups,
+            kernel_size=_pair(module.kernel_size),
+            stride=_pair(module.stride),
+            dilation=_pair(module.dilation),
+            padding=_padding(module),
+            padding_mode=module.padding_mode,
+            has_bias=has_bias,
+        )
+
+
+@dataclass(frozen=True)
+class DiscoveredLayer:
+    """A module that holds trainable parameters of its own.
+
+    Args:
+        name: Dotted name in the model; ``""`` for the model itself.
+        module: The module.
+        geometry: Its geometry, or ``None`` where it is left to the plain gradient.
+        reason: Why it is left to the plain gradient; empty where it is preconditioned.
+    """
+
+    name: str
+    module: nn.Module
+    geometry: LayerGeometry | None
+    reason: str = ""
+
+
+def discover_layers(model: nn.Module, skip: Sequence[str] = ()) -> list[DiscoveredLayer]:
+    """Return every module with parameters of its own, in the model's order, each with its geometry or a reason.
+
+    Args:
+        model: Any module.
+        skip: Layer names to leave out, with shell-style wildcards.
+
+    Raises:
+        ValueError: If an entry of ``skip`` matches no layer, or no layer can be preconditioned.
+    """
+    candidates = [(name, module) for name, module in model.named_modules() if _own_parameters(module)]
+    for pattern in skip:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name, _ in candidates):
+            known = ", ".join(name for name, _ in candidates)
+            raise ValueError(f"skip entry {pattern!r} matches no layer of the model; its layers are {known}.")
+    shared = _shared_parameters(candidates)
+    layers = [_classify(name, module, skip, shared) for name, module in candidates]
+    if not any(layer.geometry for layer in layers):
+        reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in layers) or "it has no parameters"
+        raise ValueError(f"No layer of the model can be preconditioned ({reasons}).")
+    return layers
+
+
+def _classify(name: str, module: nn.Module, skip: Sequence[str], shared: set[int]) -> DiscoveredLayer:
+    reason = _reason_to_leave(name, module, skip, shared)
+    if reason or not isinstance(module, nn.Linear | nn.Conv2d):
+        return DiscoveredLayer(name, module, None, reason)
+    return DiscoveredLayer(name, module, LayerGeometry.of(module))
+
+
+def _reason_to_leave(name: str, module: nn.Module, skip: Sequence[str], shared: set[int]) -> str:
+    if any(fnmatch.fnmatchcase(name, pattern) for pattern in skip):
+        return "listed in skip"
+    if isinstance(module, NORMALISATION):
+        return "normalisation layer"
+    if not isinstance(module, nn.Linear | nn.Conv2d):
+        return f"{type(module).__name__} is not supported (nn.Linear and nn.Conv2d are)"
+    if "weight" not in module._parameters:
+        return "its weight is computed (parametrised), not a parameter"
+    if isinstance(module.weight, UninitializedParameter):
+        return "not initialised yet (lazy); run one forward pass before constructing the preconditioner"
+    if module.weight.is_complex():
+        return "complex weights are not supported"
+    if not module.weight.requires_grad:
+        return "frozen"
+    if id(module.weight) in shared:
+        return "its weight is shared with another module"
+    return ""
+
+
+def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
+    own = [parameter for parameter in module._parameters.values() if parameter is not None]
+    parametrizations = getattr(module, "parametrizations", None)
+    if isinstance(parametrizations, nn.Module):
+        own += list(parametrizations.parameters())
+    return own
+
+
+def _shared_parameters(candidates: Sequence[tuple[str, nn.Module]]) -> set[int]:
+    counts: dict[int, int] = {}
+    for _, module in candidates:
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                counts[id(parameter)] = counts.get(id(parameter), 0) + 1
+    return {key for key, count in counts.items() if count > 1}
+
+
+def preconditioned(layers: Sequence[DiscoveredLayer]) -> Iterator[tuple[str, nn.Module, LayerGeometry]]:
+    """Yield name, module and geometry of the layers that are preconditioned."""
+    for layer in layers:
+        if layer.geometry is not None:
+            yield layer.name, layer.module, layer.geometry
+
+
+def _pair(value: tuple[int, ...]) -> tuple[int, int]:
+    height, width = value
+    return height, width
+
+
+def _padding(module: nn.Conv2d) -> tuple[int, int, int, int]:
+    if isinstance(module.padding, str) and module.padding == "valid":
+        return (0, 0, 0, 0)
+    if isinstance(module.padding, str):  # "same": PyTorch puts the odd pixel on the right and at the bottom
+        total_h, total_w = (d * (k - 1) for d, k in zip(_pair(module.dilation), _pair(module.kernel_size), strict=True))
+        return (total_w // 2, total_w - total_w // 2, total_h // 2, total_h - total_h // 2)
+    height, width = module.padding
+    return (int(width), int(width), int(height), int(height))

@@ -1,0 +1,84 @@
+"""From measured factors to inverses: damping and inversion of all layers of a refresh together."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kfac_sua.preconditioner import damping
+from kfac_sua.preconditioner.apply import LayerEigenbasis, LayerInverse
+from kfac_sua.preconditioner.grouping import BlockLayout
+from kfac_sua.preconditioner.inverse import eigendecompose_factors, invert_factors
+from kfac_sua.preconditioner.settings import DampingRule, KroneckerSettings
+from kfac_sua.preconditioner.statistics import LayerFactors
+
+
+@dataclass
+class RefreshedLayer:
+    """A layer's fresh inverse, and how many of its blocks failed (then it must not be used)."""
+
+    inverse: LayerInverse | LayerEigenbasis
+    num_failed: int = 0
+
+
+def refresh_layers(
+    layers: Sequence[LayerFactors], layouts: Sequence[BlockLayout], settings: KroneckerSettings
+) -> list[RefreshedLayer]:
+    """Invert the damped block of every layer.
+
+    Args:
+        layers: Measured factors.
+        layouts: The layers' block layouts.
+        settings: Damping and its rule.
+
+    Returns:
+        One result per layer, in order.
+    """
+    if not layers:
+        return []
+    if settings.damping_rule is DampingRule.exact:
+        return _eigenbases(layers, settings)
+    return _inverses(layers, layouts, settings)
+
+
+def _eigenbases(layers: Sequence[LayerFactors], settings: KroneckerSettings) -> list[RefreshedLayer]:
+    bases = eigendecompose_factors([side for layer in layers for side in (layer.activation, layer.gradient)])
+    return [
+        RefreshedLayer(LayerEigenbasis(activation, gradient, layer.scale, settings.damping))
+        for layer, activation, gradient in zip(layers, bases[::2], bases[1::2], strict=True)
+    ]
+
+
+def _inverses(
+    layers: Sequence[LayerFactors], layouts: Sequence[BlockLayout], settings: KroneckerSettings
+) -> list[RefreshedLayer]:
+    factors, dampings, bias_scales = [], [], []
+    for layer, layout in zip(layers, layouts, strict=True):
+        for_activation, for_gradient = _dampings(layer, layout, settings)  # [conv_groups] each
+        factors += [layer.activation, layer.gradient]
+        dampings.append(for_activation.repeat_interleave(layout.activation.count))
+        dampings.append(for_gradient.repeat_interleave(layout.gradient.count))
+        bias_scales.append((1 + for_activation).reciprocal())
+    results = invert_factors(factors, dampings)
+    refreshed = []
+    for layer, activation, gradient, bias_scale in zip(layers, results[::2], results[1::2], bias_scales, strict=True):
+        gradient.inverse.scale_(1 / layer.scale)
+        inverse = LayerInverse(activation.inverse, gradient.inverse, bias_scale)
+        refreshed.append(RefreshedLayer(inverse, activation.num_failed + gradient.num_failed))
+    return refreshed
+
+
+def _dampings(layer: LayerFactors, layout: BlockLayout, settings: KroneckerSettings) -> tuple[Tensor, Tensor]:
+    """Return the damping of the activation and of the gradient factor, ``[conv_groups]`` each."""
+    activation_traces, gradient_traces = layer.activation.traces(), layer.gradient.traces()
+    if settings.damping_rule is DampingRule.factored:
+        root = damping.factored(settings.damping, layer.scale)
+        both = torch.full_like(gradient_traces[: layout.conv_groups], root)
+        return both, both
+    return damping.factored_pi(
+        settings.damping,
+        layer.scale,
+        activation_traces.view(layout.conv_groups, -1).sum(-1) / layout.activation_dim,
+        gradient_traces.view(layout.conv_groups, -1).sum(-1) / layout.gradient_dim,
+    )

@@ -1,0 +1,143 @@
+"""What is preconditioned, how, and what it costs: the table a user reads before a long run."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from kfac_sua.preconditioner.cost import SideCost
+from kfac_sua.preconditioner.grouping import BiasBlock, BlockLayout
+from kfac_sua.preconditioner.layers import DiscoveredLayer
+from kfac_sua.preconditioner.settings import InverseMethod, KroneckerSettings
+
+
+def activation_cost(layout: BlockLayout, settings: KroneckerSettings) -> SideCost:
+    """Return the work on the activation side: a vector per output channel and identity tap."""
+    num_blocks, width = layout.activation_blocks
+    vectors = layout.gradient.num_channels * layout.identity_taps
+    return SideCost(num_blocks, width, vectors, settings.inverse_period)
+
+
+def gradient_cost(layout: BlockLayout, settings: KroneckerSettings) -> SideCost:
+    """Return the work on the gradient side: a vector per weight that an output channel has."""
+    num_blocks, width = layout.gradient_blocks
+    vectors = layout.activation.num_channels * layout.num_taps + (layout.bias is BiasBlock.JOINT)
+    return SideCost(num_blocks, width, vectors, settings.inverse_period)
+
+
+def max_low_rank_rows(cost: SideCost, settings: KroneckerSettings) -> int:
+    """Return up to how many rows a factor is kept as rows, by ``settings.inverse_method``."""
+    if settings.inverse_method is InverseMethod.low_rank:
+        return 2**62
+    dense_only = settings.inverse_method is InverseMethod.cholesky or settings.needs_dense_factors
+    return 0 if dense_only else cost.most_low_rank_rows()
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One row of the table.
+
+    Args:
+        name: The layer's name.
+        kind: Class of the module.
+        structure: ``K-FAC``, ``SUA`` or ``plain gradient``.
+        activation_blocks: Number and width of the activation factor's blocks.
+        gradient_blocks: Number and width of the gradient factor's blocks.
+        memory_bytes: Inverses (or factors) kept, in float32, if dense.
+        inverse_flops: FLOPs of a refresh's inversions, if dense.
+        apply_flops: FLOPs of one application, if dense.
+        low_rank_rows: Rows up to which the activation and the gradient factor are inverted by the Woodbury identity.
+        reason: Why the layer is left to the plain gradient; empty otherwise.
+    """
+
+    name: str
+    kind: str
+    structure: str
+    activation_blocks: tuple[int, int] = (0, 0)
+    gradient_blocks: tuple[int, int] = (0, 0)
+    memory_bytes: int = 0
+    inverse_flops: int = 0
+    apply_flops: int = 0
+    low_rank_rows: tuple[int, int] = (0, 0)
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class LayerTable:
+    """The layers of a model; ``str()`` gives the printable table."""
+
+    rows: tuple[LayerReport, ...]
+
+    def __str__(self) -> str:
+        lines = [_HEADER, "-" * len(_HEADER)]
+        treated = [row for row in self.rows if not row.reason]
+        lines += [_format(row) for row in treated]
+        lines.append(
+            f"{'total':<{_NAME_WIDTH}} {'':<7} {'':>10} {'':>10} {_mib(sum(r.memory_bytes for r in treated)):>9} "
+            f"{_gflop(sum(r.inverse_flops for r in treated)):>9} {_gflop(sum(r.apply_flops for r in treated)):>9}"
+        )
+        by_reason: dict[str, list[str]] = {}
+        for row in self.rows:
+            if row.reason:
+                by_reason.setdefault(row.reason, []).append(row.name or "(model)")
+        lines += [f"plain gradient ({reason}): {', '.join(names)}" for reason, names in by_reason.items()]
+        return "\n".join(lines)
+
+
+def layer_table(
+    discovered: Sequence[DiscoveredLayer], layouts: Mapping[str, BlockLayout], settings: KroneckerSettings
+) -> LayerTable:
+    """Return a row for every discovered layer."""
+    return LayerTable(
+        tuple(
+            _report(layer, layouts[layer.name], settings)
+            if layer.name in layouts
+            else LayerReport(layer.name, type(layer.module).__name__, "plain gradient", reason=layer.reason)
+            for layer in discovered
+        )
+    )
+
+
+def _report(layer: DiscoveredLayer, layout: BlockLayout, settings: KroneckerSettings) -> LayerReport:
+    costs = activation_cost(layout, settings), gradient_cost(layout, settings)
+    return LayerReport(
+        name=layer.name,
+        kind=type(layer.module).__name__,
+        structure="K-FAC" if layout.taps_in_features else "SUA",
+        activation_blocks=layout.activation_blocks,
+        gradient_blocks=layout.gradient_blocks,
+        memory_bytes=sum(4 * cost.num_blocks * cost.width**2 for cost in costs),
+        inverse_flops=sum(cost.dense_inverse() for cost in costs),
+        apply_flops=sum(cost.dense_apply() for cost in costs),
+        low_rank_rows=(max_low_rank_rows(costs[0], settings), max_low_rank_rows(costs[1], settings)),
+    )
+
+
+_NAME_WIDTH = 28
+_HEADER = (
+    f"{'layer':<{_NAME_WIDTH}} {'factor':<7} {'activation':>10} {'gradient':>10} {'MiB':>9} {'GF/invert':>9} "
+    f"{'GF/apply':>9}  Woodbury up to rows (activation, gradient)"
+)
+
+
+def _format(row: LayerReport) -> str:
+    rows = ", ".join(_rows(limit) for limit in row.low_rank_rows)
+    return (
+        f"{row.name or '(model)':<{_NAME_WIDTH}} {row.structure:<7} {_blocks(row.activation_blocks):>10} "
+        f"{_blocks(row.gradient_blocks):>10} {_mib(row.memory_bytes):>9} {_gflop(row.inverse_flops):>9} "
+        f"{_gflop(row.apply_flops):>9}  {rows}"
+    )
+
+
+def _rows(limit: int) -> str:
+    return "any" if limit >= 2**62 else str(limit) if limit else "never"
+
+
+def _blocks(blocks: tuple[int, int]) -> str:
+    return f"{blocks[0]}×{blocks[1]}²"
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.2f}"
+
+
+def _gflop(flops: int) -> str:
+    return f"{flops / 1e9:.3f}"

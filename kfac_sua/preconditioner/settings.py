@@ -1,0 +1,193 @@
+"""What the preconditioner can be asked for, and which combinations make sense. Standard library only."""
+
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class Choice(StrEnum):
+    """A string-valued choice whose member names equal their values, so that YAML, Python and messages agree."""
+
+
+class Structure(Choice):
+    """Structure of the activation factor (Laurent et al. 2018, Sec. 1 and 2.1)."""
+
+    kfac = "kfac"
+    """Channels and kernel taps together: ``d = channels · taps``."""
+    sua = "sua"
+    """Spatially uncorrelated activations: identity over taps ⊗ channel factor, ``d = channels``."""
+
+
+class DampingRule(Choice):
+    """Where the Tikhonov term goes."""
+
+    factored = "factored"
+    """√(ε/scale) I on each factor (the first author's convention)."""
+    factored_pi = "factored_pi"
+    """The same, split by the ratio of the factors' mean eigenvalues (Martens & Grosse 2015, Sec. 6.3)."""
+    exact = "exact"
+    """ε I on the Kronecker product itself, through eigendecompositions."""
+
+
+class WeightSharing(Choice):
+    """How output locations that share one weight enter the factors (Eschenhagen et al. 2023)."""
+
+    expand = "expand"
+    """Every location is a sample of its own (Grosse & Martens 2016)."""
+    reduce = "reduce"
+    """Inputs are averaged and output gradients summed over locations first (eq. 1 as printed)."""
+
+
+class FisherType(Choice):
+    """Which labels define the output gradients."""
+
+    empirical = "empirical"
+    """The true labels: the training backward itself, at no extra cost."""
+    mc = "mc"
+    """One label per example drawn from the model: one extra backward from the same forward."""
+    exact = "exact"
+    """The expectation over all labels: one extra backward per output."""
+
+
+class Likelihood(Choice):
+    """The model's predictive distribution, needed by ``mc`` and ``exact`` Fisher."""
+
+    categorical = "categorical"
+    """Softmax over ``[examples, classes]`` logits (cross-entropy)."""
+    gaussian = "gaussian"
+    """Unit-variance Gaussian around outputs of any shape (the loss ½‖y − f(x)‖², summed over outputs)."""
+
+
+class LossReduction(Choice):
+    """How the training loss combines examples; it fixes the scale of the empirical output gradients."""
+
+    mean = "mean"
+    sum = "sum"
+
+
+class InverseMethod(Choice):
+    """How a damped factor is inverted."""
+
+    auto = "auto"
+    """Per layer, whichever needs fewer FLOPs over one refresh period."""
+    cholesky = "cholesky"
+    """Always the dense factor and its Cholesky inverse."""
+    low_rank = "low_rank"
+    """Always the Woodbury identity on the mini-batch's rows."""
+
+
+@dataclass(kw_only=True)
+class KroneckerSettings:
+    """Settings of a :class:`KroneckerPreconditioner`, checked when created.
+
+    Args:
+        structure: Structure of the activation factor of convolutions, ``kfac`` or ``sua``.
+        group_size: Channels per group, on the activation side and on the gradient side; ``None`` for no grouping.
+        damping: Tikhonov ε added to a layer's Fisher block, > 0. It means the same in every structure.
+        damping_rule: ``factored``, ``factored_pi`` or ``exact``.
+        weight_sharing: ``expand`` or ``reduce``.
+        fisher_type: ``empirical``, ``mc`` or ``exact``.
+        likelihood: ``categorical`` or ``gaussian``; read by ``mc`` and ``exact`` only.
+        loss_reduction: Whether the training loss is the ``mean`` or the ``sum`` over examples.
+        inverse_period: Mini-batches between two refreshes of the inverses, ≥ 1.
+        factor_period: Mini-batches between two measurements of the statistics; ``None`` for ``inverse_period``.
+        ema_decay: Decay of the running average of the factors per measurement, in [0, 1); 0 uses the statistics of
+            the refresh's own mini-batch alone.
+        inverse_method: ``auto``, ``cholesky`` or ``low_rank``.
+        skip: Names of layers to leave to the plain gradient; shell-style wildcards such as ``features.*``.
+
+    Raises:
+        ValueError: If a value is out of range or a combination cannot work; the message begins with the field's name.
+    """
+
+    structure: Structure = Structure.kfac
+    group_size: int | None = None
+    damping: float = 0.1
+    damping_rule: DampingRule = DampingRule.factored
+    weight_sharing: WeightSharing = WeightSharing.expand
+    fisher_type: FisherType = FisherType.empirical
+    likelihood: Likelihood = Likelihood.categorical
+    loss_reduction: LossReduction = LossReduction.mean
+    inverse_period: int = 50
+    factor_period: int | None = None
+    ema_decay: float = 0.0
+    inverse_method: InverseMethod = InverseMethod.auto
+    skip: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name, kind in _CHOICES.items():
+            setattr(self, name, _as_choice(kind, name, getattr(self, name)))
+        self.validate()
+
+    @property
+    def needs_dense_factors(self) -> bool:
+        """Whether factors must be formed densely: a running average, or eigendecompositions."""
+        return self.ema_decay > 0 or self.damping_rule is DampingRule.exact
+
+    def validate(self) -> None:
+        """Raise ``ValueError`` naming the first field that is out of range or contradicts another."""
+        _require(math.isfinite(self.damping) and self.damping > 0, "damping", "a finite number > 0", self.damping)
+        _require(
+            self.group_size is None or self.group_size >= 1,
+            "group_size",
+            "≥ 1 or null (no grouping)",
+            self.group_size,
+        )
+        _require(self.inverse_period >= 1, "inverse_period", "≥ 1 mini-batch", self.inverse_period)
+        _require(0 <= self.ema_decay < 1, "ema_decay", "in [0, 1)", self.ema_decay)
+        self._validate_periods()
+        self._validate_inverse_method()
+
+    def _validate_periods(self) -> None:
+        period = self.factor_period
+        if period is None:
+            return
+        _require(
+            period >= 1 and self.inverse_period % period == 0,
+            "factor_period",
+            f"a divisor of inverse_period={self.inverse_period}, so that a refresh never lacks statistics",
+            period,
+        )
+        if self.ema_decay == 0 and period != self.inverse_period:
+            raise ValueError(
+                f"factor_period={period} with ema_decay=0 would measure statistics that no refresh uses; "
+                f"set ema_decay > 0 or factor_period=null."
+            )
+
+    def _validate_inverse_method(self) -> None:
+        if self.inverse_method is not InverseMethod.low_rank:
+            return
+        if self.damping_rule is DampingRule.exact:
+            raise ValueError(
+                "inverse_method=low_rank cannot be combined with damping_rule=exact, which needs the dense factors' "
+                "eigenvectors; use damping_rule=factored or factored_pi, or inverse_method=auto."
+            )
+        if self.ema_decay > 0:
+            raise ValueError(
+                f"inverse_method=low_rank needs the rows of one mini-batch, but ema_decay={self.ema_decay} averages "
+                f"over many; set ema_decay=0 or inverse_method=auto."
+            )
+
+
+_CHOICES: dict[str, type[Choice]] = {
+    "structure": Structure,
+    "damping_rule": DampingRule,
+    "weight_sharing": WeightSharing,
+    "fisher_type": FisherType,
+    "likelihood": Likelihood,
+    "loss_reduction": LossReduction,
+    "inverse_method": InverseMethod,
+}
+
+
+def _as_choice(kind: type[Choice], name: str, value: str) -> Choice:
+    try:
+        return kind(value)
+    except ValueError:
+        choices = ", ".join(str(member) for member in kind)
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}.") from None
+
+
+def _require(condition: bool, name: str, expected: str, value: object) -> None:
+    if not condition:
+        raise ValueError(f"{name} must be {expected}, got {value}.")

@@ -1,0 +1,66 @@
+"""Checkpoint form of a layer: nested dicts of tensors and numbers, loadable with ``weights_only=True``."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from kfac_sua.preconditioner.apply import LayerEigenbasis, LayerInverse
+from kfac_sua.preconditioner.average import RunningAverage
+from kfac_sua.preconditioner.factors import Factor
+from kfac_sua.preconditioner.inverse import DenseInverse, EigenBasis, Inverse, LowRankInverse
+from kfac_sua.preconditioner.statistics import LayerFactors
+
+State = dict[str, Any]
+
+
+def average_to_state(average: RunningAverage) -> State:
+    """Return the running average as a dict; empty before the first measurement."""
+    if average.value is None:
+        return {}
+    value = average.value
+    return {
+        "weight": average.weight,
+        "scale": value.scale,
+        "activation": _factor_to_state(value.activation),
+        "gradient": _factor_to_state(value.gradient),
+    }
+
+
+def average_from_state(state: Mapping[str, Any], decay: float) -> RunningAverage:
+    """Undo :func:`average_to_state`."""
+    if not state:
+        return RunningAverage(decay)
+    value = LayerFactors(Factor(**state["activation"]), Factor(**state["gradient"]), state["scale"])
+    return RunningAverage(decay, value, state["weight"])
+
+
+def inverse_to_state(inverse: LayerInverse | LayerEigenbasis | None) -> State:
+    """Return a layer's inverse as a dict; empty before the first refresh."""
+    if inverse is None:
+        return {}
+    sides: State = {
+        "activation": inverse.activation.tensors(),
+        "gradient": inverse.gradient.tensors(),
+    }
+    if isinstance(inverse, LayerInverse):
+        return {**sides, "bias_scale": inverse.bias_scale}
+    return {**sides, "scale": inverse.scale, "damping": inverse.damping}
+
+
+def inverse_from_state(state: Mapping[str, Any]) -> LayerInverse | LayerEigenbasis | None:
+    """Undo :func:`inverse_to_state`."""
+    if not state:
+        return None
+    if "bias_scale" in state:
+        activation, gradient = (_inverse_from_state(state[side]) for side in ("activation", "gradient"))
+        return LayerInverse(activation, gradient, state["bias_scale"])
+    return LayerEigenbasis(
+        EigenBasis(**state["activation"]), EigenBasis(**state["gradient"]), state["scale"], state["damping"]
+    )
+
+
+def _factor_to_state(factor: Factor) -> State:
+    return {"rows": factor.rows} if factor.rows is not None else {"blocks": factor.blocks}
+
+
+def _inverse_from_state(state: Mapping[str, Any]) -> Inverse:
+    return DenseInverse(**state) if "blocks" in state else LowRankInverse(**state)

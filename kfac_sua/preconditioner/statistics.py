@@ -1,0 +1,223 @@
+"""Statistics of one layer over the mini-batch, or the accumulated micro-batches, of one optimisation step."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kfac_sua.preconditioner import factors
+from kfac_sua.preconditioner.factors import Factor
+from kfac_sua.preconditioner.grouping import BlockLayout
+from kfac_sua.preconditioner.layers import LayerGeometry
+
+
+@dataclass
+class MomentAccumulator:
+    """Sum of Gram matrices, kept as rows while these are few (see ``cost``) and folded into dense blocks beyond.
+
+    Args:
+        max_rows: Rows to keep at most before folding.
+    """
+
+    max_rows: int
+    rows: list[Tensor] = field(default_factory=list)
+    blocks: Tensor | None = None
+
+    def add(self, rows: Tensor) -> None:
+        """Add rows, ``[num_blocks, n, d]``."""
+        if self.blocks is None and sum(part.shape[1] for part in self.rows) + rows.shape[1] <= self.max_rows:
+            self.rows.append(rows)
+            return
+        for part in (*self.rows, rows):
+            if self.blocks is None:
+                self.blocks = factors.gram(part)
+            else:
+                self.blocks.baddbmm_(part.mT, part)
+        self.rows.clear()
+
+    def factor(self, normaliser: float) -> Factor:
+        """Return the accumulated moment times ``normaliser``."""
+        if self.blocks is not None:
+            return Factor(blocks=self.blocks * normaliser)
+        return Factor(rows=torch.cat(self.rows, dim=1) * normaliser**0.5)
+
+
+@dataclass
+class LayerFactors:
+    """Both sides of a layer's Fisher block ``scale · activation ⊗ gradient``, normalised over examples."""
+
+    activation: Factor
+    gradient: Factor
+    scale: float
+
+    def is_finite(self) -> Tensor:
+        """Whether no entry is NaN or infinite, as a 0-d bool tensor on the device."""
+        return self.activation.traces().isfinite().all() & self.gradient.traces().isfinite().all()
+
+
+@dataclass
+class _Pass:
+    """One forward pass through a layer: its examples, and the locations of all its calls joined.
+
+    Under ``reduce`` it also holds the per-example sums over these locations: of the inputs, and of the output gradients
+    per backward pass (one, or one per class for the ``exact`` Fisher).
+    """
+
+    num_examples: int
+    num_locations: int = 0
+    input_sums: Tensor | None = None
+    output_grad_sums: dict[int, Tensor] = field(default_factory=dict)
+
+
+class LayerStatistics:
+    """Collects inputs and output gradients of one layer and turns them into normalised factors.
+
+    A layer that is called several times within one forward pass shares its weight over the calls, exactly as a
+    convolution shares it over locations: the calls' locations are joined. Several forward passes before one step
+    (gradient accumulation) are more examples.
+
+    Args:
+        name: The layer's name, for messages.
+        geometry: Its geometry.
+        layout: Its block layout.
+        reduce: ``weight_sharing`` is ``reduce``.
+        max_activation_rows: Rows of the activation factor kept at most before it is formed densely.
+        max_gradient_rows: The same for the gradient factor.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        geometry: LayerGeometry,
+        layout: BlockLayout,
+        *,
+        reduce: bool,
+        max_activation_rows: int,
+        max_gradient_rows: int,
+    ) -> None:
+        self.name = name
+        self.geometry = geometry
+        self.layout = layout
+        self.reduce = reduce
+        self._max_rows = (max_activation_rows, max_gradient_rows)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything collected."""
+        self._activation, self._gradient = (MomentAccumulator(most) for most in self._max_rows)
+        self._passes: list[_Pass] = []
+        self._model_pass = -1
+        self._awaiting = 0  # calls whose output gradient has not arrived
+        self._num_gradients = 0
+
+    @torch.no_grad()
+    def add_inputs(self, inputs: Tensor, output_shape: torch.Size, model_pass: int) -> int:
+        """Record one call.
+
+        Args:
+            inputs: The layer's inputs.
+            output_shape: Shape of its outputs.
+            model_pass: Index of the model's forward pass.
+
+        Returns:
+            Index of the pass, to hand to :meth:`add_output_grads`.
+        """
+        inputs = factors.to_locations(_at_least_float32(inputs), self.geometry)
+        current = self._begin_call(inputs.shape[0], model_pass)
+        current.num_locations += self._num_locations(output_shape)
+        self._awaiting += 1
+        if self.reduce:
+            sums = factors.reduced_activation_rows(inputs, self.geometry, self.layout)
+            current.input_sums = sums if current.input_sums is None else current.input_sums + sums
+        else:
+            for rows in factors.activation_rows(inputs, self.geometry, self.layout):
+                self._activation.add(rows)
+        return len(self._passes) - 1
+
+    @torch.no_grad()
+    def add_output_grads(self, output_grads: Tensor, pass_index: int, sample: int = 0) -> None:
+        """Record the output gradients of one call.
+
+        Args:
+            output_grads: Gradient with respect to the call's output.
+            pass_index: What :meth:`add_inputs` returned for the call.
+            sample: Index of the backward pass (several for the ``exact`` Fisher), so that ``reduce`` sums over the
+                calls of one backward only.
+        """
+        grads = factors.to_locations(_at_least_float32(output_grads), self.geometry)
+        rows = factors.gradient_rows(grads, self.layout, reduce=self.reduce)
+        self._num_gradients += 1
+        self._awaiting -= sample == 0
+        if not self.reduce:
+            self._gradient.add(rows)
+            return
+        sums = self._passes[pass_index].output_grad_sums
+        sums[sample] = sums[sample] + rows if sample in sums else rows
+
+    def factors(self, *, grads_of_mean_loss: bool) -> LayerFactors | None:
+        """Return the normalised factors, or ``None`` if the layer took no part in the loss.
+
+        Args:
+            grads_of_mean_loss: The output gradients belong to the *mean* over examples, so they are multiplied by
+                the number of examples (of all micro-batches together).
+
+        Raises:
+            RuntimeError: If only some of the layer's calls received an output gradient.
+        """
+        if self._num_gradients == 0:
+            return None
+        if self._awaiting:
+            raise RuntimeError(
+                f"Layer {self.name!r}: no output gradient arrived for {self._awaiting} of its calls, so its statistics "
+                f"would be wrong: the loss does not reach every call, or the forward pass was recomputed (activation "
+                f"checkpointing); list the layer in skip."
+            )
+        num_examples = sum(one.num_examples for one in self._passes)
+        num_rows = sum(one.num_examples * one.num_locations for one in self._passes)
+        per_gradient = num_examples**2 if grads_of_mean_loss else 1
+        if self.reduce:
+            self._fold_passes()
+            num_rows = num_examples  # every example is one row
+        return LayerFactors(
+            activation=self._activation.factor(1 / (num_rows * self.layout.identity_taps)),
+            gradient=self._gradient.factor(per_gradient / num_rows),
+            scale=num_rows / num_examples,
+        )
+
+    def _begin_call(self, num_examples: int, model_pass: int) -> _Pass:
+        """Return the pass a call belongs to: a new one after the model was entered anew, or after a backward pass."""
+        if model_pass != self._model_pass or not self._awaiting:
+            self._model_pass = model_pass
+            self._passes.append(_Pass(num_examples))
+        current = self._passes[-1]
+        if num_examples != current.num_examples:
+            raise RuntimeError(
+                f"Layer {self.name!r} was called with {current.num_examples} and then with {num_examples} examples "
+                f"within one forward pass; statistics over such calls are not defined, list it in skip."
+            )
+        return current
+
+    def _fold_passes(self) -> None:
+        """Turn the sums of every pass into rows: inputs averaged, output gradients summed over locations."""
+        for one in self._passes:
+            assert one.input_sums is not None
+            self._activation.add(one.input_sums / one.num_locations)
+            for sums in one.output_grad_sums.values():
+                self._gradient.add(sums)
+
+    def _num_locations(self, output_shape: torch.Size) -> int:
+        if self.geometry.is_convolution:
+            return output_shape[-1] * output_shape[-2]
+        return max(1, output_shape[1:-1].numel()) if len(output_shape) > 1 else 1
+
+
+def finite_layers(layer_factors: Iterable[LayerFactors]) -> list[bool]:
+    """Return for each layer whether its factors are finite, with one host synchronisation for all."""
+    flags = [factors.is_finite() for factors in layer_factors]
+    return torch.stack(flags).tolist() if flags else []
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    values = values.detach()
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
