@@ -3,6 +3,7 @@
 from kfac_sua.preconditioner.kfac import KroneckerPreconditioner
 from kfac_sua.preconditioner.report import LayerReport, LayerTable
 from kfac_sua.preconditioner.settings import (
+    Application,
     DampingRule,
     FisherType,
     InverseMethod,
@@ -14,6 +15,7 @@ from kfac_sua.preconditioner.settings import (
 )
 
 __all__ = [
+    "Application",
     "DampingRule",
     "FisherType",
     "InverseMethod",

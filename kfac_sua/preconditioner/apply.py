@@ -14,6 +14,22 @@ from kfac_sua.preconditioner.grouping import BiasBlock, BlockLayout
 from kfac_sua.preconditioner.inverse import EigenBasis, Inverse
 
 
+@dataclass(frozen=True)
+class Sides:
+    """The two sides of a layer's Kronecker product."""
+
+    activation: bool
+    gradient: bool
+
+    def complement(self) -> "Sides":
+        """Return the sides that are not in this."""
+        return Sides(activation=not self.activation, gradient=not self.gradient)
+
+
+BOTH_SIDES = Sides(activation=True, gradient=True)
+NEITHER_SIDE = Sides(activation=False, gradient=False)
+
+
 @dataclass
 class LayerInverse:
     """Inverse of a layer's damped Kronecker product under factored damping.
@@ -28,6 +44,11 @@ class LayerInverse:
     activation: Inverse
     gradient: Inverse
     bias_scale: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the factors."""
+        return self.bias_scale.dtype
 
 
 @dataclass
@@ -46,9 +67,18 @@ class LayerEigenbasis:
     scale: float
     damping: float
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the factors."""
+        return self.activation.values.dtype
+
 
 def precondition_(
-    weight_grad: Tensor, bias_grad: Tensor | None, layout: BlockLayout, inverse: LayerInverse | LayerEigenbasis
+    weight_grad: Tensor,
+    bias_grad: Tensor | None,
+    layout: BlockLayout,
+    inverse: LayerInverse | LayerEigenbasis,
+    sides: Sides = BOTH_SIDES,
 ) -> None:
     """Replace a layer's gradients by the preconditioned ones, in place.
 
@@ -57,28 +87,35 @@ def precondition_(
         bias_grad: ``[out]``; ``None`` where the layer has no trainable bias.
         layout: The layer's block layout.
         inverse: Inverse of its damped block.
+        sides: Sides to apply, where the gradient already carries the other (see ``two_sided``).
     """
-    dtype = inverse.activation.tensors().popitem()[1].dtype
-    blocks = _to_blocks(weight_grad.to(dtype), bias_grad if bias_grad is None else bias_grad.to(dtype), layout)
-    separate_bias = bias_grad if layout.bias is BiasBlock.SEPARATE else None
+    if not (sides.activation or sides.gradient):
+        return
+    dtype = inverse.dtype
+    blocks = _to_blocks(weight_grad.to(dtype), None if bias_grad is None else bias_grad.to(dtype), layout)
+    separate_bias = None
+    if bias_grad is not None and layout.bias is BiasBlock.SEPARATE:
+        separate_bias = bias_grad.to(dtype)
     if isinstance(inverse, LayerInverse):
-        result = precondition_factored(blocks, inverse)
-        bias = None if separate_bias is None else _bias_factored(separate_bias.to(dtype), layout, inverse)
+        result = precondition_factored(blocks, inverse, sides)
+        bias = None if separate_bias is None else _bias_factored(separate_bias, layout, inverse)
     else:
         result = precondition_exact(blocks, inverse)
-        bias = None if separate_bias is None else _bias_exact(separate_bias.to(dtype), layout, inverse)
+        bias = None if separate_bias is None else _bias_exact(separate_bias, layout, inverse)
     joint_bias = _from_blocks(result, layout, weight_grad)
     bias = joint_bias if bias is None else bias
     if bias_grad is not None and bias is not None:
         bias_grad.copy_(bias.reshape(bias_grad.shape))
 
 
-def precondition_factored(blocks: Tensor, inverse: LayerInverse) -> Tensor:
-    """Multiply ``[g, P, p, t, Q, d]`` by both inverse factors, block by block."""
+def precondition_factored(blocks: Tensor, inverse: LayerInverse, sides: Sides = BOTH_SIDES) -> Tensor:
+    """Multiply ``[g, P, p, t, Q, d]`` by both inverse factors (or by one), block by block."""
     g, num_p, p, t, num_q, d = blocks.shape
-    left = inverse.gradient.left(blocks.reshape(g * num_p, p, t * num_q * d))
-    right = inverse.activation.right(_activation_view(left, blocks.shape))
-    return _weight_view(right, blocks.shape)
+    if sides.gradient:
+        blocks = inverse.gradient.left(blocks.reshape(g * num_p, p, t * num_q * d)).view(blocks.shape)
+    if not sides.activation:
+        return blocks
+    return _weight_view(inverse.activation.right(_activation_view(blocks)), blocks.shape)
 
 
 def precondition_exact(blocks: Tensor, basis: LayerEigenbasis) -> Tensor:
@@ -93,15 +130,14 @@ def precondition_exact(blocks: Tensor, basis: LayerEigenbasis) -> Tensor:
 
 def _rotate(blocks: Tensor, gradient_matrix: Tensor, activation_matrix: Tensor) -> Tensor:
     g, num_p, p, t, num_q, d = blocks.shape
-    left = torch.bmm(gradient_matrix, blocks.reshape(g * num_p, p, t * num_q * d))
-    right = torch.bmm(_activation_view(left, blocks.shape), activation_matrix)
-    return _weight_view(right, blocks.shape)
+    left = torch.bmm(gradient_matrix, blocks.reshape(g * num_p, p, t * num_q * d)).view(blocks.shape)
+    return _weight_view(torch.bmm(_activation_view(left), activation_matrix), blocks.shape)
 
 
-def _activation_view(values: Tensor, shape: torch.Size) -> Tensor:
-    """View gradient-side values as ``[g · Q, P · p · t, d]``, without a copy unless both g and Q exceed 1."""
-    g, num_p, p, t, num_q, d = shape
-    return values.view(g, num_p * p * t, num_q, d).transpose(1, 2).reshape(g * num_q, num_p * p * t, d)
+def _activation_view(blocks: Tensor) -> Tensor:
+    """View ``[g, P, p, t, Q, d]`` as ``[g · Q, P · p · t, d]``, without a copy unless both g and Q exceed 1."""
+    g, num_p, p, t, num_q, d = blocks.shape
+    return blocks.reshape(g, num_p * p * t, num_q, d).transpose(1, 2).reshape(g * num_q, num_p * p * t, d)
 
 
 def _weight_view(values: Tensor, shape: torch.Size) -> Tensor:

@@ -6,7 +6,7 @@ is modified in place afterwards (``relu_``, ``out += shortcut``), where full bac
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,13 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from kfac_sua.preconditioner.statistics import LayerStatistics
 
 Phase = Callable[[str], AbstractContextManager[Any]]
+
+
+@dataclass
+class PhaseSource:
+    """Gives the context that the time of a named piece of work is accounted to; shared, so that it can be replaced."""
+
+    phase: Phase
 
 
 @dataclass
@@ -33,6 +40,7 @@ class Capture:
         model: The model whose forward call delimits one pass.
         modules: Layer name to module.
         statistics: Layer name to the statistics it feeds.
+        phases: Where the time of the statistics is accounted.
         from_training_loss: Take output gradients from whatever backward pass comes (empirical Fisher); otherwise only
             from :meth:`backward`.
     """
@@ -42,11 +50,12 @@ class Capture:
         model: nn.Module,
         modules: Mapping[str, nn.Module],
         statistics: Mapping[str, LayerStatistics],
+        phases: PhaseSource,
         *,
         from_training_loss: bool,
     ) -> None:
         self.enabled = False
-        self.phase: Phase | None = None
+        self._phases = phases
         self._from_training_loss = from_training_loss
         self._statistics = statistics
         self._outputs: list[_RecordedOutput] = []
@@ -80,7 +89,7 @@ class Capture:
             grads: Sequence[Tensor | None] = torch.autograd.grad(
                 outputs, edges, cotangent, retain_graph=True, allow_unused=True
             )
-            with self._phase():
+            with self._phases.phase("statistics"):
                 for output, grad in zip(recorded, grads, strict=True):
                     if grad is not None:
                         output.statistics.add_output_grads(grad, output.pass_index, sample)
@@ -98,22 +107,14 @@ class Capture:
         return hook
 
     def _record(self, statistics: LayerStatistics, inputs: Tensor, output: Tensor) -> None:
-        with self._phase(), torch.autocast(output.device.type, enabled=False):
+        with self._phases.phase("statistics"), torch.autocast(output.device.type, enabled=False):
             pass_index = statistics.add_inputs(inputs, output.shape, self._model_pass)
         if not self._from_training_loss:
             self._outputs.append(_RecordedOutput(statistics, get_gradient_edge(output), pass_index))
             return
 
         def on_gradient(grad: Tensor) -> None:
-            with self._phase():
+            with self._phases.phase("statistics"):
                 statistics.add_output_grads(grad, pass_index)
 
         output.register_hook(on_gradient)
-
-    @contextmanager
-    def _phase(self) -> Iterator[None]:
-        if self.phase is None:
-            yield
-            return
-        with self.phase("statistics"):
-            yield

@@ -98,9 +98,7 @@ def invert_factors(factors: Sequence[Factor], dampings: Sequence[Tensor]) -> lis
     Returns:
         One result per factor, in order.
     """
-    damped = [_damped_core(factor, damping) for factor, damping in zip(factors, dampings, strict=True)]
-    triangles, num_failed = _batched_cholesky(damped)
-    del damped
+    triangles, num_failed = _damped_triangles(factors, dampings)
     dense = [i for i, factor in enumerate(factors) if factor.blocks is not None]
     inverses = dict(zip(dense, _batched_cholesky_inverse([triangles[i] for i in dense]), strict=True))
     results = []
@@ -139,19 +137,20 @@ def _damped_core(factor: Factor, damping: Tensor) -> Tensor:
     return core
 
 
-def _batched_cholesky(matrices: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
-    """Return the lower triangles and, per matrix batch, how many blocks failed in float64 too."""
-    triangles: list[Tensor] = [torch.empty(0)] * len(matrices)
-    failed: list[Tensor] = [torch.empty(0)] * len(matrices)
-    for members, batch in _by_size(matrices):
+def _damped_triangles(factors: Sequence[Factor], dampings: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
+    """Return lower triangles of the damped cores and, per factor, how many blocks failed in float64 too."""
+    cores = [_damped_core(factor, damping) for factor, damping in zip(factors, dampings, strict=True)]
+    triangles: list[Tensor] = [torch.empty(0)] * len(cores)
+    failed: list[Tensor] = [torch.empty(0)] * len(cores)
+    for members, batch in _by_size(cores):
         triangle, bad = _cholesky(batch)
-        sizes = [matrices[i].shape[0] for i in members]
+        sizes = [cores[i].shape[0] for i in members]
         for i, part, part_bad in zip(members, triangle.split(sizes), bad.split(sizes), strict=True):
             triangles[i], failed[i] = part, part_bad
-    num_failed = [0] * len(matrices)
+    num_failed = [0] * len(cores)
     if bool(torch.cat(failed).any()):  # the only host synchronisation where all is well
-        for i, matrix in enumerate(matrices):
-            triangles[i], num_failed[i] = _retry_in_float64(matrix, triangles[i], failed[i])
+        for i, (factor, damping) in enumerate(zip(factors, dampings, strict=True)):
+            triangles[i], num_failed[i] = _retry_in_float64(factor, damping, triangles[i], failed[i])
     return triangles, num_failed
 
 
@@ -161,11 +160,14 @@ def _cholesky(batch: Tensor) -> tuple[Tensor, Tensor]:
     return triangle, (info != 0) | ~triangle.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
 
 
-def _retry_in_float64(matrix: Tensor, triangle: Tensor, failed: Tensor) -> tuple[Tensor, int]:
+def _retry_in_float64(factor: Factor, damping: Tensor, triangle: Tensor, failed: Tensor) -> tuple[Tensor, int]:
+    """Factorise the failed blocks again, damped in float64, where a small damping is not lost on a large diagonal."""
     indices = failed.nonzero().squeeze(-1)
-    repaired, still_failed = _cholesky(matrix[indices].double())
+    values = factor.values[indices].double()
+    selected = Factor(blocks=values) if factor.blocks is not None else Factor(rows=values)
+    repaired, still_failed = _cholesky(_damped_core(selected, damping[indices].double()))
     triangle = triangle.clone()
-    triangle[indices] = repaired.to(matrix.dtype)
+    triangle[indices] = repaired.to(triangle.dtype)
     return triangle, int(still_failed.sum())
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfac_sua.preconditioner.apply import LayerEigenbasis, LayerInverse, precondition_
+from kfac_sua.preconditioner.apply import NEITHER_SIDE, LayerEigenbasis, LayerInverse, precondition_
 from kfac_sua.preconditioner.average import RunningAverage
-from kfac_sua.preconditioner.capture import Capture, Phase
+from kfac_sua.preconditioner.capture import Capture, Phase, PhaseSource
 from kfac_sua.preconditioner.fisher import fisher_cotangents
 from kfac_sua.preconditioner.grouping import BlockLayout
 from kfac_sua.preconditioner.layers import LayerGeometry, discover_layers, preconditioned
@@ -25,9 +25,12 @@ from kfac_sua.preconditioner.report import (
     max_low_rank_rows,
 )
 from kfac_sua.preconditioner.settings import (
+    Application,
     DampingRule,
     FisherType,
+    InverseMethod,
     KroneckerSettings,
+    Likelihood,
     LossReduction,
     Structure,
     WeightSharing,
@@ -39,6 +42,7 @@ from kfac_sua.preconditioner.state import (
     inverse_to_state,
 )
 from kfac_sua.preconditioner.statistics import LayerStatistics, finite_layers
+from kfac_sua.preconditioner.two_sided import TwoSidedForward, can_be_two_sided
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +61,7 @@ class _Layer:
     average: RunningAverage
     fresh: bool = False  # measured since the last refresh
     inverse: LayerInverse | LayerEigenbasis | None = None
+    two_sided: TwoSidedForward | None = None
 
     @property
     def weight(self) -> nn.Parameter:
@@ -94,9 +99,16 @@ class KroneckerPreconditioner:
         damping_rule: ``"factored"``, ``"factored_pi"`` or ``"exact"``.
         weight_sharing: ``"expand"`` or ``"reduce"``.
         fisher_type: ``"empirical"``, ``"mc"`` or ``"exact"``.
+        likelihood: ``"categorical"`` or ``"gaussian"``, for the sampled and the exact Fisher.
+        loss_reduction: ``"mean"`` or ``"sum"``, for the empirical Fisher.
         inverse_period: Mini-batches between refreshes of the inverses.
-        settings: All settings at once, further ones included (see :class:`KroneckerSettings`); then none of the
-            above may be given.
+        factor_period: Mini-batches between measurements of the statistics; as ``inverse_period`` if not given.
+        ema_decay: Decay of the running average of the factors; 0 for none.
+        inverse_method: ``"auto"``, ``"cholesky"`` or ``"low_rank"``.
+        application: ``"weight"`` or ``"auto"``.
+        skip: Names of layers to leave to the plain gradient, with shell-style wildcards.
+        settings: All of the above at once; then none of them may be given. Their defaults and constraints are those
+            of :class:`KroneckerSettings`.
         seed: Seed of the sampled labels of ``fisher_type="mc"``.
 
     Raises:
@@ -115,7 +127,14 @@ class KroneckerPreconditioner:
         damping_rule: DampingRule | str | None = None,
         weight_sharing: WeightSharing | str | None = None,
         fisher_type: FisherType | str | None = None,
+        likelihood: Likelihood | str | None = None,
+        loss_reduction: LossReduction | str | None = None,
         inverse_period: int | None = None,
+        factor_period: int | None = None,
+        ema_decay: float | None = None,
+        inverse_method: InverseMethod | str | None = None,
+        application: Application | str | None = None,
+        skip: Sequence[str] | None = None,
         settings: KroneckerSettings | None = None,
         seed: int = 0,
     ) -> None:
@@ -126,13 +145,20 @@ class KroneckerPreconditioner:
             "damping_rule": damping_rule,
             "weight_sharing": weight_sharing,
             "fisher_type": fisher_type,
+            "likelihood": likelihood,
+            "loss_reduction": loss_reduction,
             "inverse_period": inverse_period,
+            "factor_period": factor_period,
+            "ema_decay": ema_decay,
+            "inverse_method": inverse_method,
+            "application": application,
+            "skip": None if skip is None else list(skip),
         }
         self.settings = _merge_settings(settings, options)
         self.seed = seed
         self.num_steps = 0
         self.events: Counter[str] = Counter()
-        self._phase: Phase = _no_phase
+        self._phases = PhaseSource(_no_phase)
         self._discovered = discover_layers(model, self.settings.skip)
         self._layers = {
             name: self._make_layer(name, module, geometry)
@@ -142,10 +168,11 @@ class KroneckerPreconditioner:
             model,
             {name: layer.module for name, layer in self._layers.items()},
             {name: layer.statistics for name, layer in self._layers.items()},
+            self._phases,
             from_training_loss=self.settings.fisher_type is FisherType.empirical,
         )
         self._fisher_passes = 0
-        self._capture.enabled = self.statistics_due
+        self._begin_step()
 
     # --- when -------------------------------------------------------------------------------------------------------
 
@@ -167,12 +194,11 @@ class KroneckerPreconditioner:
     @property
     def phase(self) -> Phase:
         """Called with ``"statistics"``, ``"inversion"`` or ``"application"``, gives the context the work runs in."""
-        return self._phase
+        return self._phases.phase
 
     @phase.setter
     def phase(self, phase: Phase) -> None:
-        self._phase = phase
-        self._capture.phase = phase
+        self._phases.phase = phase
 
     # --- verbs ------------------------------------------------------------------------------------------------------
 
@@ -220,12 +246,12 @@ class KroneckerPreconditioner:
             self.update_inverses()
         self.precondition_()
         self.num_steps += 1
-        self._capture.enabled = self.statistics_due
+        self._begin_step()
 
     @torch.no_grad()
     def update_factors(self) -> None:
         """Turn what was recorded into factors, or into the running average of factors."""
-        with self._phase("statistics"):
+        with self._phases.phase("statistics"):
             mean_loss = (
                 self.settings.loss_reduction is LossReduction.mean and self.settings.fisher_type is FisherType.empirical
             )
@@ -254,7 +280,7 @@ class KroneckerPreconditioner:
         Raises:
             RuntimeError: If a layer's first inverse fails.
         """
-        with self._phase("inversion"):
+        with self._phases.phase("inversion"):
             layers = [layer for layer in self._layers.values() if layer.fresh]
             factors = [layer.average.corrected() for layer in layers]
             refreshed = refresh_layers(factors, [layer.layout for layer in layers], self.settings)
@@ -270,10 +296,11 @@ class KroneckerPreconditioner:
     @torch.no_grad()
     def precondition_(self) -> None:
         """Replace the gradients of the preconditioned layers in place, with the inverses at hand."""
-        with self._phase("application"):
+        with self._phases.phase("application"):
             for layer in self._layers.values():
+                applied = layer.two_sided.take_applied_sides() if layer.two_sided else NEITHER_SIDE
                 if layer.inverse is not None and layer.weight.grad is not None:
-                    precondition_(layer.weight.grad, layer.bias_grad, layer.layout, layer.inverse)
+                    precondition_(layer.weight.grad, layer.bias_grad, layer.layout, layer.inverse, applied.complement())
 
     def describe(self) -> LayerTable:
         """Return a row per layer: structure, blocks, factor sizes, memory and FLOPs, or why it is left alone."""
@@ -282,8 +309,11 @@ class KroneckerPreconditioner:
         )
 
     def remove_hooks(self) -> None:
-        """Remove every hook from the model; the preconditioner cannot measure statistics afterwards."""
+        """Give the model back as it was; the preconditioner cannot be used afterwards."""
         self._capture.remove()
+        for layer in self._layers.values():
+            if layer.two_sided is not None:
+                layer.two_sided.remove()
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -328,7 +358,7 @@ class KroneckerPreconditioner:
         self.num_steps, self.seed = state["num_steps"], state["seed"]
         self.events = Counter(state["events"])
         self._capture.clear()
-        self._capture.enabled = self.statistics_due
+        self._begin_step()
 
     # --- construction and messages ----------------------------------------------------------------------------------
 
@@ -343,7 +373,19 @@ class KroneckerPreconditioner:
             max_activation_rows=max_low_rank_rows(activation_cost(layout, settings), settings),
             max_gradient_rows=max_low_rank_rows(gradient_cost(layout, settings), settings),
         )
-        return _Layer(name, module, geometry, layout, statistics, RunningAverage(settings.ema_decay))
+        layer = _Layer(name, module, geometry, layout, statistics, RunningAverage(settings.ema_decay))
+        if settings.application is Application.auto and can_be_two_sided(geometry, layout):
+            assert isinstance(module, nn.Conv2d)
+            layer.two_sided = TwoSidedForward(name, module, geometry, layout, self._phases)
+        return layer
+
+    def _begin_step(self) -> None:
+        """Record statistics if they are due; otherwise let layers apply their inverses in the backward pass."""
+        self._capture.enabled = self.statistics_due
+        for layer in self._layers.values():
+            if layer.two_sided is not None:
+                usable = not self.statistics_due and isinstance(layer.inverse, LayerInverse)
+                layer.two_sided.inverse = layer.inverse if usable else None  # type: ignore[assignment]
 
     def _keep_last_inverse(self, layer: _Layer, num_failed: int) -> None:
         if layer.inverse is None:

@@ -76,6 +76,16 @@ class InverseMethod(Choice):
     """Always the Woodbury identity on the mini-batch's rows."""
 
 
+class Application(Choice):
+    """Where the inverse is applied."""
+
+    weight = "weight"
+    """To the weight gradient, in ``step()``: until then ``.grad`` is the plain gradient."""
+    auto = "auto"
+    """Per layer and side where it needs fewer FLOPs: to the weight gradient, or to inputs and output gradients inside
+    the backward pass, after which ``.grad`` is already preconditioned (so do not clip before ``step()``)."""
+
+
 @dataclass(kw_only=True)
 class KroneckerSettings:
     """Settings of a :class:`KroneckerPreconditioner`, checked when created.
@@ -94,6 +104,7 @@ class KroneckerSettings:
         ema_decay: Decay of the running average of the factors per measurement, in [0, 1); 0 uses the statistics of
             the refresh's own mini-batch alone.
         inverse_method: ``auto``, ``cholesky`` or ``low_rank``.
+        application: ``weight`` or ``auto``; the result is the same to rounding.
         skip: Names of layers to leave to the plain gradient; shell-style wildcards such as ``features.*``.
 
     Raises:
@@ -112,6 +123,7 @@ class KroneckerSettings:
     factor_period: int | None = None
     ema_decay: float = 0.0
     inverse_method: InverseMethod = InverseMethod.auto
+    application: Application = Application.weight
     skip: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -177,6 +189,7 @@ _CHOICES: dict[str, type[Choice]] = {
     "likelihood": Likelihood,
     "loss_reduction": LossReduction,
     "inverse_method": InverseMethod,
+    "application": Application,
 }
 
 

@@ -1,0 +1,191 @@
+"""Activation and gradient factors: patches, exact SUA, channel groups."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import group_mask, locations_of, patches_by_loop
+from torch import nn
+
+from kfac_sua.preconditioner.factors import (
+    activation_rows,
+    gradient_rows,
+    gram,
+    read_counts,
+    reduced_activation_rows,
+    to_locations,
+)
+from kfac_sua.preconditioner.grouping import BlockLayout, ChannelGroups
+from kfac_sua.preconditioner.layers import LayerGeometry
+from kfac_sua.preconditioner.settings import Structure
+
+
+@st.composite
+def convolutions(draw):
+    """Draw a convolution of any supported geometry and an input that it accepts."""
+    kernel = (draw(st.integers(1, 4)), draw(st.integers(1, 3)))
+    stride = (draw(st.integers(1, 3)), draw(st.integers(1, 3)))
+    dilation = (draw(st.integers(1, 3)), draw(st.integers(1, 2)))
+    groups = draw(st.sampled_from([1, 2]))
+    channels = groups * draw(st.integers(1, 3))
+    padding = (draw(st.integers(0, 3)), draw(st.integers(0, 2)))
+    if stride == (1, 1) and draw(st.booleans()):
+        padding = "same"
+    mode = draw(st.sampled_from(["zeros", "zeros", "replicate"]))
+    height = dilation[0] * (kernel[0] - 1) + 1 + draw(st.integers(0, 4))
+    width = dilation[1] * (kernel[1] - 1) + 1 + draw(st.integers(0, 4))
+    torch.manual_seed(draw(st.integers(0, 99)))
+    module = nn.Conv2d(
+        channels, 2 * groups, kernel, stride, padding, dilation, groups, bias=False, padding_mode=mode
+    ).double()
+    return module, torch.randn(2, channels, height, width, dtype=torch.float64) + 0.5
+
+
+def layout_of(module: nn.Module, structure: str, group_size: int | None = None) -> BlockLayout:
+    """Return the block layout of a module."""
+    return BlockLayout.of(LayerGeometry.of(module), Structure(structure), group_size)
+
+
+def activation_moment(module, inputs, structure, group_size=None):
+    """Return the un-normalised activation blocks of a module."""
+    geometry, layout = LayerGeometry.of(module), layout_of(module, structure, group_size)
+    return sum(gram(rows) for rows in activation_rows(to_locations(inputs, geometry), geometry, layout))
+
+
+@settings(max_examples=60, deadline=None)
+@given(convolutions())
+def test_sua_factor_is_the_sum_of_the_diagonal_tap_blocks(case):
+    """For every stride, padding and dilation, Σ w_p x_p x_pᵀ equals the sum of the T diagonal blocks over patches."""
+    module, inputs = case
+    if module.kernel_size == (1, 1):
+        return
+    got = activation_moment(module, inputs, "sua")
+    patches = patches_by_loop(module, inputs).flatten(0, 1)  # [rows, taps, channels]
+    for part, want in zip(got, patches.chunk(module.groups, -1), strict=True):
+        expected = sum(want[:, t].T @ want[:, t] for t in range(want.shape[1]))
+        torch.testing.assert_close(part, expected, rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(convolutions())
+def test_kfac_factor_is_the_moment_of_looped_patches(case):
+    """The patches read by strided views are those a Python loop over locations reads, tap-major."""
+    module, inputs = case
+    got = activation_moment(module, inputs, "kfac")
+    patches = patches_by_loop(module, inputs).flatten(0, 1)
+    for part, want in zip(got, patches.chunk(module.groups, -1), strict=True):
+        rows = want.flatten(1)
+        torch.testing.assert_close(part, rows.T @ rows, rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(convolutions())
+def test_reduced_rows_are_patches_summed_over_locations(case):
+    """Under reduce, a row is the sum of an example's patches (a row per tap under SUA)."""
+    module, inputs = case
+    geometry = LayerGeometry.of(module)
+    summed = patches_by_loop(module, inputs).sum(1)  # [n, taps, channels]
+    for structure in ("kfac", "sua"):
+        layout = layout_of(module, structure)
+        got = reduced_activation_rows(to_locations(inputs, geometry), geometry, layout)
+        for part, want in zip(got, summed.chunk(module.groups, -1), strict=True):
+            expected = want.flatten(1) if layout.taps_in_features else want.flatten(0, 1)
+            torch.testing.assert_close(part, expected, rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(num_channels=st.integers(1, 9), group_size=st.integers(1, 10), structure=st.sampled_from(["kfac", "sua"]))
+def test_group_blocks_are_the_masked_factor(num_channels, group_size, structure):
+    """Blocks of channel groups are the diagonal blocks of the full factor; the ragged rest is zero."""
+    torch.manual_seed(num_channels)
+    module = nn.Conv2d(num_channels, 2, (2, 3), padding=1, bias=False).double()
+    inputs = torch.randn(3, num_channels, 4, 4, dtype=torch.float64)
+    layout = layout_of(module, structure, group_size)
+    blocks = activation_moment(module, inputs, structure, group_size)
+    full = activation_moment(module, inputs, structure)[0]
+    taps = layout.feature_taps
+    full = full.view(taps, num_channels, taps, num_channels)
+    size = layout.activation.size
+    for q, block in enumerate(blocks):
+        channels = range(q * size, min((q + 1) * size, num_channels))
+        width = len(channels)
+        want = full[:, channels.start : channels.stop, :, channels.start : channels.stop]
+        got = block.view(taps, size, taps, size)
+        torch.testing.assert_close(got[:, :width, :, :width], want, rtol=1e-9, atol=1e-9)
+        assert got[:, width:].abs().sum() == 0
+        assert got[:, :, :, width:].abs().sum() == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.integers(1, 12),
+    kernel=st.integers(1, 4),
+    stride=st.integers(1, 3),
+    dilation=st.integers(1, 3),
+)
+def test_read_counts_are_fold_of_ones(size, kernel, stride, dilation):
+    """The separable counts equal torch's fold of ones."""
+    if size < dilation * (kernel - 1) + 1:
+        return
+    unfold = {"kernel_size": (kernel, 1), "stride": (stride, 1), "dilation": (dilation, 1)}
+    ones = nn.functional.unfold(torch.ones(1, 1, size, 1), **unfold)
+    expected = nn.functional.fold(ones, (size, 1), **unfold).flatten()
+    assert read_counts(size, kernel, stride, dilation).tolist() == expected.long().tolist()
+
+
+def test_sua_is_kfac_on_one_by_one_kernels():
+    """1×1 kernels have one tap, so both structures give the same blocks, at any stride."""
+    for stride in (1, 2, 3):
+        module = nn.Conv2d(4, 3, 1, stride=stride).double()
+        inputs = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+        sua, kfac = (activation_moment(module, inputs, name) for name in ("sua", "kfac"))
+        torch.testing.assert_close(sua, kfac, rtol=0, atol=0)
+        assert sua.shape[-1] == 5  # four channels and the homogeneous coordinate
+
+
+@pytest.mark.parametrize("reduce", [False, True])
+def test_gradient_rows_keep_convolution_and_channel_groups_apart(reduce):
+    """The gradient factor's blocks are the masked moments of the output gradients."""
+    module = nn.Conv2d(4, 10, 3, groups=2).double()
+    grads = torch.randn(3, 10, 4, 2, dtype=torch.float64)
+    layout = layout_of(module, "kfac", group_size=2)
+    rows = gradient_rows(to_locations(grads, LayerGeometry.of(module)), layout, reduce=reduce)
+    assert rows.shape == (6, 3 if reduce else 24, 2)
+    flat = grads.flatten(2).transpose(1, 2)
+    flat = flat.sum(1) if reduce else flat.flatten(0, 1)
+    for index, part in enumerate(flat.chunk(2, -1)):
+        masked = (part.T @ part) * group_mask(5, 2)
+        blocks = gram(rows[3 * index : 3 * index + 3])
+        assembled = torch.block_diag(*blocks)[:5, :5]
+        torch.testing.assert_close(assembled, masked, rtol=1e-9, atol=1e-9)
+
+
+def test_chunks_of_examples_give_the_same_moment(monkeypatch):
+    """Large batches are taken in chunks without changing the sum."""
+    module = nn.Conv2d(3, 2, 3, padding=1, bias=False).double()
+    inputs = torch.randn(7, 3, 5, 5, dtype=torch.float64)
+    whole = activation_moment(module, inputs, "kfac")
+    monkeypatch.setattr("kfac_sua.preconditioner.factors.MAX_PATCH_ELEMENTS", 2 * 5 * 5 * 27)
+    geometry, layout = LayerGeometry.of(module), layout_of(module, "kfac")
+    chunks = list(activation_rows(to_locations(inputs, geometry), geometry, layout))
+    assert [chunk.shape[1] for chunk in chunks] == [50, 50, 50, 25]
+    torch.testing.assert_close(sum(gram(chunk) for chunk in chunks), whole, rtol=1e-12, atol=1e-12)
+
+
+def test_sequences_are_locations():
+    """Extra dimensions of a Linear layer's input count as locations."""
+    module = nn.Linear(3, 2)
+    inputs = torch.randn(4, 5, 6, 3)
+    assert to_locations(inputs, LayerGeometry.of(module)).shape == (4, 30, 1, 3)
+    assert locations_of(module, inputs).shape == (4, 30, 1, 3)
+
+
+@given(num_channels=st.integers(1, 20), group_size=st.integers(1, 25))
+def test_split_and_merge_are_inverse(num_channels, group_size):
+    """Splitting pads the last group with zeros, merging drops exactly that."""
+    groups = ChannelGroups.of(num_channels, group_size)
+    values = torch.arange(2.0 * num_channels).view(2, num_channels) + 1
+    split = groups.split(values)
+    assert split.shape == (2, groups.count, groups.size)
+    assert split.count_nonzero() == values.numel()
+    assert torch.equal(groups.merge(split), values)
