@@ -1,0 +1,192 @@
+"""Mini-batches drawn, augmented and normalised on the device that holds the images.
+
+CIFAR fits on any device as uint8 (150 MB), so no worker processes and no copy per step are needed. Random
+numbers are drawn on the CPU, once per epoch, from a generator fixed by the run's seed and the epoch: the same
+batches come on every device, and a resumed run needs no saved random state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kfac_sua.data.splits import DataError, ImageSet
+
+AUGMENTATIONS = ("none", "flip_crop")
+CROP_PADDING = 4  # pixels on every side
+
+
+def epoch_generator(seed: int, epoch: int, purpose: str) -> torch.Generator:
+    """Return a CPU generator that depends on nothing but its arguments.
+
+    Args:
+        seed: Seed of the run.
+        epoch: Epoch, counted from 0.
+        purpose: What the numbers are for (``"order"``, ``"augmentation"``), so that two uses never share a
+            stream.
+
+    Returns:
+        A new generator, seeded from the SHA-256 of ``"<purpose>/<seed>/<epoch>"``; unlike ``seed + epoch``,
+        this does not repeat the stream of a neighbouring seed.
+    """
+    digest = hashlib.sha256(f"{purpose}/{seed}/{epoch}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+
+
+def draw_flip_crop(num_images: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw a flip and a crop for every image, uniformly.
+
+    Args:
+        num_images: Number of images.
+        generator: CPU generator.
+
+    Returns:
+        Whether to flip, ``[num_images]``, bool; and the row and column at which the crop starts in the padded
+        image, ``[num_images, 2]``, int64, from 0 to ``2 * CROP_PADDING`` inclusive.
+    """
+    flips = torch.rand(num_images, generator=generator) < 0.5
+    offsets = torch.randint(0, 2 * CROP_PADDING + 1, (num_images, 2), generator=generator)
+    return flips, offsets
+
+
+def flip_crop(images: Tensor, flips: Tensor, offsets: Tensor) -> Tensor:
+    """Pad every image with zeros, crop it back to its size, and flip some crops left to right.
+
+    Zero is the channel mean of normalised images, so padding adds no edge. One gather does all images at
+    once, where a batched torchvision ``RandomCrop`` would give the whole batch the same crop.
+
+    Args:
+        images: Normalised images, ``[batch, channels, height, width]``, floating point.
+        flips: Whether to flip each image, ``[batch]``, bool, on the same device.
+        offsets: Row and column of each crop within the padded image, ``[batch, 2]``, int64, on the same
+            device.
+
+    Returns:
+        A tensor of the shape and dtype of ``images``.
+    """
+    height, width = images.shape[-2:]
+    padded = F.pad(images, [CROP_PADDING] * 4)
+    rows = offsets[:, :1] + torch.arange(height, device=images.device)  # [batch, height]
+    columns = torch.arange(width, device=images.device)
+    columns = offsets[:, 1:] + torch.where(flips[:, None], width - 1 - columns, columns)  # [batch, width]
+    batch = torch.arange(len(images), device=images.device)
+    # Indices on both sides of a slice move the sliced axis to the end: [batch, height, width, channels].
+    crops = padded[batch[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    return crops.permute(0, 3, 1, 2)
+
+
+class BatchLoader:
+    """Serve one image set in mini-batches, shuffled for training or in order for evaluation.
+
+    Args:
+        images: The image set; copied to ``device`` once, as uint8.
+        mean: Channel means, ``[channels]``, in units of [0, 1] grey levels; usually ``Splits.mean``.
+        std: Channel standard deviations, ``[channels]``, in the same units.
+        batch_size: Images per training mini-batch; ``None`` for a loader that only serves ``sequential``.
+        device: Where images are kept and batches are made.
+        augmentation: ``"none"``, or ``"flip_crop"`` for random horizontal flips and 4-pixel shifts while
+            training.
+        memory_format: Layout of the batches.
+
+    Raises:
+        DataError: If the set is empty or smaller than ``batch_size``, or the augmentation is unknown.
+
+    Reference: Laurent et al. (2018), Sec. 3: mini-batches of 100, augmentation not stated (here none by
+        default).
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        mean: Tensor,
+        std: Tensor,
+        batch_size: int | None = None,
+        device: torch.device | str = "cpu",
+        augmentation: str = "none",
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> None:
+        if augmentation not in AUGMENTATIONS:
+            raise DataError(f"dataset.augmentation must be one of {', '.join(AUGMENTATIONS)}, got '{augmentation}'.")
+        _check_batch_size(batch_size, len(images))
+        self.batch_size = batch_size
+        self.augmentation = augmentation
+        self.memory_format = memory_format
+        self._images = images.images.to(device).contiguous(memory_format=memory_format)
+        self._labels = images.labels.to(device)
+        # In units of 0 to 255, which saves dividing every batch by 255: [channels, 1, 1].
+        self._mean = (mean * 255).to(device)[:, None, None]
+        self._std = (std * 255).to(device)[:, None, None]
+
+    def __len__(self) -> int:
+        """Return the number of training mini-batches per epoch."""
+        return len(self._labels) // self._training_batch_size()
+
+    def epoch(self, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the shuffled, augmented mini-batches of one epoch; a last incomplete one is left out.
+
+        Args:
+            seed: Seed of the run.
+            epoch: Epoch, counted from 0; with ``seed`` it fixes order and augmentation.
+
+        Yields:
+            Inputs, ``[batch, channels, height, width]``, float32, normalised, in ``memory_format``; and
+            labels, ``[batch]``, int64.
+
+        Raises:
+            ValueError: If the loader was made without a ``batch_size``.
+        """
+        batch_size, device = self._training_batch_size(), self._labels.device
+        order = torch.randperm(len(self._labels), generator=epoch_generator(seed, epoch, "order")).to(device)
+        if self.augmentation == "flip_crop":
+            flips, offsets = draw_flip_crop(len(order), epoch_generator(seed, epoch, "augmentation"))
+            flips, offsets = flips.to(device), offsets.to(device)
+        for start in range(0, len(self) * batch_size, batch_size):
+            batch = slice(start, start + batch_size)
+            inputs = self._normalised(self._images[order[batch]])
+            if self.augmentation == "flip_crop":
+                inputs = flip_crop(inputs, flips[batch], offsets[batch])
+            yield inputs.contiguous(memory_format=self.memory_format), self._labels[order[batch]]
+
+    def sequential(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield all images once, in order and without augmentation; the last mini-batch may be smaller.
+
+        Args:
+            batch_size: Images per mini-batch, at least 1; may exceed the number of images.
+
+        Yields:
+            Inputs and labels as from :meth:`epoch`.
+
+        Raises:
+            ValueError: If ``batch_size`` is less than 1.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        for start in range(0, len(self._labels), batch_size):
+            batch = slice(start, start + batch_size)
+            inputs = self._normalised(self._images[batch])
+            yield inputs.contiguous(memory_format=self.memory_format), self._labels[batch]
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        """Convert grey levels to float32 with zero mean and unit variance per channel."""
+        return images.float().sub_(self._mean).div_(self._std)
+
+    def _training_batch_size(self) -> int:
+        """Return the size of training mini-batches, which a loader for evaluation does not have."""
+        if self.batch_size is None:
+            raise ValueError("This BatchLoader has no batch_size and only serves sequential(); pass batch_size.")
+        return self.batch_size
+
+
+def _check_batch_size(batch_size: int | None, num_images: int) -> None:
+    """Refuse an empty set, and training mini-batches that the set cannot fill."""
+    if num_images == 0:
+        raise DataError("The image set is empty; raise dataset.train_size or dataset.validation_size.")
+    if batch_size is not None and not 1 <= batch_size <= num_images:
+        raise DataError(
+            f"batch_size must be between 1 and {num_images}, the number of images, got {batch_size}; "
+            "lower batch_size or raise dataset.train_size."
+        )

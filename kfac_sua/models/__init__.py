@@ -1,0 +1,7 @@
+"""The paper's networks for 32×32 images, and a tiny one for tests; convolutions never carry a bias."""
+
+from kfac_sua.models.preact_resnet import PreActResNet50
+from kfac_sua.models.tiny import TinyConvNet
+from kfac_sua.models.vgg import VGG11
+
+__all__ = ["VGG11", "PreActResNet50", "TinyConvNet"]
