@@ -1,0 +1,134 @@
+"""From configuration to objects: plain look-ups by name, the only place where both are known."""
+
+import torch
+from torch import nn
+
+from kfac_sua.config import (
+    Config,
+    ConfigError,
+    DatasetConfig,
+    DatasetName,
+    Device,
+    KroneckerConfig,
+    ModelConfig,
+    ModelName,
+    OptimizerConfig,
+    PreconditionerConfig,
+    settings_error,
+)
+from kfac_sua.data import Splits, load_archive, load_digits, make_splits
+from kfac_sua.models import VGG11, PreActResNet50, TinyConvNet
+from kfac_sua.preconditioner import KroneckerPreconditioner
+
+MODELS = {
+    ModelName.vgg11: VGG11,
+    ModelName.preact_resnet50: PreActResNet50,
+    ModelName.tiny: TinyConvNet,
+}
+
+
+def choose_device(device: Device) -> torch.device:
+    """Return the device to train on.
+
+    Args:
+        device: ``auto`` takes CUDA where there is a usable device.
+
+    Returns:
+        The device, of type ``cpu`` or ``cuda``.
+
+    Raises:
+        ConfigError: If CUDA is asked for and there is none.
+    """
+    has_cuda = torch.cuda.is_available()
+    if device is Device.cuda and not has_cuda:
+        raise ConfigError("device=cuda, but PyTorch finds no usable CUDA device here; use device=cpu or device=auto.")
+    return torch.device("cuda" if has_cuda and device is not Device.cpu else "cpu")
+
+
+def build_splits(config: DatasetConfig) -> Splits:
+    """Load a data set and split it.
+
+    Args:
+        config: Which data set, and how to split it.
+
+    Returns:
+        Training, validation and test images.
+
+    Raises:
+        DataError: If the data set is missing or damaged, or too small for the split.
+    """
+    is_embedded = config.name is DatasetName.digits
+    train, test, class_names = load_digits() if is_embedded else load_archive(config.name.value, config.data_dir)
+    return make_splits(
+        train,
+        test,
+        class_names,
+        validation_size=config.validation_size,
+        train_size=config.train_size,
+        split_seed=config.split_seed,
+    )
+
+
+def build_model(config: Config, num_classes: int, device: torch.device) -> nn.Module:
+    """Return the network, initialised on the CPU so that a seed gives the same weights on every device.
+
+    Args:
+        config: Which network, and the memory layout of its convolutions.
+        num_classes: Number of outputs.
+        device: Where it goes.
+
+    Returns:
+        The network, in training mode.
+    """
+    model = _make_model(config.model, num_classes)
+    return model.to(device).to(memory_format=memory_format(config))
+
+
+def memory_format(config: Config) -> torch.memory_format:
+    """Return the layout of images and convolution weights."""
+    return torch.channels_last if config.channels_last else torch.contiguous_format
+
+
+def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """Return the optimizer over all parameters.
+
+    Args:
+        config: Which optimizer, with its settings.
+        model: The network, already on its device.
+
+    Returns:
+        The optimizer.
+    """
+    return torch.optim.SGD(
+        model.parameters(),
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=config.nesterov,
+    )
+
+
+def build_preconditioner(config: PreconditionerConfig, model: nn.Module, seed: int) -> KroneckerPreconditioner | None:
+    """Return the preconditioner, or None for the baseline.
+
+    Args:
+        config: Its settings.
+        model: The network, already on its device.
+        seed: Seed of sampled labels.
+
+    Returns:
+        The preconditioner, hooked into the network.
+
+    Raises:
+        ConfigError: If the settings do not fit the network, such as a pattern in ``skip`` that matches no layer.
+    """
+    if not isinstance(config, KroneckerConfig):
+        return None
+    try:
+        return KroneckerPreconditioner(model, settings=config.settings(), seed=seed)
+    except ValueError as error:
+        raise settings_error(error) from error
+
+
+def _make_model(config: ModelConfig, num_classes: int) -> nn.Module:
+    return MODELS[config.name](num_classes, width=config.width)

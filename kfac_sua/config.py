@@ -1,0 +1,207 @@
+"""Configuration of a training run: the typed schema and its registration with Hydra.
+
+Types live here, values in ``configs/*.yaml``, checks of values in ``checks.py``.
+"""
+
+import dataclasses
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+
+from kfac_sua.preconditioner.settings import Choice, KroneckerSettings
+
+# A wheel carries the YAML files inside the package; a checkout has them at its root.
+_PACKAGED = Path(__file__).resolve().parent / "configs"
+CONFIG_DIR = _PACKAGED if _PACKAGED.is_dir() else _PACKAGED.parents[1] / "configs"
+CONFIG_NAME = "config"
+VERSION_BASE = "1.3"
+
+
+class ConfigError(Exception):
+    """A configuration that cannot be run; the message is one sentence naming key, value and cure."""
+
+
+class Device(Choice):
+    """Where to train."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class ProgressStyle(Choice):
+    """How a run shows that it is alive."""
+
+    auto = "auto"
+    bar = "bar"
+    lines = "lines"
+    none = "none"
+
+
+class ModelName(Choice):
+    """The networks."""
+
+    vgg11 = "vgg11"
+    preact_resnet50 = "preact_resnet50"
+    tiny = "tiny"
+
+
+class DatasetName(Choice):
+    """The data sets."""
+
+    cifar10 = "cifar10"
+    cifar100 = "cifar100"
+    digits = "digits"
+
+
+class Augmentation(Choice):
+    """What happens to training images."""
+
+    none = "none"
+    flip_crop = "flip_crop"
+
+
+class PreconditionerName(Choice):
+    """The five curves of Figure 1."""
+
+    baseline = "baseline"
+    kfac = "kfac"
+    sua = "sua"
+    grouped = "grouped"
+    sua_grouped = "sua_grouped"
+
+
+class OptimizerName(Choice):
+    """The optimizers."""
+
+    sgd = "sgd"
+
+
+class ScheduleName(Choice):
+    """The learning-rate schedules."""
+
+    constant = "constant"
+    step = "step"
+    cosine = "cosine"
+
+
+@dataclasses.dataclass(kw_only=True)
+class ModelConfig:
+    """Which network; see ``configs/model``."""
+
+    name: ModelName
+    width: float
+
+
+@dataclasses.dataclass(kw_only=True)
+class DatasetConfig:
+    """Which images, how they are split and augmented; see ``configs/dataset``."""
+
+    name: DatasetName
+    data_dir: str
+    validation_size: int
+    train_size: int | None
+    train_eval_size: int | None
+    augmentation: Augmentation
+    split_seed: int
+
+
+@dataclasses.dataclass(kw_only=True)
+class PreconditionerConfig:
+    """The baseline, which has no settings; :class:`KroneckerConfig` is everything else."""
+
+    name: PreconditionerName
+
+
+@dataclasses.dataclass(kw_only=True)
+class KroneckerConfig(PreconditionerConfig, KroneckerSettings):
+    """All settings of the preconditioner; see ``configs/preconditioner`` and :class:`KroneckerSettings`."""
+
+    allow_exact_fisher: bool = False
+
+    def settings(self) -> KroneckerSettings:
+        """Return what the preconditioner itself takes, without the keys of the command line."""
+        names = (field.name for field in dataclasses.fields(KroneckerSettings))
+        return KroneckerSettings(**{name: getattr(self, name) for name in names})
+
+
+@dataclasses.dataclass(kw_only=True)
+class OptimizerConfig:
+    """The optimizer around the preconditioner; see ``configs/optimizer``."""
+
+    name: OptimizerName
+    lr: float
+    momentum: float
+    weight_decay: float
+    nesterov: bool
+
+
+@dataclasses.dataclass(kw_only=True)
+class ScheduleConfig:
+    """A schedule without settings: ``constant`` and ``cosine``."""
+
+    name: ScheduleName
+
+
+@dataclasses.dataclass(kw_only=True)
+class StepScheduleConfig(ScheduleConfig):
+    """The learning rate times ``gamma`` after each of the ``milestones``, in epochs."""
+
+    milestones: list[int]
+    gamma: float
+
+
+@dataclasses.dataclass(kw_only=True)
+class Config:
+    """Everything that defines a run; see ``configs/config.yaml``."""
+
+    seed: int
+    device: Device
+    epochs: int
+    batch_size: int
+    evaluation_batch_size: int
+    channels_last: bool
+    num_threads: int | None
+    output_dir: str
+    progress: ProgressStyle
+    model: ModelConfig
+    dataset: DatasetConfig
+    preconditioner: PreconditionerConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+
+
+def register_schema() -> None:
+    """Store the schema where the defaults lists of ``configs`` find it."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    store.store(group="schema", name="kronecker", node=KroneckerConfig)
+    store.store(group="schema", name="step", node=StepScheduleConfig)
+
+
+register_schema()
+
+
+def to_plain(config: Any) -> Any:
+    """Return a configuration, or a part of one, as dictionaries, lists, strings, numbers, booleans and None."""
+    if dataclasses.is_dataclass(config):
+        names = (field.name for field in dataclasses.fields(config))
+        return {name: to_plain(getattr(config, name)) for name in names}
+    if isinstance(config, list):
+        return [to_plain(item) for item in config]
+    return config.value if isinstance(config, Enum) else config
+
+
+def settings_error(error: ValueError) -> ConfigError:
+    """Return an error of the preconditioner package with the key as the command line spells it.
+
+    Args:
+        error: Raised by the package, which does not know in which node its settings stand; its message begins with
+            the name of the setting at fault, if there is one.
+    """
+    message = str(error)
+    names = {field.name for field in dataclasses.fields(KroneckerSettings)}
+    is_setting = message.replace("=", " ").split(" ")[0] in names
+    return ConfigError(f"preconditioner.{message}" if is_setting else message)

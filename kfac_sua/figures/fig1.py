@@ -1,0 +1,342 @@
+"""Figure 1 of the paper: training loss per epoch (left) and validation error against training time (right).
+
+Command line: ``python -m kfac_sua.figures.fig1 RUNS_ROOT --out DIR [--title T] [--methods sua kfac]``.
+
+Lines are means over seeds and bands run from the lowest to the highest seed, which with the usual three to
+five seeds says more than an estimated standard deviation. Only runs of equal outcome are averaged: a method's
+finished seeds, or, if all of its seeds diverged, these, up to their last common finite epoch, which a cross
+marks. The legend counts the seeds that diverged or are still running.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from kfac_sua.figures.style import METHODS, apply_style
+from kfac_sua.runs.collect import (
+    CollectError,
+    collect_runs,
+    final_table,
+    format_table,
+    require_runs,
+    select_best,
+)
+from kfac_sua.runs.record import RecordError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from numpy.typing import NDArray
+
+
+class FigureError(Exception):
+    """A table from which the figure cannot be drawn; the message is one sentence."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """One line with its band: exactly the plotted numbers, each array ``[points]``.
+
+    Attributes:
+        x: Epochs or training seconds.
+        mean: Mean over seeds.
+        low: Lowest seed.
+        high: Highest seed.
+        seeds: Number of seeds in the mean.
+    """
+
+    x: "NDArray[np.float64]"
+    mean: "NDArray[np.float64]"
+    low: "NDArray[np.float64]"
+    high: "NDArray[np.float64]"
+    seeds: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What is drawn for one method.
+
+    Attributes:
+        name: Name of the preconditioner.
+        counts: Number of runs per status, in the order finished, diverged, running; none is zero.
+        setting: What the plotted runs have in common, for the CSV.
+        loss: Training loss in nats against epochs.
+        error: Validation error in percent against training seconds.
+    """
+
+    name: str
+    counts: dict[str, int]
+    setting: dict[str, Any]
+    loss: Curve
+    error: Curve
+
+    @property
+    def has_finished(self) -> bool:
+        """Whether the curves come from finished runs; otherwise all that ended have diverged."""
+        return "finished" in self.counts
+
+
+def loss_curve(runs: pd.DataFrame) -> Curve:
+    """Return the training loss per epoch, over the epochs that all seeds have reached.
+
+    Args:
+        runs: Rows of ``collect_runs`` of one setting, finite, one run per seed.
+
+    Returns:
+        Epochs against nats.
+    """
+    by_seed = runs.pivot(index="epoch", columns="seed", values="train_loss").dropna()
+    return _curve(by_seed.index.to_numpy(dtype=float), by_seed.to_numpy(dtype=float))
+
+
+def error_curve(runs: pd.DataFrame) -> Curve:
+    """Return the validation error against training time.
+
+    Every seed is interpolated linearly between its epochs' ends, because the question is what error is
+    reached after so many seconds; averaging each epoch's time would average errors measured at different
+    times. The common grid is the union of all seeds' epoch ends, where the mean of the interpolated curves
+    has its corners, within the interval that all seeds cover: nothing is extrapolated.
+
+    Args:
+        runs: Rows of ``collect_runs`` of one setting, finite, one run per seed.
+
+    Returns:
+        Seconds against percent; empty if no time is covered by all seeds.
+    """
+    seeds = [run.sort_values("epoch") for _, run in runs.groupby("seed")]
+    times = [run["train_time_s"].to_numpy(dtype=float) for run in seeds]
+    errors = [100 * run["val_error"].to_numpy(dtype=float) for run in seeds]
+    if not seeds:
+        return _curve(np.empty(0), np.empty((0, 0)))
+    grid = np.unique(np.concatenate(times))
+    grid = grid[(grid >= max(time[0] for time in times)) & (grid <= min(time[-1] for time in times))]
+    columns = [np.interp(grid, time, error) for time, error in zip(times, errors, strict=True)]
+    return _curve(grid, np.stack(columns, axis=1))  # [points, seeds]
+
+
+def draw_figure1(frame: pd.DataFrame, out_dir: Path, title: str | None = None) -> list[Path]:
+    """Draw Figure 1 for all methods in a table.
+
+    Args:
+        frame: Rows of ``collect_runs``: one data set, one model, one setting per method (see ``select_best``).
+        out_dir: Directory of the files, made if missing.
+        title: Line above the panels.
+
+    Returns:
+        Paths of fig1.png (200 dpi), fig1.svg (same table, same bytes) and fig1.csv (the plotted numbers).
+
+    Raises:
+        FigureError: If there are several data sets, models or settings of a method, an unknown method, or no
+            training time covered by all finished seeds of a method.
+        CollectError: If a method has no run that has ended.
+    """
+    _check(frame)
+    names = [name for name in METHODS if name in set(frame["preconditioner"])]
+    require_runs(frame, names)
+    methods = [_method(name, frame[frame["preconditioner"] == name]) for name in names]
+    out_dir.mkdir(parents=True, exist_ok=True)
+    paths = [out_dir / f"fig1.{suffix}" for suffix in ("png", "svg", "csv")]
+    _draw(methods, title, paths[:2])
+    _plotted_numbers(methods).to_csv(paths[2], index=False)
+    return paths
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Draw Figure 1 from the best setting per method of all runs below a directory.
+
+    Args:
+        arguments: Command line without the program's name; None reads it from the process.
+    """
+    parser = argparse.ArgumentParser(prog="python -m kfac_sua.figures.fig1", description="Draw Figure 1.")
+    parser.add_argument("root", type=Path, metavar="RUNS_ROOT", help="directory searched for runs")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of the files")
+    parser.add_argument("--title", help="line above the panels")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    options = parser.parse_args(arguments)
+    try:
+        frame = collect_runs(options.root)
+        require_runs(frame, options.methods)
+        best = select_best(frame[frame["preconditioner"].isin(options.methods)])
+        paths = draw_figure1(best, options.out, options.title)
+    except (CollectError, RecordError, FigureError) as error:
+        raise SystemExit(str(error)) from error
+    except OSError as error:
+        raise SystemExit(f"Cannot write the figure to {options.out}: {error.strerror or error}.") from error
+    settings = frame.loc[frame["preconditioner"].isin(options.methods), "fingerprint"].nunique()
+    print(f"Best setting per method, by the lowest mean validation error, of {settings} settings:")
+    print(format_table(final_table(best)))
+    print(f"Wrote {', '.join(map(str, paths))}.")
+
+
+def _check(frame: pd.DataFrame) -> None:
+    """Raise unless the table holds one data set, one model and one setting per known method."""
+    unknown = sorted(set(frame["preconditioner"]) - METHODS.keys())
+    if unknown:
+        raise FigureError(f"No style for method {unknown[0]!r}; known are {', '.join(METHODS)}.")
+    for column in ("dataset", "model"):
+        values = sorted(set(frame[column]))
+        if len(values) != 1:
+            found = ", ".join(values) or "none"
+            raise FigureError(f"Figure 1 needs runs of one {column}, got {found}; give the directory of one.")
+    settings = frame.groupby("preconditioner")["fingerprint"].nunique()
+    for name in settings.index[settings > 1]:
+        count = settings[name]
+        raise FigureError(f"Method {name!r} has {count} settings; keep one, for example by select_best.")
+
+
+def _method(name: str, rows: pd.DataFrame) -> Method:
+    """Return what is drawn for a method: its finished runs or, without one, the diverged."""
+    numbers = rows.drop_duplicates("run")["status"].value_counts()
+    counts = {status: int(numbers[status]) for status in ("finished", "diverged", "running") if status in numbers}
+    runs = rows[rows["status"] == next(iter(counts))]
+    keys = ("dataset", "model", "base_lr", "damping", "fingerprint", "status")
+    setting = {key: runs[key].iloc[0] for key in keys}
+    finite = _common_finite_epochs(runs)
+    method = Method(name, counts, setting, loss_curve(finite), error_curve(finite))
+    if method.has_finished and not len(method.error.x):
+        raise FigureError(
+            f"No training time is covered by all seeds of {name!r}, so their errors cannot be averaged;"
+            " run more epochs, on the same device for all seeds."
+        )
+    return method
+
+
+def _common_finite_epochs(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows up to the last epoch that every run has reached without a non-finite number."""
+    measured = runs[["train_loss", "val_error", "train_time_s"]].to_numpy(dtype=float)
+    is_finite = pd.Series(np.isfinite(measured).all(axis=1), index=runs.index)
+    intact = is_finite.groupby(runs["run"]).cummin().astype(bool)
+    last_epochs = runs["epoch"].where(intact, 0).groupby(runs["run"]).max()
+    return runs[intact & (runs["epoch"] <= last_epochs.min())]
+
+
+def _curve(x: "NDArray[np.float64]", by_seed: "NDArray[np.float64]") -> Curve:
+    """Return mean and range over the columns of ``[points, seeds]``."""
+    if not by_seed.size:
+        nothing = np.empty(0)
+        return Curve(nothing, nothing, nothing, nothing, seeds=0)
+    return Curve(x, by_seed.mean(axis=1), by_seed.min(axis=1), by_seed.max(axis=1), by_seed.shape[1])
+
+
+def _plotted_numbers(methods: list[Method]) -> pd.DataFrame:
+    """Return one row per plotted point."""
+    rows = [
+        {"panel": panel, "method": method.name, "x": x, "mean": mean, "low": low, "high": high}
+        | {"seeds": curve.seeds}
+        | method.setting
+        for method in methods
+        for panel, curve in (("train_loss_nats_per_epoch", method.loss), ("val_error_percent_per_s", method.error))
+        for x, mean, low, high in zip(curve.x, curve.mean, curve.low, curve.high, strict=True)
+    ]
+    columns = ["panel", "method", "x", "mean", "low", "high", "seeds", *methods[0].setting]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _draw(methods: list[Method], title: str | None, paths: list[Path]) -> None:
+    """Draw both panels and save them; matplotlib is imported here because only drawing needs it."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # the reader's own matplotlibrc must not change the figure
+        apply_style()
+        # Without pyplot: no window, no global state, and PNG is drawn by Agg whatever the backend.
+        figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+        loss_axes, error_axes = figure.subplots(1, 2)
+        _draw_loss_panel(loss_axes, methods)
+        _draw_error_panel(error_axes, methods)
+        labels, legend_title = _legend_texts(methods)
+        columns = 2 if "(" in "".join(labels) else len(labels)
+        lines = loss_axes.get_lines()[: len(methods)]
+        figure.legend(lines, labels, title=legend_title, loc="outside lower center", ncols=columns)
+        if title:
+            figure.suptitle(title)
+        for path in paths:
+            figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def _draw_loss_panel(axes: "Axes", methods: list[Method]) -> None:
+    """Draw the left panel; a logarithmic axis, where the losses span a decade, tells small ones apart."""
+    from matplotlib.ticker import MaxNLocator
+
+    curves = [method.loss for method in methods]
+    _draw_lines(axes, methods, curves)
+    low, high, _ = _extent(methods, curves)
+    if low > 0 and high > 10 * low:
+        axes.set_yscale("log")
+        margin = (high / low) ** 0.04
+        axes.set_ylim(low / margin, high * margin)
+    else:
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low) + 1e-9)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axes.set(xlabel="Epoch", ylabel="Training loss (nats)")
+    _draw_crosses(axes, methods, curves)
+
+
+def _draw_error_panel(axes: "Axes", methods: list[Method]) -> None:
+    """Draw the right panel; the first epochs may run off its top, as they would flatten all differences."""
+    curves = [method.error for method in methods]
+    _draw_lines(axes, methods, curves)
+    low, high, last = _extent(methods, curves)
+    top = min(high, 2 * last)
+    margin = 0.05 * max(top - low, 1.0)
+    axes.set_ylim(max(0.0, low - margin), top + margin)
+    axes.set(xlabel="Training time (s)", ylabel="Validation error (%)")
+    _draw_crosses(axes, methods, curves)
+
+
+def _extent(methods: list[Method], curves: list[Curve]) -> tuple[float, float, float]:
+    """Return the lowest, the highest and the highest last value, of finished curves where there are any.
+
+    A loss that explodes before it is non-finite must not flatten the other curves.
+    """
+    drawn = [(method.has_finished, curve) for method, curve in zip(methods, curves, strict=True) if len(curve.x)]
+    chosen = [curve for has_finished, curve in drawn if has_finished] or [curve for _, curve in drawn]
+    if not chosen:
+        return 0.0, 1.0, 1.0
+    return (
+        float(min(curve.low.min() for curve in chosen)),
+        float(max(curve.high.max() for curve in chosen)),
+        float(max(curve.high[-1] for curve in chosen)),
+    )
+
+
+def _draw_lines(axes: "Axes", methods: list[Method], curves: list[Curve]) -> None:
+    """Draw a line per method, in order, and a band where it has several seeds."""
+    for index, (method, curve) in enumerate(zip(methods, curves, strict=True)):
+        style = METHODS[method.name]
+        (line,) = axes.plot(curve.x, curve.mean, color=style.color, linestyle=style.linestyle, zorder=3)
+        # At even distances along the line, and shifted per method so that markers do not cover each other.
+        line.set(marker=style.marker, markevery=None if len(curve.x) <= 10 else (0.03 * index, 0.15))
+        if curve.seeds > 1:
+            axes.fill_between(curve.x, curve.low, curve.high, color=style.color, alpha=0.15, linewidth=0)
+    axes.set_xlim(left=0)
+
+
+def _draw_crosses(axes: "Axes", methods: list[Method], curves: list[Curve]) -> None:
+    """Mark where a method without a finished run ends, at the panel's edge if the value is beyond it."""
+    for method, curve in zip(methods, curves, strict=True):
+        if not method.has_finished and len(curve.x):
+            y = np.clip(curve.mean[-1], *axes.get_ylim())
+            color = METHODS[method.name].color
+            axes.plot(curve.x[-1], y, color=color, marker="X", markersize=8, zorder=4, clip_on=False)
+
+
+def _legend_texts(methods: list[Method]) -> tuple[list[str], str]:
+    """Return the label of each method and the legend's title, which names the seeds if all methods agree."""
+    labels = [METHODS[method.name].label for method in methods]
+    seeds = methods[0].counts.get("finished", 0)
+    if all(method.counts == {"finished": seeds} for method in methods):
+        return labels, "One seed per method" if seeds == 1 else f"Mean and range of {seeds} seeds"
+    notes = [", ".join(f"{count} {status}" for status, count in method.counts.items()) for method in methods]
+    texts = [f"{label} ({note})" for label, note in zip(labels, notes, strict=True)]
+    crosses = "" if all(method.has_finished for method in methods) else "; a cross marks divergence"
+    return texts, f"Mean and range of finished seeds{crosses}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Runs as files: what one leaves behind, how TensorBoard sees it, and how many become one table."""

@@ -1,0 +1,241 @@
+"""Many run directories as one table, and the summary of that table per setting.
+
+Command line: ``python -m kfac_sua.runs.collect outputs/runs [--csv epochs.csv]``.
+
+A *setting* is everything in the configuration but the seed; runs of one setting share a fingerprint.
+"""
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from kfac_sua.runs.record import COLUMNS, EpochRecord, RecordError, RunInfo, read_records, read_run_info
+
+SETTING_COLUMNS = ("dataset", "model", "preconditioner", "base_lr", "damping", "fingerprint")
+RUN_COLUMNS = ("run", *SETTING_COLUMNS, "seed", "status", "test_error")
+QUANTITIES = (
+    "epochs",
+    "train_loss",
+    "train_eval_loss",
+    "best_val_error",
+    "final_val_error",
+    "test_error",
+    "seconds_per_epoch",
+)
+
+
+class CollectError(Exception):
+    """Runs that are missing or do not fit together; the message is one sentence."""
+
+
+def collect_runs(root: Path) -> pd.DataFrame:
+    """Return one row per epoch of every run below a directory.
+
+    Args:
+        root: Directory searched, at any depth, for run.json.
+
+    Returns:
+        The columns of metrics.csv plus ``RUN_COLUMNS``: ``run`` is the directory relative to ``root``,
+        ``base_lr`` the configured learning rate (``lr`` is that of the epoch, under a schedule), ``damping``
+        NaN for the baseline, ``test_error`` NaN until the run has finished. A run without a complete epoch
+        has one row with epoch 0 and NaN for what is measured, so that no run is lost.
+
+    Raises:
+        CollectError: If there is no run, a directory has metrics.csv without run.json, or a run occurs twice.
+        RecordError: If a file of a run cannot be read.
+    """
+    paths = sorted(root.rglob("run.json"))
+    if not paths:
+        raise CollectError(f"No run below {root}: it has no run.json at any depth; give the directory of the runs.")
+    orphans = [path.parent for path in sorted(root.rglob("metrics.csv")) if path.with_name("run.json") not in paths]
+    if orphans:
+        raise CollectError(f"{orphans[0]} has metrics.csv but no run.json; restore it or remove the directory.")
+    frame = pd.DataFrame([row for path in paths for row in _rows(root, path)], columns=[*RUN_COLUMNS, *COLUMNS])
+    _check_unique(frame)
+    return frame
+
+
+def require_runs(frame: pd.DataFrame, names: Sequence[str]) -> None:
+    """Check that every preconditioner has a run that has ended, by finishing or by diverging.
+
+    Args:
+        frame: Result of ``collect_runs``.
+        names: Names of preconditioners, such as ``kfac``.
+
+    Raises:
+        CollectError: If one has none; the message names all of these.
+    """
+    ended = set(frame.loc[frame["status"] != "running", "preconditioner"])
+    missing = [name for name in names if name not in ended]
+    if missing:
+        running = sorted(set(frame["preconditioner"]) & set(missing))
+        note = f" ({', '.join(running)} still marked as running)" if running else ""
+        raise CollectError(
+            f"Of {len(names)} preconditioners needed, {len(missing)} have no finished run:"
+            f" {', '.join(missing)}{note}; start the missing runs, the same command resumes an interrupted one."
+        )
+
+
+def final_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per setting: how many runs ended how, and what the finished ones reached.
+
+    Args:
+        frame: Result of ``collect_runs``.
+
+    Returns:
+        ``SETTING_COLUMNS``, the counts ``finished``, ``diverged`` and ``running``, then per name in
+        ``QUANTITIES`` ``<name>_mean`` and ``<name>_std`` over the finished seeds: NaN without one, and the
+        sample standard deviation is NaN with one. Losses and ``final_val_error`` are those of the last epoch.
+    """
+    setting = list(SETTING_COLUMNS)
+    summaries = pd.DataFrame([_summary(run) for _, run in frame.groupby("run", sort=False)])
+    # dropna=False keeps the baseline, whose damping is NaN.
+    counts = summaries.groupby([*setting, "status"], dropna=False).size().unstack("status", fill_value=0)
+    counts = counts.reindex(columns=["finished", "diverged", "running"], fill_value=0)
+    is_finished = summaries["status"] == "finished"
+    measured = summaries[setting].join(summaries[list(QUANTITIES)].astype(float).where(is_finished))
+    numbers = measured.groupby(setting, dropna=False).agg(["mean", "std"])
+    numbers.columns = numbers.columns.map("_".join)
+    return counts.join(numbers).reset_index().rename_axis(columns=None)
+
+
+def select_best(frame: pd.DataFrame, by: str = "best_val_error") -> pd.DataFrame:
+    """Keep, per data set, model and preconditioner, the runs of the best setting of a grid.
+
+    The paper reports "the best performing curves" without a criterion; here it is the lowest mean over seeds
+    on the held-out split (never the test set). A setting with a diverged seed comes after all without one,
+    and a setting whose runs are all still running is no candidate.
+
+    Args:
+        frame: Result of ``collect_runs``.
+        by: The quantity to minimise, one of ``QUANTITIES``.
+
+    Returns:
+        The rows of ``frame`` that belong to the chosen settings.
+    """
+    ended = final_table(frame[frame["status"] != "running"])
+    ranked = ended.sort_values(["diverged", f"{by}_mean", "train_loss_mean"], kind="stable")
+    best = ranked.drop_duplicates(["dataset", "model", "preconditioner"])
+    return frame[frame["fingerprint"].isin(best["fingerprint"])].reset_index(drop=True)
+
+
+def format_table(table: pd.DataFrame) -> str:
+    """Return the result of ``final_table`` as text, each quantity as mean ± standard deviation.
+
+    Args:
+        table: Result of ``final_table``.
+
+    Returns:
+        Lines for a terminal, without a newline at the end.
+    """
+    shown = table[["dataset", "model", "preconditioner", "base_lr", "damping"]].copy()
+    shown["damping"] = [f"{value:g}" if not math.isnan(value) else "-" for value in table["damping"]]
+    shown["runs"] = [_count_text(row) for _, row in table.iterrows()]
+    for name in QUANTITIES:
+        pairs = zip(table[f"{name}_mean"], table[f"{name}_std"], strict=True)
+        shown[name] = [_spread_text(mean, std) for mean, std in pairs]
+    return shown.to_string(index=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the final table of all runs below a directory.
+
+    Args:
+        arguments: Command line without the program's name; None reads it from the process.
+    """
+    parser = argparse.ArgumentParser(prog="python -m kfac_sua.runs.collect", description="Summarise finished runs.")
+    parser.add_argument("root", type=Path, help="directory searched, at any depth, for runs")
+    parser.add_argument("--csv", type=Path, metavar="OUT", help="also write one row per epoch of every run here")
+    options = parser.parse_args(arguments)
+    try:
+        frame = collect_runs(options.root)
+        if options.csv:
+            frame.to_csv(options.csv, index=False)
+    except (CollectError, RecordError) as error:
+        raise SystemExit(str(error)) from error
+    except OSError as error:
+        raise SystemExit(f"Cannot write {options.csv}: {error.strerror or error}.") from error
+    print(format_table(final_table(frame)))
+
+
+def _rows(root: Path, path: Path) -> list[dict[str, Any]]:
+    """Return the rows of one run."""
+    info, metrics = read_run_info(path), path.with_name("metrics.csv")
+    records = read_records(metrics) if metrics.exists() else []
+    epochs = [record.epoch for record in records]
+    if epochs != sorted(set(epochs)):
+        raise CollectError(f"{metrics} does not hold each epoch once, in order; remove the run and start it again.")
+    if not records and info.status == "finished":
+        raise CollectError(f"{path.parent} is marked as finished but has no epoch; remove it and start it again.")
+    run = _run_values(root, path, info)
+    return [run | dataclasses.asdict(record) for record in records] or [run | _no_epoch()]
+
+
+def _run_values(root: Path, path: Path, info: RunInfo) -> dict[str, Any]:
+    """Return what all rows of a run share, in the order of ``RUN_COLUMNS``."""
+    try:
+        preconditioner = info.config["preconditioner"]
+        name = str(preconditioner["name"])
+        return {
+            "run": path.parent.relative_to(root).as_posix(),
+            "dataset": str(info.config["dataset"]["name"]),
+            "model": str(info.config["model"]["name"]),
+            "preconditioner": name,
+            "base_lr": float(info.config["optimizer"]["lr"]),
+            "damping": math.nan if name == "baseline" else float(preconditioner["damping"]),
+            "fingerprint": info.fingerprint,
+            "seed": info.seed,
+            "status": info.status,
+            "test_error": math.nan if info.test_error is None else info.test_error,
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise CollectError(f"The config in {path} lacks or misuses a key ({error!r}); move the run away.") from error
+
+
+def _no_epoch() -> dict[str, float]:
+    """Return the metrics of a run that has not completed an epoch."""
+    nothing = EpochRecord(0, 0, *[math.nan] * (len(COLUMNS) - 2))
+    return dataclasses.asdict(nothing)
+
+
+def _check_unique(frame: pd.DataFrame) -> None:
+    """Raise if a setting has a seed twice, which would count one run twice in every mean."""
+    runs = frame.drop_duplicates("run")
+    twice = runs[runs.duplicated(["fingerprint", "seed"], keep=False)].sort_values(["fingerprint", "seed"])
+    if len(twice):
+        first, second = twice["run"].iloc[:2]
+        raise CollectError(f"{first} and {second} are the same run (equal configuration and seed); move one away.")
+
+
+def _summary(run: pd.DataFrame) -> dict[str, Any]:
+    """Return the setting, the status and the quantities of one run, whose rows are its epochs in order."""
+    last = run.iloc[-1]
+    kept = (*SETTING_COLUMNS, "status", "train_loss", "train_eval_loss", "test_error")
+    return {name: last[name] for name in kept} | {
+        "epochs": last["epoch"],
+        "best_val_error": run["val_error"].min(),
+        "final_val_error": last["val_error"],
+        "seconds_per_epoch": last["train_time_s"] / last["epoch"] if last["epoch"] else math.nan,
+    }
+
+
+def _count_text(row: "pd.Series[Any]") -> str:
+    """Return how many runs ended how, such as ``3`` or ``2 +1 diverged``."""
+    others = [f" +{row[name]} {name}" for name in ("diverged", "running") if row[name]]
+    return f"{row['finished']}{''.join(others)}"
+
+
+def _spread_text(mean: float, std: float) -> str:
+    """Return ``mean ± std`` with four significant digits; without spread where there is none."""
+    if math.isnan(mean):
+        return "-"
+    return f"{mean:.4g}" if math.isnan(std) or std == 0 else f"{mean:.4g} ± {std:.2g}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Where a run lives: a directory fixed by its configuration, so that the same command finds it again."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kfac_sua.config import Config, KroneckerConfig, to_plain
+
+# These do not change what is computed, or (seed) have their own level in the path.
+_NOT_IN_FINGERPRINT = ("seed", "output_dir", "progress", "num_threads")
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The paths of one run; nothing is created by making this object."""
+
+    path: Path
+    fingerprint: str
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def info(self) -> Path:
+        """What the run was and how it ended."""
+        return self.path / "run.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One row per epoch."""
+        return self.path / "metrics.csv"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The state after the last completed epoch."""
+        return self.path / "checkpoint.pt"
+
+
+def run_directory(config: Config, device: str) -> RunDirectory:
+    """Return ``<output_dir>/<dataset>-<model>-<preconditioner>/<cell>-<8 digits of fingerprint>/seed=<n>``.
+
+    Args:
+        config: The checked configuration.
+        device: ``cpu`` or ``cuda``, whatever ``device=auto`` came to.
+
+    Returns:
+        The directory's paths and the whole fingerprint.
+    """
+    digest = fingerprint(config, device)
+    setting = f"{config.dataset.name}-{config.model.name}-{config.preconditioner.name}"
+    cell = f"{_cell_name(config)}-{digest[:8]}"
+    return RunDirectory(Path(config.output_dir) / setting / cell / f"seed={config.seed}", digest)
+
+
+def fingerprint(config: Config, device: str) -> str:
+    """Return the SHA-256 of everything that decides a run's numbers, except its seed.
+
+    Args:
+        config: The checked configuration.
+        device: ``cpu`` or ``cuda``; numbers differ between the two.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    values = resolved(config, device)
+    for key in _NOT_IN_FINGERPRINT:
+        del values[key]
+    del values["dataset"]["data_dir"]
+    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def resolved(config: Config, device: str) -> dict[str, Any]:
+    """Return the configuration as plain values, with the device that is used instead of ``auto``.
+
+    Args:
+        config: The checked configuration.
+        device: ``cpu`` or ``cuda``.
+
+    Returns:
+        What run.json and config.yaml hold.
+    """
+    values: dict[str, Any] = to_plain(config)
+    return values | {"device": device}
+
+
+def _cell_name(config: Config) -> str:
+    """Return the readable part: what a grid usually varies."""
+    parts = {"lr": config.optimizer.lr}
+    if isinstance(config.preconditioner, KroneckerConfig):
+        parts["damping"] = config.preconditioner.damping
+    return ",".join(f"{name}={value:g}" for name, value in parts.items())

@@ -1,0 +1,319 @@
+"""What a run leaves as text: metrics.csv, one row per epoch, and run.json, what it was and how it ended.
+
+Both survive a crash at any moment: rows are appended and synchronised one at a time, so that at most the last
+one is torn, and everything else is written to a temporary file and renamed.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+
+class RecordError(Exception):
+    """A record that cannot be read or written; the message is one sentence naming the file."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EpochRecord:
+    """One row of metrics.csv.
+
+    Errors are fractions in [0, 1], losses nats, and times seconds accumulated since the run's start; training
+    seconds leave out evaluation, checkpoints and logging.
+    """
+
+    epoch: int
+    step: int
+    lr: float
+    train_loss: float
+    train_error: float
+    train_eval_loss: float
+    val_loss: float
+    val_error: float
+    train_time_s: float
+    forward_backward_s: float
+    statistics_s: float
+    inversion_s: float
+    application_s: float
+    optimizer_s: float
+
+
+COLUMN_TYPES: dict[str, type[int] | type[float]] = get_type_hints(EpochRecord)
+COLUMNS = tuple(COLUMN_TYPES)
+_HEADER = (",".join(COLUMNS) + "\n").encode("ascii")
+
+
+def append_record(path: Path, record: EpochRecord) -> None:
+    """Append one row to metrics.csv and wait until it is on disk.
+
+    The header is written when the file is new; a torn last line is overwritten.
+
+    Args:
+        path: The metrics.csv file, whose directory exists.
+        record: The epoch to append.
+
+    Raises:
+        RecordError: If the file exists and is not a metrics.csv.
+    """
+    content = path.read_bytes() if path.exists() else b""
+    size = _intact_size(path, content)
+    with path.open("r+b" if content else "wb") as file:
+        file.seek(size)
+        file.truncate()
+        file.write((b"" if size else _HEADER) + _format(record))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_records(path: Path) -> list[EpochRecord]:
+    """Return the rows of metrics.csv, without a last line that a crash has torn.
+
+    Args:
+        path: The metrics.csv file.
+
+    Returns:
+        One record per complete row, in the order of the file.
+
+    Raises:
+        RecordError: If the file is missing or not a metrics.csv, or a line but a torn last one is malformed.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise RecordError(f"Cannot read {path}: {error.strerror}.") from error
+    intact = content[: _intact_size(path, content)].removesuffix(b"\n")
+    return [_parse(path, number, line) for number, line in enumerate(intact.split(b"\n"), start=1) if number > 1]
+
+
+def rewrite_records(path: Path, records: list[EpochRecord]) -> None:
+    """Replace metrics.csv by these rows, atomically: a crash leaves either the old file or the new one.
+
+    Args:
+        path: The metrics.csv file, whose directory exists.
+        records: All rows that the file shall hold.
+    """
+    _write_atomically(path, _HEADER + b"".join(_format(record) for record in records))
+
+
+def _format(record: EpochRecord) -> bytes:
+    """Return the row of a record; ``repr`` gives the shortest text that reads back as the same float."""
+    values = (repr(kind(getattr(record, name))) for name, kind in COLUMN_TYPES.items())
+    return (",".join(values) + "\n").encode("ascii")
+
+
+def _parse(path: Path, number: int, line: bytes) -> EpochRecord:
+    """Return the record of one line, or say which line of which file is not one."""
+    try:
+        texts = line.decode("ascii").split(",")
+        values = [kind(text) for kind, text in zip(COLUMN_TYPES.values(), texts, strict=True)]
+    except ValueError as error:
+        raise RecordError(
+            f"{path}, line {number}: expected {len(COLUMNS)} numbers separated by commas, got"
+            f" {line.decode(errors='replace')!r}; restore the file, or remove the run and start it again."
+        ) from error
+    return EpochRecord(*values)  # type: ignore[arg-type]  # int and float in the order of the fields
+
+
+def _intact_size(path: Path, content: bytes) -> int:
+    """Return how many leading bytes are complete lines; zero for an empty file or a torn header."""
+    if not content.startswith(_HEADER):
+        if _HEADER.startswith(content):
+            return 0
+        raise RecordError(
+            f"{path}, line 1: expected the header of metrics.csv, got {content[:60].splitlines()[0]!r};"
+            " the file was not written by this version, so move it away."
+        )
+    end = content.rfind(b"\n") + 1
+    if end < len(content):
+        return end
+    start = content.rfind(b"\n", 0, end - 1) + 1
+    is_short = start > 0 and content[start:end].count(b",") < len(COLUMNS) - 1
+    return start if is_short else end
+
+
+@dataclasses.dataclass
+class RunInfo:
+    """Content of run.json: what the run was, where it ran and how it ended.
+
+    Attributes:
+        status: ``running`` until the end; ``diverged`` after a non-finite loss.
+        config: The resolved configuration, as plain dictionaries.
+        fingerprint: Digest of the configuration without the seed: runs that differ only in the seed share it.
+        seed: Seed of the run.
+        commit: Commit of the source, with ``+dirty`` for uncommitted changes; None outside a git checkout.
+        versions: Version per package; None for a package that is not installed.
+        device: ``cpu`` or ``cuda``.
+        device_name: Name of the processor or the GPU.
+        num_threads: Threads that PyTorch uses on the CPU.
+        started: Start of the first attempt, ISO 8601 with time zone.
+        finished: End of the run, ISO 8601 with time zone.
+        test_loss: Loss on the test set in nats, measured once, at the end.
+        test_error: Misclassification rate on the test set in [0, 1], measured once, at the end.
+        diverged_at_epoch: Epoch of the first non-finite loss.
+    """
+
+    status: Literal["running", "finished", "diverged"]
+    config: dict[str, Any]
+    fingerprint: str
+    seed: int
+    commit: str | None
+    versions: dict[str, str | None]
+    device: str
+    device_name: str
+    num_threads: int
+    started: str
+    finished: str | None = None
+    test_loss: float | None = None
+    test_error: float | None = None
+    diverged_at_epoch: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the type of every field, since run.json may come from elsewhere.
+
+        Raises:
+            RecordError: If a field has a value of another type.
+        """
+        for name, hint in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if not _matches(value, hint):
+                wanted = hint.__name__ if isinstance(hint, type) else str(hint).removeprefix("typing.")
+                raise RecordError(f"{name} must be {wanted}, got {value!r}.")
+
+
+def write_run_info(path: Path, info: RunInfo) -> None:
+    """Write run.json atomically.
+
+    Args:
+        path: The run.json file, whose directory exists.
+        info: What to write; its ``config`` must hold plain JSON types.
+
+    Raises:
+        RecordError: If the configuration holds something that JSON cannot.
+    """
+    try:
+        text = json.dumps(dataclasses.asdict(info), indent=2)
+    except TypeError as error:
+        raise RecordError(f"Cannot write {path}: {error}; resolve the configuration to plain types first.") from error
+    _write_atomically(path, (text + "\n").encode())
+
+
+def read_run_info(path: Path) -> RunInfo:
+    """Return the content of run.json.
+
+    Args:
+        path: The run.json file.
+
+    Returns:
+        The content, with every field checked.
+
+    Raises:
+        RecordError: If the file is missing, is not JSON, or does not hold exactly the fields of ``RunInfo``.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecordError(f"Cannot read {path}: {error.strerror}.") from error
+    except ValueError as error:
+        raise RecordError(
+            f"{path} is not valid JSON ({error}); delete the run's directory and run it again."
+        ) from error
+    names = {field.name for field in dataclasses.fields(RunInfo)}
+    if not isinstance(content, dict) or content.keys() != names:
+        got = ", ".join(sorted(names ^ content.keys())) if isinstance(content, dict) else type(content).__name__
+        raise RecordError(f"{path} was not written by this version: missing or unknown fields ({got}); move it away.")
+    try:
+        return RunInfo(**content)
+    except RecordError as error:
+        raise RecordError(f"{path}: {error}") from error
+
+
+def _matches(value: object, hint: Any) -> bool:
+    """Say whether a value read from JSON fits the annotation of a field."""
+    origin = get_origin(hint)
+    if origin is Literal:
+        return value in get_args(hint)
+    if origin is UnionType:
+        return any(_matches(value, option) for option in get_args(hint))
+    if hint is float:
+        return isinstance(value, int | float)
+    return isinstance(value, origin or hint)
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    """Write a file through a temporary one beside it, as only a rename within a file system is atomic."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Environment:
+    """What a run ran on: fields of ``RunInfo`` that do not follow from the configuration."""
+
+    versions: dict[str, str | None]
+    commit: str | None
+    device_name: str
+
+
+def environment(device: str = "auto") -> Environment:
+    """Return versions, commit and device name for run.json.
+
+    Args:
+        device: ``cpu``, ``cuda`` (optionally with an index), or ``auto``: CUDA where there is a device.
+
+    Returns:
+        Versions of Python and the packages that decide numbers (None where not installed), the commit with
+        ``+dirty`` where the checkout has changes (None outside one), and the name of the device.
+    """
+    root = Path(__file__).resolve().parents[2]
+    return Environment(versions=_versions(), commit=_commit(root), device_name=_device_name(device))
+
+
+def _versions() -> dict[str, str | None]:
+    """Return versions without imports, but for torch, whose own version alone names its CUDA build."""
+    import torch  # here, because reading and writing records does not need it
+
+    versions: dict[str, str | None] = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    for name in ("torchvision", "numpy", "hydra-core", "kfac_sua"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def _commit(root: Path) -> str | None:
+    """Return the commit of the checkout at root; a repository around site-packages is not one."""
+    toplevel, head = _git(root, "rev-parse", "--show-toplevel"), _git(root, "rev-parse", "HEAD")
+    if not toplevel or not head or Path(toplevel).resolve() != root:
+        return None
+    return head if _git(root, "status", "--porcelain") == "" else f"{head}+dirty"
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    """Return what git prints, or None where there is no git, no repository or no commit."""
+    try:
+        result = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return result.stdout.strip()
+
+
+def _device_name(device: str) -> str:
+    """Return the name of the GPU or, from the kernel's list where there is one, of the processor."""
+    import torch
+
+    if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
+        return torch.cuda.get_device_name(None if device in ("auto", "cuda") else device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

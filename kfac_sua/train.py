@@ -1,0 +1,120 @@
+"""The training command: ``python -m kfac_sua.train preconditioner=sua model=vgg11``."""
+
+import os
+import sys
+from collections.abc import Callable
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode, TaskFunction
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from kfac_sua.compose import compose_cells, to_config
+from kfac_sua.config import CONFIG_DIR, CONFIG_NAME, VERSION_BASE, ConfigError
+from kfac_sua.data import DataError
+from kfac_sua.explain import explain
+from kfac_sua.runs.record import RecordError
+from kfac_sua.training.checkpoint import CheckpointError
+from kfac_sua.training.loop import run
+
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+
+# What a user can cause. PyTorch and the preconditioner raise RuntimeError for what cannot be done (out of memory, a
+# factor that is not positive definite); any other exception is a bug and keeps its traceback.
+INPUT_ERRORS = (ConfigError, DataError, HydraException, OmegaConfBaseException)
+RUN_ERRORS = (RecordError, CheckpointError, OSError, MemoryError, RuntimeError)
+
+RUN_FLAGS = {"-m", "--multirun", "-r", "--run"}
+
+
+class SweepCellError(Exception):
+    """A run of a sweep that failed and has already said why."""
+
+
+def main() -> int:
+    """Carry out the command line and return the exit code.
+
+    What a user can cause ends with one sentence on stderr; with ``HYDRA_FULL_ERROR=1`` in the environment, with a
+    traceback.
+
+    Returns:
+        0 if every run finished or is recorded as diverged, 1 if one failed, 2 for bad input, 130 after Ctrl-C.
+    """
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        _with_hydra(train)()
+        return 0
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors instead of printing them
+    try:
+        _check_all_runs(sys.argv[1:])
+        _with_hydra(train_and_report)()
+    except SweepCellError:
+        return _report("Some runs of the sweep failed as said above; the same command starts only what is missing.")
+    except INPUT_ERRORS as error:
+        return _report(_sentence(error), BAD_INPUT)
+    except KeyboardInterrupt as interrupt:
+        return _report(str(interrupt) or "interrupted.", INTERRUPTED)
+    finally:
+        os.environ.pop("HYDRA_FULL_ERROR", None)
+    return 0
+
+
+def train(raw: DictConfig) -> None:
+    """Carry out one run.
+
+    Args:
+        raw: The composed configuration.
+    """
+    run(to_config(raw))
+
+
+def train_and_report(raw: DictConfig) -> None:
+    """Carry out one run, and say in one sentence why it fails if it does.
+
+    Args:
+        raw: The composed configuration.
+
+    Raises:
+        SweepCellError: If a run of a sweep fails; Hydra goes on with the others and raises the first one at the end.
+        SystemExit: If a single run fails.
+    """
+    try:
+        train(raw)
+    except (*INPUT_ERRORS, *RUN_ERRORS) as error:
+        code = _report(_sentence(error), BAD_INPUT if isinstance(error, INPUT_ERRORS) else FAILED)
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
+            raise SweepCellError(str(error)) from error
+        raise SystemExit(code) from error
+
+
+def _with_hydra(task: TaskFunction) -> Callable[[], None]:
+    return hydra.main(version_base=VERSION_BASE, config_path=str(CONFIG_DIR), config_name=CONFIG_NAME)(task)
+
+
+def _check_all_runs(arguments: list[str]) -> None:
+    """Refuse bad configurations before Hydra writes anything; flags such as --cfg start no run."""
+    flags = {argument for argument in arguments if argument.startswith("-")}
+    if flags <= RUN_FLAGS:
+        overrides = [argument for argument in arguments if argument not in flags]
+        compose_cells(overrides, multirun=not flags.isdisjoint({"-m", "--multirun"}))
+
+
+def _report(sentence: str, code: int = FAILED) -> int:
+    print(sentence, file=sys.stderr, flush=True)
+    return code
+
+
+def _sentence(error: BaseException) -> str:
+    """Return what went wrong, on one line."""
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return explain(error)
+    if isinstance(error, OSError):
+        return f"Cannot use {error.filename or 'a file'}: {error.strerror or error}."
+    text = " ".join(str(error).split()) or f"{type(error).__name__}."
+    # RecordError and CheckpointError are not RuntimeErrors, and their sentences need no traceback.
+    return f"{text} (HYDRA_FULL_ERROR=1 shows where.)" if isinstance(error, RuntimeError) else text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The training loop and what it needs: evaluation, learning rate, timing, checkpoints, seeds."""

@@ -1,0 +1,72 @@
+"""Loss and misclassification rate over an image set."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean loss in nats and misclassification rate in [0, 1]."""
+
+    loss: float
+    error: float
+
+
+class ErrorCounter:
+    """Sums losses and errors over mini-batches on the device, so that nothing waits for it until the end.
+
+    Args:
+        device: Device of the logits that will come.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self._num_errors = torch.zeros((), dtype=torch.int64, device=device)
+        self._num_images = 0
+
+    @torch.no_grad()
+    def add(self, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
+        """Add one mini-batch.
+
+        Args:
+            logits: Scores, ``[batch, classes]``.
+            labels: True classes, ``[batch]``, int64.
+            loss: Mean loss of the mini-batch.
+        """
+        self._loss_sum += loss.double() * len(labels)
+        self._num_errors += (logits.argmax(1) != labels).sum()
+        self._num_images += len(labels)
+
+    def is_finite(self) -> bool:
+        """Say whether all losses so far were finite; waits for the device."""
+        return bool(self._loss_sum.isfinite())
+
+    def result(self) -> Evaluation:
+        """Return the means over all images; waits for the device."""
+        return Evaluation(self._loss_sum.item() / self._num_images, self._num_errors.item() / self._num_images)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> Evaluation:
+    """Return loss and error of a model in evaluation mode, which is left in the mode it came in.
+
+    Args:
+        model: The network.
+        batches: Inputs and labels; mini-batches may differ in size, every image counts the same.
+        device: Device of model and batches.
+
+    Returns:
+        Means over all images.
+    """
+    was_training = model.training
+    model.eval()
+    counter = ErrorCounter(device)
+    for inputs, labels in batches:
+        logits = model(inputs)
+        counter.add(logits, labels, F.cross_entropy(logits, labels))
+    model.train(was_training)
+    return counter.result()

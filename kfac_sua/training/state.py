@@ -1,0 +1,95 @@
+"""Everything that changes while a run trains, and its way into a checkpoint and back."""
+
+import dataclasses
+
+import torch
+from torch import nn
+
+from kfac_sua.build import build_model, build_optimizer, build_preconditioner, build_splits, memory_format
+from kfac_sua.config import Config
+from kfac_sua.data import BatchLoader, ImageSet, Splits
+from kfac_sua.preconditioner import KroneckerPreconditioner
+from kfac_sua.training.checkpoint import Checkpoint
+from kfac_sua.training.seeding import seed_everything
+from kfac_sua.training.timing import Stopwatch
+
+
+@dataclasses.dataclass
+class Training:
+    """Everything that training needs and changes.
+
+    Attributes:
+        epoch: Completed epochs.
+        step: Completed optimisation steps.
+    """
+
+    config: Config
+    device: torch.device
+    splits: Splits
+    loader: BatchLoader
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    preconditioner: KroneckerPreconditioner | None
+    watch: Stopwatch
+    epoch: int = 0
+    step: int = 0
+
+    @classmethod
+    def start(cls, config: Config, device: torch.device) -> "Training":
+        """Return the state before the first step, without touching the disk but to read the data set.
+
+        Args:
+            config: The checked configuration.
+            device: Where to train.
+
+        Raises:
+            ConfigError: If the preconditioner's settings do not fit the network.
+            DataError: If the data set is missing, damaged or too small.
+        """
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        splits = build_splits(config.dataset)
+        loader = BatchLoader(
+            splits.train,
+            splits.mean,
+            splits.std,
+            config.batch_size,
+            device,
+            config.dataset.augmentation.value,
+            memory_format(config),
+        )
+        seed_everything(config.seed)
+        model = build_model(config, splits.num_classes, device)
+        preconditioner = build_preconditioner(config.preconditioner, model, config.seed)
+        watch = Stopwatch(device)
+        if preconditioner is not None:
+            preconditioner.phase = watch.phase
+        optimizer = build_optimizer(config.optimizer, model)
+        return cls(config, device, splits, loader, model, optimizer, preconditioner, watch)
+
+    def evaluation_loader(self, images: ImageSet) -> BatchLoader:
+        """Return a loader that serves images in order, normalised like those that are trained on."""
+        layout = memory_format(self.config)
+        return BatchLoader(images, self.splits.mean, self.splits.std, device=self.device, memory_format=layout)
+
+    def checkpoint(self, fingerprint: str) -> Checkpoint:
+        """Return the state as it is between two epochs."""
+        return Checkpoint(
+            fingerprint=fingerprint,
+            seed=self.config.seed,
+            epoch=self.epoch,
+            step=self.step,
+            model=self.model.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            preconditioner=self.preconditioner.state_dict() if self.preconditioner else None,
+            times=self.watch.totals(),
+        )
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint of the same configuration and seed."""
+        self.epoch, self.step = checkpoint.epoch, checkpoint.step
+        self.model.load_state_dict(checkpoint.model)
+        self.optimizer.load_state_dict(checkpoint.optimizer)
+        if self.preconditioner is not None and checkpoint.preconditioner is not None:
+            self.preconditioner.load_state_dict(checkpoint.preconditioner)
+        self.watch.restore(checkpoint.times)

@@ -1,0 +1,162 @@
+"""The training command end to end: real processes, and sweeps as Hydra runs them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from kfac_sua import train
+from kfac_sua.runs.record import read_records
+
+TINY = ["model=tiny", "dataset=digits", "dataset.train_size=400", "device=cpu"]
+
+
+def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
+    """Start ``python -m kfac_sua.train`` with a tiny model in ``cwd``."""
+    environment = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
+    return subprocess.Popen(
+        [sys.executable, "-W", "error::UserWarning:kfac_sua", "-m", "kfac_sua.train", *TINY, *arguments],
+        cwd=cwd,
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def call(*arguments: str, cwd: Path) -> tuple[int, str, str]:
+    """Run the command and return its exit code, stdout and stderr."""
+    process = start(*arguments, cwd=cwd)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def call_in_process(monkeypatch, cwd: Path, *arguments: str) -> int:
+    """Run the command in this process, which saves the seconds that importing torch takes."""
+    monkeypatch.chdir(cwd)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    monkeypatch.setattr(sys, "argv", ["train", *TINY, *arguments])
+    return train.main()
+
+
+def infos(root: Path) -> dict[str, dict]:
+    """Return run.json of every run, by directory relative to outputs/runs."""
+    runs = root / "outputs" / "runs"
+    return {path.parent.relative_to(runs).as_posix(): json.loads(path.read_text()) for path in runs.rglob("run.json")}
+
+
+def test_train_and_the_same_command_again(tmp_path):
+    """One command trains, prints the table of layers once, and repeats nothing when called again."""
+    arguments = ("preconditioner=sua", "epochs=2")
+    code, out, err = call(*arguments, cwd=tmp_path)
+    assert (code, err) == (0, "")
+    assert out.count("features.4") == 1
+    assert out.count("\nepoch ") == 2
+    (name,) = infos(tmp_path)
+    assert f"outputs/runs/{name}" in out
+    assert name.startswith("digits-tiny-sua/lr=0.03,damping=0.1-")
+    assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
+    code, out, err = call(*arguments, cwd=tmp_path)
+    assert (code, err, out.count("\n")) == (0, "", 1)
+    assert out.startswith("already finished: epoch 2, val error ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ("preconditioner.dampng=0.1",),
+            "There is no key 'preconditioner.dampng' (did you mean 'preconditioner.damping'?)",
+        ),
+        (("preconditioner=grouped", "preconditioner.group_size=0"), "preconditioner.group_size must be ≥ 1 or null"),
+        (("dataset=cifar10",), "data/cifar10.npz does not exist; run `make data`"),
+    ],
+)
+def test_bad_input_in_a_real_process(tmp_path, arguments, sentence):
+    """A misspelt key, a value out of range and a missing data set end in one line on stderr and exit code 2."""
+    code, out, err = call(*arguments, cwd=tmp_path)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(sentence)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_multirun_gives_every_cell_a_directory_and_repeats_none(tmp_path, monkeypatch, capsys):
+    """Two preconditioners times two learning rates are four runs; again, they are four lines and no run."""
+    arguments = ("-m", "preconditioner=sua,grouped", "optimizer.lr=0.1,0.03", "epochs=1")
+    assert call_in_process(monkeypatch, tmp_path, *arguments) == 0
+    runs = infos(tmp_path)
+    assert len(runs) == 4
+    assert {info["status"] for info in runs.values()} == {"finished"}
+    assert {name.split("-")[2].split("/")[0] for name in runs} == {"sua", "grouped"}
+    assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
+    capsys.readouterr()
+    assert call_in_process(monkeypatch, tmp_path, *arguments) == 0
+    captured = capsys.readouterr()
+    assert captured.out.count("already finished") == 4
+    assert "\nepoch " not in captured.out
+    assert captured.err == ""
+    assert infos(tmp_path) == runs
+
+
+def test_diverging_cell_does_not_stop_a_sweep(tmp_path, monkeypatch, capsys):
+    """The first of two learning rates diverges, which is recorded; the second finishes, and the exit code is 0."""
+    code = call_in_process(monkeypatch, tmp_path, "-m", "preconditioner=sua", "optimizer.lr=1e6,0.03", "epochs=1")
+    captured = capsys.readouterr()
+    assert (code, captured.err) == (0, "")
+    assert captured.out.count("diverged in epoch 1 (the loss is not finite)") == 1
+    assert sorted(info["status"] for info in infos(tmp_path).values()) == ["diverged", "finished"]
+
+
+def test_failing_cell_does_not_stop_a_sweep_but_shows_in_its_exit_code(tmp_path, monkeypatch, capsys):
+    """A data set that is missing fails one cell with a sentence; the other cell finishes, and the exit code is 1."""
+    code = call_in_process(monkeypatch, tmp_path, "-m", "preconditioner=baseline", "dataset=cifar10,digits", "epochs=1")
+    captured = capsys.readouterr()
+    assert code == 1
+    assert captured.err.count("data/cifar10.npz does not exist") == 1
+    assert "Some runs of the sweep failed" in captured.err
+    assert "Traceback" not in captured.err
+    assert [info["status"] for info in infos(tmp_path).values()] == ["finished"]
+
+
+def test_progress_bar_goes_to_stderr(tmp_path, monkeypatch, capsys):
+    """A bar replaces the line per epoch, and leaves stdout to the summary."""
+    assert call_in_process(monkeypatch, tmp_path, "preconditioner=baseline", "epochs=2", "progress=bar") == 0
+    captured = capsys.readouterr()
+    assert "\nepoch " not in captured.out
+    assert "8/8" in captured.err
+    assert "epoch 2/2" in captured.err
+
+
+@pytest.mark.slow
+def test_sweep_from_a_grid_file_in_a_real_process(tmp_path):
+    """sweep=lr runs its three learning rates without -m."""
+    code, out, err = call("sweep=lr", "preconditioner=baseline", "epochs=1", cwd=tmp_path)
+    assert (code, err) == (0, "")
+    assert {info["config"]["optimizer"]["lr"] for info in infos(tmp_path).values()} == {0.1, 0.03, 0.01}
+    assert "Launching 3 jobs locally" in out
+
+
+@pytest.mark.slow
+def test_interrupt_and_resume_in_real_processes(tmp_path):
+    """Ctrl-C ends a run with code 130 and a sentence; the same command goes on to the end."""
+    arguments = ("preconditioner=sua", "epochs=60")
+    process = start(*arguments, cwd=tmp_path)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.rglob("checkpoint.pt")):
+        assert time.monotonic() < deadline, "no checkpoint within two minutes"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.startswith("interrupted; the same command resumes from epoch ")
+    assert err.count("\n") == 1
+    code, out, err = call(*arguments, cwd=tmp_path)
+    assert (code, err) == (0, "")
+    assert "resumed on cpu" in out
+    (metrics,) = tmp_path.rglob("metrics.csv")
+    assert [record.epoch for record in read_records(metrics)] == list(range(1, 61))

@@ -1,0 +1,134 @@
+"""Every file in configs composes, converts and passes the checks."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kfac_sua.compose import compose_cells, compose_config
+from kfac_sua.config import CONFIG_DIR, KroneckerConfig, OptimizerConfig, StepScheduleConfig, to_plain
+from kfac_sua.preconditioner import KroneckerSettings
+
+EXPERIMENTS = sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml"))
+SETTINGS = ("baseline", "kfac", "sua", "grouped", "sua_grouped")
+
+
+def options(group: str) -> list[str]:
+    """Return the files of a group."""
+    return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment_composes_and_is_called_after_its_preconditioner(name):
+    """An experiment is a valid run of the preconditioner that ends its name."""
+    config = compose_config([f"experiment={name}"])
+    assert name.endswith(f"_{config.preconditioner.name}")
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment_says_what_it_is_for(name):
+    """The first lines give figure and curve, command, and expected time."""
+    lines = (CONFIG_DIR / "experiment" / f"{name}.yaml").read_text().splitlines()
+    assert lines[0] == "# @package _global_"
+    assert lines[1].startswith("# Figure ")
+    assert f"python -m kfac_sua.train experiment={name}" in lines[2]
+    assert lines[3].startswith("# Expected time: ")
+
+
+@pytest.mark.parametrize("family", ["quickstart", "first_light"])
+def test_experiments_of_a_figure_differ_in_the_preconditioner_alone(family):
+    """The five curves of one figure share everything else."""
+    configs = [to_plain(compose_config([f"experiment={family}_{name}"])) for name in SETTINGS]
+    preconditioners = [config.pop("preconditioner")["name"] for config in configs]
+    assert preconditioners == list(SETTINGS)
+    assert all(config == configs[0] for config in configs)
+
+
+def test_command_line_wins_over_the_experiment():
+    """An experiment is a starting point: what is typed replaces what it says."""
+    config = compose_config(["experiment=quickstart_sua", "epochs=3", "dataset=cifar10"])
+    assert (config.epochs, config.dataset.name, config.model.width) == (3, "cifar10", 0.25)
+
+
+@pytest.mark.parametrize("group", ["model", "dataset", "preconditioner", "optimizer", "schedule"])
+def test_every_option_composes_under_its_own_name(group):
+    """The name inside a file is that of the file."""
+    for name in options(group):
+        assert getattr(compose_config([f"{group}={name}"]), group).name == name
+
+
+def test_every_option_explains_every_key():
+    """A comment stands beside or above every value of the groups, so that the YAML files document themselves."""
+    groups = ("model", "dataset", "kronecker", "optimizer", "schedule", "preconditioner")
+    for path in [CONFIG_DIR / "config.yaml", *(path for group in groups for path in (CONFIG_DIR / group).iterdir())]:
+        text = path.read_text()
+        values = text.split("hydra:\n")[0].split("- override")[-1] if path.stem == "config" else text
+        for line in values.splitlines():
+            is_value = ": " in line and not line.startswith(("#", "name:", " "))
+            assert not is_value or "#" in line, f"{path.name}: {line}"
+
+
+@pytest.mark.parametrize("name", options("sweep"))
+def test_sweep_is_the_product_of_its_grids(name):
+    """A sweep needs no -m, and has one cell per combination of its values."""
+    params = yaml.safe_load((CONFIG_DIR / "sweep" / f"{name}.yaml").read_text())["sweeper"]["params"]
+    expected = 1
+    for values in params.values():
+        expected *= len(str(values).split(","))
+    cells = compose_cells([f"sweep={name}", "preconditioner=kfac"])
+    assert len({str(to_plain(cell)) for cell in cells}) == len(cells) == expected
+
+
+def test_multirun_multiplies_settings_and_values():
+    """Two preconditioners times two learning rates are four runs, the last key varying fastest."""
+    cells = compose_cells(["preconditioner=sua,grouped", "optimizer.lr=0.1,0.2", "epochs=3"], multirun=True)
+    assert [(cell.preconditioner.name.value, cell.optimizer.lr) for cell in cells] == [
+        ("sua", 0.1),
+        ("sua", 0.2),
+        ("grouped", 0.1),
+        ("grouped", 0.2),
+    ]
+
+
+def test_command_line_replaces_a_grid_of_the_sweep():
+    """sweep=lr with a learning rate on the command line is that one run."""
+    (cell,) = compose_cells(["sweep=lr", "optimizer.lr=0.5"])
+    assert cell.optimizer.lr == 0.5
+
+
+def test_several_experiments_by_pattern():
+    """The five quickstart curves can be asked for by one pattern."""
+    cells = compose_cells(["experiment=glob(quickstart_*)"], multirun=True)
+    assert {cell.preconditioner.name.value for cell in cells} == set(SETTINGS)
+
+
+def test_defaults_in_yaml_are_the_package_defaults():
+    """The command line and the Python class start from the same settings, K-FAC without grouping."""
+    config = compose_config(["preconditioner=kfac"]).preconditioner
+    assert isinstance(config, KroneckerConfig)
+    assert config.settings() == KroneckerSettings()
+
+
+def test_types_are_converted():
+    """What comes out is dataclasses with enums and numbers, not text."""
+    config = compose_config(["optimizer.lr=1", "schedule=step", "schedule.milestones=[1,2]"])
+    assert isinstance(config.optimizer, OptimizerConfig)
+    assert isinstance(config.optimizer.lr, float)
+    assert isinstance(config.schedule, StepScheduleConfig)
+    assert config.schedule.milestones == [1, 2]
+
+
+def test_plain_values_hold_no_enums():
+    """What goes to run.json is made of JSON's own types."""
+
+    def kinds(value):
+        if isinstance(value, dict):
+            return set().union(*map(kinds, value.values()))
+        return set().union(*map(kinds, value)) if isinstance(value, list) else {type(value)}
+
+    assert kinds(to_plain(compose_config(["preconditioner.skip=[a]"]))) == {int, float, str, bool, type(None)}
+
+
+def test_config_directory_is_the_checkout():
+    """In a checkout the YAML files are those at its root."""
+    assert Path(__file__).parents[2] / "configs" == CONFIG_DIR

@@ -1,0 +1,201 @@
+"""Collected tables against numbers computed by hand."""
+
+import math
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+from runs.synthetic_runs import epoch_record, write_run
+
+from kfac_sua.runs.collect import (
+    CollectError,
+    collect_runs,
+    final_table,
+    format_table,
+    main,
+    require_runs,
+    select_best,
+)
+from kfac_sua.runs.record import COLUMNS
+
+
+def _epochs(*val_errors: float) -> list:
+    """Return records with these validation errors."""
+    return [epoch_record(epoch, val_error=error) for epoch, error in enumerate(val_errors, start=1)]
+
+
+def test_one_row_per_epoch_with_the_settings_of_its_run(tmp_path):
+    """The table holds every epoch of every run, beside what the run was."""
+    write_run(tmp_path, _epochs(0.5, 0.25), "sua", seed=1, lr=0.3)
+    write_run(tmp_path, _epochs(0.75), "baseline", status="running")
+    frame = collect_runs(tmp_path)
+    assert set(COLUMNS) < set(frame.columns)
+    sua = frame[frame["preconditioner"] == "sua"].iloc[1]
+    assert sua["run"] == "digits-tiny-sua/lr=0.3/seed=1"
+    assert (sua["model"], sua["dataset"], sua["status"]) == ("tiny", "digits", "finished")
+    assert (sua["base_lr"], sua["damping"], sua["seed"], sua["test_error"]) == (0.3, 0.01, 1, 0.25)
+    assert (sua["epoch"], sua["step"], sua["lr"], sua["val_error"]) == (2, 100, 0.1, 0.25)
+    baseline = frame[frame["preconditioner"] == "baseline"]
+    assert len(baseline) == 1
+    assert baseline[["damping", "test_error"]].isna().all(axis=None)
+
+
+def test_run_without_an_epoch_is_not_lost(tmp_path):
+    """A run that diverged in its first epoch has one row, so that it can be counted."""
+    write_run(tmp_path, [], status="diverged", diverged_at_epoch=1)
+    frame = collect_runs(tmp_path)
+    assert frame[["epoch", "status"]].to_numpy().tolist() == [[0, "diverged"]]
+    assert math.isnan(frame["val_error"][0])
+
+
+def test_empty_root_is_an_error(tmp_path):
+    """A wrong directory is named instead of giving an empty table."""
+    with pytest.raises(CollectError, match=f"No run below {tmp_path}"):
+        collect_runs(tmp_path)
+
+
+def test_metrics_without_run_info_are_an_error(tmp_path):
+    """A directory that lost its run.json is named instead of being left out."""
+    directory = write_run(tmp_path, _epochs(0.5), seed=0)
+    write_run(tmp_path, _epochs(0.5), seed=1)
+    (directory / "run.json").unlink()
+    with pytest.raises(CollectError, match=r"seed=0 has metrics\.csv but no run\.json"):
+        collect_runs(tmp_path)
+
+
+def test_copy_of_a_run_is_an_error(tmp_path):
+    """A run that is there twice would count twice in every mean."""
+    write_run(tmp_path / "a", _epochs(0.5))
+    write_run(tmp_path / "b", _epochs(0.5))
+    with pytest.raises(CollectError, match=r"a/.* and b/.* are the same run"):
+        collect_runs(tmp_path)
+
+
+@pytest.mark.parametrize("epochs", [[1, 2, 2], [2, 1]])
+def test_repeated_or_unordered_epochs_are_an_error(tmp_path, epochs):
+    """Rows that a faulty resume has written twice are reported."""
+    write_run(tmp_path, [epoch_record(epoch) for epoch in epochs])
+    with pytest.raises(CollectError, match="does not hold each epoch once, in order"):
+        collect_runs(tmp_path)
+
+
+def test_finished_run_without_an_epoch_is_an_error(tmp_path):
+    """A finished run whose metrics are gone is reported."""
+    write_run(tmp_path, [])
+    with pytest.raises(CollectError, match="marked as finished but has no epoch"):
+        collect_runs(tmp_path)
+
+
+@pytest.mark.parametrize("config", [{}, {"preconditioner": {"name": "sua"}}, {"preconditioner": None}])
+def test_config_without_the_needed_keys_is_an_error(tmp_path, config):
+    """A run.json of another program's making is named."""
+    write_run(tmp_path, _epochs(0.5), config=config)
+    with pytest.raises(CollectError, match=r"The config in .*run\.json lacks"):
+        collect_runs(tmp_path)
+
+
+def test_require_runs_names_what_is_missing(tmp_path):
+    """Every preconditioner without a run that has ended is named, running ones with that remark."""
+    write_run(tmp_path, _epochs(0.5), "baseline")
+    write_run(tmp_path, _epochs(0.5), "sua", status="diverged")
+    write_run(tmp_path, _epochs(0.5), "kfac", status="running")
+    frame = collect_runs(tmp_path)
+    require_runs(frame, ["baseline", "sua"])
+    with pytest.raises(CollectError, match=r"Of 4 .* 2 have no finished run: kfac, grouped \(kfac still"):
+        require_runs(frame, ["baseline", "sua", "kfac", "grouped"])
+
+
+def test_final_table_has_mean_and_deviation_over_finished_seeds(tmp_path):
+    """Best and last errors, test errors and seconds per epoch equal those computed by hand."""
+    write_run(tmp_path, _epochs(0.50, 0.20, 0.30), seed=0, test_error=0.25)
+    write_run(tmp_path, _epochs(0.60, 0.50, 0.40), seed=1, test_error=0.35)
+    write_run(tmp_path, _epochs(0.9), seed=2, status="diverged")
+    write_run(tmp_path, _epochs(0.9), seed=3, status="running")
+    table = final_table(collect_runs(tmp_path))
+    assert len(table) == 1
+    row = table.iloc[0]
+    assert (row["finished"], row["diverged"], row["running"]) == (2, 1, 1)
+    expected = {
+        "epochs_mean": 3.0,
+        "train_loss_mean": 2.0 / 3,
+        "train_eval_loss_mean": 0.5,
+        "best_val_error_mean": (0.20 + 0.40) / 2,
+        "final_val_error_mean": (0.30 + 0.40) / 2,
+        "final_val_error_std": 0.10 / math.sqrt(2),  # sample deviation of two values
+        "test_error_mean": 0.30,
+        "test_error_std": 0.10 / math.sqrt(2),
+        "seconds_per_epoch_mean": 10.0,
+        "seconds_per_epoch_std": 0.0,
+    }
+    assert row[list(expected)].to_dict() == pytest.approx(expected, rel=1e-12)
+
+
+def test_final_table_keeps_the_baseline_and_one_row_per_setting(tmp_path):
+    """The baseline's missing damping does not drop it, and learning rates are not mixed."""
+    write_run(tmp_path, _epochs(0.5), "baseline")
+    for lr in (0.1, 0.3):
+        write_run(tmp_path, _epochs(0.5), "kfac", lr=lr)
+    table = final_table(collect_runs(tmp_path))
+    assert table[["preconditioner", "base_lr"]].to_numpy().tolist() == [
+        ["baseline", 0.1],
+        ["kfac", 0.1],
+        ["kfac", 0.3],
+    ]
+    assert table["best_val_error_std"].isna().all()
+
+
+def test_best_setting_is_the_lowest_mean_validation_error_without_divergence(tmp_path):
+    """A setting is chosen by its mean over seeds, and one with a diverged seed only if there is no other."""
+    write_run(tmp_path, _epochs(0.10), seed=0, lr=0.1)
+    write_run(tmp_path, _epochs(0.50), seed=1, lr=0.1)
+    write_run(tmp_path, _epochs(0.20), seed=0, lr=0.3)
+    write_run(tmp_path, _epochs(0.20), seed=1, lr=0.3)
+    write_run(tmp_path, _epochs(0.05), seed=0, lr=1.0)
+    write_run(tmp_path, _epochs(0.05), seed=1, lr=1.0, status="diverged")
+    write_run(tmp_path, _epochs(0.01), seed=0, lr=3.0, status="running")
+    write_run(tmp_path, _epochs(0.9), "kfac", lr=1.0, status="diverged")
+    best = select_best(collect_runs(tmp_path))
+    chosen = best[["preconditioner", "base_lr", "seed"]].drop_duplicates().to_numpy().tolist()
+    assert sorted(chosen) == [["kfac", 1.0, 0], ["sua", 0.3, 0], ["sua", 0.3, 1]]
+
+
+def test_printed_table_shows_spread_and_outcomes(tmp_path):
+    """The text has mean ± deviation where there are several seeds, and says how many runs diverged."""
+    write_run(tmp_path, _epochs(0.2), "baseline", seed=0)
+    write_run(tmp_path, _epochs(0.4), "baseline", seed=1)
+    write_run(tmp_path, [], "kfac", status="diverged")
+    header, baseline, kfac = format_table(final_table(collect_runs(tmp_path))).splitlines()
+    assert "best_val_error" in header
+    assert "0.3 ± 0.14" in baseline
+    assert "0 +1 diverged" in kfac
+
+
+def test_command_line_prints_the_table_and_writes_all_epochs(tmp_path, capsys):
+    """The command prints one row per setting and writes one row per epoch."""
+    write_run(tmp_path / "runs", _epochs(0.5, 0.25))
+    main([str(tmp_path / "runs"), "--csv", str(tmp_path / "epochs.csv")])
+    assert "sua" in capsys.readouterr().out
+    assert pd.read_csv(tmp_path / "epochs.csv")["val_error"].tolist() == [0.5, 0.25]
+
+
+def test_command_line_fails_with_one_sentence(tmp_path):
+    """Damage ends the command with a message instead of a traceback, and a failing exit code."""
+    with pytest.raises(SystemExit, match="No run below"):
+        main([str(tmp_path)])
+    directory = write_run(tmp_path, _epochs(0.5))
+    with pytest.raises(SystemExit, match=r"Cannot write .*epochs\.csv"):
+        main([str(tmp_path), "--csv", str(tmp_path / "missing" / "epochs.csv")])
+    (directory / "metrics.csv").write_text("foreign")
+    with pytest.raises(SystemExit, match="line 1"):
+        main([str(tmp_path)])
+
+
+def test_records_cost_no_import_of_plotting_or_tensorboard():
+    """Training pays for TensorBoard only when it logs, and never for matplotlib or torchvision."""
+    code = (
+        "import sys, kfac_sua.runs.record, kfac_sua.runs.tensorboard, kfac_sua.runs.collect;"
+        "print(sorted({'matplotlib', 'tensorboard', 'torchvision'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,236 @@
+"""metrics.csv and run.json survive crashes and say what is wrong with foreign files."""
+
+import dataclasses
+import json
+import math
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from runs.synthetic_runs import epoch_record, run_info
+
+from kfac_sua.runs import record as record_module
+from kfac_sua.runs.record import (
+    COLUMNS,
+    RecordError,
+    append_record,
+    environment,
+    read_records,
+    read_run_info,
+    rewrite_records,
+    write_run_info,
+)
+
+
+def _texts(records: list) -> list:
+    """Compare by repr, because NaN does not equal itself."""
+    return [repr(record) for record in records]
+
+
+@pytest.fixture
+def metrics(tmp_path: Path) -> Path:
+    """A metrics.csv of three epochs."""
+    path = tmp_path / "metrics.csv"
+    for epoch in (1, 2, 3):
+        append_record(path, epoch_record(epoch))
+    return path
+
+
+def test_columns_are_those_of_the_contract():
+    """The columns of metrics.csv have the agreed names and order."""
+    assert ",".join(COLUMNS) == (
+        "epoch,step,lr,train_loss,train_error,train_eval_loss,val_loss,val_error,train_time_s,"
+        "forward_backward_s,statistics_s,inversion_s,application_s,optimizer_s"
+    )
+
+
+def test_appended_records_read_back_exactly(tmp_path):
+    """Every float survives the round trip bit for bit, NaN and infinities included."""
+    values = {"train_loss": 0.1 + 0.2, "val_loss": math.nan, "lr": 5e-324, "train_eval_loss": math.inf}
+    records = [epoch_record(1, **values), epoch_record(2, train_loss=-math.inf, val_error=1 / 3)]
+    for record in records:
+        append_record(tmp_path / "metrics.csv", record)
+    read = read_records(tmp_path / "metrics.csv")
+    assert _texts(read) == _texts(records)
+    assert type(read[0].epoch) is int
+    assert type(read[0].val_error) is float
+
+
+def test_file_has_one_header_and_one_line_per_epoch(metrics):
+    """The file is plain CSV, which other tools can read."""
+    lines = metrics.read_text().splitlines()
+    assert lines[0] == ",".join(COLUMNS)
+    assert lines[2] == "2,100,0.1,1.0,0.25,0.75,1.25,0.3,20.0,12.0,2.0,3.0,1.5,1.0"
+    assert len(lines) == 4
+
+
+def test_numbers_of_numpy_and_torch_are_written_as_plain_numbers(tmp_path):
+    """A tensor or NumPy scalar in a record does not put its type's name into the file."""
+    record = dataclasses.replace(epoch_record(1), train_loss=torch.tensor(0.5), val_loss=torch.ones(1).numpy()[0])
+    append_record(tmp_path / "metrics.csv", record)
+    (read,) = read_records(tmp_path / "metrics.csv")
+    assert (read.train_loss, read.val_loss) == (0.5, 1.0)
+
+
+@pytest.mark.parametrize("tail", [b"4", b"4,200,0.1,", b"4,200" + b",0.5" * 12, b"4,200,0.1\n", b"\0\0\0"])
+def test_torn_last_line_is_dropped_and_overwritten(metrics, tail):
+    """A last line without newline or with too few fields is left out, and the next epoch takes its place."""
+    metrics.write_bytes(metrics.read_bytes() + tail)
+    assert read_records(metrics) == [epoch_record(1), epoch_record(2), epoch_record(3)]
+    append_record(metrics, epoch_record(4))
+    assert read_records(metrics) == [epoch_record(epoch) for epoch in (1, 2, 3, 4)]
+
+
+def test_every_cut_of_the_file_reads_as_its_complete_lines(metrics):
+    """Wherever a crash cuts the file, exactly the rows whose newline was written remain."""
+    content = metrics.read_bytes()
+    for size in range(len(content) + 1):
+        metrics.write_bytes(content[:size])
+        complete = max(content[:size].count(b"\n") - 1, 0)
+        assert read_records(metrics) == [epoch_record(epoch) for epoch in range(1, complete + 1)]
+
+
+@pytest.mark.parametrize("cut", [0, 10])
+def test_appending_to_an_empty_file_or_torn_header_writes_the_header(metrics, cut):
+    """A crash while the header was being written leaves a file that can be continued."""
+    metrics.write_bytes(metrics.read_bytes()[:cut])
+    append_record(metrics, epoch_record(1))
+    assert read_records(metrics) == [epoch_record(1)]
+
+
+@pytest.mark.parametrize("line", ["2,100,0.1", "", "2,100,abc" + ",0" * 11, "2,100" + ",0" * 13, "2.5,1" + ",0" * 12])
+def test_malformed_inner_line_names_file_and_line(metrics, line):
+    """Only the last line may be torn: damage elsewhere is reported with its place."""
+    lines = metrics.read_text().split("\n")
+    lines[2] = line
+    metrics.write_text("\n".join(lines))
+    with pytest.raises(RecordError, match=r"metrics\.csv, line 3: expected 14 numbers"):
+        read_records(metrics)
+
+
+def test_complete_last_line_that_is_not_numbers_is_an_error(metrics):
+    """A last line with its newline and all fields is not torn, so damage in it is reported."""
+    metrics.write_text(metrics.read_text() + "x,200" + ",0" * 12 + "\n")
+    with pytest.raises(RecordError, match="line 5"):
+        read_records(metrics)
+
+
+def test_foreign_file_is_neither_read_nor_overwritten(tmp_path):
+    """A file with another header is reported and left as it was."""
+    path = tmp_path / "metrics.csv"
+    path.write_text("epoch,loss\n1,0.5\n")
+    with pytest.raises(RecordError, match="line 1: expected the header"):
+        read_records(path)
+    with pytest.raises(RecordError, match="line 1: expected the header"):
+        append_record(path, epoch_record(1))
+    assert path.read_text() == "epoch,loss\n1,0.5\n"
+
+
+def test_missing_file_is_an_error(tmp_path):
+    """A run that has recorded nothing is told apart from a path that is wrong."""
+    with pytest.raises(RecordError, match=r"Cannot read .*nothing\.csv"):
+        read_records(tmp_path / "nothing.csv")
+
+
+def test_rewriting_replaces_all_rows(metrics):
+    """Resuming from an earlier checkpoint drops the epochs after it, and no temporary file stays."""
+    rewrite_records(metrics, [epoch_record(1)])
+    assert read_records(metrics) == [epoch_record(1)]
+    assert [path.name for path in metrics.parent.iterdir()] == ["metrics.csv"]
+
+
+def test_failed_rewrite_keeps_the_old_rows(metrics, monkeypatch):
+    """A crash before the rename leaves the old file intact."""
+
+    def fail(descriptor: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(record_module.os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        rewrite_records(metrics, [])
+    assert read_records(metrics) == [epoch_record(1), epoch_record(2), epoch_record(3)]
+
+
+@pytest.mark.parametrize("info", [run_info(), run_info(status="diverged", diverged_at_epoch=3, test_error=None)])
+def test_run_info_round_trip(tmp_path, info):
+    """run.json reads back as what was written."""
+    write_run_info(tmp_path / "run.json", info)
+    assert read_run_info(tmp_path / "run.json") == info
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_run_info_has_the_fields_of_the_contract(tmp_path):
+    """run.json is a flat JSON object with the agreed names."""
+    write_run_info(tmp_path / "run.json", run_info())
+    names = json.loads((tmp_path / "run.json").read_text()).keys()
+    run = {"config", "fingerprint", "seed", "status", "started", "finished", "diverged_at_epoch"}
+    machine = {"commit", "versions", "device", "device_name", "num_threads"}
+    assert set(names) == run | machine | {"test_loss", "test_error"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "not valid JSON"),
+        ('{"status": "fin', "not valid JSON"),
+        ("[1, 2]", r"not written by this version.*\(list\)"),
+        ('{"status": "finished"}', "missing or unknown fields .*commit, config"),
+    ],
+)
+def test_foreign_run_info_is_one_sentence(tmp_path, content, message):
+    """A file that is not a run.json is named, with what is wrong with it."""
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(RecordError, match=rf"run\.json.*{message}"):
+        read_run_info(tmp_path / "run.json")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "wanted"),
+    [
+        ("status", "done", r"Literal\['running', 'finished', 'diverged'\]"),
+        ("seed", "0", "int"),
+        ("config", None, "dict"),
+        ("test_error", "0.1", r"float \| None"),
+    ],
+)
+def test_run_info_with_a_wrong_type_names_the_field(tmp_path, field, value, wanted):
+    """A field of another type is reported with what was expected and what was found."""
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(dataclasses.asdict(run_info()) | {field: value}))
+    with pytest.raises(RecordError, match=rf"run\.json: {field} must be {wanted}.*, got {value!r}\."):
+        read_run_info(path)
+
+
+def test_config_that_json_cannot_hold_is_an_error(tmp_path):
+    """An unresolved configuration is refused before anything is written."""
+    with pytest.raises(RecordError, match="resolve the configuration"):
+        write_run_info(tmp_path / "run.json", run_info(config={"path": tmp_path}))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_environment_names_versions_and_processor():
+    """The versions are those of the running process, and the processor has a name."""
+    found = environment("cpu")
+    assert found.versions["torch"] == torch.__version__
+    assert {"python", "torchvision", "numpy", "hydra-core", "kfac_sua"} <= found.versions.keys()
+    assert found.device_name
+
+
+def test_commit_marks_changes_and_ignores_surrounding_repositories(tmp_path):
+    """A clean checkout gives its hash, a changed one a mark, and a directory that is no checkout nothing."""
+
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    assert record_module._commit(tmp_path) is None
+    git("init", "--quiet")
+    assert record_module._commit(tmp_path) is None
+    (tmp_path / "inner").mkdir()
+    git("commit", "--quiet", "--allow-empty", "-m", "x")
+    assert record_module._commit(tmp_path) == git("rev-parse", "HEAD")
+    (tmp_path / "inner" / "file").write_text("x")
+    assert record_module._commit(tmp_path) == git("rev-parse", "HEAD") + "+dirty"
+    assert record_module._commit(tmp_path / "inner") is None

@@ -1,0 +1,38 @@
+"""Runs small enough for tests: four mini-batches of digits per epoch through a network of 5,000 parameters."""
+
+from pathlib import Path
+
+from kfac_sua.compose import compose_config
+from kfac_sua.config import Config
+from kfac_sua.runs.directory import RunDirectory, run_directory
+from kfac_sua.runs.record import EpochRecord, read_records
+
+TINY = (
+    "model=tiny",
+    "dataset=digits",
+    "dataset.train_size=400",
+    "device=cpu",
+    "num_threads=1",
+    "progress=none",
+)
+# Refreshes fall inside epochs, so that a resume in between needs the inverses of an earlier mini-batch.
+TINY_PERIOD = "preconditioner.inverse_period=3"
+
+
+def tiny_config(output_dir: Path, *overrides: str) -> Config:
+    """Return the configuration of a tiny run that writes below ``output_dir``."""
+    return compose_config([*TINY, f"output_dir={output_dir}", *overrides])
+
+
+def directory_of(config: Config) -> RunDirectory:
+    """Return where a tiny run lives."""
+    return run_directory(config, "cpu")
+
+
+def metrics_without_times(config: Config) -> list[dict[str, float]]:
+    """Return the rows of metrics.csv but for the measured seconds, which differ from run to run."""
+    return [_without_times(record) for record in read_records(directory_of(config).metrics)]
+
+
+def _without_times(record: EpochRecord) -> dict[str, float]:
+    return {name: value for name, value in vars(record).items() if not name.endswith("_s")}
