@@ -26,7 +26,14 @@ FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 INPUT_ERRORS = (ConfigError, DataError, HydraException, OmegaConfBaseException)
 RUN_ERRORS = (RecordError, CheckpointError, OSError, MemoryError, RuntimeError)
 
-RUN_FLAGS = {"-m", "--multirun", "-r", "--run"}
+MULTIRUN_FLAGS = {"-m", "--multirun"}
+RUN_FLAGS = MULTIRUN_FLAGS | {"-r", "--run"}
+# Hydra's flags that show something instead of running, and that change where configurations are found.
+OTHER_FLAGS = {
+    *("-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "--resolve", "-p", "--package", "-i", "--info"),
+    *("-sc", "--shell-completion", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir"),
+    "--experimental-rerun",
+}
 
 
 class SweepCellError(Exception):
@@ -47,7 +54,7 @@ def main() -> int:
         return 0
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors instead of printing them
     try:
-        _check_all_runs(sys.argv[1:])
+        sys.argv[1:] = _checked_arguments(sys.argv[1:])
         _with_hydra(train_and_report)()
     except SweepCellError:
         return _report("Some runs of the sweep failed as said above; the same command starts only what is missing.")
@@ -92,12 +99,21 @@ def _with_hydra(task: TaskFunction) -> Callable[[], None]:
     return hydra.main(version_base=VERSION_BASE, config_path=str(CONFIG_DIR), config_name=CONFIG_NAME)(task)
 
 
-def _check_all_runs(arguments: list[str]) -> None:
-    """Refuse bad configurations before Hydra writes anything; flags such as --cfg start no run."""
-    flags = {argument for argument in arguments if argument.startswith("-")}
-    if flags <= RUN_FLAGS:
-        overrides = [argument for argument in arguments if argument not in flags]
-        compose_cells(overrides, multirun=not flags.isdisjoint({"-m", "--multirun"}))
+def _checked_arguments(arguments: list[str]) -> list[str]:
+    """Refuse bad flags and, before Hydra writes anything, bad configurations of any of the runs.
+
+    Returns:
+        The arguments with ``-m`` in front: Hydra does not take overrides on both sides of it.
+    """
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    for flag in flags:
+        if flag.partition("=")[0] not in RUN_FLAGS | OTHER_FLAGS:
+            raise ConfigError(f"There is no flag '{flag}'; give settings as key=value, for example optimizer.lr=0.1.")
+    if not RUN_FLAGS.issuperset(flags):
+        return arguments  # shows something, or takes its configuration from elsewhere
+    overrides = [argument for argument in arguments if argument not in flags]
+    compose_cells(overrides, multirun=not MULTIRUN_FLAGS.isdisjoint(flags))
+    return [*flags, *overrides]
 
 
 def _report(sentence: str, code: int = FAILED) -> int:

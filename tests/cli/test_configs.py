@@ -103,10 +103,10 @@ def test_several_experiments_by_pattern():
 
 
 def test_defaults_in_yaml_are_the_package_defaults():
-    """The command line and the Python class start from the same settings, K-FAC without grouping."""
+    """The command line and the Python class start from the same settings, but for where the inverse is applied."""
     config = compose_config(["preconditioner=kfac"]).preconditioner
     assert isinstance(config, KroneckerConfig)
-    assert config.settings() == KroneckerSettings()
+    assert config.settings() == KroneckerSettings(application="auto")
 
 
 def test_types_are_converted():

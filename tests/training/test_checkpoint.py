@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 import torch
+from identical import assert_identical
 
 import kfac_sua.training.checkpoint as checkpoint_module
-from identical import assert_identical
 from kfac_sua.training.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 
 CPU = torch.device("cpu")

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from identical import assert_identical
 from torch import nn
 
-from identical import assert_identical
 from kfac_sua.training.evaluate import ErrorCounter, evaluate
 
 CPU = torch.device("cpu")

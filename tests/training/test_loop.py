@@ -10,8 +10,9 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-
 from identical import assert_identical
+from tiny_runs import TINY_PERIOD, directory_of, metrics_without_times, tiny_config
+
 from kfac_sua.build import build_splits
 from kfac_sua.data import BatchLoader
 from kfac_sua.models import TinyConvNet
@@ -20,7 +21,6 @@ from kfac_sua.runs.record import read_records
 from kfac_sua.training import loop
 from kfac_sua.training.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from kfac_sua.training.loop import Interrupted, run
-from tiny_runs import TINY_PERIOD, directory_of, metrics_without_times, tiny_config
 
 CPU = torch.device("cpu")
 SUA = ("preconditioner=sua", TINY_PERIOD)
@@ -162,7 +162,7 @@ def plain_loop(config, preconditioner_settings=None) -> torch.nn.Module:
 
 @pytest.mark.parametrize(
     ("overrides", "settings"),
-    [(BASELINE, None), (SUA, {"structure": "sua", "damping": 0.1, "inverse_period": 3})],
+    [(BASELINE, None), (SUA, {"structure": "sua", "damping": 0.1, "inverse_period": 3, "application": "auto"})],
     ids=["baseline", "sua"],
 )
 def test_run_is_bit_equal_to_a_plain_loop(tmp_path, overrides, settings):

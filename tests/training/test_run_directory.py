@@ -1,9 +1,9 @@
 """The directory of a run: fixed by what decides its numbers, and by nothing else."""
 
 import pytest
+from tiny_runs import tiny_config
 
 from kfac_sua.runs.directory import run_directory
-from tiny_runs import tiny_config
 
 
 def test_path_names_setting_cell_and_seed(tmp_path):
