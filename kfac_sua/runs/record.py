@@ -24,7 +24,9 @@ class EpochRecord:
     """One row of metrics.csv.
 
     Errors are fractions in [0, 1], losses nats, and times seconds accumulated since the run's start; training
-    seconds leave out evaluation, checkpoints and logging.
+    seconds leave out evaluation, checkpoints and logging. ``train_loss`` and ``train_error`` are means over the
+    epoch's mini-batches, each before its own step; in row 0, the untrained network, they are those of evaluation
+    mode on the fixed training subset, as ``train_eval_loss`` is everywhere.
     """
 
     epoch: int

@@ -24,10 +24,10 @@ SCALARS = {
 class TensorBoardLog:
     """Event file of one run, rewritten from its records whenever it is opened.
 
-    A point's wall time is the run's start plus its training seconds, so TensorBoard's RELATIVE axis leaves
-    out evaluation, checkpoints and the pause before a resume; it counts from the first point, the end of the
-    first epoch. The hyper-parameters are written into the run's own file, which gives one row per run in the
-    HPARAMS tab (``add_hparams`` would add a second, time-stamped run).
+    A point's wall time is the run's start plus its training seconds, so TensorBoard's RELATIVE axis leaves out
+    evaluation, checkpoints and the pause before a resume; it counts from the first point, which is epoch 0, the
+    untrained network at zero seconds. The hyper-parameters are written into the run's own file, which gives one row
+    per run in the HPARAMS tab (``add_hparams`` would add a second, time-stamped run).
 
     Args:
         directory: Directory of the event file, made if missing; older event files in it are removed, as

@@ -133,6 +133,9 @@ def _train(training: Training, directory: RunDirectory, info: RunInfo, records: 
     progress = _open_progress(training)
     resumes_from = training.epoch + 1
     try:
+        if not records:  # the untrained network, so that curves against time begin at zero seconds
+            train_eval = _evaluate(training, train_subset)
+            _log(directory, log, _record(training, train_eval, train_eval, _evaluate(training, validation)))
         while training.epoch < epochs:
             train = train_epoch(training, progress)
             train_eval = _evaluate(training, train_subset)
@@ -141,10 +144,9 @@ def _train(training: Training, directory: RunDirectory, info: RunInfo, records: 
                 return _end(directory, info, status="diverged", diverged_at_epoch=training.epoch + 1)
             training.epoch += 1
             record = _record(training, train, train_eval, val)
-            append_record(directory.metrics, record)
+            _log(directory, log, record)
             save_checkpoint(directory.checkpoint, training.checkpoint(directory.fingerprint))
             resumes_from = training.epoch + 1
-            log.log(record)
             progress.epoch(record)
         test = _evaluate(training, training.evaluation_loader(splits.test))
         return _end(directory, info, status="finished", test_loss=test.loss, test_error=test.error)
@@ -153,6 +155,11 @@ def _train(training: Training, directory: RunDirectory, info: RunInfo, records: 
     finally:
         progress.close()
         log.close()
+
+
+def _log(directory: RunDirectory, log: TensorBoardLog, record: EpochRecord) -> None:
+    append_record(directory.metrics, record)
+    log.log(record)
 
 
 def _evaluate(training: Training, loader: BatchLoader) -> Evaluation:
@@ -170,11 +177,12 @@ def _fixed_subset(config: Config, images: ImageSet) -> ImageSet:
 
 
 def _record(training: Training, train: Evaluation, train_eval: Evaluation, val: Evaluation) -> EpochRecord:
-    times = training.watch.totals()
+    config, times = training.config, training.watch.totals()
+    last_epoch = max(training.epoch - 1, 0)
     return EpochRecord(
         epoch=training.epoch,
         step=training.step,
-        lr=training.optimizer.param_groups[0]["lr"],
+        lr=learning_rate(config.schedule, config.optimizer.lr, last_epoch, config.epochs),
         train_loss=train.loss,
         train_error=train.error,
         train_eval_loss=train_eval.loss,
@@ -198,7 +206,7 @@ def _resume(training: Training, directory: RunDirectory) -> list[EpochRecord]:
     training.restore(checkpoint)
     # A row is written before its checkpoint, so that a crash between the two leaves a row too many.
     records = [record for record in read_records(directory.metrics) if record.epoch <= checkpoint.epoch]
-    if [record.epoch for record in records] != list(range(1, checkpoint.epoch + 1)):
+    if [record.epoch for record in records] != list(range(checkpoint.epoch + 1)):
         raise RecordError(
             f"{directory.metrics} lacks epochs that {directory.checkpoint.name} has completed ({checkpoint.epoch}); "
             "restore it, or move the directory away to start this run from the beginning."

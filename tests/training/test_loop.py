@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import itertools
 import json
+import math
 import shutil
 
 import pytest
@@ -80,7 +81,7 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, override
         interrupt_after(context, epochs=1)
         with pytest.raises(Interrupted):
             run(resumed)
-    assert len(metrics_without_times(resumed)) == 1
+    assert [row["epoch"] for row in metrics_without_times(resumed)] == [0, 1]
     assert run(resumed).status == "finished"
     assert metrics_without_times(resumed) == metrics_without_times(straight)
     assert_equal_states(final_state(resumed), final_state(straight))
@@ -104,7 +105,7 @@ def test_times_and_start_survive_a_resume(tmp_path, monkeypatch):
             run(config)
     started = json.loads(directory_of(config).info.read_text())["started"]
     info = run(config)
-    first, second = read_records(directory_of(config).metrics)
+    _, first, second = read_records(directory_of(config).metrics)
     assert second.train_time_s > first.train_time_s > 0
     assert info.started == started
 
@@ -123,9 +124,9 @@ def test_row_without_its_checkpoint_is_written_again(tmp_path, monkeypatch):
         context.setattr(loop, "save_checkpoint", crash_in_epoch_two)
         with pytest.raises(OSError, match="disk full"):
             run(config)
-    assert [row["epoch"] for row in metrics_without_times(config)] == [1, 2]
+    assert [row["epoch"] for row in metrics_without_times(config)] == [0, 1, 2]
     run(config)
-    assert [row["epoch"] for row in metrics_without_times(config)] == [1, 2, 3]
+    assert [row["epoch"] for row in metrics_without_times(config)] == [0, 1, 2, 3]
 
 
 def test_checkpoint_of_another_configuration_is_refused(tmp_path, monkeypatch):
@@ -180,7 +181,7 @@ def test_divergence_is_recorded_not_raised(tmp_path, overrides, capsys):
     info = run(config)
     assert (info.status, info.diverged_at_epoch, info.test_error) == ("diverged", 1, None)
     assert info.finished is not None
-    assert metrics_without_times(config) == []
+    assert [row["epoch"] for row in metrics_without_times(config)] == [0]
     assert "diverged in epoch 1" in capsys.readouterr().out
     assert run(config) == info
     assert capsys.readouterr().out.startswith("already diverged in epoch 1")
@@ -212,7 +213,7 @@ def test_test_set_is_evaluated_once_at_the_end(tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop, "_evaluate", counting)
     run(tiny_config(tmp_path, *BASELINE, "epochs=3", "dataset.train_eval_size=300"))
-    assert sizes == [300, 200] * 3 + [297]
+    assert sizes == [300, 200] * 4 + [297]
 
 
 def test_what_a_run_leaves_on_disk(tmp_path):
@@ -229,14 +230,28 @@ def test_what_a_run_leaves_on_disk(tmp_path):
     assert saved["config"]["device"] == "cpu"
     assert saved["config"]["preconditioner"]["structure"] == "sua"
     rows = list(csv.DictReader(directory.metrics.open()))
-    assert [(row["epoch"], row["step"], row["lr"]) for row in rows] == [("1", "4", "0.03"), ("2", "8", "0.03")]
+    assert [(row["epoch"], row["step"], row["lr"]) for row in rows] == [
+        ("0", "0", "0.03"),
+        ("1", "4", "0.03"),
+        ("2", "8", "0.03"),
+    ]
+
+
+def test_row_zero_is_the_untrained_network(tmp_path):
+    """Before the first step both training losses are the evaluated one, about ln 10, at zero seconds."""
+    config = tiny_config(tmp_path, *BASELINE, "epochs=1")
+    run(config)
+    untrained = read_records(directory_of(config).metrics)[0]
+    assert (untrained.epoch, untrained.step, untrained.train_time_s) == (0, 0, 0.0)
+    assert untrained.train_loss == untrained.train_eval_loss == pytest.approx(math.log(10), abs=0.1)
+    assert 0.7 < untrained.val_error <= 1
 
 
 def test_time_is_split_over_the_phases(tmp_path):
     """train_time_s is the sum of its parts, each of which a preconditioned run has spent time on."""
     config = tiny_config(tmp_path, *SUA, "epochs=1")
     run(config)
-    (record,) = read_records(directory_of(config).metrics)
+    _, record = read_records(directory_of(config).metrics)
     phases = ("forward_backward_s", "statistics_s", "inversion_s", "application_s", "optimizer_s")
     parts = [getattr(record, name) for name in phases]
     assert all(part > 0 for part in parts)
@@ -256,7 +271,7 @@ def test_train_loss_is_the_mean_over_mini_batches(tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop.ErrorCounter, "add", spy)
     run(config)
-    (record,) = read_records(directory_of(config).metrics)
+    _, record = read_records(directory_of(config).metrics)
     assert len(seen) == 4
     assert record.train_loss == pytest.approx(sum(loss for loss, _ in seen) / 4, rel=1e-9)
     assert record.train_error == pytest.approx(sum(error for _, error in seen) / 4, rel=1e-9)

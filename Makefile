@@ -1,0 +1,51 @@
+# Everything runs in .venv, which `make install` (or any target that needs it) makes once.
+.DEFAULT_GOAL := help
+.PHONY: help install data train quickstart test test-slow test-gpu lint format
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN ?= $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+# One thread per process: tests are many small tensors, where more threads only wait for each other.
+TEST_ENV := OMP_NUM_THREADS=1
+QUICKSTART_OUT ?= outputs/quickstart
+SEEDS ?= 0,1
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## Make .venv with everything the project needs (about 6 GB with a CUDA build of PyTorch)
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+data: $(INSTALLED) ## Download CIFAR-10 and CIFAR-100 into data/, or check what is there
+	$(RUN) scripts/download_data.py
+
+train: $(INSTALLED) ## One run: make train ARGS="preconditioner=sua model=vgg11"
+	$(RUN) -m kfac_sua.train $(ARGS)
+
+quickstart: $(INSTALLED) ## The main job on the embedded digits: five settings, Figure 1, no download (SEEDS=0,1)
+	$(RUN) -m kfac_sua.train -m 'experiment=glob(quickstart_*)' seed=$(SEEDS) output_dir=$(QUICKSTART_OUT)/runs $(ARGS)
+	$(RUN) -m kfac_sua.figures.fig1 $(QUICKSTART_OUT)/runs --out $(QUICKSTART_OUT) --title "VGG11 on digits"
+	@echo "TensorBoard: $(RUN) -m tensorboard.main --logdir $(QUICKSTART_OUT)/runs"
+
+test: $(INSTALLED) ## Tests without a GPU and without a download, a few minutes on 2 cores
+	$(TEST_ENV) $(RUN) -m pytest -m "not slow and not gpu"
+
+test-slow: $(INSTALLED) ## The tests that `make test` leaves out because they take long
+	$(TEST_ENV) $(RUN) -m pytest -m "slow and not gpu"
+
+test-gpu: $(INSTALLED) ## Tests that need a CUDA device
+	$(RUN) -m pytest -m gpu
+
+lint: $(INSTALLED) ## Check style and types
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+	$(RUN) -m mypy
+
+format: $(INSTALLED) ## Rewrite the code in the project's format
+	$(RUN) -m ruff check --fix
+	$(RUN) -m ruff format
