@@ -1,29 +1,20 @@
 """The public preconditioner: when to measure, refresh and apply. The mathematics lies in the files it calls."""
 
-import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kfac_sua.preconditioner.apply import NEITHER_SIDE, LayerEigenbasis, LayerInverse, precondition_
-from kfac_sua.preconditioner.average import RunningAverage
 from kfac_sua.preconditioner.capture import Capture, Phase, PhaseSource
+from kfac_sua.preconditioner.events import EventLog
 from kfac_sua.preconditioner.fisher import fisher_cotangents
-from kfac_sua.preconditioner.grouping import BlockLayout
-from kfac_sua.preconditioner.layers import LayerGeometry, discover_layers, preconditioned
+from kfac_sua.preconditioner.layers import discover_layers, preconditioned
+from kfac_sua.preconditioner.preconditioned_layer import PreconditionedLayer
 from kfac_sua.preconditioner.refresh import refresh_layers
-from kfac_sua.preconditioner.report import (
-    LayerTable,
-    activation_cost,
-    gradient_cost,
-    layer_table,
-    max_low_rank_rows,
-)
+from kfac_sua.preconditioner.report import LayerTable, layer_table
 from kfac_sua.preconditioner.settings import (
     Application,
     DampingRule,
@@ -35,42 +26,9 @@ from kfac_sua.preconditioner.settings import (
     Structure,
     WeightSharing,
 )
-from kfac_sua.preconditioner.state import (
-    average_from_state,
-    average_to_state,
-    inverse_from_state,
-    inverse_to_state,
-)
-from kfac_sua.preconditioner.statistics import LayerStatistics, finite_layers
-from kfac_sua.preconditioner.two_sided import TwoSidedForward, can_be_two_sided
-
-logger = logging.getLogger(__name__)
+from kfac_sua.preconditioner.statistics import finite_layers
 
 STATE_VERSION = 1
-
-
-@dataclass
-class _Layer:
-    """Everything kept for one preconditioned layer."""
-
-    name: str
-    module: nn.Module
-    geometry: LayerGeometry
-    layout: BlockLayout
-    statistics: LayerStatistics
-    average: RunningAverage
-    fresh: bool = False  # measured since the last refresh
-    inverse: LayerInverse | LayerEigenbasis | None = None
-    two_sided: TwoSidedForward | None = None
-
-    @property
-    def weight(self) -> nn.Parameter:
-        return self.module.weight  # type: ignore[return-value]
-
-    @property
-    def bias_grad(self) -> Tensor | None:
-        bias = self.module.bias
-        return bias.grad if self.geometry.has_bias and isinstance(bias, nn.Parameter) else None
 
 
 class KroneckerPreconditioner:
@@ -157,11 +115,11 @@ class KroneckerPreconditioner:
         self.settings = _merge_settings(settings, options)
         self.seed = seed
         self.num_steps = 0
-        self.events: Counter[str] = Counter()
+        self._events = EventLog()
         self._phases = PhaseSource(_no_phase)
         self._discovered = discover_layers(model, self.settings.skip)
         self._layers = {
-            name: self._make_layer(name, module, geometry)
+            name: PreconditionedLayer.make(name, module, geometry, self.settings, self._phases)
             for name, module, geometry in preconditioned(self._discovered)
         }
         self._capture = Capture(
@@ -173,6 +131,11 @@ class KroneckerPreconditioner:
         )
         self._fisher_passes = 0
         self._begin_step()
+
+    @property
+    def events(self) -> Counter[str]:
+        """How often what happened to which layer, under ``kind:layer``: failed inverses, dropped statistics, …."""
+        return self._events.counts
 
     # --- when -------------------------------------------------------------------------------------------------------
 
@@ -263,15 +226,14 @@ class KroneckerPreconditioner:
             present = {name: factors for name, factors in measured.items() if factors is not None}
             if not present:
                 raise RuntimeError(self._nothing_recorded())
-            self._report_missing([name for name in measured if name not in present])
+            for name in (name for name in measured if name not in present):
+                self._events.report("not_reached", name, "it keeps the plain gradient until the loss reaches it")
             finite = finite_layers(list(present.values()))
             for (name, factors), is_finite in zip(present.items(), finite, strict=True):
-                layer = self._layers[name]
                 if is_finite:
-                    layer.average.update(factors)
-                    layer.fresh = True
+                    self._layers[name].measured(factors)
                 else:
-                    self._report_event("non_finite_statistics", name, "its statistics are dropped")
+                    self._events.report("non_finite_statistics", name, "its statistics are dropped")
 
     @torch.no_grad()
     def update_inverses(self) -> None:
@@ -281,7 +243,7 @@ class KroneckerPreconditioner:
             RuntimeError: If a layer's first inverse fails.
         """
         with self._phases.phase("inversion"):
-            layers = [layer for layer in self._layers.values() if layer.fresh]
+            layers = [layer for layer in self._layers.values() if layer.is_fresh]
             factors = [layer.average.corrected() for layer in layers]
             refreshed = refresh_layers(factors, [layer.layout for layer in layers], self.settings)
             for layer, result in zip(layers, refreshed, strict=True):
@@ -289,18 +251,14 @@ class KroneckerPreconditioner:
                     layer.inverse = result.inverse
                 else:
                     self._keep_last_inverse(layer, result.num_failed)
-                layer.fresh = False
-                if self.settings.ema_decay == 0:
-                    layer.average = RunningAverage(0.0)
+                layer.refreshed()
 
     @torch.no_grad()
     def precondition_(self) -> None:
         """Replace the gradients of the preconditioned layers in place, with the inverses at hand."""
         with self._phases.phase("application"):
             for layer in self._layers.values():
-                applied = layer.two_sided.take_applied_sides() if layer.two_sided else NEITHER_SIDE
-                if layer.inverse is not None and layer.weight.grad is not None:
-                    precondition_(layer.weight.grad, layer.bias_grad, layer.layout, layer.inverse, applied.complement())
+                layer.precondition_()
 
     def describe(self) -> LayerTable:
         """Return a row per layer: structure, blocks, factor sizes, memory and FLOPs, or why it is left alone."""
@@ -312,8 +270,7 @@ class KroneckerPreconditioner:
         """Give the model back as it was; the preconditioner cannot be used afterwards."""
         self._capture.remove()
         for layer in self._layers.values():
-            if layer.two_sided is not None:
-                layer.two_sided.remove()
+            layer.remove()
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -328,14 +285,7 @@ class KroneckerPreconditioner:
             "num_steps": self.num_steps,
             "seed": self.seed,
             "events": dict(self.events),
-            "layers": {
-                name: {
-                    "average": average_to_state(layer.average),
-                    "fresh": layer.fresh,
-                    "inverse": inverse_to_state(layer.inverse),
-                }
-                for name, layer in self._layers.items()
-            },
+            "layers": {name: layer.state_dict() for name, layer in self._layers.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -352,59 +302,27 @@ class KroneckerPreconditioner:
             differing = ", ".join(sorted(set(state["layers"]) ^ set(self._layers)))
             raise ValueError(f"Preconditioner state belongs to another model; layers that differ: {differing}.")
         for name, layer in self._layers.items():
-            layer.average = average_from_state(state["layers"][name]["average"], self.settings.ema_decay)
-            layer.fresh = state["layers"][name]["fresh"]
-            layer.inverse = inverse_from_state(state["layers"][name]["inverse"])
+            layer.load_state_dict(state["layers"][name])
         self.num_steps, self.seed = state["num_steps"], state["seed"]
-        self.events = Counter(state["events"])
+        self._events.counts = Counter(state["events"])
         self._capture.clear()
         self._begin_step()
 
-    # --- construction and messages ----------------------------------------------------------------------------------
-
-    def _make_layer(self, name: str, module: nn.Module, geometry: LayerGeometry) -> _Layer:
-        settings = self.settings
-        layout = BlockLayout.of(geometry, settings.structure, settings.group_size)
-        statistics = LayerStatistics(
-            name,
-            geometry,
-            layout,
-            reduce=settings.weight_sharing is WeightSharing.reduce,
-            max_activation_rows=max_low_rank_rows(activation_cost(layout, settings), settings),
-            max_gradient_rows=max_low_rank_rows(gradient_cost(layout, settings), settings),
-        )
-        layer = _Layer(name, module, geometry, layout, statistics, RunningAverage(settings.ema_decay))
-        if settings.application is Application.auto and can_be_two_sided(geometry, layout):
-            assert isinstance(module, nn.Conv2d)
-            layer.two_sided = TwoSidedForward(name, module, geometry, layout, self._phases)
-        return layer
+    # --- inside -----------------------------------------------------------------------------------------------------
 
     def _begin_step(self) -> None:
         """Record statistics if they are due; otherwise let layers apply their inverses in the backward pass."""
         self._capture.enabled = self.statistics_due
         for layer in self._layers.values():
-            if layer.two_sided is not None:
-                usable = not self.statistics_due and isinstance(layer.inverse, LayerInverse)
-                layer.two_sided.inverse = layer.inverse if usable else None  # type: ignore[assignment]
+            layer.begin_step(statistics_due=self.statistics_due)
 
-    def _keep_last_inverse(self, layer: _Layer, num_failed: int) -> None:
+    def _keep_last_inverse(self, layer: PreconditionedLayer, num_failed: int) -> None:
         if layer.inverse is None:
             raise RuntimeError(
                 f"The damped factors of layer {layer.name!r} are not positive definite ({num_failed} blocks, also in "
                 f"float64) with damping {self.settings.damping:g}; raise the damping."
             )
-        self._report_event("failed_inverse", layer.name, "its last good inverse stays")
-
-    def _report_missing(self, names: Sequence[str]) -> None:
-        for name in names:
-            self._report_event("not_reached", name, "it keeps the plain gradient until the loss reaches it")
-
-    def _report_event(self, kind: str, layer_name: str, consequence: str) -> None:
-        """Count an event; log its first occurrence for each layer."""
-        key = f"{kind}:{layer_name}"
-        self.events[key] += 1
-        if self.events[key] == 1:
-            logger.warning("%s: %s; %s.", layer_name, kind.replace("_", " "), consequence)
+        self._events.report("failed_inverse", layer.name, "its last good inverse stays")
 
     def _nothing_recorded(self) -> str:
         if self.settings.fisher_type is FisherType.empirical:

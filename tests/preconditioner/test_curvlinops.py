@@ -74,7 +74,7 @@ def _offsets(parameters):
 
 def _our_order(layer, weight_offset, bias_offset):
     """Return positions in the flat parameter vector in our ``[out, taps, in (, bias)]`` order."""
-    positions = torch.arange(layer.weight.numel()).view(layer.weight.shape) + weight_offset
+    positions = torch.arange(layer.module.weight.numel()).view(layer.module.weight.shape) + weight_offset
     if positions.dim() == 4:
         positions = positions.permute(0, 2, 3, 1).flatten(1)
     if bias_offset is not None:

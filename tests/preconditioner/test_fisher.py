@@ -90,7 +90,7 @@ def test_one_datum_and_a_linear_layer_is_the_gradient_outer_product():
     nn.functional.cross_entropy(net(inputs), labels).backward()
     preconditioner.update_factors()
     for name, layer in preconditioner._layers.items():
-        grad = torch.cat([layer.weight.grad, layer.bias_grad[:, None]], dim=1).flatten()
+        grad = torch.cat([layer.module.weight.grad, layer.module.bias.grad[:, None]], dim=1).flatten()
         block = kronecker_block(layer.average.corrected())
         torch.testing.assert_close(block, torch.outer(grad, grad), rtol=1e-9, atol=1e-14, msg=name)
 

@@ -1,0 +1,121 @@
+"""One preconditioned layer: its module, block layout, statistics, running average and inverse."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from kfac_sua.preconditioner.apply import NEITHER_SIDE, LayerEigenbasis, LayerInverse, precondition_
+from kfac_sua.preconditioner.average import RunningAverage
+from kfac_sua.preconditioner.capture import PhaseSource
+from kfac_sua.preconditioner.grouping import BlockLayout
+from kfac_sua.preconditioner.layers import LayerGeometry
+from kfac_sua.preconditioner.report import activation_cost, gradient_cost, max_low_rank_rows
+from kfac_sua.preconditioner.settings import Application, KroneckerSettings, WeightSharing
+from kfac_sua.preconditioner.state import (
+    average_from_state,
+    average_to_state,
+    inverse_from_state,
+    inverse_to_state,
+)
+from kfac_sua.preconditioner.statistics import LayerFactors, LayerStatistics
+from kfac_sua.preconditioner.two_sided import TwoSidedForward, can_be_two_sided
+
+
+@dataclass
+class PreconditionedLayer:
+    """Everything kept for one layer.
+
+    Args:
+        name: Dotted name in the model.
+        module: ``nn.Linear`` or ``nn.Conv2d``.
+        layout: Its block layout.
+        statistics: What its hooks feed.
+        average: Running average of its factors.
+        two_sided: Its replaced forward, where its inverse may be applied in the backward pass.
+        inverse: Inverse of its damped block; ``None`` before the first refresh.
+        is_fresh: Whether factors have been measured since the last refresh.
+    """
+
+    name: str
+    module: nn.Module
+    layout: BlockLayout
+    statistics: LayerStatistics
+    average: RunningAverage
+    two_sided: TwoSidedForward | None = None
+    inverse: LayerInverse | LayerEigenbasis | None = None
+    is_fresh: bool = False
+
+    @classmethod
+    def make(
+        cls,
+        name: str,
+        module: nn.Module,
+        geometry: LayerGeometry,
+        settings: KroneckerSettings,
+        phases: PhaseSource,
+    ) -> "PreconditionedLayer":
+        """Lay out a discovered layer as the settings say."""
+        layout = BlockLayout.of(geometry, settings.structure, settings.group_size)
+        statistics = LayerStatistics(
+            name,
+            geometry,
+            layout,
+            reduce=settings.weight_sharing is WeightSharing.reduce,
+            max_activation_rows=max_low_rank_rows(activation_cost(layout, settings), settings),
+            max_gradient_rows=max_low_rank_rows(gradient_cost(layout, settings), settings),
+        )
+        layer = cls(name, module, layout, statistics, RunningAverage(settings.ema_decay))
+        if settings.application is Application.auto and can_be_two_sided(geometry, layout):
+            assert isinstance(module, nn.Conv2d)
+            layer.two_sided = TwoSidedForward(name, module, geometry, layout, phases)
+        return layer
+
+    def begin_step(self, *, statistics_due: bool) -> None:
+        """Let the coming backward pass apply the inverse, unless this step may refresh it."""
+        if self.two_sided is not None:
+            is_usable = not statistics_due and isinstance(self.inverse, LayerInverse)
+            self.two_sided.inverse = self.inverse if is_usable else None  # type: ignore[assignment]
+
+    def measured(self, factors: LayerFactors) -> None:
+        """Take in the factors of a mini-batch."""
+        self.average.update(factors)
+        self.is_fresh = True
+
+    def refreshed(self) -> None:
+        """Drop what the refresh that has just been made does not leave to the next one."""
+        self.is_fresh = False
+        if self.average.decay == 0:
+            self.average = RunningAverage(0.0)
+
+    def precondition_(self) -> None:
+        """Replace the gradients in place, but for the sides that the backward pass has applied."""
+        applied = self.two_sided.take_applied_sides() if self.two_sided else NEITHER_SIDE
+        weight, bias = self.module.weight, self.module.bias
+        assert isinstance(weight, nn.Parameter)
+        if self.inverse is not None and weight.grad is not None:
+            precondition_(weight.grad, _trainable_grad(bias), self.layout, self.inverse, applied.complement())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a continuation needs, as tensors and numbers."""
+        return {
+            "average": average_to_state(self.average),
+            "is_fresh": self.is_fresh,
+            "inverse": inverse_to_state(self.inverse),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Undo :meth:`state_dict`."""
+        self.average = average_from_state(state["average"], self.average.decay)
+        self.is_fresh = state["is_fresh"]
+        self.inverse = inverse_from_state(state["inverse"])
+
+    def remove(self) -> None:
+        """Give the module its own forward back."""
+        if self.two_sided is not None:
+            self.two_sided.remove()
+
+
+def _trainable_grad(bias: Tensor | nn.Module | None) -> Tensor | None:
+    return bias.grad if isinstance(bias, nn.Parameter) and bias.requires_grad else None
