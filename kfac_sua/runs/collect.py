@@ -1,6 +1,6 @@
 """Many run directories as one table, and the summary of that table per setting.
 
-Command line: ``python -m kfac_sua.runs.collect outputs/runs [--csv epochs.csv]``.
+Command line: ``python -m kfac_sua.runs.collect outputs/runs [--best-by train_loss] [--csv epochs.csv]``.
 
 A *setting* is everything in the configuration but the seed; runs of one setting share a fingerprint.
 """
@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 
+from kfac_sua.config import PreconditionerName
 from kfac_sua.runs.record import COLUMNS, EpochRecord, RecordError, RunInfo, read_records, read_run_info
 
 SETTING_COLUMNS = ("dataset", "model", "preconditioner", "base_lr", "damping", "fingerprint")
@@ -101,7 +102,8 @@ def final_table(frame: pd.DataFrame) -> pd.DataFrame:
     measured = summaries[setting].join(summaries[list(QUANTITIES)].astype(float).where(is_finished))
     numbers = measured.groupby(setting, dropna=False).agg(["mean", "std"])
     numbers.columns = numbers.columns.map("_".join)
-    return counts.join(numbers).reset_index().rename_axis(columns=None)
+    table = counts.join(numbers).reset_index().rename_axis(columns=None)
+    return table.sort_values(setting, key=_in_paper_order, kind="stable", ignore_index=True)
 
 
 def select_best(frame: pd.DataFrame, by: str = "best_val_error") -> pd.DataFrame:
@@ -150,6 +152,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(prog="python -m kfac_sua.runs.collect", description="Summarise finished runs.")
     parser.add_argument("root", type=Path, help="directory searched, at any depth, for runs")
+    parser.add_argument(
+        "--best-by", choices=QUANTITIES, help="keep the setting per method with the lowest mean of this"
+    )
     parser.add_argument("--csv", type=Path, metavar="OUT", help="also write one row per epoch of every run here")
     options = parser.parse_args(arguments)
     try:
@@ -160,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(str(error)) from error
     except OSError as error:
         raise SystemExit(f"Cannot write {options.csv}: {error.strerror or error}.") from error
-    print(format_table(final_table(frame)))
+    print(format_table(final_table(select_best(frame, options.best_by) if options.best_by else frame)))
 
 
 def _rows(root: Path, path: Path) -> list[dict[str, Any]]:
@@ -222,6 +227,14 @@ def _summary(run: pd.DataFrame) -> dict[str, Any]:
         "final_val_error": last["val_error"],
         "seconds_per_epoch": last["train_time_s"] / last["epoch"] if last["epoch"] else math.nan,
     }
+
+
+def _in_paper_order(column: "pd.Series[Any]") -> "pd.Series[Any]":
+    """Return sort keys: methods in the order of the figures, everything else by value."""
+    if column.name != "preconditioner":
+        return column
+    order = {name.value: position for position, name in enumerate(PreconditionerName)}
+    return column.map(lambda name: order.get(name, len(order)))
 
 
 def _count_text(row: "pd.Series[Any]") -> str:

@@ -160,6 +160,25 @@ def test_best_setting_is_the_lowest_mean_validation_error_without_divergence(tmp
     assert sorted(chosen) == [["kfac", 1.0, 0], ["sua", 0.3, 0], ["sua", 0.3, 1]]
 
 
+def test_methods_stand_in_the_order_of_the_figures(tmp_path):
+    """Tables list baseline, K-FAC, SUA and their groups as the paper's legend does, not by alphabet."""
+    for name in ("sua_grouped", "grouped", "baseline", "sua", "kfac"):
+        write_run(tmp_path, _epochs(0.5), name)
+    table = final_table(collect_runs(tmp_path))
+    assert table["preconditioner"].tolist() == ["baseline", "kfac", "sua", "grouped", "sua_grouped"]
+
+
+def test_command_line_keeps_the_best_setting_by_a_named_quantity(tmp_path, capsys):
+    """--best-by prints one setting per method, by the quantity asked for."""
+    write_run(tmp_path, [epoch_record(1, train_loss=0.5, val_error=0.1)], lr=0.1)
+    write_run(tmp_path, [epoch_record(1, train_loss=0.4, val_error=0.2)], lr=0.3)
+    for quantity, lr in (("train_loss", "0.3"), ("best_val_error", "0.1")):
+        main([str(tmp_path), "--best-by", quantity])
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 2
+        assert lines[1].split()[3] == lr
+
+
 def test_printed_table_shows_spread_and_outcomes(tmp_path):
     """The text has mean ± deviation where there are several seeds, and says how many runs diverged."""
     write_run(tmp_path, _epochs(0.2), "baseline", seed=0)
