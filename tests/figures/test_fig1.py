@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 from runs.synthetic_runs import epoch_record, write_run
 
-from kfac_sua.figures.fig1 import FigureError, draw_figure1, main
+from kfac_sua.figures.curves import FigureError
+from kfac_sua.figures.fig1 import draw_figure1, main
 from kfac_sua.figures.style import METHODS
 from kfac_sua.runs.collect import CollectError, collect_runs
 

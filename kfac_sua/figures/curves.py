@@ -1,0 +1,137 @@
+"""Mean and range over seeds, against epochs and against training time."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+class FigureError(Exception):
+    """A table from which the figure cannot be drawn; the message is one sentence."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """One line with its band: exactly the plotted numbers, each array ``[points]``.
+
+    Attributes:
+        x: Epochs or training seconds.
+        mean: Mean over seeds.
+        low: Lowest seed.
+        high: Highest seed.
+        seeds: Number of seeds in the mean.
+    """
+
+    x: "NDArray[np.float64]"
+    mean: "NDArray[np.float64]"
+    low: "NDArray[np.float64]"
+    high: "NDArray[np.float64]"
+    seeds: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What is drawn for one method.
+
+    Attributes:
+        name: Name of the preconditioner.
+        counts: Number of runs per status, in the order finished, diverged, running; none is zero.
+        setting: What the plotted runs have in common, for the CSV.
+        loss: Training loss in nats against epochs.
+        error: Validation error in percent against training seconds.
+    """
+
+    name: str
+    counts: dict[str, int]
+    setting: dict[str, Any]
+    loss: Curve
+    error: Curve
+
+    @property
+    def has_finished(self) -> bool:
+        """Whether the curves come from finished runs; otherwise all that ended have diverged."""
+        return "finished" in self.counts
+
+
+def loss_curve(runs: pd.DataFrame) -> Curve:
+    """Return the training loss per epoch, over the epochs that all seeds have reached.
+
+    Args:
+        runs: Rows of ``collect_runs`` of one setting, finite, one run per seed.
+
+    Returns:
+        Epochs against nats.
+    """
+    by_seed = runs.pivot(index="epoch", columns="seed", values="train_loss").dropna()
+    return _curve(by_seed.index.to_numpy(dtype=float), by_seed.to_numpy(dtype=float))
+
+
+def error_curve(runs: pd.DataFrame) -> Curve:
+    """Return the validation error against training time.
+
+    Every seed is interpolated linearly between its epochs' ends, because the question is what error is
+    reached after so many seconds; averaging each epoch's time would average errors measured at different
+    times. The common grid is the union of all seeds' epoch ends, where the mean of the interpolated curves
+    has its corners, within the interval that all seeds cover: nothing is extrapolated.
+
+    Args:
+        runs: Rows of ``collect_runs`` of one setting, finite, one run per seed.
+
+    Returns:
+        Seconds against percent; empty if no time is covered by all seeds.
+    """
+    seeds = [run.sort_values("epoch") for _, run in runs.groupby("seed")]
+    times = [run["train_time_s"].to_numpy(dtype=float) for run in seeds]
+    errors = [100 * run["val_error"].to_numpy(dtype=float) for run in seeds]
+    if not seeds:
+        return _curve(np.empty(0), np.empty((0, 0)))
+    grid = np.unique(np.concatenate(times))
+    grid = grid[(grid >= max(time[0] for time in times)) & (grid <= min(time[-1] for time in times))]
+    columns = [np.interp(grid, time, error) for time, error in zip(times, errors, strict=True)]
+    return _curve(grid, np.stack(columns, axis=1))  # [points, seeds]
+
+
+def method_curves(name: str, rows: pd.DataFrame) -> Method:
+    """Return what is drawn for a method: its finished runs or, without one, the diverged.
+
+    Args:
+        name: Name of the preconditioner.
+        rows: Its rows of ``collect_runs``, all of one setting.
+
+    Raises:
+        FigureError: If no training time is covered by all finished seeds.
+    """
+    numbers = rows.drop_duplicates("run")["status"].value_counts()
+    counts = {status: int(numbers[status]) for status in ("finished", "diverged", "running") if status in numbers}
+    runs = rows[rows["status"] == next(iter(counts))]
+    keys = ("dataset", "model", "base_lr", "damping", "fingerprint", "status")
+    setting = {key: runs[key].iloc[0] for key in keys}
+    finite = _common_finite_epochs(runs)
+    method = Method(name, counts, setting, loss_curve(finite), error_curve(finite))
+    if method.has_finished and not len(method.error.x):
+        raise FigureError(
+            f"No training time is covered by all seeds of {name!r}, so their errors cannot be averaged;"
+            " run more epochs, on the same device for all seeds."
+        )
+    return method
+
+
+def _common_finite_epochs(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows up to the last epoch that every run has reached without a non-finite number."""
+    measured = runs[["train_loss", "val_error", "train_time_s"]].to_numpy(dtype=float)
+    is_finite = pd.Series(np.isfinite(measured).all(axis=1), index=runs.index)
+    intact = is_finite.groupby(runs["run"]).cummin().astype(bool)
+    last_epochs = runs["epoch"].where(intact, 0).groupby(runs["run"]).max()
+    return runs[intact & (runs["epoch"] <= last_epochs.min())]
+
+
+def _curve(x: "NDArray[np.float64]", by_seed: "NDArray[np.float64]") -> Curve:
+    """Return mean and range over the columns of ``[points, seeds]``."""
+    if not by_seed.size:
+        nothing = np.empty(0)
+        return Curve(nothing, nothing, nothing, nothing, seeds=0)
+    return Curve(x, by_seed.mean(axis=1), by_seed.min(axis=1), by_seed.max(axis=1), by_seed.shape[1])
