@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kfac_sua.preconditioner.capture import Capture, Phase, PhaseSource
 from kfac_sua.preconditioner.events import EventLog
 from kfac_sua.preconditioner.fisher import fisher_cotangents
-from kfac_sua.preconditioner.layers import discover_layers, preconditioned
+from kfac_sua.preconditioner.layers import discover_layers, log_plain_layers, preconditioned
 from kfac_sua.preconditioner.preconditioned_layer import PreconditionedLayer
 from kfac_sua.preconditioner.refresh import refresh_layers
 from kfac_sua.preconditioner.report import LayerTable, layer_table
@@ -118,6 +118,7 @@ class KroneckerPreconditioner:
         self._events = EventLog()
         self._phases = PhaseSource(_no_phase)
         self._discovered = discover_layers(model, self.settings.skip)
+        log_plain_layers(self._discovered)
         self._layers = {
             name: PreconditionedLayer.make(name, module, geometry, self.settings, self._phases)
             for name, module, geometry in preconditioned(self._discovered)

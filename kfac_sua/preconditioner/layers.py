@@ -4,11 +4,18 @@ Discovery names every parameter-holding module once: preconditioned, or left to 
 """
 
 import fnmatch
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
+
+logger = logging.getLogger(__name__)
+
+SKIPPED, NORMALISED, FROZEN = "listed in skip", "normalisation layer", "frozen"
+EXPECTED_REASONS = {SKIPPED, NORMALISED, FROZEN}
+"""Reasons that surprise nobody; the others are worth a warning."""
 
 NORMALISATION = (
     nn.modules.batchnorm._NormBase,
@@ -111,6 +118,22 @@ def discover_layers(model: nn.Module, skip: Sequence[str] = ()) -> list[Discover
     return layers
 
 
+def log_plain_layers(layers: Sequence[DiscoveredLayer]) -> None:
+    """Name the layers that are left to the plain gradient, once: as a warning where one would not expect it."""
+    for reason, names in names_by_reason((layer.name, layer.reason) for layer in layers).items():
+        level = logging.INFO if reason in EXPECTED_REASONS else logging.WARNING
+        logger.log(level, "Left to the plain gradient (%s): %s.", reason, ", ".join(names))
+
+
+def names_by_reason(layers: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Group the names of (name, reason) pairs by reason, without the pairs whose reason is empty."""
+    names: dict[str, list[str]] = {}
+    for name, reason in layers:
+        if reason:
+            names.setdefault(reason, []).append(name or "(model)")
+    return names
+
+
 def _classify(name: str, module: nn.Module, skip: Sequence[str], shared: set[int]) -> DiscoveredLayer:
     reason = _reason_to_leave(name, module, skip, shared)
     if reason or not isinstance(module, nn.Linear | nn.Conv2d):
@@ -120,9 +143,9 @@ def _classify(name: str, module: nn.Module, skip: Sequence[str], shared: set[int
 
 def _reason_to_leave(name: str, module: nn.Module, skip: Sequence[str], shared: set[int]) -> str:
     if any(fnmatch.fnmatchcase(name, pattern) for pattern in skip):
-        return "listed in skip"
+        return SKIPPED
     if isinstance(module, NORMALISATION):
-        return "normalisation layer"
+        return NORMALISED
     if not isinstance(module, nn.Linear | nn.Conv2d):
         return f"{type(module).__name__} is not supported (nn.Linear and nn.Conv2d are)"
     if "weight" not in module._parameters:
@@ -132,7 +155,7 @@ def _reason_to_leave(name: str, module: nn.Module, skip: Sequence[str], shared: 
     if module.weight.is_complex():
         return "complex weights are not supported"
     if not module.weight.requires_grad:
-        return "frozen"
+        return FROZEN
     if id(module.weight) in shared:
         return "its weight is shared with another module"
     return ""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from kfac_sua.preconditioner.cost import SideCost
 from kfac_sua.preconditioner.grouping import BiasBlock, BlockLayout
-from kfac_sua.preconditioner.layers import DiscoveredLayer
+from kfac_sua.preconditioner.layers import DiscoveredLayer, names_by_reason
 from kfac_sua.preconditioner.settings import InverseMethod, KroneckerSettings
 
 
@@ -74,10 +74,7 @@ class LayerTable:
             f"{'total':<{_NAME_WIDTH}} {'':<7} {'':>10} {'':>10} {_mib(sum(r.memory_bytes for r in treated)):>9} "
             f"{_gflop(sum(r.inverse_flops for r in treated)):>9} {_gflop(sum(r.apply_flops for r in treated)):>9}"
         )
-        by_reason: dict[str, list[str]] = {}
-        for row in self.rows:
-            if row.reason:
-                by_reason.setdefault(row.reason, []).append(row.name or "(model)")
+        by_reason = names_by_reason((row.name, row.reason) for row in self.rows)
         lines += [f"plain gradient ({reason}): {', '.join(names)}" for reason, names in by_reason.items()]
         return "\n".join(lines)
 

@@ -48,6 +48,19 @@ def test_every_kind_of_layer_has_a_verdict():
     assert found["first"] == found["second"] == "its weight is shared with another module"
 
 
+def test_surprising_layers_are_warned_about_once_at_construction(caplog):
+    """An unsupported layer is a warning, a normalisation layer only information; both are named."""
+    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Bilinear(2, 2, 2), nn.PReLU())
+    with caplog.at_level("INFO", logger="kfac_sua"):
+        KroneckerPreconditioner(net)
+    messages = {(record.levelname, record.getMessage()) for record in caplog.records}
+    assert messages == {
+        ("INFO", "Left to the plain gradient (normalisation layer): 1."),
+        ("WARNING", "Left to the plain gradient (Bilinear is not supported (nn.Linear and nn.Conv2d are)): 2."),
+        ("WARNING", "Left to the plain gradient (PReLU is not supported (nn.Linear and nn.Conv2d are)): 3."),
+    }
+
+
 def test_modules_without_parameters_are_not_listed():
     """Activations, pooling and containers do not appear."""
     assert reasons(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Sequential(nn.Flatten()))) == {"0": ""}
