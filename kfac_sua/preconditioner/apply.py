@@ -174,8 +174,9 @@ def _to_blocks(weight_grad: Tensor, bias_grad: Tensor | None, layout: BlockLayou
     values = layout.activation.split(values)  # [out, taps, Q, a]
     if layout.taps_in_features:
         values = values.transpose(1, 2).flatten(2).unsqueeze(1)  # [out, 1, Q, taps · a]
-    if layout.bias is BiasBlock.JOINT and bias_grad is not None:
-        values = torch.cat([values, bias_grad[:, None, None, None]], dim=-1)  # Q = 1
+    if layout.bias is BiasBlock.JOINT:  # Q = 1; a bias frozen since contributes nothing
+        column = values.new_zeros(len(values)) if bias_grad is None else bias_grad
+        values = torch.cat([values, column[:, None, None, None]], dim=-1)
     return _split_outputs(values, layout)
 
 

@@ -51,4 +51,4 @@ class RunningAverage:
         dense = new.dense()
         if old is None:
             return Factor(blocks=dense * (1 - self.decay))
-        return Factor(blocks=torch.lerp(dense, old.dense(), self.decay))
+        return Factor(blocks=torch.lerp(dense, old.dense().to(dense), self.decay))

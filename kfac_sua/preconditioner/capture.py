@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from kfac_sua.preconditioner.statistics import LayerStatistics
+from kfac_sua.preconditioner.statistics import Call, LayerStatistics
 
 Phase = Callable[[str], AbstractContextManager[Any]]
 
@@ -30,7 +30,7 @@ class PhaseSource:
 class _RecordedOutput:
     statistics: LayerStatistics
     edge: GradientEdge
-    pass_index: int
+    call: Call
 
 
 class Capture:
@@ -60,9 +60,9 @@ class Capture:
         self._statistics = statistics
         self._outputs: list[_RecordedOutput] = []
         self._model_pass = 0
-        self._handles = [model.register_forward_pre_hook(self._begin_pass)]
+        self._handles = [model.register_forward_pre_hook(_PassHook(self))]
         for name, module in modules.items():
-            hook = self._forward_hook(statistics[name])
+            hook = _LayerHook(self, module, statistics[name])
             self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
     def clear(self) -> None:
@@ -72,49 +72,97 @@ class Capture:
             statistics.clear()
 
     def remove(self) -> None:
-        """Remove every hook from the model."""
+        """Remove every hook from the model, and forget what they recorded."""
+        self.enabled = False
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self.clear()
 
     def backward(self, outputs: Tensor, cotangents: Iterator[Tensor]) -> None:
         """Send cotangents backward from ``outputs`` to the recorded layers, without touching any ``.grad``.
 
         The graph is retained, so the training loss can be differentiated from the same forward pass. No weight
         gradient is computed on the way.
+
+        Raises:
+            RuntimeError: If no forward pass has been recorded since the last call.
         """
         recorded, self._outputs = self._outputs, []
+        if not recorded:
+            raise RuntimeError(
+                "fisher_backward() found no forward pass recorded since its last call: run the model with gradients "
+                "enabled and call it once, on the outputs of that pass."
+            )
         edges = [output.edge for output in recorded]
         for sample, cotangent in enumerate(cotangents):
             grads: Sequence[Tensor | None] = torch.autograd.grad(
                 outputs, edges, cotangent, retain_graph=True, allow_unused=True
             )
-            with self._phases.phase("statistics"):
-                for output, grad in zip(recorded, grads, strict=True):
-                    if grad is not None:
-                        output.statistics.add_output_grads(grad, output.pass_index, sample)
+            for output, grad in zip(recorded, grads, strict=True):
+                if grad is not None:
+                    self._record_gradient(output.statistics, output.call, grad, sample)
 
-    def _begin_pass(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        del module, args
+    def begin_pass(self) -> None:
+        """Note that the model is entered anew."""
         self._model_pass += 1
 
-    def _forward_hook(self, statistics: LayerStatistics) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            del module
-            if self.enabled and torch.is_grad_enabled() and output.requires_grad:
-                self._record(statistics, args[0] if args else kwargs["input"], output)
-
-        return hook
-
-    def _record(self, statistics: LayerStatistics, inputs: Tensor, output: Tensor) -> None:
+    def record(self, statistics: LayerStatistics, inputs: Tensor, output: Any) -> None:
+        """Record one call of a layer, if statistics are due and the call can receive a gradient."""
+        if not (self.enabled and torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad):
+            return
+        if statistics.is_awaiting and torch._C._current_graph_task_id() != -1:
+            return  # activation checkpointing runs the forward pass again during backward; it was recorded before
         with self._phases.phase("statistics"), torch.autocast(output.device.type, enabled=False):
-            pass_index = statistics.add_inputs(inputs, output.shape, self._model_pass)
+            call = statistics.add_inputs(inputs, output.shape, self._model_pass)
         if not self._from_training_loss:
-            self._outputs.append(_RecordedOutput(statistics, get_gradient_edge(output), pass_index))
+            self._outputs.append(_RecordedOutput(statistics, get_gradient_edge(output), call))
             return
 
         def on_gradient(grad: Tensor) -> None:
-            with self._phases.phase("statistics"):
-                statistics.add_output_grads(grad, pass_index)
+            if self.enabled:
+                self._record_gradient(statistics, call, grad)
 
         output.register_hook(on_gradient)
+
+    def _record_gradient(self, statistics: LayerStatistics, call: Call, grad: Tensor, sample: int = 0) -> None:
+        with self._phases.phase("statistics"), torch.autocast(grad.device.type, enabled=False):
+            statistics.add_output_grads(grad, call, sample)
+
+
+class _InertCopy:
+    """A hook belongs to one module of one model: copies and pickles of the module get one that does nothing."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return _do_nothing
+
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        return _make_inert, ()
+
+
+class _PassHook(_InertCopy):
+    def __init__(self, capture: Capture) -> None:
+        self._capture = capture
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        del module, args
+        self._capture.begin_pass()
+
+
+class _LayerHook(_InertCopy):
+    def __init__(self, capture: Capture, module: nn.Module, statistics: LayerStatistics) -> None:
+        self._capture = capture
+        self._module = module
+        self._statistics = statistics
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if module is self._module:
+            self._capture.record(self._statistics, args[0] if args else kwargs["input"], output)
+
+
+def _do_nothing(*args: object) -> None:
+    del args
+
+
+def _make_inert() -> Callable[..., None]:
+    return _do_nothing

@@ -1,8 +1,10 @@
 """The public preconditioner: when to measure, refresh and apply. The mathematics lies in the files it calls."""
 
+import dataclasses
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -45,6 +47,10 @@ class KroneckerPreconditioner:
 
     With ``fisher_type="mc"`` or ``"exact"`` call ``preconditioner.fisher_backward(outputs)`` between the forward pass
     and ``loss.backward()``. Parameters of all other layers keep the plain gradient; :meth:`describe` names them.
+
+    On mini-batches whose statistics are due, every backward pass counts as (part of) the training step's: run others
+    inside :meth:`paused`, and call :meth:`discard` if a mini-batch is abandoned. Output gradients are taken as they
+    come: with a loss scaled by a ``GradScaler`` use ``fisher_type="mc"``, which does not see the scale.
 
     The per-example loss is averaged (``loss_reduction="mean"``) or summed over the first dimension of the layers'
     inputs. With gradient accumulation, the accumulated gradient must be that of the mean over all micro-batches.
@@ -131,6 +137,8 @@ class KroneckerPreconditioner:
             from_training_loss=self.settings.fisher_type is FisherType.empirical,
         )
         self._fisher_passes = 0
+        # The hooks must not outlive the preconditioner: they would go on recording for nobody.
+        self._release = weakref.finalize(self, _release, self._capture, list(self._layers.values()))
         self._begin_step()
 
     @property
@@ -175,6 +183,20 @@ class KroneckerPreconditioner:
         finally:
             self._capture.enabled = before
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Record nothing inside: for passes that are not the training step's, such as adversarial ones or logging."""
+        before, self._capture.enabled = self._capture.enabled, False
+        try:
+            yield
+        finally:
+            self._capture.enabled = before
+
+    def discard(self) -> None:
+        """Forget the passes recorded since the last step, as when a mini-batch is abandoned after its backward."""
+        self._capture.clear()
+        self._fisher_passes = 0
+
     def fisher_backward(self, outputs: Tensor) -> None:
         """Send the Fisher's cotangents backward from the model's outputs, if statistics are being recorded.
 
@@ -215,15 +237,16 @@ class KroneckerPreconditioner:
     @torch.no_grad()
     def update_factors(self) -> None:
         """Turn what was recorded into factors, or into the running average of factors."""
-        with self._phases.phase("statistics"):
+        with self._phases.phase("statistics"), _no_autocast():
             mean_loss = (
                 self.settings.loss_reduction is LossReduction.mean and self.settings.fisher_type is FisherType.empirical
             )
-            measured = {
-                name: layer.statistics.factors(grads_of_mean_loss=mean_loss) for name, layer in self._layers.items()
-            }
-            self._capture.clear()
-            self._fisher_passes = 0
+            try:
+                measured = {
+                    name: layer.statistics.factors(grads_of_mean_loss=mean_loss) for name, layer in self._layers.items()
+                }
+            finally:  # a refused mini-batch must not spoil the next one
+                self.discard()
             present = {name: factors for name, factors in measured.items() if factors is not None}
             if not present:
                 raise RuntimeError(self._nothing_recorded())
@@ -243,7 +266,7 @@ class KroneckerPreconditioner:
         Raises:
             RuntimeError: If a layer's first inverse fails.
         """
-        with self._phases.phase("inversion"):
+        with self._phases.phase("inversion"), _no_autocast():
             layers = [layer for layer in self._layers.values() if layer.is_fresh]
             factors = [layer.average.corrected() for layer in layers]
             refreshed = refresh_layers(factors, [layer.layout for layer in layers], self.settings)
@@ -257,9 +280,10 @@ class KroneckerPreconditioner:
     @torch.no_grad()
     def precondition_(self) -> None:
         """Replace the gradients of the preconditioned layers in place, with the inverses at hand."""
-        with self._phases.phase("application"):
-            for layer in self._layers.values():
-                layer.precondition_()
+        with self._phases.phase("application"), _no_autocast():
+            missing = [layer.take_missing_sides() for layer in self._layers.values()]  # all may raise before any change
+            for layer, sides in zip(self._layers.values(), missing, strict=True):
+                layer.precondition_(sides)
 
     def describe(self) -> LayerTable:
         """Return a row per layer: structure, blocks, factor sizes, memory and FLOPs, or why it is left alone."""
@@ -269,9 +293,7 @@ class KroneckerPreconditioner:
 
     def remove_hooks(self) -> None:
         """Give the model back as it was; the preconditioner cannot be used afterwards."""
-        self._capture.remove()
-        for layer in self._layers.values():
-            layer.remove()
+        self._release()
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -285,6 +307,7 @@ class KroneckerPreconditioner:
             "version": STATE_VERSION,
             "num_steps": self.num_steps,
             "seed": self.seed,
+            "settings": self._plain_settings(),
             "events": dict(self.events),
             "layers": {name: layer.state_dict() for name, layer in self._layers.items()},
         }
@@ -293,15 +316,23 @@ class KroneckerPreconditioner:
         """Continue from :meth:`state_dict` of a preconditioner of the same model and settings.
 
         Raises:
-            ValueError: If the state has another version or other layers.
+            ValueError: If the state has another version, other settings or other layers.
         """
         if state["version"] != STATE_VERSION:
             raise ValueError(
                 f"Preconditioner state has version {state['version']}, this release reads {STATE_VERSION}."
             )
+        own = self._plain_settings()
+        differing = [
+            f"{key}={state['settings'].get(key)} (here {own[key]})"
+            for key in own
+            if state["settings"].get(key) != own[key]
+        ]
+        if differing:
+            raise ValueError(f"Preconditioner state was saved with other settings: {', '.join(differing)}.")
         if set(state["layers"]) != set(self._layers):
-            differing = ", ".join(sorted(set(state["layers"]) ^ set(self._layers)))
-            raise ValueError(f"Preconditioner state belongs to another model; layers that differ: {differing}.")
+            names = ", ".join(sorted(set(state["layers"]) ^ set(self._layers)))
+            raise ValueError(f"Preconditioner state belongs to another model; layers that differ: {names}.")
         for name, layer in self._layers.items():
             layer.load_state_dict(state["layers"][name])
         self.num_steps, self.seed = state["num_steps"], state["seed"]
@@ -310,6 +341,11 @@ class KroneckerPreconditioner:
         self._begin_step()
 
     # --- inside -----------------------------------------------------------------------------------------------------
+
+    def _plain_settings(self) -> dict[str, Any]:
+        """Return the settings as strings, numbers and lists, as a checkpoint can hold them."""
+        values = dataclasses.asdict(self.settings)
+        return {key: str(value) if isinstance(value, str) else value for key, value in values.items()}
 
     def _begin_step(self) -> None:
         """Record statistics if they are due; otherwise let layers apply their inverses in the backward pass."""
@@ -344,6 +380,22 @@ def _merge_settings(settings: KroneckerSettings | None, options: Mapping[str, An
     if given:
         raise ValueError(f"Give either settings or {', '.join(given)}, not both.")
     return settings
+
+
+def _release(capture: Capture, layers: Sequence[PreconditionedLayer]) -> None:
+    capture.remove()
+    for layer in layers:
+        layer.remove()
+
+
+@contextmanager
+def _no_autocast() -> Iterator[None]:
+    """Keep factors and inverses in their own precision, wherever ``step()`` is called."""
+    devices = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+    with ExitStack() as stack:
+        for device in devices:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def _no_phase(name: str) -> AbstractContextManager[None]:

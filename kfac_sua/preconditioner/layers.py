@@ -148,6 +148,10 @@ def _reason_to_leave(name: str, module: nn.Module, skip: Sequence[str], shared: 
         return NORMALISED
     if not isinstance(module, nn.Linear | nn.Conv2d):
         return f"{type(module).__name__} is not supported (nn.Linear and nn.Conv2d are)"
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention uses its weight without calling it"
+    if type(module).forward not in (nn.Linear.forward, nn.Conv2d.forward) or "forward" in module.__dict__:
+        return f"{type(module).__name__} overrides forward"
     if "weight" not in module._parameters:
         return "its weight is computed (parametrised), not a parameter"
     if isinstance(module.weight, UninitializedParameter):
@@ -156,8 +160,8 @@ def _reason_to_leave(name: str, module: nn.Module, skip: Sequence[str], shared: 
         return "complex weights are not supported"
     if not module.weight.requires_grad:
         return FROZEN
-    if id(module.weight) in shared:
-        return "its weight is shared with another module"
+    if any(id(parameter) in shared for parameter in _own_parameters(module)):
+        return "it shares a parameter with another module"
     return ""
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kfac_sua.preconditioner.apply import NEITHER_SIDE, LayerEigenbasis, LayerInverse, precondition_
+from kfac_sua.preconditioner.apply import BOTH_SIDES, LayerEigenbasis, LayerInverse, Sides, precondition_
 from kfac_sua.preconditioner.average import RunningAverage
 from kfac_sua.preconditioner.capture import PhaseSource
 from kfac_sua.preconditioner.grouping import BlockLayout
@@ -18,8 +18,9 @@ from kfac_sua.preconditioner.state import (
     average_to_state,
     inverse_from_state,
     inverse_to_state,
+    tensors_like,
 )
-from kfac_sua.preconditioner.statistics import LayerFactors, LayerStatistics
+from kfac_sua.preconditioner.statistics import LayerFactors, LayerStatistics, at_least_float32
 from kfac_sua.preconditioner.two_sided import TwoSidedForward, can_be_two_sided
 
 
@@ -67,7 +68,7 @@ class PreconditionedLayer:
             max_gradient_rows=max_low_rank_rows(gradient_cost(layout, settings), settings),
         )
         layer = cls(name, module, layout, statistics, RunningAverage(settings.ema_decay))
-        if settings.application is Application.auto and can_be_two_sided(geometry, layout):
+        if settings.application is Application.auto and can_be_two_sided(module, geometry):
             assert isinstance(module, nn.Conv2d)
             layer.two_sided = TwoSidedForward(name, module, geometry, layout, phases)
         return layer
@@ -89,13 +90,16 @@ class PreconditionedLayer:
         if self.average.decay == 0:
             self.average = RunningAverage(0.0)
 
-    def precondition_(self) -> None:
-        """Replace the gradients in place, but for the sides that the backward pass has applied."""
-        applied = self.two_sided.take_applied_sides() if self.two_sided else NEITHER_SIDE
+    def take_missing_sides(self) -> Sides:
+        """Return the sides that the gradient does not carry yet."""
+        return self.two_sided.take_applied_sides().complement() if self.two_sided else BOTH_SIDES
+
+    def precondition_(self, sides: Sides) -> None:
+        """Replace the gradients in place, by the given sides."""
         weight, bias = self.module.weight, self.module.bias
         assert isinstance(weight, nn.Parameter)
         if self.inverse is not None and weight.grad is not None:
-            precondition_(weight.grad, _trainable_grad(bias), self.layout, self.inverse, applied.complement())
+            precondition_(weight.grad, _trainable_grad(bias), self.layout, self.inverse, sides)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a continuation needs, as tensors and numbers."""
@@ -106,7 +110,10 @@ class PreconditionedLayer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Undo :meth:`state_dict`."""
+        """Undo :meth:`state_dict`, on the weight's device and in the precision that goes with it."""
+        weight = self.module.weight
+        assert isinstance(weight, nn.Parameter)
+        state = tensors_like(state, at_least_float32(weight.detach()))
         self.average = average_from_state(state["average"], self.average.decay)
         self.is_fresh = state["is_fresh"]
         self.inverse = inverse_from_state(state["inverse"])

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from kfac_sua.preconditioner.apply import LayerEigenbasis, LayerInverse
 from kfac_sua.preconditioner.average import RunningAverage
 from kfac_sua.preconditioner.factors import Factor
@@ -10,6 +12,13 @@ from kfac_sua.preconditioner.inverse import DenseInverse, EigenBasis, Inverse, L
 from kfac_sua.preconditioner.statistics import LayerFactors
 
 State = dict[str, Any]
+
+
+def tensors_like(state: Any, like: Tensor) -> Any:
+    """Return nested dicts with every tensor on the device and in the type of ``like``."""
+    if isinstance(state, Mapping):
+        return {key: tensors_like(value, like) for key, value in state.items()}
+    return state.to(like) if isinstance(state, Tensor) else state
 
 
 def average_to_state(average: RunningAverage) -> State:

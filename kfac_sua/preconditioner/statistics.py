@@ -27,7 +27,7 @@ class MomentAccumulator:
     def add(self, rows: Tensor) -> None:
         """Add rows, ``[num_blocks, n, d]``."""
         if self.blocks is None and sum(part.shape[1] for part in self.rows) + rows.shape[1] <= self.max_rows:
-            self.rows.append(rows)
+            self.rows.append(rows.clone())  # they may be a view of a buffer that the caller goes on using
             return
         for part in (*self.rows, rows):
             if self.blocks is None:
@@ -70,6 +70,19 @@ class _Pass:
     output_grad_sums: dict[int, Tensor] = field(default_factory=dict)
 
 
+@dataclass(eq=False)
+class Call:
+    """One call of a layer.
+
+    Args:
+        index: Index of the forward pass through the layer that it belongs to.
+        samples: Backward passes whose output gradient has arrived.
+    """
+
+    index: int
+    samples: set[int] = field(default_factory=set)
+
+
 class LayerStatistics:
     """Collects inputs and output gradients of one layer and turns them into normalised factors.
 
@@ -108,11 +121,11 @@ class LayerStatistics:
         self._activation, self._gradient = (MomentAccumulator(most) for most in self._max_rows)
         self._passes: list[_Pass] = []
         self._model_pass = -1
-        self._awaiting = 0  # calls whose output gradient has not arrived
-        self._num_gradients = 0
+        self._calls: list[Call] = []
+        self._awaiting: set[Call] = set()
 
     @torch.no_grad()
-    def add_inputs(self, inputs: Tensor, output_shape: torch.Size, model_pass: int) -> int:
+    def add_inputs(self, inputs: Tensor, output_shape: torch.Size, model_pass: int) -> Call:
         """Record one call.
 
         Args:
@@ -121,38 +134,53 @@ class LayerStatistics:
             model_pass: Index of the model's forward pass.
 
         Returns:
-            Index of the pass, to hand to :meth:`add_output_grads`.
+            The call, to hand to :meth:`add_output_grads`.
         """
-        inputs = factors.to_locations(_at_least_float32(inputs), self.geometry)
+        inputs = factors.to_locations(at_least_float32(inputs.detach()), self.geometry)
         current = self._begin_call(inputs.shape[0], model_pass)
         current.num_locations += self._num_locations(output_shape)
-        self._awaiting += 1
+        call = Call(len(self._passes) - 1)
+        self._calls.append(call)
+        self._awaiting.add(call)
         if self.reduce:
             sums = factors.reduced_activation_rows(inputs, self.geometry, self.layout)
             current.input_sums = sums if current.input_sums is None else current.input_sums + sums
         else:
             for rows in factors.activation_rows(inputs, self.geometry, self.layout):
                 self._activation.add(rows)
-        return len(self._passes) - 1
+        return call
+
+    @property
+    def is_awaiting(self) -> bool:
+        """Whether a call has been recorded whose output gradient has not arrived."""
+        return bool(self._awaiting)
 
     @torch.no_grad()
-    def add_output_grads(self, output_grads: Tensor, pass_index: int, sample: int = 0) -> None:
+    def add_output_grads(self, output_grads: Tensor, call: Call, sample: int = 0) -> None:
         """Record the output gradients of one call.
 
         Args:
             output_grads: Gradient with respect to the call's output.
-            pass_index: What :meth:`add_inputs` returned for the call.
+            call: What :meth:`add_inputs` returned for it.
             sample: Index of the backward pass (several for the ``exact`` Fisher), so that ``reduce`` sums over the
                 calls of one backward only.
+
+        Raises:
+            RuntimeError: If the call has had this output gradient before.
         """
-        grads = factors.to_locations(_at_least_float32(output_grads), self.geometry)
+        if sample in call.samples:
+            raise RuntimeError(
+                f"Layer {self.name!r}: a second backward pass reached one forward pass while statistics were recorded; "
+                f"run backward passes that are not the training step's inside preconditioner.paused()."
+            )
+        call.samples.add(sample)
+        self._awaiting.discard(call)
+        grads = factors.to_locations(at_least_float32(output_grads.detach()), self.geometry)
         rows = factors.gradient_rows(grads, self.layout, reduce=self.reduce)
-        self._num_gradients += 1
-        self._awaiting -= sample == 0
         if not self.reduce:
             self._gradient.add(rows)
             return
-        sums = self._passes[pass_index].output_grad_sums
+        sums = self._passes[call.index].output_grad_sums
         sums[sample] = sums[sample] + rows if sample in sums else rows
 
     def factors(self, *, grads_of_mean_loss: bool) -> LayerFactors | None:
@@ -165,13 +193,13 @@ class LayerStatistics:
         Raises:
             RuntimeError: If only some of the layer's calls received an output gradient.
         """
-        if self._num_gradients == 0:
+        if len(self._awaiting) == len(self._calls):
             return None
         if self._awaiting:
             raise RuntimeError(
-                f"Layer {self.name!r}: no output gradient arrived for {self._awaiting} of its calls, so its statistics "
-                f"would be wrong: the loss does not reach every call, or the forward pass was recomputed (activation "
-                f"checkpointing); list the layer in skip."
+                f"Layer {self.name!r}: no output gradient arrived for {len(self._awaiting)} of its {len(self._calls)} "
+                f"calls since the last step, so its statistics would be wrong; run forward passes that no training "
+                f"loss follows under torch.no_grad() or inside preconditioner.paused()."
             )
         num_examples = sum(one.num_examples for one in self._passes)
         num_rows = sum(one.num_examples * one.num_locations for one in self._passes)
@@ -218,6 +246,6 @@ def finite_layers(layer_factors: Iterable[LayerFactors]) -> list[bool]:
     return torch.stack(flags).tolist() if flags else []
 
 
-def _at_least_float32(values: Tensor) -> Tensor:
-    values = values.detach()
+def at_least_float32(values: Tensor) -> Tensor:
+    """Return the tensor in the precision that factors and inverses are kept in: float32, or float64 if it is that."""
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values

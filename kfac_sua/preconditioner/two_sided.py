@@ -10,26 +10,28 @@ the weight gradient instead: no step ever uses older inverses than it otherwise 
 """
 
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from kfac_sua.preconditioner.apply import NEITHER_SIDE, LayerInverse, Sides
 from kfac_sua.preconditioner.capture import PhaseSource
-from kfac_sua.preconditioner.grouping import BiasBlock, BlockLayout, ChannelGroups
+from kfac_sua.preconditioner.grouping import BlockLayout, ChannelGroups
 from kfac_sua.preconditioner.inverse import Inverse
 from kfac_sua.preconditioner.layers import LayerGeometry
 
 
-def can_be_two_sided(geometry: LayerGeometry, layout: BlockLayout) -> bool:
+def can_be_two_sided(module: nn.Module, geometry: LayerGeometry) -> bool:
     """Whether a layer's gradient can be preconditioned inside its backward pass: zero-padded convolutions, no bias."""
     left, right, top, bottom = geometry.padding
     return (
-        geometry.is_convolution
-        and layout.bias is BiasBlock.NONE
+        isinstance(module, nn.Conv2d)
+        and module.bias is None
         and geometry.padding_mode == "zeros"
         and left == right
         and top == bottom
@@ -59,83 +61,72 @@ class TwoSidedForward:
         self, name: str, module: nn.Conv2d, geometry: LayerGeometry, layout: BlockLayout, phases: PhaseSource
     ) -> None:
         self.inverse: LayerInverse | None = None
-        self._name = name
-        self._module = module
-        self._layout = layout
-        self._phases = phases
-        self._options = _ConvolutionOptions(
+        self.layout = layout
+        self.phases = phases
+        self.options = _ConvolutionOptions(
             geometry.stride,
             (geometry.padding[2], geometry.padding[0]),
             geometry.dilation,
             geometry.conv_groups,
         )
-        self._num_two_sided = 0
-        self._num_plain = 0
-        self._sides = NEITHER_SIDE
+        self._name = name
+        self._module = module
+        self._applied: set[Sides] = set()
         module.forward = self  # type: ignore[method-assign]
 
     def __call__(self, input: Tensor) -> Tensor:
         """Run the convolution; ``input`` as ``nn.Conv2d`` takes it."""
-        module = self._module
-        if not torch.is_grad_enabled():
+        module, inverse = self._module, self.inverse
+        if inverse is None or not torch.is_grad_enabled() or not module.weight.requires_grad:
             return type(module).forward(module, input)
         sides = self._cheaper_sides(input)
-        if not (sides.activation or sides.gradient):
-            self._num_plain += 1
-            return type(module).forward(module, input)
-        self._sides = sides
-        self._num_two_sided += 1
-        output: Tensor = _TwoSidedConvolution.apply(input, module.weight, self)
-        return output
+        if sides == NEITHER_SIDE:
+            output = type(module).forward(module, input)
+            output.register_hook(lambda grad: self.note_backward(NEITHER_SIDE))
+            return output
+        result: Tensor = _TwoSidedConvolution.apply(input, module.weight, self, inverse, sides)
+        return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Return the copied module's own forward: a copy of the model has no preconditioner."""
+        return _own_forward(memo[id(self._module)])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as the module's own forward, for the same reason."""
+        return _own_forward, (self._module,)
+
+    def note_backward(self, sides: Sides) -> None:
+        """Remember which sides a weight gradient that is about to be accumulated carries."""
+        self._applied.add(sides)
 
     def take_applied_sides(self) -> Sides:
         """Return which sides the gradient accumulated since the last call already carries.
 
         Raises:
-            RuntimeError: If only some of the forward passes were two-sided.
+            RuntimeError: If its parts carry different ones.
         """
-        if self._num_two_sided and self._num_plain:
+        applied, self._applied = self._applied, set()
+        if len(applied) > 1:
             raise RuntimeError(
-                f"Layer {self._name!r} ran {self._num_two_sided} forward passes two-sided and {self._num_plain} plain "
-                f"(autocast on and off, or very different batch sizes) within one step; use application=weight."
+                f"Layer {self._name!r}: the parts of its accumulated gradient were preconditioned differently in the "
+                f"backward pass (autocast on and off, or very different batch sizes within one step); use "
+                f"application=weight."
             )
-        applied = self._sides if self._num_two_sided else NEITHER_SIDE
-        self._num_two_sided = self._num_plain = 0
-        return applied
+        return applied.pop() if applied else NEITHER_SIDE
 
     def remove(self) -> None:
         """Give the module its own ``forward`` back."""
+        self.inverse = None
         if self._module.__dict__.get("forward") is self:
             del self._module.forward
 
-    def transformed_inputs(self, inputs: Tensor) -> Tensor:
-        """Return Ā⁻¹h for every input pixel, or the inputs where that side stays with the weight gradient."""
-        if not self._sides.activation:
-            return inputs
-        assert self.inverse is not None
-        with self._phases.phase("application"):
-            return _transform(inputs, self.inverse.activation, self._layout.conv_groups, self._layout.activation)
-
-    def transformed_output_grads(self, output_grads: Tensor) -> Tensor:
-        """Return Ḡ⁻¹δ for every location, or the gradients where that side stays with the weight gradient."""
-        if not self._sides.gradient:
-            return output_grads
-        assert self.inverse is not None
-        with self._phases.phase("application"):
-            return _transform(output_grads, self.inverse.gradient, self._layout.conv_groups, self._layout.gradient)
-
-    @property
-    def options(self) -> _ConvolutionOptions:
-        """Stride, padding, dilation and groups of the convolution."""
-        return self._options
-
     def _cheaper_sides(self, inputs: Tensor) -> Sides:
         """Return the sides that have fewer rows than the weight gradient has vectors."""
-        layout = self._layout
-        if self.inverse is None or inputs.dim() != 4 or torch.is_autocast_enabled(inputs.device.type):
+        layout = self.layout
+        if inputs.dim() != 4 or torch.is_autocast_enabled(inputs.device.type):
             return NEITHER_SIDE
         pixels = inputs.shape[0] * inputs.shape[2] * inputs.shape[3]
-        (sh, sw) = self._options.stride
+        (sh, sw) = self.options.stride
         locations = inputs.shape[0] * -(-inputs.shape[2] // sh) * -(-inputs.shape[3] // sw)  # about right: a choice
         per_pixel = layout.feature_taps == 1
         return Sides(
@@ -148,37 +139,50 @@ class _TwoSidedConvolution(torch.autograd.Function):
     """A convolution whose weight gradient is Σ (Ḡ⁻¹δ)(Ā⁻¹h)ᵀ; output and input gradient are the ordinary ones."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight: Tensor, site: TwoSidedForward) -> Tensor:
+    def forward(
+        ctx: Any, inputs: Tensor, weight: Tensor, site: TwoSidedForward, inverse: LayerInverse, sides: Sides
+    ) -> Tensor:
         ctx.save_for_backward(inputs, weight)
-        ctx.site = site
+        ctx.site, ctx.inverse, ctx.sides = site, inverse, sides
         options = site.options
         return F.conv2d(inputs, weight, None, options.stride, options.padding, options.dilation, options.groups)
 
     @staticmethod
-    def backward(ctx: Any, *output_grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    @once_differentiable
+    def backward(ctx: Any, *output_grads: Tensor) -> tuple[Tensor | None, ...]:
         (output_grad,) = output_grads
         inputs, weight = ctx.saved_tensors
-        options = ctx.site.options
+        site, inverse, sides = ctx.site, ctx.inverse, ctx.sides
+        options, layout = site.options, site.layout
         arguments = (options.stride, options.padding, options.dilation, options.groups)
         input_grad = weight_grad = None
         if ctx.needs_input_grad[0]:
             input_grad = conv2d_input(inputs.shape, weight, output_grad, *arguments)
         if ctx.needs_input_grad[1]:
-            weight_grad = conv2d_weight(
-                ctx.site.transformed_inputs(inputs),
-                weight.shape,
-                ctx.site.transformed_output_grads(output_grad),
-                *arguments,
-            )
-        return input_grad, weight_grad, None
+            site.note_backward(sides)
+            with site.phases.phase("application"):
+                if sides.activation:
+                    inputs = _transform(
+                        inputs, inverse.activation, layout.conv_groups, layout.activation, inverse.dtype
+                    )
+                if sides.gradient:
+                    output_grad = _transform(
+                        output_grad, inverse.gradient, layout.conv_groups, layout.gradient, inverse.dtype
+                    )
+            weight_grad = conv2d_weight(inputs, weight.shape, output_grad, *arguments)
+        return input_grad, weight_grad, None, None, None
 
 
-def _transform(values: Tensor, inverse: Inverse, conv_groups: int, groups: ChannelGroups) -> Tensor:
+def _own_forward(module: nn.Module) -> Any:
+    return MethodType(type(module).forward, module)
+
+
+def _transform(values: Tensor, inverse: Inverse, conv_groups: int, groups: ChannelGroups, dtype: torch.dtype) -> Tensor:
     """Multiply the channels of ``[n, conv_groups · channels, h, w]`` by inverse blocks, pixel by pixel."""
-    pixels = values.permute(0, 2, 3, 1)  # [n, h, w, channels]
+    pixels = values.to(dtype).permute(0, 2, 3, 1)  # [n, h, w, channels]
     rows = groups.split(
         pixels.flatten(0, 2).unflatten(-1, (conv_groups, groups.num_channels))
     )  # [rows, g, count, size]
     blocks = rows.flatten(1, 2).transpose(0, 1)  # [g · count, rows, size]
     result = inverse.right(blocks).transpose(0, 1).unflatten(1, (conv_groups, groups.count))
-    return groups.merge(result).reshape(pixels.shape).permute(0, 3, 1, 2)
+    return groups.merge(result).reshape(pixels.shape).permute(0, 3, 1, 2).to(values.dtype)

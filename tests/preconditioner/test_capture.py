@@ -1,10 +1,12 @@
 """Hooks: what they record, when they are idle, in-place operations, reused modules, gradient accumulation."""
 
 import copy
+import io
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kfac_sua.preconditioner import KroneckerPreconditioner
 
@@ -136,7 +138,7 @@ def test_hooks_are_idle_between_statistics():
     recorded = []
     for _ in range(7):
         nn.functional.cross_entropy(net(inputs), LABELS).backward()
-        recorded.append(sum(layer.statistics._num_gradients for layer in preconditioner._layers.values()))
+        recorded.append(sum(len(layer.statistics._calls) for layer in preconditioner._layers.values()))
         preconditioner.step()
     assert recorded == [4, 0, 0, 4, 0, 0, 4]
 
@@ -168,8 +170,116 @@ def test_a_call_that_the_loss_does_not_reach_is_an_error():
         net.conv(inputs)
         nn.functional.cross_entropy(net(inputs), LABELS).backward()
         net.conv(inputs)
-    with pytest.raises(RuntimeError, match=r"'conv': no output gradient arrived for 2 of its calls"):
+    with pytest.raises(RuntimeError, match=r"'conv': no output gradient arrived for 2 of its 4 calls"):
         preconditioner.step()
+
+
+def test_a_refused_mini_batch_does_not_spoil_the_next():
+    """After an error at step(), the statistics start anew."""
+    torch.manual_seed(0)
+    net = Reused().double()
+    inputs = torch.randn(6, 2, 8, 3, dtype=torch.float64)
+    clean = factors_after(net, inputs)
+    preconditioner = KroneckerPreconditioner(net)
+    net(inputs * 9)  # an evaluation that forgot torch.no_grad()
+    nn.functional.cross_entropy(net(inputs), LABELS).backward()
+    with pytest.raises(RuntimeError, match=r"under torch\.no_grad\(\)"):
+        preconditioner.step()
+    nn.functional.cross_entropy(net(inputs), LABELS).backward()
+    preconditioner.update_factors()
+    factors = preconditioner._layers["conv"].average.corrected()
+    torch.testing.assert_close(factors.gradient.dense(), clean["conv"][2], rtol=1e-12, atol=0)
+
+
+def test_a_second_backward_through_one_forward_is_an_error():
+    """Two backward passes over one forward cannot be told from wrong sums; the cure is named."""
+    net = Reused()
+    preconditioner = KroneckerPreconditioner(net)
+    loss = nn.functional.cross_entropy(net(torch.randn(6, 2, 8, 3)), LABELS)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"second backward pass reached one forward .*paused\(\)"):
+        loss.backward()
+    del preconditioner
+
+
+def test_paused_and_discarded_passes_leave_no_trace():
+    """Adversarial, logging and abandoned passes can be kept out of the statistics."""
+    torch.manual_seed(0)
+    net = Residual(inplace=False).double()
+    inputs = torch.randn(6, 3, 4, 4, dtype=torch.float64)
+    clean = factors_after(net, inputs)
+    preconditioner = KroneckerPreconditioner(net)
+    nn.functional.cross_entropy(net(inputs * 3), LABELS).backward()  # abandoned
+    preconditioner.discard()
+    with preconditioner.paused():
+        nn.functional.cross_entropy(net(inputs * 5), LABELS).backward()
+    nn.functional.cross_entropy(net(inputs), LABELS).backward()
+    preconditioner.update_factors()
+    for name, layer in preconditioner._layers.items():
+        factors = layer.average.corrected()
+        torch.testing.assert_close(factors.activation.dense(), clean[name][1], rtol=1e-12, atol=0)
+        torch.testing.assert_close(factors.gradient.dense(), clean[name][2], rtol=1e-12, atol=0)
+
+
+def test_buffers_may_be_reused_after_the_forward_pass():
+    """Kept rows are copies: overwriting a static input buffer before step() changes nothing."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(40, 3, bias=False)).double()
+    buffer = torch.randn(6, 40, dtype=torch.float64)
+    clean = factors_after(net, buffer.clone(), inverse_method="low_rank")
+    preconditioner = KroneckerPreconditioner(net, inverse_method="low_rank")
+    nn.functional.cross_entropy(net(buffer), LABELS).backward()
+    buffer.zero_()
+    preconditioner.update_factors()
+    factors = preconditioner._layers["0"].average.corrected()
+    torch.testing.assert_close(factors.activation.dense(), clean["0"][1], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing_is_recorded_once(use_reentrant):
+    """Recomputed forward passes do not count twice, in either mode of torch.utils.checkpoint."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 5, 2), nn.Flatten(), nn.Linear(5, 3)).double()
+    inputs = torch.randn(6, 3, 4, 4, dtype=torch.float64)
+    clean = factors_after(net, inputs)
+    preconditioner = KroneckerPreconditioner(net)
+    hidden = checkpoint(net[:3], inputs.clone().requires_grad_(), use_reentrant=use_reentrant)
+    nn.functional.cross_entropy(net[4](net[3](hidden)), LABELS).backward()
+    preconditioner.update_factors()
+    for name, layer in preconditioner._layers.items():
+        factors = layer.average.corrected()
+        torch.testing.assert_close(factors.activation.dense(), clean[name][1], rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(factors.gradient.dense(), clean[name][2], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("application", ["weight", "auto"])
+def test_copies_of_the_model_have_no_preconditioner(application):
+    """A deep copy or a pickled copy neither feeds the original's statistics nor applies its inverses."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 20, 3, bias=False), nn.Flatten(), nn.Linear(80, 3)).double()
+    plain = copy.deepcopy(net)
+    inputs = torch.randn(6, 3, 4, 4, dtype=torch.float64)
+    preconditioner = KroneckerPreconditioner(net, structure="sua", application=application, inverse_period=2)
+    nn.functional.cross_entropy(net(inputs), LABELS).backward()
+    preconditioner.step()
+    buffer = io.BytesIO()
+    torch.save(net, buffer)
+    buffer.seek(0)
+    nn.functional.cross_entropy(plain(inputs), LABELS).backward()
+    for twin in (copy.deepcopy(net), torch.load(buffer, weights_only=False)):
+        twin.zero_grad()
+        nn.functional.cross_entropy(twin(inputs), LABELS).backward()
+        torch.testing.assert_close(twin[0].weight.grad, plain[0].weight.grad, rtol=1e-12, atol=1e-14)
+    assert not preconditioner._layers["0"].statistics._calls
+
+
+def test_a_deleted_preconditioner_takes_its_hooks_along():
+    """Without the preconditioner nothing is left on the model."""
+    net = nn.Sequential(nn.Conv2d(3, 20, 3, bias=False), nn.Flatten(), nn.Linear(80, 3))
+    preconditioner = KroneckerPreconditioner(net, application="auto")
+    del preconditioner
+    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in net.modules())
+    assert "forward" not in net[0].__dict__
 
 
 def test_calls_with_different_batch_sizes_in_one_forward_are_an_error():
@@ -204,16 +314,15 @@ def test_submodules_called_without_the_model_accumulate_correctly():
 
 
 def test_autocast_statistics_are_formed_in_float32():
-    """Under bfloat16 autocast the factors are float32 and close to those of full precision."""
+    """With forward, backward and step under bfloat16 autocast the factors are float32 and close to full precision."""
     torch.manual_seed(0)
     net = Residual(inplace=False)
     inputs = torch.randn(6, 3, 4, 4)
     exact = factors_after(copy.deepcopy(net), inputs)
     preconditioner = KroneckerPreconditioner(net)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = nn.functional.cross_entropy(net(inputs), LABELS)
-    loss.backward()
-    preconditioner.update_factors()
+        nn.functional.cross_entropy(net(inputs), LABELS).backward()
+        preconditioner.update_factors()
     factors = preconditioner._layers["second"].average.corrected()
-    assert factors.activation.dense().dtype == torch.float32
+    assert factors.activation.dense().dtype == factors.gradient.dense().dtype == torch.float32
     torch.testing.assert_close(factors.activation.dense(), exact["second"][1], rtol=0.05, atol=0.02)

@@ -14,6 +14,14 @@ def reasons(model, **options):
     return {layer.name: layer.reason for layer in discover_layers(model, **options)}
 
 
+class OwnForward(nn.Conv2d):
+    """A convolution that does something else than nn.Conv2d."""
+
+    def forward(self, input):
+        """Standardise the weight first."""
+        return self._conv_forward(input, self.weight - self.weight.mean(), self.bias)
+
+
 def test_every_kind_of_layer_has_a_verdict():
     """Supported, normalisation, unsupported, frozen, skipped, parametrised, shared and lazy layers are told apart."""
     model = nn.ModuleDict(
@@ -29,12 +37,17 @@ def test_every_kind_of_layer_has_a_verdict():
             "skipped": nn.Linear(3, 3),
             "parametrised": nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)),
             "lazy": nn.LazyLinear(3),
+            "attention": nn.MultiheadAttention(4, 2),
+            "own_forward": OwnForward(3, 3, 3),
+            "bias_a": nn.Linear(3, 3),
+            "bias_b": nn.Linear(3, 3),
             "first": nn.Linear(3, 3),
             "second": nn.Linear(3, 3),
         }
     )
     model["frozen"].weight.requires_grad_(False)
     model["second"].weight = model["first"].weight
+    model["bias_b"].bias = model["bias_a"].bias
     found = reasons(model, skip=["skip*"])
     assert found["linear"] == found["conv"] == ""
     assert found["norm"] == found["group_norm"] == "normalisation layer"
@@ -45,7 +58,10 @@ def test_every_kind_of_layer_has_a_verdict():
     assert found["skipped"] == "listed in skip"
     assert "parametrised" in found["parametrised"]
     assert "lazy" in found["lazy"]
-    assert found["first"] == found["second"] == "its weight is shared with another module"
+    assert found["attention.out_proj"] == "nn.MultiheadAttention uses its weight without calling it"
+    assert found["own_forward"] == "OwnForward overrides forward"
+    assert found["bias_a"] == found["bias_b"] == "it shares a parameter with another module"
+    assert found["first"] == found["second"] == "it shares a parameter with another module"
 
 
 def test_surprising_layers_are_warned_about_once_at_construction(caplog):

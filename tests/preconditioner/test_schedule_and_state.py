@@ -86,6 +86,39 @@ def test_state_of_another_model_or_version_is_refused():
         preconditioner.load_state_dict({**state, "version": 99})
 
 
+def test_state_of_other_settings_is_refused():
+    """A state is not reinterpreted under another rule or structure; the differing settings are named."""
+    state = KroneckerPreconditioner(make_net(), damping=0.1).state_dict()
+    other = KroneckerPreconditioner(make_net(), damping=0.2, structure="sua")
+    with pytest.raises(ValueError, match=r"other settings: structure=kfac \(here sua\), damping=0.1 \(here 0.2\)"):
+        other.load_state_dict(state)
+
+
+def test_state_follows_the_models_precision():
+    """A float32 state loaded into a float64 model is used in float64."""
+    net = make_net()
+    preconditioner, optimizer = start(net, {})
+    steps(net, preconditioner, optimizer, range(2))
+    double = make_net().double()
+    other, _ = start(double, {})
+    other.load_state_dict(preconditioner.state_dict())
+    inputs, labels = batch(2)
+    nn.functional.cross_entropy(double(inputs.double()), labels).backward()
+    other.step()
+    assert other._layers["0"].inverse.dtype == torch.float64
+
+
+def test_a_bias_frozen_later_is_left_alone():
+    """Freezing a joint bias after construction does not break the weight's preconditioning."""
+    net = make_net()
+    preconditioner, optimizer = start(net, {})
+    steps(net, preconditioner, optimizer, range(2))
+    net[4].bias.requires_grad_(False)
+    steps(net, preconditioner, optimizer, range(2, 6))
+    assert net[4].bias.grad is None
+    assert net[4].weight.grad.isfinite().all()
+
+
 def test_periods():
     """Statistics and inverses are due on their own periods, counted from the first step."""
     net = make_net()
@@ -110,11 +143,13 @@ def test_running_average_is_bias_corrected():
         nn.functional.cross_entropy(net(inputs.double()), labels).backward()
         averaging.update_factors()
         single.update_factors()
-        measured.append(single._layers["2"].average.corrected().activation.dense())
+        measured.append(single._layers["2"].average.corrected())
     weights = [0.3 * 0.7**2, 0.3 * 0.7, 0.3]
-    expected = sum(w * m for w, m in zip(weights, measured, strict=True)) / (1 - 0.7**3)
-    got = averaging._layers["2"].average.corrected().activation.dense()
-    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-14)
+    average = averaging._layers["2"].average.corrected()
+    for side in ("activation", "gradient"):
+        parts = [getattr(factors, side).dense() for factors in measured]
+        expected = sum(w * part for w, part in zip(weights, parts, strict=True)) / (1 - 0.7**3)
+        torch.testing.assert_close(getattr(average, side).dense(), expected, rtol=1e-10, atol=1e-14)
 
 
 def test_zero_decay_is_the_mini_batch_alone():

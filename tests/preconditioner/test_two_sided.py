@@ -109,5 +109,65 @@ def test_autocast_takes_the_plain_path_and_mixing_is_an_error():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         net(inputs).square().mean().backward()
     net(inputs).square().mean().backward()
-    with pytest.raises(RuntimeError, match=r"'0' ran 1 forward passes two-sided and 1 plain .* application=weight"):
+    with pytest.raises(RuntimeError, match=r"'0': the parts of its accumulated gradient .* application=weight"):
         preconditioner.step()
+
+
+def test_ragged_micro_batches_are_refused_rather_than_mixed():
+    """Micro-batches so different that other sides are cheaper cannot share one accumulated gradient."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(4, 40, 3, bias=False), nn.Flatten(), nn.Linear(360, 3)).double()
+    preconditioner = KroneckerPreconditioner(net, structure="sua", application="auto", inverse_period=10)
+    net(torch.randn(4, 4, 5, 5, dtype=torch.float64)).square().sum(1).mean().backward()
+    preconditioner.step()
+    net.zero_grad()
+    for size in (9, 1):
+        net(torch.randn(size, 4, 5, 5, dtype=torch.float64)).square().sum(1).mean().backward()
+    before = net[2].weight.grad.clone()
+    with pytest.raises(RuntimeError, match="application=weight"):
+        preconditioner.step()
+    assert torch.equal(net[2].weight.grad, before)  # nothing was changed before the error
+
+
+def test_two_forward_passes_before_one_backward_keep_their_sides():
+    """Each backward uses the sides and the inverse of its own forward pass."""
+    net = make_net("plain")
+    inputs, labels = torch.randn(4, 6, 5, 5, dtype=torch.float64), torch.tensor([0, 1, 2, 1])
+    net(inputs)
+    results = []
+    for application in ("weight", "auto"):
+        model = copy.deepcopy(net)
+        preconditioner = KroneckerPreconditioner(model, structure="sua", application=application)
+        for _ in range(2):
+            model.zero_grad()
+            first, second = (nn.functional.cross_entropy(model(x), y) for x, y in ((inputs, labels), (-inputs, labels)))
+            ((first + second) / 2).backward()
+            preconditioner.step()
+        results.append([parameter.grad for parameter in model.parameters()])
+    for got, want in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+def test_a_frozen_bias_stays_in_the_output():
+    """A convolution with a bias, trainable or not, keeps its own forward."""
+    net = nn.Sequential(nn.Conv2d(4, 30, 3), nn.Flatten(), nn.Linear(270, 3))
+    net[0].bias.requires_grad_(False)
+    inputs = torch.randn(2, 4, 5, 5)
+    expected = net(inputs)
+    preconditioner = KroneckerPreconditioner(net, application="auto", inverse_period=5)
+    net(inputs).square().mean().backward()
+    preconditioner.step()
+    assert torch.equal(net(inputs), expected)
+
+
+def test_double_backward_is_refused():
+    """Differentiating a preconditioned gradient again would be silently wrong."""
+    net = make_net("plain")
+    inputs = torch.randn(4, 6, 5, 5, dtype=torch.float64, requires_grad=True)
+    net(inputs)
+    preconditioner = KroneckerPreconditioner(net, structure="sua", application="auto")
+    net(inputs).square().sum(1).mean().backward()
+    preconditioner.step()
+    (grad,) = torch.autograd.grad(net(inputs).sum(), inputs, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
