@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from kfac_sua.preconditioner.precision import factor_precision
 from kfac_sua.preconditioner.statistics import Call, LayerStatistics
 
 Phase = Callable[[str], AbstractContextManager[Any]]
@@ -113,7 +114,7 @@ class Capture:
             return
         if statistics.is_awaiting and torch._C._current_graph_task_id() != -1:
             return  # activation checkpointing runs the forward pass again during backward; it was recorded before
-        with self._phases.phase("statistics"), torch.autocast(output.device.type, enabled=False):
+        with self._phases.phase("statistics"), factor_precision():
             call = statistics.add_inputs(inputs, output.shape, self._model_pass)
         if not self._from_training_loss:
             self._outputs.append(_RecordedOutput(statistics, get_gradient_edge(output), call))
@@ -126,7 +127,7 @@ class Capture:
         output.register_hook(on_gradient)
 
     def _record_gradient(self, statistics: LayerStatistics, call: Call, grad: Tensor, sample: int = 0) -> None:
-        with self._phases.phase("statistics"), torch.autocast(grad.device.type, enabled=False):
+        with self._phases.phase("statistics"), factor_precision():
             statistics.add_output_grads(grad, call, sample)
 
 

@@ -23,6 +23,10 @@ class SideCost:
         """Cholesky factorisation (d³/3) and inverse from it (2 d³/3), all blocks."""
         return self.num_blocks * self.width**3
 
+    def eigenbasis(self) -> int:
+        """Eigendecomposition with vectors, about 9 d³ (Golub & Van Loan, symmetric QR), all blocks."""
+        return 9 * self.num_blocks * self.width**3
+
     def dense_apply(self) -> int:
         """One application of dense inverse blocks."""
         return 2 * self.num_blocks * self.vectors * self.width**2

@@ -112,22 +112,22 @@ def invert_factors(factors: Sequence[Factor], dampings: Sequence[Tensor]) -> lis
     return results
 
 
-def eigendecompose_factors(factors: Sequence[Factor]) -> list[EigenBasis]:
+def eigendecompose_factors(factors: Sequence[Factor]) -> list[EigenBasis | None]:
     """Return the eigenbasis of every factor, equal-sized blocks in one batched call.
 
-    A call that does not converge is repeated in float64.
-
-    Raises:
-        torch.linalg.LinAlgError: If that does not converge either.
+    A call that does not converge is repeated in float64; where that does not converge either, ``None``.
     """
     blocks = [factor.dense() for factor in factors]
     bases: list[EigenBasis | None] = [None] * len(blocks)
     for members, batch in _by_size(blocks):
-        values, vectors = _eigh(batch)
+        decomposed = _eigh(batch)
+        if decomposed is None:
+            continue
+        values, vectors = decomposed
         sizes = [blocks[i].shape[0] for i in members]
         for i, value, vector in zip(members, values.split(sizes), vectors.split(sizes), strict=True):
             bases[i] = EigenBasis(vector, value.clamp(min=0))
-    return [basis for basis in bases if basis is not None]
+    return bases
 
 
 def _damped_core(factor: Factor, damping: Tensor) -> Tensor:
@@ -147,6 +147,8 @@ def _damped_triangles(factors: Sequence[Factor], dampings: Sequence[Tensor]) -> 
         sizes = [cores[i].shape[0] for i in members]
         for i, part, part_bad in zip(members, triangle.split(sizes), bad.split(sizes), strict=True):
             triangles[i], failed[i] = part, part_bad
+    lost = [_is_lost(factor, damping) for factor, damping in zip(factors, dampings, strict=True)]
+    failed = [bad | is_lost for bad, is_lost in zip(failed, lost, strict=True)]
     num_failed = [0] * len(cores)
     if bool(torch.cat(failed).any()):  # the only host synchronisation where all is well
         for i, (factor, damping) in enumerate(zip(factors, dampings, strict=True)):
@@ -168,7 +170,14 @@ def _retry_in_float64(factor: Factor, damping: Tensor, triangle: Tensor, failed:
     repaired, still_failed = _cholesky(_damped_core(selected, damping[indices].double()))
     triangle = triangle.clone()
     triangle[indices] = repaired.to(triangle.dtype)
-    return triangle, int(still_failed.sum())
+    return triangle, int((still_failed | _is_lost(factor, damping)[indices]).sum())
+
+
+def _is_lost(factor: Factor, damping: Tensor) -> Tensor:
+    """Whether a damping is below the rounding of I − VᵀV, whose error the Woodbury form divides by it."""
+    if factor.rows is None:
+        return torch.zeros_like(damping, dtype=torch.bool)
+    return damping < torch.finfo(damping.dtype).eps * factor.traces()
 
 
 def _batched_cholesky_inverse(triangles: Sequence[Tensor]) -> list[Tensor]:
@@ -180,12 +189,14 @@ def _batched_cholesky_inverse(triangles: Sequence[Tensor]) -> list[Tensor]:
     return inverses
 
 
-def _eigh(batch: Tensor) -> tuple[Tensor, Tensor]:
-    try:
-        values, vectors = torch.linalg.eigh(batch)
-    except torch.linalg.LinAlgError:
-        values, vectors = (part.to(batch.dtype) for part in torch.linalg.eigh(batch.double()))
-    return values, vectors
+def _eigh(batch: Tensor) -> tuple[Tensor, Tensor] | None:
+    for dtype in (batch.dtype, torch.float64):
+        try:
+            values, vectors = torch.linalg.eigh(batch.to(dtype))
+        except torch.linalg.LinAlgError:
+            continue
+        return values.to(batch.dtype), vectors.to(batch.dtype)
+    return None
 
 
 def _by_size(matrices: Sequence[Tensor]) -> list[tuple[list[int], Tensor]]:

@@ -1,10 +1,9 @@
 """The public preconditioner: when to measure, refresh and apply. The mathematics lies in the files it calls."""
 
-import dataclasses
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from kfac_sua.preconditioner.capture import Capture, Phase, PhaseSource
 from kfac_sua.preconditioner.events import EventLog
 from kfac_sua.preconditioner.fisher import fisher_cotangents
 from kfac_sua.preconditioner.layers import discover_layers, log_plain_layers, preconditioned
+from kfac_sua.preconditioner.precision import factor_precision
 from kfac_sua.preconditioner.preconditioned_layer import PreconditionedLayer
 from kfac_sua.preconditioner.refresh import refresh_layers
 from kfac_sua.preconditioner.report import LayerTable, layer_table
@@ -27,6 +27,7 @@ from kfac_sua.preconditioner.settings import (
     LossReduction,
     Structure,
     WeightSharing,
+    merge_settings,
 )
 from kfac_sua.preconditioner.statistics import finite_layers
 
@@ -116,9 +117,9 @@ class KroneckerPreconditioner:
             "ema_decay": ema_decay,
             "inverse_method": inverse_method,
             "application": application,
-            "skip": None if skip is None else list(skip),
+            "skip": skip if skip is None or isinstance(skip, str) else list(skip),
         }
-        self.settings = _merge_settings(settings, options)
+        self.settings = merge_settings(settings, options)
         self.seed = seed
         self.num_steps = 0
         self._events = EventLog()
@@ -237,7 +238,7 @@ class KroneckerPreconditioner:
     @torch.no_grad()
     def update_factors(self) -> None:
         """Turn what was recorded into factors, or into the running average of factors."""
-        with self._phases.phase("statistics"), _no_autocast():
+        with self._phases.phase("statistics"), factor_precision():
             mean_loss = (
                 self.settings.loss_reduction is LossReduction.mean and self.settings.fisher_type is FisherType.empirical
             )
@@ -266,7 +267,7 @@ class KroneckerPreconditioner:
         Raises:
             RuntimeError: If a layer's first inverse fails.
         """
-        with self._phases.phase("inversion"), _no_autocast():
+        with self._phases.phase("inversion"), factor_precision():
             layers = [layer for layer in self._layers.values() if layer.is_fresh]
             factors = [layer.average.corrected() for layer in layers]
             refreshed = refresh_layers(factors, [layer.layout for layer in layers], self.settings)
@@ -280,7 +281,7 @@ class KroneckerPreconditioner:
     @torch.no_grad()
     def precondition_(self) -> None:
         """Replace the gradients of the preconditioned layers in place, with the inverses at hand."""
-        with self._phases.phase("application"), _no_autocast():
+        with self._phases.phase("application"), factor_precision():
             missing = [layer.take_missing_sides() for layer in self._layers.values()]  # all may raise before any change
             for layer, sides in zip(self._layers.values(), missing, strict=True):
                 layer.precondition_(sides)
@@ -307,7 +308,7 @@ class KroneckerPreconditioner:
             "version": STATE_VERSION,
             "num_steps": self.num_steps,
             "seed": self.seed,
-            "settings": self._plain_settings(),
+            "settings": self.settings.to_plain(),
             "events": dict(self.events),
             "layers": {name: layer.state_dict() for name, layer in self._layers.items()},
         }
@@ -322,7 +323,7 @@ class KroneckerPreconditioner:
             raise ValueError(
                 f"Preconditioner state has version {state['version']}, this release reads {STATE_VERSION}."
             )
-        own = self._plain_settings()
+        own = self.settings.to_plain()
         differing = [
             f"{key}={state['settings'].get(key)} (here {own[key]})"
             for key in own
@@ -342,11 +343,6 @@ class KroneckerPreconditioner:
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
-    def _plain_settings(self) -> dict[str, Any]:
-        """Return the settings as strings, numbers and lists, as a checkpoint can hold them."""
-        values = dataclasses.asdict(self.settings)
-        return {key: str(value) if isinstance(value, str) else value for key, value in values.items()}
-
     def _begin_step(self) -> None:
         """Record statistics if they are due; otherwise let layers apply their inverses in the backward pass."""
         self._capture.enabled = self.statistics_due
@@ -356,8 +352,8 @@ class KroneckerPreconditioner:
     def _keep_last_inverse(self, layer: PreconditionedLayer, num_failed: int) -> None:
         if layer.inverse is None:
             raise RuntimeError(
-                f"The damped factors of layer {layer.name!r} are not positive definite ({num_failed} blocks, also in "
-                f"float64) with damping {self.settings.damping:g}; raise the damping."
+                f"The factors of layer {layer.name!r} cannot be inverted ({num_failed} blocks, also in float64) with "
+                f"damping {self.settings.damping:g}; raise the damping."
             )
         self._events.report("failed_inverse", layer.name, "its last good inverse stays")
 
@@ -373,29 +369,10 @@ class KroneckerPreconditioner:
         )
 
 
-def _merge_settings(settings: KroneckerSettings | None, options: Mapping[str, Any]) -> KroneckerSettings:
-    given = {name: value for name, value in options.items() if value is not None}
-    if settings is None:
-        return KroneckerSettings(**given)
-    if given:
-        raise ValueError(f"Give either settings or {', '.join(given)}, not both.")
-    return settings
-
-
 def _release(capture: Capture, layers: Sequence[PreconditionedLayer]) -> None:
     capture.remove()
     for layer in layers:
         layer.remove()
-
-
-@contextmanager
-def _no_autocast() -> Iterator[None]:
-    """Keep factors and inverses in their own precision, wherever ``step()`` is called."""
-    devices = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
-    with ExitStack() as stack:
-        for device in devices:
-            stack.enter_context(torch.autocast(device, enabled=False))
-        yield
 
 
 def _no_phase(name: str) -> AbstractContextManager[None]:

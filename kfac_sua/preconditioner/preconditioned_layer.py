@@ -11,6 +11,7 @@ from kfac_sua.preconditioner.average import RunningAverage
 from kfac_sua.preconditioner.capture import PhaseSource
 from kfac_sua.preconditioner.grouping import BlockLayout
 from kfac_sua.preconditioner.layers import LayerGeometry
+from kfac_sua.preconditioner.precision import at_least_float32
 from kfac_sua.preconditioner.report import activation_cost, gradient_cost, max_low_rank_rows
 from kfac_sua.preconditioner.settings import Application, KroneckerSettings, WeightSharing
 from kfac_sua.preconditioner.state import (
@@ -20,7 +21,7 @@ from kfac_sua.preconditioner.state import (
     inverse_to_state,
     tensors_like,
 )
-from kfac_sua.preconditioner.statistics import LayerFactors, LayerStatistics, at_least_float32
+from kfac_sua.preconditioner.statistics import LayerFactors, LayerStatistics
 from kfac_sua.preconditioner.two_sided import TwoSidedForward, can_be_two_sided
 
 

@@ -18,7 +18,7 @@ from kfac_sua.preconditioner.statistics import LayerFactors
 class RefreshedLayer:
     """A layer's fresh inverse, and how many of its blocks failed (then it must not be used)."""
 
-    inverse: LayerInverse | LayerEigenbasis
+    inverse: LayerInverse | LayerEigenbasis | None
     num_failed: int = 0
 
 
@@ -44,10 +44,13 @@ def refresh_layers(
 
 def _eigenbases(layers: Sequence[LayerFactors], settings: KroneckerSettings) -> list[RefreshedLayer]:
     bases = eigendecompose_factors([side for layer in layers for side in (layer.activation, layer.gradient)])
-    return [
-        RefreshedLayer(LayerEigenbasis(activation, gradient, layer.scale, settings.damping))
-        for layer, activation, gradient in zip(layers, bases[::2], bases[1::2], strict=True)
-    ]
+    refreshed = []
+    for layer, activation, gradient in zip(layers, bases[::2], bases[1::2], strict=True):
+        if activation is None or gradient is None:
+            refreshed.append(RefreshedLayer(None, num_failed=1))
+        else:
+            refreshed.append(RefreshedLayer(LayerEigenbasis(activation, gradient, layer.scale, settings.damping)))
+    return refreshed
 
 
 def _inverses(

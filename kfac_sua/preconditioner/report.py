@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from kfac_sua.preconditioner.cost import SideCost
 from kfac_sua.preconditioner.grouping import BiasBlock, BlockLayout
 from kfac_sua.preconditioner.layers import DiscoveredLayer, names_by_reason
-from kfac_sua.preconditioner.settings import InverseMethod, KroneckerSettings
+from kfac_sua.preconditioner.settings import DampingRule, InverseMethod, KroneckerSettings
 
 
 def activation_cost(layout: BlockLayout, settings: KroneckerSettings) -> SideCost:
@@ -41,7 +41,7 @@ class LayerReport:
         structure: ``K-FAC``, ``SUA`` or ``plain gradient``.
         activation_blocks: Number and width of the activation factor's blocks.
         gradient_blocks: Number and width of the gradient factor's blocks.
-        memory_bytes: Inverses (or factors) kept, in float32, if dense.
+        memory_bytes: Inverses kept, and running averages of factors if there are any, in float32, if dense.
         inverse_flops: FLOPs of a refresh's inversions, if dense.
         apply_flops: FLOPs of one application, if dense.
         low_rank_rows: Rows up to which the activation and the gradient factor are inverted by the Woodbury identity.
@@ -95,15 +95,17 @@ def layer_table(
 
 def _report(layer: DiscoveredLayer, layout: BlockLayout, settings: KroneckerSettings) -> LayerReport:
     costs = activation_cost(layout, settings), gradient_cost(layout, settings)
+    is_exact = settings.damping_rule is DampingRule.exact
+    copies = 2 if settings.ema_decay > 0 else 1
     return LayerReport(
         name=layer.name,
         kind=type(layer.module).__name__,
         structure="K-FAC" if layout.taps_in_features else "SUA",
         activation_blocks=layout.activation_blocks,
         gradient_blocks=layout.gradient_blocks,
-        memory_bytes=sum(4 * cost.num_blocks * cost.width**2 for cost in costs),
-        inverse_flops=sum(cost.dense_inverse() for cost in costs),
-        apply_flops=sum(cost.dense_apply() for cost in costs),
+        memory_bytes=sum(4 * copies * cost.num_blocks * cost.width**2 for cost in costs),
+        inverse_flops=sum(cost.eigenbasis() if is_exact else cost.dense_inverse() for cost in costs),
+        apply_flops=(2 if is_exact else 1) * sum(cost.dense_apply() for cost in costs),
         low_rank_rows=(max_low_rank_rows(costs[0], settings), max_low_rank_rows(costs[1], settings)),
     )
 

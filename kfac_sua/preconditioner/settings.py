@@ -1,8 +1,11 @@
 """What the preconditioner can be asked for, and which combinations make sense. Standard library only."""
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 
 class Choice(StrEnum):
@@ -138,6 +141,7 @@ class KroneckerSettings:
 
     def validate(self) -> None:
         """Raise ``ValueError`` naming the first field that is out of range or contradicts another."""
+        self._validate_types()
         _require(math.isfinite(self.damping) and self.damping > 0, "damping", "a finite number > 0", self.damping)
         _require(
             self.group_size is None or self.group_size >= 1,
@@ -149,6 +153,21 @@ class KroneckerSettings:
         _require(0 <= self.ema_decay < 1, "ema_decay", "in [0, 1)", self.ema_decay)
         self._validate_periods()
         self._validate_inverse_method()
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return the settings as strings, numbers and lists, as a checkpoint can hold them."""
+        values = dataclasses.asdict(self)
+        return {key: str(value) if isinstance(value, str) else value for key, value in values.items()}
+
+    def _validate_types(self) -> None:
+        for name in ("group_size", "inverse_period", "factor_period"):
+            value = getattr(self, name)
+            is_integer = isinstance(value, int) and not isinstance(value, bool)
+            _require(is_integer or (value is None and name != "inverse_period"), name, "an integer", value)
+        for name in ("damping", "ema_decay"):
+            value = getattr(self, name)
+            _require(isinstance(value, int | float) and not isinstance(value, bool), name, "a number", value)
+        _require(not isinstance(self.skip, str), "skip", "a list of layer names", self.skip)
 
     def _validate_periods(self) -> None:
         period = self.factor_period
@@ -179,6 +198,20 @@ class KroneckerSettings:
                 f"inverse_method=low_rank needs the rows of one mini-batch, but ema_decay={self.ema_decay} averages "
                 f"over many; set ema_decay=0 or inverse_method=auto."
             )
+
+
+def merge_settings(settings: KroneckerSettings | None, options: Mapping[str, Any]) -> KroneckerSettings:
+    """Return the settings, or those that the options (where not ``None``) make.
+
+    Raises:
+        ValueError: If both are given, as one of them would be ignored.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if settings is None:
+        return KroneckerSettings(**given)
+    if given:
+        raise ValueError(f"Give either settings or {', '.join(given)}, not both.")
+    return settings
 
 
 _CHOICES: dict[str, type[Choice]] = {

@@ -10,6 +10,7 @@ from kfac_sua.preconditioner import factors
 from kfac_sua.preconditioner.factors import Factor
 from kfac_sua.preconditioner.grouping import BlockLayout
 from kfac_sua.preconditioner.layers import LayerGeometry
+from kfac_sua.preconditioner.precision import at_least_float32
 
 
 @dataclass
@@ -244,8 +245,3 @@ def finite_layers(layer_factors: Iterable[LayerFactors]) -> list[bool]:
     """Return for each layer whether its factors are finite, with one host synchronisation for all."""
     flags = [factors.is_finite() for factors in layer_factors]
     return torch.stack(flags).tolist() if flags else []
-
-
-def at_least_float32(values: Tensor) -> Tensor:
-    """Return the tensor in the precision that factors and inverses are kept in: float32, or float64 if it is that."""
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values

@@ -95,6 +95,7 @@ def test_eigenbases_rebuild_the_factor():
     """Eigenbases of mixed sizes reproduce their blocks, with eigenvalues ≥ 0."""
     factors = [Factor(blocks=gram(random_rows(2, 3, 5))), Factor(rows=random_rows(1, 2, 4))]
     for factor, basis in zip(factors, eigendecompose_factors(factors), strict=True):
+        assert basis is not None
         rebuilt = (basis.vectors * basis.values[:, None, :]) @ basis.vectors.mT
         torch.testing.assert_close(rebuilt, factor.dense(), rtol=1e-9, atol=1e-9)
         assert (basis.values >= 0).all()

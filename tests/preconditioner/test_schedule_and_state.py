@@ -215,14 +215,15 @@ def test_a_mini_batch_with_nan_leaves_the_last_inverse(caplog):
     assert "0: non finite statistics" in caplog.text
 
 
-def test_a_failed_first_inverse_names_layer_and_cure():
+@pytest.mark.parametrize("method", ["cholesky", "low_rank"])
+def test_a_failed_first_inverse_names_layer_and_cure(method):
     """A damping lost in rounding on a rank-deficient factor is an error that says to raise it."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(30, 2, bias=False))
-    preconditioner = KroneckerPreconditioner(net, damping=1e-30, inverse_method="cholesky")
+    preconditioner = KroneckerPreconditioner(net, damping=1e-30, inverse_method=method)
     inputs = torch.randn(3, 30) * 1e3
     nn.functional.cross_entropy(net(inputs), torch.tensor([0, 1, 1])).backward()
-    with pytest.raises(RuntimeError, match=r"layer '0' are not positive definite .* damping 1e-30; raise the damping"):
+    with pytest.raises(RuntimeError, match=r"layer '0' cannot be inverted .* damping 1e-30; raise the damping"):
         preconditioner.step()
 
 
