@@ -27,18 +27,21 @@ def test_experiment_composes_and_is_called_after_its_preconditioner(name):
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_experiment_says_what_it_is_for(name):
-    """The first lines give figure and curve, command, and expected time."""
+    """The first lines give figure and curve, command, where lr and damping come from, and the expected time."""
     lines = (CONFIG_DIR / "experiment" / f"{name}.yaml").read_text().splitlines()
     assert lines[0] == "# @package _global_"
     assert lines[1].startswith("# Figure ")
     assert f"python -m kfac_sua.train experiment={name}" in lines[2]
-    assert lines[3].startswith("# Expected time: ")
+    grid = lines[3].rsplit(" in the grid of ", 1)[1].rstrip(".")
+    assert (CONFIG_DIR.parent / grid).is_file()
+    assert lines[4].startswith("# Expected time: ")
 
 
 @pytest.mark.parametrize("family", ["quickstart", "first_light"])
-def test_experiments_of_a_figure_differ_in_the_preconditioner_alone(family):
-    """The five curves of one figure share everything else."""
+def test_experiments_of_a_figure_differ_in_preconditioner_and_learning_rate_alone(family):
+    """The five curves of one figure share everything but what each was tuned for."""
     configs = [to_plain(compose_config([f"experiment={family}_{name}"])) for name in SETTINGS]
+    assert all(config["optimizer"].pop("lr") > 0 for config in configs)
     preconditioners = [config.pop("preconditioner")["name"] for config in configs]
     assert preconditioners == list(SETTINGS)
     assert all(config == configs[0] for config in configs)
