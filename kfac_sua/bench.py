@@ -96,6 +96,8 @@ def measure(configs: Sequence[Config], *, rounds: int, refresh_rounds: int) -> l
     Returns:
         One cost per setting, in order.
     """
+    if configs[0].num_threads is not None:
+        torch.set_num_threads(configs[0].num_threads)
     device = choose_device(configs[0].device)
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(configs[0].batch_size, 3, 32, 32, generator=generator).to(device)
