@@ -28,8 +28,8 @@ train: $(INSTALLED) ## One run: make train ARGS="preconditioner=sua model=vgg11"
 	$(RUN) -m kfac_sua.train $(ARGS)
 
 quickstart: $(INSTALLED) ## The main job on the embedded digits: five settings, Figure 1, no download (SEEDS=0,1)
-	$(RUN) -m kfac_sua.train -m 'experiment=glob(quickstart_*)' seed=$(SEEDS) output_dir=$(QUICKSTART_OUT)/runs $(ARGS)
-	$(RUN) -m kfac_sua.figures.fig1 $(QUICKSTART_OUT)/runs --out $(QUICKSTART_OUT) --title "VGG11 on digits"
+	$(RUN) -m kfac_sua.train -m 'experiment=glob(quickstart_*)' seed=$(SEEDS) 'output_dir=$(QUICKSTART_OUT)/runs' $(ARGS)
+	$(RUN) -m kfac_sua.figures.fig1 "$(QUICKSTART_OUT)/runs" --out "$(QUICKSTART_OUT)" --title "VGG11 on digits"
 	@echo "TensorBoard: $(RUN) -m tensorboard.main --logdir $(QUICKSTART_OUT)/runs"
 
 test: $(INSTALLED) ## Tests without a GPU and without a download, a few minutes on 2 cores

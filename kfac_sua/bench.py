@@ -134,9 +134,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     overrides += [f"device={options.device}", *options.overrides]
     try:
         configs = [compose_config([*overrides, f"preconditioner={name}"]) for name in PreconditionerName]
+        if options.json:
+            options.json.touch()
+        costs = measure(configs, rounds=options.rounds, refresh_rounds=options.refresh_rounds)
     except ConfigError as error:
         sys.exit(str(error))
-    costs = measure(configs, rounds=options.rounds, refresh_rounds=options.refresh_rounds)
+    except OSError as error:
+        sys.exit(f"Cannot write {options.json}: {error.strerror}.")
     print(f"{'preconditioner':<15} {'step s':>8} {'refresh s':>10} {'step':>7} {'refresh':>8} {'amortised':>10}")
     for cost in costs:
         print(
@@ -174,7 +178,8 @@ def _round(contenders: Sequence[Contender]) -> list[float]:
 def _cost(config: Config, step: float, refresh: float, baseline: float) -> Cost:
     preconditioner = config.preconditioner
     period = preconditioner.inverse_period if isinstance(preconditioner, KroneckerConfig) else 1
-    amortised = (refresh + (period - 1) * step) / period if period > 1 else step
+    is_baseline = not isinstance(preconditioner, KroneckerConfig)
+    amortised = step if is_baseline else (refresh + (period - 1) * step) / period
     return Cost(preconditioner.name.value, step, refresh, step / baseline, refresh / baseline, amortised / baseline)
 
 

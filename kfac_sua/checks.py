@@ -3,7 +3,6 @@
 Everything here needs neither data nor a device, so that a sweep is checked as a whole before its first run starts.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from operator import attrgetter
 from typing import Any
@@ -23,6 +22,9 @@ from kfac_sua.preconditioner.settings import FisherType, Likelihood, LossReducti
 # An exact Fisher costs one backward pass per class; this many are taken without being asked twice.
 MAX_EXACT_FISHER_CLASSES = 10
 
+# Training is in float32: beyond its range a number is 0 or infinite there.
+LEAST_FLOAT, LARGEST_FLOAT = 1e-37, 1e37
+
 NUM_CLASSES = {DatasetName.cifar10: 10, DatasetName.cifar100: 100, DatasetName.digits: 10}
 
 
@@ -35,7 +37,7 @@ def _one_or_null(value: int | None) -> bool:
 
 
 def _positive(value: float) -> bool:
-    return math.isfinite(value) and value > 0
+    return LEAST_FLOAT <= value <= LARGEST_FLOAT
 
 
 # Key -> (what must hold, the same in words). The preconditioner's own settings check themselves.
@@ -44,15 +46,19 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "epochs": (_at_least_one, "≥ 1"),
     "batch_size": (_at_least_one, "≥ 1"),
     "evaluation_batch_size": (_at_least_one, "≥ 1"),
-    "num_threads": (_one_or_null, "≥ 1 or null (PyTorch's choice)"),
+    "num_threads": (
+        lambda number: number is None or 1 <= number <= 1024,
+        "between 1 and 1024, or null (PyTorch's choice)",
+    ),
     "output_dir": (bool, "the path of a directory"),
-    "model.width": (_positive, "a finite number > 0"),
+    "model.width": (lambda width: 0 < width <= 64, "> 0 and at most 64"),
     "dataset.validation_size": (_at_least_one, "≥ 1"),
     "dataset.train_size": (_one_or_null, "≥ 1 or null (all images)"),
     "dataset.train_eval_size": (_one_or_null, "≥ 1 or null (all images)"),
-    "optimizer.lr": (_positive, "a finite number > 0"),
+    "dataset.split_seed": (lambda seed: 0 <= seed < 2**32, "between 0 and 4294967295"),
+    "optimizer.lr": (_positive, "a number > 0 within the range of float32"),
     "optimizer.momentum": (lambda momentum: 0 <= momentum < 1, "in [0, 1)"),
-    "optimizer.weight_decay": (lambda decay: math.isfinite(decay) and decay >= 0, "a finite number ≥ 0"),
+    "optimizer.weight_decay": (lambda decay: 0 <= decay <= LARGEST_FLOAT, "a number ≥ 0 within the range of float32"),
 }
 
 

@@ -108,6 +108,11 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
         raise ConfigError(explain(error)) from error
     for override in parsed:
         key = override.get_key_element()
+        if not key:
+            raise ConfigError(f"{override.input_line} names no key; give key=value.")
+        if key.endswith(".name"):
+            group = key.removesuffix(".name")
+            raise ConfigError(f"{key} comes with its file of configs/{group}; give {group}=… instead.")
         options = loader.get_group_options(key)
         if options and not override.is_sweep_override() and not isinstance(override.value(), str | list):
             raise ConfigError(f"{key} must be one of {', '.join(options)}, got {shown(override.value())}.")

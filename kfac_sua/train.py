@@ -15,6 +15,7 @@ from kfac_sua.compose import compose_cells, to_config
 from kfac_sua.config import CONFIG_DIR, CONFIG_NAME, VERSION_BASE, ConfigError
 from kfac_sua.data import DataError
 from kfac_sua.explain import explain
+from kfac_sua.runs.lock import RunBusyError
 from kfac_sua.runs.record import RecordError
 from kfac_sua.training.checkpoint import CheckpointError
 from kfac_sua.training.loop import run
@@ -24,7 +25,7 @@ FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 # What a user can cause. PyTorch and the preconditioner raise RuntimeError for what cannot be done (out of memory, a
 # factor that is not positive definite); any other exception is a bug and keeps its traceback.
 INPUT_ERRORS = (ConfigError, DataError, HydraException, OmegaConfBaseException)
-RUN_ERRORS = (RecordError, CheckpointError, OSError, MemoryError, RuntimeError)
+RUN_ERRORS = (RecordError, CheckpointError, RunBusyError, OSError, MemoryError, RuntimeError)
 
 MULTIRUN_FLAGS = {"-m", "--multirun"}
 RUN_FLAGS = MULTIRUN_FLAGS | {"-r", "--run"}
@@ -60,6 +61,8 @@ def main() -> int:
         return _report("Some runs of the sweep failed as said above; the same command starts only what is missing.")
     except INPUT_ERRORS as error:
         return _report(_sentence(error), BAD_INPUT)
+    except OSError as error:  # Hydra's own files of a sweep; those of a run are reported where it ends
+        return _report(_sentence(error))
     except KeyboardInterrupt as interrupt:
         return _report(str(interrupt) or "interrupted.", INTERRUPTED)
     finally:

@@ -1,7 +1,6 @@
 """What the preconditioner can be asked for, and which combinations make sense. Standard library only."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -142,7 +141,7 @@ class KroneckerSettings:
     def validate(self) -> None:
         """Raise ``ValueError`` naming the first field that is out of range or contradicts another."""
         self._validate_types()
-        _require(math.isfinite(self.damping) and self.damping > 0, "damping", "a finite number > 0", self.damping)
+        _require(1e-37 <= self.damping <= 1e37, "damping", "a number > 0 within the range of float32", self.damping)
         _require(
             self.group_size is None or self.group_size >= 1,
             "group_size",

@@ -12,6 +12,9 @@ from kfac_sua.preconditioner.grouping import BlockLayout
 from kfac_sua.preconditioner.layers import LayerGeometry
 from kfac_sua.preconditioner.precision import at_least_float32
 
+MAX_KEPT_ROWS = 16384
+"""Rows that the Woodbury form may factorise: a matrix of 1 GiB in float32. ``auto`` never comes near."""
+
 
 @dataclass
 class MomentAccumulator:
@@ -27,7 +30,7 @@ class MomentAccumulator:
 
     def add(self, rows: Tensor) -> None:
         """Add rows, ``[num_blocks, n, d]``."""
-        if self.blocks is None and sum(part.shape[1] for part in self.rows) + rows.shape[1] <= self.max_rows:
+        if self.blocks is None and self.num_rows + rows.shape[1] <= self.max_rows:
             self.rows.append(rows.clone())  # they may be a view of a buffer that the caller goes on using
             return
         for part in (*self.rows, rows):
@@ -42,6 +45,11 @@ class MomentAccumulator:
         if self.blocks is not None:
             return Factor(blocks=self.blocks * normaliser)
         return Factor(rows=torch.cat(self.rows, dim=1) * normaliser**0.5)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows kept."""
+        return sum(part.shape[1] for part in self.rows)
 
 
 @dataclass
@@ -208,6 +216,12 @@ class LayerStatistics:
         if self.reduce:
             self._fold_passes()
             num_rows = num_examples  # every example is one row
+        kept = max(self._activation.num_rows, self._gradient.num_rows)
+        if kept > MAX_KEPT_ROWS:
+            raise RuntimeError(
+                f"Layer {self.name!r}: inverse_method=low_rank would factorise a {kept}×{kept} matrix; use "
+                f"inverse_method=auto, which takes the smaller side."
+            )
         return LayerFactors(
             activation=self._activation.factor(1 / (num_rows * self.layout.identity_taps)),
             gradient=self._gradient.factor(per_gradient / num_rows),

@@ -2,8 +2,6 @@
 
 import dataclasses
 import os
-import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +74,8 @@ def load_checkpoint(path: Path, *, fingerprint: str, seed: int, device: torch.de
     try:
         # weights_only: a checkpoint from elsewhere must not run code.
         values = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
-        raise CheckpointError(f"{path} cannot be read ({reason}); {cure}.") from error
+    except Exception as error:  # whatever the bytes of a damaged file make torch.load raise
+        raise CheckpointError(f"{path} is damaged or not a checkpoint ({type(error).__name__}); {cure}.") from error
     names = {field.name for field in dataclasses.fields(Checkpoint)}
     version = values.pop("format_version", None) if isinstance(values, dict) else None
     if version != FORMAT_VERSION or values.keys() != names:

@@ -14,6 +14,7 @@ from kfac_sua.build import choose_device
 from kfac_sua.config import Config
 from kfac_sua.data import BatchLoader, ImageSet, epoch_generator
 from kfac_sua.runs.directory import RunDirectory, resolved, run_directory
+from kfac_sua.runs.lock import exclusive
 from kfac_sua.runs.record import (
     EpochRecord,
     RecordError,
@@ -56,22 +57,37 @@ def run(config: Config) -> RunInfo:
         DataError: If the data set is missing, damaged or too small.
         CheckpointError: If the run's checkpoint is damaged or belongs to another run.
         RecordError: If the run's records are damaged.
+        RunBusyError: If another process is carrying the run out.
         Interrupted: On Ctrl-C, after which the same command resumes.
     """
     device = choose_device(config.device)
     directory = run_directory(config, device.type)
-    info = read_run_info(directory.info) if directory.info.exists() else None
-    if info is not None and info.status != "running":
-        print(f"already {_summary(directory, info)}", flush=True)
+    info = _ended(directory)
+    if info is not None:
         return info
-
     training = Training.start(config, device)
+    with exclusive(directory.path):
+        return _ended(directory) or _carry_out(training, directory)
+
+
+def _ended(directory: RunDirectory) -> RunInfo | None:
+    """Say so if the run has finished or diverged, and return what it left."""
+    info = read_run_info(directory.info) if directory.info.exists() else None
+    if info is None or info.status == "running":
+        return None
+    print(f"already {_summary(directory, info)}", flush=True)
+    return info
+
+
+def _carry_out(training: Training, directory: RunDirectory) -> RunInfo:
+    """Train what is left of a run, from its checkpoint if there is one."""
     records = _resume(training, directory)
-    info = info or _new_info(config, device, directory.fingerprint)
+    is_begun = directory.info.exists()
+    info = read_run_info(directory.info) if is_begun else _new_info(training, directory.fingerprint)
     _prepare_directory(directory, info, records)
     if training.preconditioner is not None:
         print_once(str(training.preconditioner.describe()))
-    print(f"{'resumed' if records else 'started'} on {device.type}: {directory.path}", flush=True)
+    print(f"{'resumed' if records else 'started'} on {training.device.type}: {directory.path}", flush=True)
     info = _train(training, directory, info, records)
     print(_summary(directory, info), flush=True)
     return info
@@ -214,7 +230,8 @@ def _resume(training: Training, directory: RunDirectory) -> list[EpochRecord]:
     return records
 
 
-def _new_info(config: Config, device: torch.device, fingerprint: str) -> RunInfo:
+def _new_info(training: Training, fingerprint: str) -> RunInfo:
+    config, device = training.config, training.device
     surroundings = environment(device.type)
     return RunInfo(
         status="running",
@@ -232,7 +249,6 @@ def _new_info(config: Config, device: torch.device, fingerprint: str) -> RunInfo
 
 def _prepare_directory(directory: RunDirectory, info: RunInfo, records: list[EpochRecord]) -> None:
     """Write what stands before the first step; nothing of a run is on disk before this."""
-    directory.path.mkdir(parents=True, exist_ok=True)
     directory.config.write_text(OmegaConf.to_yaml(OmegaConf.create(info.config)), encoding="utf-8")
     write_run_info(directory.info, info)
     rewrite_records(directory.metrics, records)
@@ -249,7 +265,13 @@ def _summary(directory: RunDirectory, info: RunInfo) -> str:
     """Return one line: how the run ended, its numbers, and where it lies."""
     if info.status == "diverged":
         return f"diverged in epoch {info.diverged_at_epoch} (the loss is not finite): {directory.path}"
-    last = read_records(directory.metrics)[-1]
+    records = read_records(directory.metrics) if directory.metrics.exists() else []
+    if not records or records[-1].epoch != info.config.get("epochs") or info.test_error is None:
+        raise RecordError(
+            f"{directory.info} says that the run has finished, but its records are incomplete; move {directory.path} "
+            "away to start it from the beginning."
+        )
+    last = records[-1]
     return (
         f"finished: epoch {last.epoch}, val error {last.val_error:.2%}, test error {info.test_error:.2%}, "
         f"{last.train_time_s:.1f} s of training: {directory.path}"

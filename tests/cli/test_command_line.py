@@ -12,6 +12,7 @@ import pytest
 
 from kfac_sua import train
 from kfac_sua.compose import compose_cells
+from kfac_sua.runs.lock import RunBusyError, exclusive
 from kfac_sua.runs.record import read_records
 
 TINY = ["model=tiny", "dataset=digits", "dataset.train_size=400", "device=cpu"]
@@ -143,7 +144,36 @@ def test_sweep_from_a_grid_file_in_a_real_process(tmp_path):
     assert f"Launching {len(grid)} jobs locally" in out
 
 
-@pytest.mark.slow
+def test_sweep_over_three_axes_in_a_real_process(tmp_path):
+    """-m with comma lists runs every combination, each in its own directory."""
+    values = ("preconditioner=sua,grouped", "optimizer.lr=0.1,0.03", "preconditioner.damping=0.1,0.01")
+    code, out, err = call("-m", *values, "epochs=1", cwd=tmp_path)
+    assert (code, err) == (0, "")
+    assert "Launching 8 jobs locally" in out
+    assert len(infos(tmp_path)) == 8
+    assert all(info["status"] in ("finished", "diverged") for info in infos(tmp_path).values())
+
+
+def test_two_processes_do_not_share_a_run(tmp_path):
+    """While one process trains, the same command leaves with a sentence; the records hold every epoch once."""
+    arguments = ("preconditioner=baseline", "epochs=40")
+    first = start(*arguments, cwd=tmp_path)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.rglob("run.json")):
+        assert time.monotonic() < deadline, "no run within two minutes"
+        time.sleep(0.05)
+    (lock,) = tmp_path.rglob(".lock")
+    sentence = rf"is being trained by process {first.pid}; wait for it or stop it"
+    with pytest.raises(RunBusyError, match=sentence), exclusive(lock.parent):
+        pytest.fail("the lock was free")
+    first.communicate(timeout=120)
+    assert first.returncode == 0
+    (metrics,) = tmp_path.rglob("metrics.csv")
+    assert [record.epoch for record in read_records(metrics)] == list(range(41))
+    with exclusive(lock.parent):
+        pass  # free again
+
+
 def test_interrupt_and_resume_in_real_processes(tmp_path):
     """Ctrl-C ends a run with code 130 and a sentence; the same command goes on to the end."""
     arguments = ("preconditioner=sua", "epochs=60")
@@ -161,4 +191,4 @@ def test_interrupt_and_resume_in_real_processes(tmp_path):
     assert (code, err) == (0, "")
     assert "resumed on cpu" in out
     (metrics,) = tmp_path.rglob("metrics.csv")
-    assert [record.epoch for record in read_records(metrics)] == list(range(1, 61))
+    assert [record.epoch for record in read_records(metrics)] == list(range(61))

@@ -13,9 +13,9 @@ import kfac_sua.preconditioner
 from kfac_sua.preconditioner import KroneckerPreconditioner, KroneckerSettings, Structure
 
 BAD_SETTINGS = {
-    "damping must be a finite number > 0, got -1.0.": {"damping": -1.0},
-    "damping must be a finite number > 0, got nan.": {"damping": float("nan")},
-    "damping must be a finite number > 0, got 0.": {"damping": 0},
+    "damping must be a number > 0 within the range of float32, got -1.0.": {"damping": -1.0},
+    "damping must be a number > 0 within the range of float32, got nan.": {"damping": float("nan")},
+    "damping must be a number > 0 within the range of float32, got 0.": {"damping": 0},
     "group_size must be an integer, got 2.5.": {"group_size": 2.5},
     "inverse_period must be an integer, got 2.5.": {"inverse_period": 2.5},
     "damping must be a number, got 0.1.": {"damping": "0.1"},

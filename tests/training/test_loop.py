@@ -222,7 +222,7 @@ def test_what_a_run_leaves_on_disk(tmp_path):
     config = dataclasses.replace(config, device=tiny_config(tmp_path).device)
     info = run(config)
     directory = directory_of(config)
-    names = sorted(path.name for path in directory.path.iterdir())
+    names = sorted(path.name for path in directory.path.iterdir() if path.name != ".lock")
     assert names[:2] + names[3:] == ["checkpoint.pt", "config.yaml", "metrics.csv", "run.json"]
     assert names[2].startswith("events.out.tfevents.")
     saved = json.loads(directory.info.read_text())
