@@ -175,23 +175,13 @@ class KroneckerPreconditioner:
 
     # --- verbs ------------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def capture(self) -> Iterator[None]:
+    def capture(self) -> AbstractContextManager[None]:
         """Record statistics of the passes inside, due or not; for those who call the verbs one by one."""
-        before, self._capture.enabled = self._capture.enabled, True
-        try:
-            yield
-        finally:
-            self._capture.enabled = before
+        return self._recording(True)
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> AbstractContextManager[None]:
         """Record nothing inside: for passes that are not the training step's, such as adversarial ones or logging."""
-        before, self._capture.enabled = self._capture.enabled, False
-        try:
-            yield
-        finally:
-            self._capture.enabled = before
+        return self._recording(False)
 
     def discard(self) -> None:
         """Forget the passes recorded since the last step, as when a mini-batch is abandoned after its backward."""
@@ -342,6 +332,14 @@ class KroneckerPreconditioner:
         self._begin_step()
 
     # --- inside -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _recording(self, enabled: bool) -> Iterator[None]:
+        before, self._capture.enabled = self._capture.enabled, enabled
+        try:
+            yield
+        finally:
+            self._capture.enabled = before
 
     def _begin_step(self) -> None:
         """Record statistics if they are due; otherwise let layers apply their inverses in the backward pass."""

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from kfac_sua.preconditioner import damping
@@ -74,11 +73,11 @@ def _inverses(
 
 def _dampings(layer: LayerFactors, layout: BlockLayout, settings: KroneckerSettings) -> tuple[Tensor, Tensor]:
     """Return the damping of the activation and of the gradient factor, ``[conv_groups]`` each."""
-    activation_traces, gradient_traces = layer.activation.traces(), layer.gradient.traces()
     if settings.damping_rule is DampingRule.factored:
         root = damping.factored(settings.damping, layer.scale)
-        both = torch.full_like(gradient_traces[: layout.conv_groups], root)
+        both = layer.gradient.values.new_full((layout.conv_groups,), root)
         return both, both
+    activation_traces, gradient_traces = layer.activation.traces(), layer.gradient.traces()
     return damping.factored_pi(
         settings.damping,
         layer.scale,

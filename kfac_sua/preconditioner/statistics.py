@@ -79,7 +79,7 @@ class _Pass:
     output_grad_sums: dict[int, Tensor] = field(default_factory=dict)
 
 
-@dataclass(eq=False)
+@dataclass
 class Call:
     """One call of a layer.
 
@@ -131,7 +131,6 @@ class LayerStatistics:
         self._passes: list[_Pass] = []
         self._model_pass = -1
         self._calls: list[Call] = []
-        self._awaiting: set[Call] = set()
 
     @torch.no_grad()
     def add_inputs(self, inputs: Tensor, output_shape: torch.Size, model_pass: int) -> Call:
@@ -150,7 +149,6 @@ class LayerStatistics:
         current.num_locations += self._num_locations(output_shape)
         call = Call(len(self._passes) - 1)
         self._calls.append(call)
-        self._awaiting.add(call)
         if self.reduce:
             sums = factors.reduced_activation_rows(inputs, self.geometry, self.layout)
             current.input_sums = sums if current.input_sums is None else current.input_sums + sums
@@ -162,7 +160,7 @@ class LayerStatistics:
     @property
     def is_awaiting(self) -> bool:
         """Whether a call has been recorded whose output gradient has not arrived."""
-        return bool(self._awaiting)
+        return any(not call.samples for call in self._calls)
 
     @torch.no_grad()
     def add_output_grads(self, output_grads: Tensor, call: Call, sample: int = 0) -> None:
@@ -183,7 +181,6 @@ class LayerStatistics:
                 f"run backward passes that are not the training step's inside preconditioner.paused()."
             )
         call.samples.add(sample)
-        self._awaiting.discard(call)
         grads = factors.to_locations(at_least_float32(output_grads.detach()), self.geometry)
         rows = factors.gradient_rows(grads, self.layout, reduce=self.reduce)
         if not self.reduce:
@@ -202,11 +199,12 @@ class LayerStatistics:
         Raises:
             RuntimeError: If only some of the layer's calls received an output gradient.
         """
-        if len(self._awaiting) == len(self._calls):
+        num_awaiting = sum(not call.samples for call in self._calls)
+        if num_awaiting == len(self._calls):
             return None
-        if self._awaiting:
+        if num_awaiting:
             raise RuntimeError(
-                f"Layer {self.name!r}: no output gradient arrived for {len(self._awaiting)} of its {len(self._calls)} "
+                f"Layer {self.name!r}: no output gradient arrived for {num_awaiting} of its {len(self._calls)} "
                 f"calls since the last step, so its statistics would be wrong; run forward passes that no training "
                 f"loss follows under torch.no_grad() or inside preconditioner.paused()."
             )
@@ -230,7 +228,7 @@ class LayerStatistics:
 
     def _begin_call(self, num_examples: int, model_pass: int) -> _Pass:
         """Return the pass a call belongs to: a new one after the model was entered anew, or after a backward pass."""
-        if model_pass != self._model_pass or not self._awaiting:
+        if model_pass != self._model_pass or not self.is_awaiting:
             self._model_pass = model_pass
             self._passes.append(_Pass(num_examples))
         current = self._passes[-1]

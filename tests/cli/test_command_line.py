@@ -38,6 +38,14 @@ def call(*arguments: str, cwd: Path) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
+def wait_for(name: str, root: Path) -> None:
+    """Wait until a process has written a file of that name somewhere below ``root``."""
+    deadline = time.monotonic() + 120
+    while not list(root.rglob(name)):
+        assert time.monotonic() < deadline, f"no {name} within two minutes"
+        time.sleep(0.05)
+
+
 def call_in_process(monkeypatch, cwd: Path, *arguments: str) -> int:
     """Run the command in this process, which saves the seconds that importing torch takes."""
     monkeypatch.chdir(cwd)
@@ -158,10 +166,7 @@ def test_two_processes_do_not_share_a_run(tmp_path):
     """While one process trains, the same command leaves with a sentence; the records hold every epoch once."""
     arguments = ("preconditioner=baseline", "epochs=40")
     first = start(*arguments, cwd=tmp_path)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.rglob("run.json")):
-        assert time.monotonic() < deadline, "no run within two minutes"
-        time.sleep(0.05)
+    wait_for("run.json", tmp_path)
     (lock,) = tmp_path.rglob(".lock")
     sentence = rf"is being trained by process {first.pid}; wait for it or stop it"
     with pytest.raises(RunBusyError, match=sentence), exclusive(lock.parent):
@@ -178,10 +183,7 @@ def test_interrupt_and_resume_in_real_processes(tmp_path):
     """Ctrl-C ends a run with code 130 and a sentence; the same command goes on to the end."""
     arguments = ("preconditioner=sua", "epochs=60")
     process = start(*arguments, cwd=tmp_path)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.rglob("checkpoint.pt")):
-        assert time.monotonic() < deadline, "no checkpoint within two minutes"
-        time.sleep(0.05)
+    wait_for("checkpoint.pt", tmp_path)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
