@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from kfac_sua.config import (
+    AdamWConfig,
     Config,
     ConfigError,
     DatasetConfig,
@@ -12,19 +13,20 @@ from kfac_sua.config import (
     KroneckerConfig,
     ModelConfig,
     ModelName,
+    MuonConfig,
     OptimizerConfig,
+    PlainNetConfig,
     PreconditionerConfig,
+    SGDConfig,
     settings_error,
 )
 from kfac_sua.data import Splits, load_archive, load_digits, make_splits
 from kfac_sua.models import VGG11, PreActResNet50, TinyConvNet
+from kfac_sua.optimizers import MuonWithAdamW
 from kfac_sua.preconditioner import KroneckerPreconditioner
 
-MODELS = {
-    ModelName.vgg11: VGG11,
-    ModelName.preact_resnet50: PreActResNet50,
-    ModelName.tiny: TinyConvNet,
-}
+# Networks whose batch normalisation can be left out.
+PLAIN_NETS = {ModelName.vgg11: VGG11, ModelName.tiny: TinyConvNet}
 
 
 def choose_device(device: Device) -> torch.device:
@@ -99,6 +101,11 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
     Returns:
         The optimizer.
     """
+    if isinstance(config, MuonConfig):
+        return MuonWithAdamW(model, config)
+    if isinstance(config, AdamWConfig):
+        return _make_adamw(config, model)
+    assert isinstance(config, SGDConfig)
     return torch.optim.SGD(
         model.parameters(),
         lr=config.lr,
@@ -131,4 +138,19 @@ def build_preconditioner(config: PreconditionerConfig, model: nn.Module, seed: i
 
 
 def _make_model(config: ModelConfig, num_classes: int) -> nn.Module:
-    return MODELS[config.name](num_classes, width=config.width)
+    if isinstance(config, PlainNetConfig):
+        return PLAIN_NETS[config.name](num_classes, width=config.width, batch_norm=config.batch_norm)
+    return PreActResNet50(num_classes, width=config.width)
+
+
+def _make_adamw(config: AdamWConfig, model: nn.Module) -> torch.optim.AdamW:
+    parameters = list(model.parameters())
+    return torch.optim.AdamW(
+        parameters,
+        lr=config.lr,
+        betas=(config.betas[0], config.betas[1]),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        # Keeps the count of steps on the GPU; otherwise every step after a resume would wait for it.
+        fused=parameters[0].is_cuda,
+    )

@@ -7,13 +7,22 @@ from collections.abc import Callable, Iterator
 from operator import attrgetter
 from typing import Any
 
+import torch
+
 from kfac_sua.config import (
+    AdamWConfig,
     Config,
     ConfigError,
     DatasetName,
     KroneckerConfig,
+    ModelConfig,
+    ModelName,
+    MuonConfig,
+    OptimizerName,
+    PlainNetConfig,
     PreconditionerName,
     ScheduleName,
+    SGDConfig,
     StepScheduleConfig,
 )
 from kfac_sua.explain import shown
@@ -24,6 +33,18 @@ MAX_EXACT_FISHER_CLASSES = 10
 
 # Training is in float32: beyond its range a number is 0 or infinite there.
 LEAST_FLOAT, LARGEST_FLOAT = 1e-37, 1e37
+
+# The node's type that comes with each name; a YAML file that changes the name alone would keep another's keys.
+MODEL_TYPES = {
+    ModelName.vgg11: PlainNetConfig,
+    ModelName.preact_resnet50: ModelConfig,
+    ModelName.tiny: PlainNetConfig,
+}
+OPTIMIZER_TYPES = {
+    OptimizerName.sgd: SGDConfig,
+    OptimizerName.adamw: AdamWConfig,
+    OptimizerName.muon: MuonConfig,
+}
 
 NUM_CLASSES = {DatasetName.cifar10: 10, DatasetName.cifar100: 100, DatasetName.digits: 10}
 
@@ -40,7 +61,15 @@ def _positive(value: float) -> bool:
     return LEAST_FLOAT <= value <= LARGEST_FLOAT
 
 
-# Key -> (what must hold, the same in words). The preconditioner's own settings check themselves.
+def _betas(values: list[float]) -> bool:
+    return len(values) == 2 and all(0 <= beta < 1 for beta in values)
+
+
+FLOAT_ABOVE_0 = "a number > 0 within the range of float32"
+TWO_BETAS = "two numbers in [0, 1) such as [0.9,0.99]"
+
+# Key -> (what must hold, the same in words); keys of an option that is not chosen are passed over. The
+# preconditioner's own settings check themselves.
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda seed: 0 <= seed < 2**32, "between 0 and 4294967295"),
     "epochs": (_at_least_one, "≥ 1"),
@@ -56,9 +85,15 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "dataset.train_size": (_one_or_null, "≥ 1 or null (all images)"),
     "dataset.train_eval_size": (_one_or_null, "≥ 1 or null (all images)"),
     "dataset.split_seed": (lambda seed: 0 <= seed < 2**32, "between 0 and 4294967295"),
-    "optimizer.lr": (_positive, "a number > 0 within the range of float32"),
-    "optimizer.momentum": (lambda momentum: 0 <= momentum < 1, "in [0, 1)"),
+    "optimizer.lr": (_positive, FLOAT_ABOVE_0),
     "optimizer.weight_decay": (lambda decay: 0 <= decay <= LARGEST_FLOAT, "a number ≥ 0 within the range of float32"),
+    "optimizer.momentum": (lambda momentum: 0 <= momentum < 1, "in [0, 1)"),
+    "optimizer.betas": (_betas, TWO_BETAS),
+    "optimizer.eps": (_positive, FLOAT_ABOVE_0),
+    "optimizer.ns_steps": (lambda steps: 1 <= steps < 100, "between 1 and 99"),
+    "optimizer.adamw_lr_ratio": (_positive, FLOAT_ABOVE_0),
+    "optimizer.adamw_betas": (_betas, TWO_BETAS),
+    "optimizer.adamw_eps": (_positive, FLOAT_ABOVE_0),
 }
 
 
@@ -72,7 +107,11 @@ def check(config: Config) -> None:
         ConfigError: Naming the first key at fault, its value, and what it may be.
     """
     for key, (holds, expected) in RANGES.items():
-        value = attrgetter(key)(config)
+        parent, _, leaf = key.rpartition(".")
+        node = attrgetter(parent)(config) if parent else config
+        if not hasattr(node, leaf):
+            continue
+        value = getattr(node, leaf)
         if not holds(value):
             raise ConfigError(f"{key} must be {expected}, got {shown(value)}.")
     for problem in _contradictions(config):
@@ -81,10 +120,11 @@ def check(config: Config) -> None:
 
 def _contradictions(config: Config) -> Iterator[str]:
     """Yield a sentence for every pair of keys that contradict each other."""
-    if config.optimizer.nesterov and config.optimizer.momentum == 0:
-        yield "optimizer.nesterov=true needs optimizer.momentum > 0, got 0.0."
+    if type(config.model) is not MODEL_TYPES[config.model.name]:
+        yield _only_renamed("model", config.model.name)
+    yield from _optimizer_problems(config)
     if isinstance(config.schedule, StepScheduleConfig):
-        yield from _step_schedule_problems(config.schedule, config.epochs)
+        yield from _step_schedule_problems(config.schedule)
     if isinstance(config.preconditioner, KroneckerConfig):
         yield from _kronecker_problems(config.preconditioner, config.dataset.name)
     elif config.preconditioner.name is not PreconditionerName.baseline:
@@ -93,11 +133,29 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield _only_renamed("schedule", config.schedule.name)
 
 
-def _step_schedule_problems(schedule: StepScheduleConfig, epochs: int) -> Iterator[str]:
-    milestones = schedule.milestones
-    if milestones != sorted(set(milestones)) or not all(1 <= epoch < epochs for epoch in milestones):
+def _optimizer_problems(config: Config) -> Iterator[str]:
+    optimizer, preconditioner = config.optimizer, config.preconditioner
+    if type(optimizer) is not OPTIMIZER_TYPES[optimizer.name]:
+        yield _only_renamed("optimizer", optimizer.name)
+    if isinstance(optimizer, SGDConfig | MuonConfig) and optimizer.nesterov and optimizer.momentum == 0:
+        yield "optimizer.nesterov=true needs optimizer.momentum > 0, got 0.0."
+    if isinstance(optimizer, MuonConfig) and not hasattr(torch.optim, "Muon"):
+        yield f"optimizer=muon needs torch.optim.Muon, which PyTorch {torch.__version__} lacks; install torch>=2.9."
+    # Both rescale what they are given (AdamW each entry, Muon each singular value), and so undo a preconditioner.
+    if not isinstance(optimizer, SGDConfig) and isinstance(preconditioner, KroneckerConfig):
         yield (
-            f"schedule.milestones must be increasing epochs between 1 and epochs - 1 = {epochs - 1}, got {milestones}."
+            f"optimizer={optimizer.name} scales the gradient by itself and cannot be combined with "
+            f"preconditioner={preconditioner.name}; give preconditioner=baseline, or optimizer=sgd."
+        )
+
+
+def _step_schedule_problems(schedule: StepScheduleConfig) -> Iterator[str]:
+    milestones = schedule.milestones
+    if milestones != sorted(set(milestones)) or not all(0 < fraction < 1 for fraction in milestones):
+        got = ",".join(f"{fraction:g}" for fraction in milestones)
+        yield (
+            "schedule.milestones must be increasing fractions of the run between 0 and 1, such as [0.5,0.8], "
+            f"got [{got}]."
         )
     if not 0 < schedule.gamma <= 1:
         yield f"schedule.gamma must be in (0, 1], got {schedule.gamma}."

@@ -74,9 +74,11 @@ class PreconditionerName(Choice):
 
 
 class OptimizerName(Choice):
-    """The optimizers."""
+    """The paper's optimizer, and two that a reader compares it with."""
 
     sgd = "sgd"
+    adamw = "adamw"
+    muon = "muon"
 
 
 class ScheduleName(Choice):
@@ -89,10 +91,17 @@ class ScheduleName(Choice):
 
 @dataclasses.dataclass(kw_only=True)
 class ModelConfig:
-    """Which network; see ``configs/model``."""
+    """Which network, its batch normalisation given (``preact_resnet50``); see ``configs/model``."""
 
     name: ModelName
     width: float
+
+
+@dataclasses.dataclass(kw_only=True)
+class PlainNetConfig(ModelConfig):
+    """A network without shortcuts, which also trains without batch normalisation: ``vgg11`` and ``tiny``."""
+
+    batch_norm: bool
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -129,13 +138,39 @@ class KroneckerConfig(PreconditionerConfig, KroneckerSettings):
 
 @dataclasses.dataclass(kw_only=True)
 class OptimizerConfig:
-    """The optimizer around the preconditioner; see ``configs/optimizer``."""
+    """What every optimizer has; see ``configs/optimizer``."""
 
     name: OptimizerName
     lr: float
-    momentum: float
     weight_decay: float
+
+
+@dataclasses.dataclass(kw_only=True)
+class SGDConfig(OptimizerConfig):
+    """SGD with momentum, the only optimizer that takes a preconditioned gradient."""
+
+    momentum: float
     nesterov: bool
+
+
+@dataclasses.dataclass(kw_only=True)
+class AdamWConfig(OptimizerConfig):
+    """AdamW, a comparator."""
+
+    betas: list[float]
+    eps: float
+
+
+@dataclasses.dataclass(kw_only=True)
+class MuonConfig(OptimizerConfig):
+    """Muon for the weights of hidden layers and AdamW for all other parameters, a comparator."""
+
+    momentum: float
+    nesterov: bool
+    ns_steps: int
+    adamw_lr_ratio: float
+    adamw_betas: list[float]
+    adamw_eps: float
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -147,9 +182,9 @@ class ScheduleConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class StepScheduleConfig(ScheduleConfig):
-    """The learning rate times ``gamma`` after each of the ``milestones``, in epochs."""
+    """The learning rate times ``gamma`` after each of the ``milestones``, fractions of the run's epochs."""
 
-    milestones: list[int]
+    milestones: list[float]
     gamma: float
 
 
@@ -177,7 +212,11 @@ def register_schema() -> None:
     """Store the schema where the defaults lists of ``configs`` find it."""
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
+    store.store(group="schema", name="plain_net", node=PlainNetConfig)
     store.store(group="schema", name="kronecker", node=KroneckerConfig)
+    store.store(group="schema", name="sgd", node=SGDConfig)
+    store.store(group="schema", name="adamw", node=AdamWConfig)
+    store.store(group="schema", name="muon", node=MuonConfig)
     store.store(group="schema", name="step", node=StepScheduleConfig)
 
 

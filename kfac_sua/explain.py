@@ -11,16 +11,38 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, ValidationError
 
-from kfac_sua.config import Config, KroneckerConfig, PreconditionerConfig, ScheduleConfig, StepScheduleConfig
+from kfac_sua.config import (
+    AdamWConfig,
+    Config,
+    KroneckerConfig,
+    ModelConfig,
+    MuonConfig,
+    OptimizerConfig,
+    PlainNetConfig,
+    PreconditionerConfig,
+    ScheduleConfig,
+    SGDConfig,
+    StepScheduleConfig,
+)
 
 # Options of one group that differ in their keys: the type of the node -> what the user typed to get it.
 OPTION_OF_TYPE: dict[type, str] = {
+    ModelConfig: "model=preact_resnet50",
+    PlainNetConfig: "model=vgg11 or tiny",
     PreconditionerConfig: "preconditioner=baseline",
+    SGDConfig: "optimizer=sgd",
+    AdamWConfig: "optimizer=adamw",
+    MuonConfig: "optimizer=muon",
     ScheduleConfig: "schedule=constant or cosine",
     StepScheduleConfig: "schedule=step",
 }
-# The option with the most keys, for suggestions.
-RICHEST_TYPE: dict[type, type] = {PreconditionerConfig: KroneckerConfig, ScheduleConfig: StepScheduleConfig}
+# All types that a node of a group may have, for suggestions: a key may belong to another option.
+TYPES_OF_GROUP: dict[type, tuple[type, ...]] = {
+    ModelConfig: (PlainNetConfig,),
+    PreconditionerConfig: (KroneckerConfig,),
+    OptimizerConfig: (SGDConfig, AdamWConfig, MuonConfig),
+    ScheduleConfig: (StepScheduleConfig,),
+}
 
 _IN_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
 
@@ -106,8 +128,11 @@ def _nearest_key(full_key: str) -> str | None:
 
 
 def _all_keys(kind: type, prefix: str = "") -> Iterator[str]:
-    """Yield every key of the schema, with dots."""
-    for name, hint in get_type_hints(RICHEST_TYPE.get(kind, kind)).items():
+    """Yield every key of the schema, with dots, those of all options of a group included."""
+    hints = {
+        name: hint for option in TYPES_OF_GROUP.get(kind, (kind,)) for name, hint in get_type_hints(option).items()
+    }
+    for name, hint in hints.items():
         yield prefix + name
         if dataclasses.is_dataclass(hint):
             yield from _all_keys(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
@@ -119,7 +144,7 @@ def _in_words(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join("null" if part is types.NoneType else _in_words(part) for part in get_args(hint))
     if origin is list:
-        return f"a list such as [{'1,2' if get_args(hint) == (int,) else 'a,b'}]"
+        return f"a list such as [{'0.5,0.9' if get_args(hint) == (float,) else 'a,b'}]"
     if isinstance(hint, type) and issubclass(hint, Enum):
         return f"one of {', '.join(str(member.value) for member in hint)}"
     return _IN_WORDS.get(hint, f"the keys of {getattr(hint, '__name__', hint)}")

@@ -1,4 +1,7 @@
-"""The paper's networks for 32×32 images, and a tiny one for tests; convolutions never carry a bias."""
+"""The paper's networks for 32×32 images, and a tiny one for tests.
+
+A convolution carries a bias only where batch normalisation, whose shift makes one idle, is left out.
+"""
 
 from kfac_sua.models.preact_resnet import PreActResNet50
 from kfac_sua.models.tiny import TinyConvNet

@@ -17,21 +17,22 @@ class TinyConvNet(nn.Module):
     Args:
         num_classes: Number of classes.
         width: Multiplies the 16 and 32 channels (rounded, at least 8).
+        batch_norm: Whether batch normalisation follows each convolution; without it each convolution has a bias.
 
     Raises:
         ValueError: If ``width`` is not finite and positive.
     """
 
-    def __init__(self, num_classes: int, width: float = 1.0) -> None:
+    def __init__(self, num_classes: int, width: float = 1.0, batch_norm: bool = True) -> None:
         super().__init__()
         first, second = scale_channels(16, width), scale_channels(32, width)
         self.features = nn.Sequential(
-            nn.Conv2d(3, first, 3, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(first),
+            nn.Conv2d(3, first, 3, stride=2, padding=1, bias=not batch_norm),
+            *([nn.BatchNorm2d(first)] if batch_norm else []),
             nn.ReLU(inplace=True),
             nn.MaxPool2d(2),
-            nn.Conv2d(first, second, 3, padding=1, bias=False),
-            nn.BatchNorm2d(second),
+            nn.Conv2d(first, second, 3, padding=1, bias=not batch_norm),
+            *([nn.BatchNorm2d(second)] if batch_norm else []),
             nn.ReLU(inplace=True),
             nn.AvgPool2d(4),
         )

@@ -1,4 +1,4 @@
-"""VGG11 with batch normalisation for 32×32 images, the network of Figure 1."""
+"""VGG11 for 32×32 images, with batch normalisation the network of Figure 1."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ class VGG11(nn.Module):
     """Eight 3×3 convolutions with batch normalisation and ReLU, five poolings, and one linear layer.
 
     Configuration A of Simonyan & Zisserman with its three fully connected layers replaced by one: the paper's
-    largest factor, 4608 = 512·9, rules out a wider head and any bias of a convolution.
+    largest factor, 4608 = 512·9, rules out a wider head and any bias of a convolution. Without batch normalisation
+    each convolution has a bias, as in configuration A itself.
 
     Args:
         num_classes: Number of classes.
         width: Multiplies all channels (rounded, at least 8); 1 is the paper's network.
+        batch_norm: Whether batch normalisation follows each convolution; the paper's network has it.
 
     Raises:
         ValueError: If ``width`` is not finite and positive.
@@ -27,7 +29,7 @@ class VGG11(nn.Module):
     Reference: Laurent et al. (2018), Sec. 3.1; Simonyan & Zisserman (2014), Table 1, column A.
     """
 
-    def __init__(self, num_classes: int, width: float = 1.0) -> None:
+    def __init__(self, num_classes: int, width: float = 1.0, batch_norm: bool = True) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         in_channels = 3
@@ -36,11 +38,10 @@ class VGG11(nn.Module):
                 layers.append(nn.MaxPool2d(2))
                 continue
             out_channels = scale_channels(base_channels, width)
-            layers += [
-                nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
-                nn.BatchNorm2d(out_channels),
-                nn.ReLU(inplace=True),
-            ]
+            layers.append(nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=not batch_norm))
+            if batch_norm:
+                layers.append(nn.BatchNorm2d(out_channels))
+            layers.append(nn.ReLU(inplace=True))
             in_channels = out_channels
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(in_channels, num_classes)

@@ -56,9 +56,31 @@ def collect_runs(root: Path) -> pd.DataFrame:
     orphans = [path.parent for path in sorted(root.rglob("metrics.csv")) if path.with_name("run.json") not in paths]
     if orphans:
         raise CollectError(f"{orphans[0]} has metrics.csv but no run.json; restore it or remove the directory.")
-    frame = pd.DataFrame([row for path in paths for row in _rows(root, path)], columns=[*RUN_COLUMNS, *COLUMNS])
+    frame = pd.DataFrame([row for path in paths for row in run_rows(root, path)], columns=[*RUN_COLUMNS, *COLUMNS])
     _check_unique(frame)
     return frame
+
+
+def run_rows(root: Path, path: Path) -> list[dict[str, Any]]:
+    """Return the rows of one run in the table of ``collect_runs``.
+
+    Args:
+        root: Directory to which the run's name is relative.
+        path: Its run.json.
+
+    Raises:
+        CollectError: If its epochs are not in order, or missing although it has finished.
+        RecordError: If one of its files cannot be read.
+    """
+    info, metrics = read_run_info(path), path.with_name("metrics.csv")
+    records = read_records(metrics) if metrics.exists() else []
+    epochs = [record.epoch for record in records]
+    if epochs != sorted(set(epochs)):
+        raise CollectError(f"{metrics} does not hold each epoch once, in order; remove the run and start it again.")
+    if not records and info.status == "finished":
+        raise CollectError(f"{path.parent} is marked as finished but has no epoch; remove it and start it again.")
+    run = _run_values(root, path, info)
+    return [run | dataclasses.asdict(record) for record in records] or [run | _no_epoch()]
 
 
 def require_runs(frame: pd.DataFrame, names: Sequence[str]) -> None:
@@ -166,19 +188,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:
         raise SystemExit(f"Cannot write {options.csv}: {error.strerror or error}.") from error
     print(format_table(final_table(select_best(frame, options.best_by) if options.best_by else frame)))
-
-
-def _rows(root: Path, path: Path) -> list[dict[str, Any]]:
-    """Return the rows of one run."""
-    info, metrics = read_run_info(path), path.with_name("metrics.csv")
-    records = read_records(metrics) if metrics.exists() else []
-    epochs = [record.epoch for record in records]
-    if epochs != sorted(set(epochs)):
-        raise CollectError(f"{metrics} does not hold each epoch once, in order; remove the run and start it again.")
-    if not records and info.status == "finished":
-        raise CollectError(f"{path.parent} is marked as finished but has no epoch; remove it and start it again.")
-    run = _run_values(root, path, info)
-    return [run | dataclasses.asdict(record) for record in records] or [run | _no_epoch()]
 
 
 def _run_values(root: Path, path: Path, info: RunInfo) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def train_epoch(training: Training, progress: Progress) -> Evaluation:
     config, watch, preconditioner = training.config, training.watch, training.preconditioner
     lr = learning_rate(config.schedule, config.optimizer.lr, training.epoch, config.epochs)
     for group in training.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_ratio", 1.0)
     training.model.train()
     counter = ErrorCounter(training.device)
     batches = training.loader.epoch(config.seed, training.epoch)

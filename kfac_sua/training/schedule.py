@@ -1,6 +1,7 @@
 """Learning rate as a pure function of the epoch, so that a resumed run needs no scheduler state."""
 
 import math
+from fractions import Fraction
 
 from kfac_sua.config import ScheduleConfig, ScheduleName, StepScheduleConfig
 
@@ -8,8 +9,8 @@ from kfac_sua.config import ScheduleConfig, ScheduleName, StepScheduleConfig
 def learning_rate(schedule: ScheduleConfig, base_lr: float, epoch: int, epochs: int) -> float:
     """Return the learning rate of one epoch, constant within it.
 
-    ``step`` multiplies by ``gamma`` once per milestone passed; ``cosine`` is base_lr · (1 + cos(π·epoch/epochs))/2,
-    which would reach zero in the epoch after the last.
+    ``step`` multiplies by ``gamma`` once per milestone passed (see :func:`milestone_epoch`); ``cosine`` is
+    base_lr · (1 + cos(π·epoch/epochs))/2, which would reach zero in the epoch after the last.
 
     Args:
         schedule: Which schedule, with its settings.
@@ -21,7 +22,23 @@ def learning_rate(schedule: ScheduleConfig, base_lr: float, epoch: int, epochs: 
         The learning rate.
     """
     if isinstance(schedule, StepScheduleConfig):
-        return base_lr * schedule.gamma ** sum(epoch >= milestone for milestone in schedule.milestones)
+        return base_lr * schedule.gamma ** sum(epoch >= milestone_epoch(at, epochs) for at in schedule.milestones)
     if schedule.name is ScheduleName.cosine:
         return base_lr * (1 + math.cos(math.pi * epoch / epochs)) / 2
     return base_lr
+
+
+def milestone_epoch(fraction: float, epochs: int) -> int:
+    """Return after how many epochs a fraction of the run has passed, ⌈fraction · epochs⌉.
+
+    The fraction counts as the decimal number that was written: 0.1 of 30 epochs is 3, where floating point gives
+    3.0000000000000004.
+
+    Args:
+        fraction: In (0, 1).
+        epochs: Length of the run.
+
+    Returns:
+        Completed epochs, from 1 to ``epochs``; at ``epochs`` the run is over.
+    """
+    return math.ceil(Fraction(repr(fraction)) * epochs)

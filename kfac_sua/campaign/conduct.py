@@ -1,0 +1,151 @@
+"""The stages of a campaign: the grid with its growth, the selection, and the final runs alone on the device."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from kfac_sua.campaign.cell import Cell, log_path, read_state
+from kfac_sua.campaign.estimate import Estimator, shown_seconds
+from kfac_sua.campaign.frames import collect_cells
+from kfac_sua.campaign.grid import Grid
+from kfac_sua.campaign.plan import CurveKey, Plan
+from kfac_sua.campaign.pool import Task, run_all
+from kfac_sua.campaign.progress import CampaignProgress
+from kfac_sua.campaign.selection import Choice, Rule, select
+
+
+class CampaignError(Exception):
+    """Runs of a campaign that failed; the message names each."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """What the runs of a campaign have given.
+
+    Attributes:
+        grid_cells: All runs of the grids.
+        final_cells: All final runs.
+        grid: Their rows (``collect_cells``).
+        finals: Their rows.
+        choices: The chosen cell of every curve.
+    """
+
+    grid_cells: list[Cell]
+    final_cells: list[Cell]
+    grid: pd.DataFrame
+    finals: pd.DataFrame
+    choices: list[Choice]
+
+
+def conduct(plan: Plan, rule: Rule, jobs: int) -> Results:
+    """Carry out everything of a campaign that has not been carried out yet.
+
+    Args:
+        plan: The campaign.
+        rule: How the best cell of a grid is chosen.
+        jobs: Runs of the grid at the same time; final runs are alone on the device.
+
+    Raises:
+        CampaignError: If runs failed; the others have been carried out.
+        SelectionError: If all cells of a grid diverged.
+        ConfigError: If a run cannot be configured.
+        KeyboardInterrupt: On Ctrl-C; the same call goes on.
+    """
+    grids, choices = settled(plan, rule)
+    while choices is None:
+        _run(f"{plan.campaign.name} grid", plan.all_grid_cells(grids), plan, jobs=jobs, reuse=True)
+        grids, choices = settled(plan, rule)
+    grid_cells = plan.all_grid_cells(grids)
+    for choice in choices:
+        print(_choice_line(choice), flush=True)
+    chosen = {(choice.panel, choice.method): (choice.lr, choice.damping) for choice in choices}
+    final_cells = plan.final_cells(chosen)
+    _run(f"{plan.campaign.name} final runs", final_cells, plan, jobs=1, reuse=False, like=grid_cells)
+    grid, finals = collect_cells(plan.root, grid_cells), collect_cells(plan.root, final_cells)
+    return Results(grid_cells, final_cells, grid, finals, choices)
+
+
+def settled(plan: Plan, rule: Rule) -> tuple[dict[CurveKey, Grid], list[Choice] | None]:
+    """Return the grids as far as they have grown by what is on disk, and the choice from each.
+
+    A grid whose best cell lies on an edge grows by one step beyond it, as often as the scale allows.
+
+    Args:
+        plan: The campaign.
+        rule: How the best cell of a grid is chosen.
+
+    Returns:
+        Grids per curve, and the chosen cells; None instead of these while some runs of the grids are to be done.
+    """
+    firsts = plan.grids()
+    grids, choices = dict(firsts), list[Choice]()
+    for _ in range(plan.scale.growth_steps + 1):
+        if not all(read_state(cell).has_ended for cell in plan.all_grid_cells(grids)):
+            return grids, None
+        choices = [_choose(plan, key, (firsts[key], grid), rule) for key, grid in grids.items()]
+        grown = {key: grids[key].grown(choice.lr, choice.damping) for key, choice in zip(grids, choices, strict=True)}
+        if grown == grids:
+            break
+        last, grids = grids, grown
+    else:
+        grids = last
+    return grids, choices
+
+
+def _choose(plan: Plan, key: CurveKey, grids: tuple[Grid, Grid], rule: Rule) -> Choice:
+    cells = plan.grid_cells(key, grids[1])
+    return select(collect_cells(plan.root, cells), key, grids, rule, cells[0].config.dataset.validation_size)
+
+
+def _run(
+    title: str, cells: Sequence[Cell], plan: Plan, *, jobs: int, reuse: bool, like: Sequence[Cell] = ()
+) -> None:
+    """Carry out what has not ended of some runs; others like them tell how long that will take."""
+    unique = list({cell.directory.path: cell for cell in cells}.values())  # two curves may share a run
+    waiting = [cell for cell in unique if not read_state(cell).has_ended]
+    if not waiting:
+        print(f"{title}: all {len(unique)} runs are done", flush=True)
+        return
+    estimator = Estimator([*unique, *like], plan.scale.seconds_per_step)
+    total = estimator.total(waiting)
+    left = shown_seconds(None if total is None else total / min(jobs, len(waiting)))
+    print(f"{title}: {len(waiting)} of {len(unique)} runs to do, {jobs} at a time, {left}", flush=True)
+    failures: dict[str, str] = {}
+    progress = CampaignProgress(title, unique, estimator, jobs)
+
+    def end(cell: Cell, reason: str | None) -> None:
+        progress.end(cell, reason)
+        if reason is not None:
+            failures[cell.name] = f"{reason.rstrip('.')} (log: {log_path(cell)})"
+
+    try:
+        run_all(waiting, lambda cell: _task(cell, jobs), jobs=jobs, reuse=reuse, on_end=end, on_tick=progress.tick)
+    finally:
+        progress.close()
+    if failures:
+        each = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
+        raise CampaignError(
+            f"{len(failures)} of {len(waiting)} runs failed: {each}. The same command tries them again, and no other."
+        )
+
+
+def _task(cell: Cell, jobs: int) -> Task:
+    """Share the cores among the runs at the same time, or they would wait for each other's threads."""
+    num_threads = max(1, num_cores() // jobs) if jobs > 1 else None
+    return Task(cell.config, log_path(cell), num_threads)
+
+
+def num_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _choice_line(choice: Choice) -> str:
+    damping = "" if choice.damping is None else f", damping {choice.damping:g}"
+    edges = f"; {' and '.join(choice.edges)}" if choice.edges else ""
+    return (
+        f"chosen for {choice.panel}/{choice.method}: lr {choice.lr:g}{damping} of {choice.num_cells} cells"
+        f" (train loss {choice.train_loss:.3f}, best val error {choice.val_error:.1%}){edges}"
+    )

@@ -1,0 +1,186 @@
+"""What a campaign consists of: ``configs/campaign/*.yaml`` as dataclasses.
+
+A campaign is a figure of the paper, or an ablation: panels, each with one curve per method, and per curve the grid over
+which it is tuned. How large all this is, a scale says (``configs/campaign/scale``).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from kfac_sua.config import CONFIG_DIR, ConfigError
+from kfac_sua.explain import explain
+
+_CAMPAIGNS = CONFIG_DIR / "campaign"
+
+
+@dataclasses.dataclass(kw_only=True)
+class Curve:
+    """One curve of one panel.
+
+    Attributes:
+        method: What the curve is called in records and figures, unique within its panel.
+        overrides: What makes the run, as for ``python -m kfac_sua.train``; usually ``experiment=<name>``.
+        tuning: Which of the scale's grids tunes it, such as ``lr`` or ``lr_damping``.
+        label: Name in legends and tables; None takes that of ``figures/style.py``.
+        optional: Trained only when asked for by name: a comparator that the paper does not have.
+    """
+
+    method: str = MISSING
+    overrides: list[str] = MISSING
+    tuning: str = MISSING
+    label: str | None = None
+    optional: bool = False
+
+
+@dataclasses.dataclass(kw_only=True)
+class Panel:
+    """Curves that are compared with each other: one network, one data set, one schedule."""
+
+    name: str = MISSING
+    title: str = MISSING
+    curves: list[Curve] = MISSING
+
+
+@dataclasses.dataclass(kw_only=True)
+class Scale:
+    """How large a campaign is.
+
+    Attributes:
+        run: Overrides of every run, after those of its curve.
+        grid: Overrides of the runs of the grid, after ``run``: usually a shorter training.
+        sweeps: From a curve's ``tuning`` to the file of ``configs/sweep`` that holds its grid.
+        growth_steps: How often a grid grows by one step beyond an edge on which the best cell lies.
+        seconds_per_step: Seconds of one mini-batch per method on ``measured_on``, to estimate what has not run here.
+        measured_on: Where ``seconds_per_step`` was measured, in words.
+    """
+
+    run: list[str] = MISSING
+    grid: list[str] = MISSING
+    sweeps: dict[str, str] = MISSING
+    growth_steps: int = MISSING
+    seconds_per_step: dict[str, float] = dataclasses.field(default_factory=dict)
+    measured_on: str = ""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Campaign:
+    """One figure of the paper with everything behind it, or an ablation.
+
+    Attributes:
+        name: File in ``configs/campaign``.
+        title: Heading of its figure and report.
+        figure: Which drawing: ``fig1`` (loss per epoch, error per second) or ``fig2`` (both errors per second).
+        claims: Claims of the paper (``claims.py``) that it decides.
+        differences: Sentences for the report: what is not as in the paper.
+        panels: What is trained.
+        scales: Per scale, what replaces or extends ``configs/campaign/scale``.
+    """
+
+    name: str = MISSING
+    title: str = MISSING
+    figure: str = MISSING
+    claims: list[str] = dataclasses.field(default_factory=list)
+    differences: list[str] = dataclasses.field(default_factory=list)
+    panels: list[Panel] = MISSING
+    scales: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def labels(self) -> dict[str, str]:
+        """Return the labels that the campaign gives to methods."""
+        return {curve.method: curve.label for panel in self.panels for curve in panel.curves if curve.label}
+
+    def methods(self) -> list[str]:
+        """Return the methods in their order, each once."""
+        return list(dict.fromkeys(curve.method for panel in self.panels for curve in panel.curves))
+
+
+def campaign_names() -> list[str]:
+    """Return the campaigns there are."""
+    return sorted(path.stem for path in _CAMPAIGNS.glob("*.yaml"))
+
+
+def scale_names() -> list[str]:
+    """Return the scales there are."""
+    return sorted(path.stem for path in (_CAMPAIGNS / "scale").glob("*.yaml"))
+
+
+def load_campaign(name: str) -> Campaign:
+    """Return a campaign.
+
+    Args:
+        name: File in ``configs/campaign``, without its ending.
+
+    Raises:
+        ConfigError: If there is none of that name, or the file does not hold what a campaign needs.
+    """
+    _check_name("campaign", name, campaign_names())
+    campaign = _read(Campaign, OmegaConf.load(_CAMPAIGNS / f"{name}.yaml"), f"configs/campaign/{name}.yaml")
+    assert isinstance(campaign, Campaign)
+    if campaign.name != name:
+        raise ConfigError(f"configs/campaign/{name}.yaml calls itself '{campaign.name}'; give it the name of its file.")
+    if campaign.figure not in ("fig1", "fig2"):
+        raise ConfigError(f"configs/campaign/{name}.yaml: figure must be fig1 or fig2, got '{campaign.figure}'.")
+    for panel in campaign.panels:
+        methods = [curve.method for curve in panel.curves]
+        twice = {method for method in methods if methods.count(method) > 1}
+        if twice:
+            raise ConfigError(f"configs/campaign/{name}.yaml has {min(twice)} twice in panel {panel.name}; rename one.")
+    return campaign
+
+
+def load_scale(campaign: Campaign, name: str) -> Scale:
+    """Return a scale as a campaign uses it.
+
+    Args:
+        campaign: The campaign, whose own ``scales`` replace key by key what the file says.
+        name: File in ``configs/campaign/scale``, without its ending.
+
+    Raises:
+        ConfigError: If there is none of that name, or the file does not hold what a scale needs.
+    """
+    _check_name("scale", name, scale_names())
+    general = OmegaConf.load(_CAMPAIGNS / "scale" / f"{name}.yaml")
+    merged = OmegaConf.merge(general, campaign.scales.get(name, {}))
+    scale = _read(Scale, merged, f"configs/campaign/scale/{name}.yaml with {campaign.name}.yaml")
+    assert isinstance(scale, Scale)
+    return scale
+
+
+def keep_methods(campaign: Campaign, methods: Sequence[str], extra: Sequence[str]) -> Campaign:
+    """Return a campaign with some of its curves.
+
+    Args:
+        campaign: The campaign as defined.
+        methods: The only methods to keep; empty for all that are not optional.
+        extra: Optional methods to add.
+
+    Raises:
+        ConfigError: If a method does not exist, or is not optional and named as such.
+    """
+    known = campaign.methods()
+    optional = {curve.method for panel in campaign.panels for curve in panel.curves if curve.optional}
+    for method in (*methods, *extra):
+        if method not in known:
+            raise ConfigError(f"Campaign {campaign.name} has no method '{method}'; it has {', '.join(known)}.")
+    kept = set(methods or (method for method in known if method not in optional)) | set(extra)
+    panels = [
+        dataclasses.replace(panel, curves=[curve for curve in panel.curves if curve.method in kept])
+        for panel in campaign.panels
+    ]
+    return dataclasses.replace(campaign, panels=[panel for panel in panels if panel.curves])
+
+
+def _check_name(kind: str, name: str, known: list[str]) -> None:
+    if name not in known:
+        raise ConfigError(f"There is no {kind} '{name}'; choose one of {', '.join(known)}.")
+
+
+def _read(schema: type, values: Any, source: str) -> Any:
+    """Convert YAML to dataclasses, with the file's name in the error."""
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{source}: {explain(error)}") from error

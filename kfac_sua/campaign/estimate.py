@@ -1,0 +1,85 @@
+"""How long the runs to come will take: from those that are done, or else from the figures that come with the scale."""
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+
+from kfac_sua.campaign.cell import Cell, CellState, read_state
+from kfac_sua.campaign.plan import CurveKey
+from kfac_sua.config import Config, DatasetName
+from kfac_sua.runs.record import read_records
+
+# Images of a whole data set's training and test split.
+NUM_IMAGES = {
+    DatasetName.cifar10: (50_000, 10_000),
+    DatasetName.cifar100: (50_000, 10_000),
+    DatasetName.digits: (1_500, 297),
+}
+# A forward pass is about a third of a training step on the same images.
+EVALUATION_PER_STEP = 1 / 3
+
+
+class Estimator:
+    """Estimates seconds of runs.
+
+    Args:
+        cells: Runs to learn from, whatever their state.
+        known: Seconds per training step by method, for curves without a completed epoch.
+    """
+
+    def __init__(self, cells: Iterable[Cell], known: Mapping[str, float]) -> None:
+        self._known = known
+        self._measured: dict[CurveKey, list[float]] = {}
+        for cell in cells:
+            self.learn(cell)
+
+    def learn(self, cell: Cell) -> None:
+        """Take the seconds per step of a run into account, if it has completed an epoch."""
+        records = read_records(cell.directory.metrics) if cell.directory.metrics.exists() else []
+        if records and records[-1].step:
+            per_step = records[-1].train_time_s / records[-1].step
+            self._measured.setdefault((cell.panel, cell.method), []).append(per_step)
+
+    def seconds(self, cell: Cell, state: CellState | None = None) -> float | None:
+        """Return the seconds that are left of a run; None if nothing is known about runs like it.
+
+        Args:
+            cell: The run.
+            state: What is on disk of it; None reads it.
+        """
+        state = state or read_state(cell)
+        if state.has_ended:
+            return 0.0
+        per_step = self._per_step(cell)
+        if per_step is None:
+            return None
+        return per_step * num_steps(cell.config) * (1 - state.epochs / cell.config.epochs)
+
+    def total(self, cells: Sequence[Cell]) -> float | None:
+        """Return the seconds that are left of several runs, one after the other; None if one is unknown."""
+        each = [self.seconds(cell) for cell in cells]
+        known = [seconds for seconds in each if seconds is not None]
+        return sum(known) if len(known) == len(each) else None
+
+    def _per_step(self, cell: Cell) -> float | None:
+        measured = self._measured.get((cell.panel, cell.method))
+        return statistics.median(measured) if measured else self._known.get(cell.method)
+
+
+def num_steps(config: Config) -> float:
+    """Return the work of a run in training steps, evaluation included."""
+    num_train, num_test = NUM_IMAGES[config.dataset.name]
+    num_val = config.dataset.validation_size
+    num_train = min(config.dataset.train_size or num_train, num_train - num_val)
+    num_train_eval = min(config.dataset.train_eval_size or num_train, num_train)
+    evaluated = (config.epochs + 1) * (num_val + num_train_eval) + num_test
+    batch_size = min(config.batch_size, num_train)
+    return config.epochs * (num_train // batch_size) + EVALUATION_PER_STEP * evaluated / batch_size
+
+
+def shown_seconds(seconds: float | None) -> str:
+    """Return a duration as a person would say it, such as ``about 38 min``."""
+    if seconds is None:
+        return "an unknown time"
+    if seconds < 90:
+        return f"about {seconds:.0f} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"

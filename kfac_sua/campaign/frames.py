@@ -1,0 +1,41 @@
+"""The records of a campaign's runs as one table."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from kfac_sua.campaign.cell import Cell, read_state
+from kfac_sua.runs.collect import RUN_COLUMNS, CollectError, run_rows
+from kfac_sua.runs.record import COLUMNS
+
+
+def collect_cells(root: Path, cells: Sequence[Cell]) -> pd.DataFrame:
+    """Return one row per epoch of every run, as ``collect_runs`` does, with its panel and method.
+
+    Unlike ``collect_runs`` it reads the runs that there should be, and not those that there are: what an earlier
+    campaign with other settings has left in the same directory does not take part.
+
+    Args:
+        root: Directory to which the names of the runs are relative.
+        cells: The runs.
+
+    Returns:
+        The columns of ``collect_runs`` and, before them, ``panel`` and ``method``.
+
+    Raises:
+        CollectError: If one of the runs is missing or has not ended; the message names all of these.
+        RecordError: If a record is damaged.
+    """
+    open_cells = [f"{cell.name} ({state.status})" for cell in cells if not (state := read_state(cell)).has_ended]
+    if open_cells:
+        raise CollectError(
+            f"Of {len(cells)} runs, {len(open_cells)} have not ended: {'; '.join(open_cells)}; "
+            "the same command goes on."
+        )
+    rows = [
+        {"panel": cell.panel, "method": cell.method} | row
+        for cell in cells
+        for row in run_rows(root, cell.directory.info)
+    ]
+    return pd.DataFrame(rows, columns=["panel", "method", *RUN_COLUMNS, *COLUMNS])

@@ -1,0 +1,92 @@
+"""The grid over learning rate and damping that tunes one curve, and its growth beyond an edge."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping
+
+from omegaconf import OmegaConf
+
+from kfac_sua.config import CONFIG_DIR, ConfigError
+
+LR, DAMPING = "optimizer.lr", "preconditioner.damping"
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """A product of learning rates and dampings.
+
+    Attributes:
+        lr: Learning rates, ascending.
+        damping: Dampings, ascending; None for a method without.
+    """
+
+    lr: tuple[float, ...]
+    damping: tuple[float, ...] | None
+
+    def points(self) -> Iterator[tuple[float, float | None]]:
+        """Yield learning rate and damping of every cell."""
+        yield from itertools.product(self.lr, self.damping or (None,))
+
+    def edges(self, lr: float, damping: float | None) -> tuple[str, ...]:
+        """Say on which edges of the grid a cell lies, such as ``lr 0.003 is the lowest tried``.
+
+        An axis with a single value is a choice of whoever made the grid, and has no edge.
+        """
+        return tuple(text for _, text in self._edges(lr, damping))
+
+    def grown(self, lr: float, damping: float | None) -> "Grid":
+        """Return the grid with one more value beyond every edge on which a cell lies; itself if on none.
+
+        The new value continues the ratio of the two outermost ones, to two digits.
+        """
+        axes = {LR: self.lr, DAMPING: self.damping}
+        for (key, is_highest), _ in self._edges(lr, damping):
+            axes[key] = _extended(axes[key] or (), is_highest)
+        return Grid(axes[LR] or (), axes[DAMPING])
+
+    def _edges(self, lr: float, damping: float | None) -> Iterator[tuple[tuple[str, bool], str]]:
+        for key, name, values, value in ((LR, "lr", self.lr, lr), (DAMPING, "damping", self.damping, damping)):
+            if values is None or value is None or len(values) < 2:
+                continue
+            if value == values[0]:
+                yield (key, False), f"{name} {value:g} is the lowest tried"
+            if value == values[-1]:
+                yield (key, True), f"{name} {value:g} is the highest tried"
+
+
+def load_grid(sweep: str) -> Grid:
+    """Return the grid that a file of ``configs/sweep`` holds.
+
+    Args:
+        sweep: Name of the file, without its ending.
+
+    Raises:
+        ConfigError: If there is no such file, or it sweeps over anything but learning rate and damping.
+    """
+    path = CONFIG_DIR / "sweep" / f"{sweep}.yaml"
+    if not path.exists():
+        known = ", ".join(sorted(other.stem for other in path.parent.glob("*.yaml")))
+        raise ConfigError(f"There is no sweep '{sweep}'; choose one of {known}.")
+    params: Mapping[str, object] = OmegaConf.load(path).sweeper.params
+    if not {LR} <= set(params) <= {LR, DAMPING}:
+        raise ConfigError(f"{path.name} must sweep over {LR} and perhaps {DAMPING}, got {', '.join(params)}.")
+    damping = _values(sweep, params[DAMPING]) if DAMPING in params else None
+    return Grid(_values(sweep, params[LR]), damping)
+
+
+def _values(sweep: str, text: object) -> tuple[float, ...]:
+    try:
+        values = {float(part) for part in str(text).split(",")}
+    except ValueError as error:
+        raise ConfigError(f"sweep={sweep} must hold numbers separated by commas, got '{text}'.") from error
+    return tuple(sorted(values))
+
+
+def _extended(values: tuple[float, ...], is_highest: bool) -> tuple[float, ...]:
+    if is_highest:
+        return (*values, _two_digits(values[-1] * values[-1] / values[-2]))
+    return (_two_digits(values[0] * values[0] / values[1]), *values)
+
+
+def _two_digits(value: float) -> float:
+    return float(f"{value:.1e}")

@@ -1,0 +1,89 @@
+"""Which runs a campaign consists of: the grid of every curve, and the final runs of what was chosen from it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kfac_sua.campaign.cell import Cell, Stage, make_cell
+from kfac_sua.campaign.definition import Campaign, Curve, Scale
+from kfac_sua.campaign.grid import Grid, load_grid
+from kfac_sua.config import ConfigError
+
+# A curve of a campaign: the names of its panel and its method.
+CurveKey = tuple[str, str]
+
+GRID_SEED = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A campaign at one scale, in one directory.
+
+    Attributes:
+        campaign: The campaign, without the curves that are not wanted.
+        scale: How large.
+        root: Directory of everything that belongs to it.
+        seeds: Number of final runs per curve, with seeds 0, 1, ….
+        overrides: Overrides of every run, after all others.
+    """
+
+    campaign: Campaign
+    scale: Scale
+    root: Path
+    seeds: int
+    overrides: tuple[str, ...] = ()
+
+    def curves(self) -> dict[CurveKey, Curve]:
+        """Return all curves, panel by panel."""
+        return {(panel.name, curve.method): curve for panel in self.campaign.panels for curve in panel.curves}
+
+    def grids(self) -> dict[CurveKey, Grid]:
+        """Return the grid that each curve starts from.
+
+        Raises:
+            ConfigError: If the scale has no sweep for a curve, or the sweep cannot be read.
+        """
+        return {key: load_grid(self._sweep(curve)) for key, curve in self.curves().items()}
+
+    def grid_cells(self, key: CurveKey, grid: Grid) -> list[Cell]:
+        """Return the runs of the grid of one curve.
+
+        Raises:
+            ConfigError: If one of them cannot be run.
+        """
+        base = self._overrides(key, Stage.grid)
+        return [
+            make_cell(Stage.grid, key, base, lr=lr, damping=damping, seed=GRID_SEED) for lr, damping in grid.points()
+        ]
+
+    def all_grid_cells(self, grids: Mapping[CurveKey, Grid]) -> list[Cell]:
+        """Return the runs of the grids of all curves."""
+        return [cell for key, grid in grids.items() for cell in self.grid_cells(key, grid)]
+
+    def final_cells(self, chosen: Mapping[CurveKey, tuple[float, float | None]]) -> list[Cell]:
+        """Return the final runs: seed by seed, so that a machine that slows down or warms up does so for all curves.
+
+        Args:
+            chosen: Learning rate and damping per curve.
+        """
+        return [
+            make_cell(Stage.final, key, self._overrides(key, Stage.final), lr=lr, damping=damping, seed=seed)
+            for seed in range(self.seeds)
+            for key, (lr, damping) in chosen.items()
+        ]
+
+    def _overrides(self, key: CurveKey, stage: Stage) -> Sequence[str]:
+        by_stage = [*self.scale.run, *(self.scale.grid if stage is Stage.grid else [])]
+        output_dir = f"output_dir={self.root / stage}"
+        return _last_of_each([*self.curves()[key].overrides, *by_stage, *self.overrides, output_dir, "progress=lines"])
+
+    def _sweep(self, curve: Curve) -> str:
+        if curve.tuning not in self.scale.sweeps:
+            known = ", ".join(self.scale.sweeps)
+            raise ConfigError(f"{curve.method} is tuned over '{curve.tuning}', but this scale has grids for {known}.")
+        return self.scale.sweeps[curve.tuning]
+
+
+def _last_of_each(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides with a key given twice only where it was given last, as Hydra would read them."""
+    return list({override.partition("=")[0]: override for override in overrides}.values())

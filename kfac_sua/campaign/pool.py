@@ -1,0 +1,176 @@
+"""Processes that carry out runs, several at a time, and go with the process that started them."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kfac_sua.config import Config
+
+if TYPE_CHECKING:
+    from kfac_sua.campaign.cell import Cell
+
+POLL_PERIOD_S = 1.0
+LEAVING_TIME_S = 10.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a worker is told: a run, where its output goes, and how many threads it has if its configuration is silent.
+
+    Attributes:
+        config: The run.
+        log: File that what the run prints is appended to.
+        num_threads: CPU threads of PyTorch where ``config.num_threads`` is null; None leaves PyTorch's choice.
+    """
+
+    config: Config
+    log: Path
+    num_threads: int | None
+
+
+@dataclass
+class _Worker:
+    process: BaseProcess
+    connection: Connection
+    cell: "Cell | None" = None
+
+
+def run_all(
+    cells: "Sequence[Cell]",
+    make_task: "Callable[[Cell], Task]",
+    *,
+    jobs: int,
+    reuse: bool,
+    on_end: "Callable[[Cell, str | None], None]",
+    on_tick: "Callable[[list[Cell]], None]",
+) -> None:
+    """Carry out runs in worker processes.
+
+    Args:
+        cells: The runs, in the order in which they are started.
+        make_task: What a worker needs to know of one.
+        jobs: Runs at the same time.
+        reuse: Whether a worker takes one run after the other, which saves the imports; otherwise each run has a
+            process of its own, so that none finds warm caches that another lacks.
+        on_end: Called with each run that has ended and, if it failed, the reason in one sentence.
+        on_tick: Called about once a second with the runs in progress.
+
+    Raises:
+        KeyboardInterrupt: On Ctrl-C, after the workers have been stopped.
+    """
+    waiting = list(cells)
+    with _workers() as workers:
+        while waiting or any(worker.cell for worker in workers):
+            while waiting and sum(worker.cell is not None for worker in workers) < jobs:
+                _give(_idle(workers), waiting.pop(0), make_task)
+            busy = [worker for worker in workers if worker.cell is not None]
+            ready = wait([worker.connection for worker in busy], timeout=POLL_PERIOD_S)
+            for worker in busy:
+                if worker.connection in ready:
+                    cell, reason = _receive(worker)
+                    if not reuse or not worker.process.is_alive():
+                        _stop(worker)
+                        workers.remove(worker)
+                    on_end(cell, reason)
+            on_tick([worker.cell for worker in workers if worker.cell is not None])
+
+
+@contextlib.contextmanager
+def _workers() -> "Iterator[list[_Worker]]":
+    """Yield a list of workers, all of which are stopped in the end."""
+    workers: list[_Worker] = []
+    try:
+        yield workers
+    finally:
+        for worker in workers:
+            _stop(worker)
+
+
+def _idle(workers: list[_Worker]) -> _Worker:
+    """Return a worker without a run, a new one if need be."""
+    for worker in workers:
+        if worker.cell is None:
+            return worker
+    context = multiprocessing.get_context("spawn")  # a fork would copy PyTorch's threads and CUDA's state, and fail
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_work, args=(theirs,), daemon=True)
+    process.start()
+    theirs.close()  # so that the end of the process is the end of the pipe
+    workers.append(_Worker(process, ours))
+    return workers[-1]
+
+
+def _give(worker: _Worker, cell: "Cell", make_task: "Callable[[Cell], Task]") -> None:
+    worker.cell = cell
+    worker.connection.send(make_task(cell))
+
+
+def _receive(worker: _Worker) -> "tuple[Cell, str | None]":
+    """Return the run that a worker has ended, with the reason if it failed; a worker that is gone has failed."""
+    assert worker.cell is not None
+    cell, worker.cell = worker.cell, None
+    try:
+        return cell, worker.connection.recv()
+    except (EOFError, ConnectionResetError):
+        worker.process.join()
+        code = worker.process.exitcode
+        how = f"was killed by signal {-code} (out of memory?)" if code is not None and code < 0 else f"left with {code}"
+        return cell, f"its process {how}"
+
+
+def _stop(worker: _Worker) -> None:
+    """Let a worker without a run leave by itself, which tidies up what libraries hold; stop one with a run."""
+    worker.connection.close()
+    if worker.cell is None:
+        worker.process.join(LEAVING_TIME_S)
+    worker.process.terminate()
+    worker.process.join()
+
+
+def _work(connection: Connection) -> None:
+    """Carry out runs as they come, until there is no one left to tell."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    while True:
+        try:
+            task = connection.recv()
+        except (EOFError, ConnectionResetError):
+            return
+        connection.send(_carry_out(task))
+
+
+def _leave_with_parent() -> None:
+    """End this process as soon as its parent is gone, even by SIGKILL: no one would see the end of the run."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _carry_out(task: Task) -> str | None:
+    """Carry out a run and return None, or in one sentence why it failed; its log holds the rest."""
+    # Imported here, in the worker: the process that waits needs neither PyTorch's memory nor its time.
+    import torch
+
+    from kfac_sua.training.loop import run
+
+    task.log.parent.mkdir(parents=True, exist_ok=True)
+    with task.log.open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        if task.config.num_threads is None and task.num_threads is not None:
+            torch.set_num_threads(task.num_threads)
+        try:
+            run(task.config)
+        except Exception as error:
+            # One run that fails, for whatever reason, does not stop the others; the campaign ends with its name.
+            traceback.print_exc(file=log)
+            return " ".join(str(error).split()) or type(error).__name__
+    return None

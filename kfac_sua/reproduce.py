@@ -1,0 +1,133 @@
+"""One command per figure of the paper: ``python -m kfac_sua.reproduce fig1 --scale small --seeds 3``.
+
+It carries out whatever is missing: the grid of every curve, the selection, the final runs over the seeds, figures and
+report. Interrupted at any point, the same command goes on.
+"""
+
+import argparse
+import contextlib
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from kfac_sua.build import choose_device
+from kfac_sua.campaign.conduct import CampaignError, conduct, num_cores
+from kfac_sua.campaign.definition import campaign_names, keep_methods, load_campaign, load_scale, scale_names
+from kfac_sua.campaign.dry_run import describe
+from kfac_sua.campaign.plan import Plan
+from kfac_sua.campaign.publish import publish
+from kfac_sua.campaign.selection import RULE_SENTENCES, Rule, SelectionError
+from kfac_sua.compose import compose_config
+from kfac_sua.config import ConfigError
+from kfac_sua.data import DataError
+from kfac_sua.figures.curves import FigureError
+from kfac_sua.runs.collect import CollectError
+from kfac_sua.runs.lock import RunBusyError, exclusive
+from kfac_sua.runs.record import RecordError
+
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Carry out the command line and return the exit code.
+
+    Args:
+        arguments: Command line without the program's name; None reads it from the process.
+
+    Returns:
+        0 if everything is done, 1 if a run failed, 2 for bad input, 130 after Ctrl-C.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        _carry_out(options, shlex.join(["python", "-m", "kfac_sua.reproduce", *(arguments or sys.argv[1:])]))
+    except (ConfigError, DataError) as error:
+        return _say(error, BAD_INPUT)
+    except (CampaignError, SelectionError, CollectError, RecordError, FigureError, RunBusyError) as error:
+        return _say(error, FAILED)
+    except OSError as error:
+        return _say(f"Cannot use {error.filename or 'a file'}: {error.strerror or error}.", FAILED)
+    except KeyboardInterrupt:
+        return _say("interrupted; the same command goes on where this one stopped.", INTERRUPTED)
+    return 0
+
+
+def _carry_out(options: argparse.Namespace, command: str) -> None:
+    campaign = keep_methods(load_campaign(options.campaign), options.only, options.extra)
+    scale = load_scale(campaign, options.scale)
+    device = _device(options.overrides)
+    root = options.out or Path("outputs") / f"{campaign.name}-{options.scale}-{device}"
+    plan = Plan(campaign, scale, root, options.seeds, tuple(options.overrides))
+    jobs = options.jobs or (num_cores() if device == "cpu" else 1)
+    if options.dry_run:
+        print(describe(plan, options.select_by, jobs))
+        return
+    with _only_one(root):
+        results = conduct(plan, options.select_by, jobs)
+        paths = publish(plan, options.scale, device, options.select_by, results, command)
+    print(f"Wrote {', '.join(map(str, paths))}.")
+
+
+def _device(overrides: Sequence[str]) -> str:
+    given = [override for override in overrides if override.startswith("device=")]
+    return choose_device(compose_config(given).device).type
+
+
+@contextlib.contextmanager
+def _only_one(root: Path) -> Iterator[None]:
+    """Hold the campaign's directory, or say that another process does."""
+    try:
+        with exclusive(root):
+            yield
+    except RunBusyError as error:
+        raise RunBusyError(str(error).replace("trained", "worked on")) from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m kfac_sua.reproduce",
+        description="Reproduce a figure of Laurent et al. (2018): tune every curve on a grid, train the best cells "
+        "over several seeds, draw the figures, and report on each claim. The same command again does what is missing.",
+        epilog="Selection rules: " + " ".join(f"{rule}: {text}" for rule, text in RULE_SENTENCES.items()),
+    )
+    parser.add_argument("campaign", choices=campaign_names(), metavar="CAMPAIGN", help=", ".join(campaign_names()))
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings of every run, as for kfac_sua.train: device=cpu"
+    )
+    parser.add_argument(
+        "--scale", choices=scale_names(), default="full", help="full: the paper; small: a CPU; smoke: a test (full)"
+    )
+    parser.add_argument("--seeds", type=_count, default=3, metavar="N", help="final runs per curve (3)")
+    parser.add_argument(
+        "--jobs", type=_count, metavar="N", help="runs of the grid at the same time (one per core; on a GPU 1)"
+    )
+    parser.add_argument(
+        "--select-by",
+        type=Rule,
+        choices=list(Rule),
+        default=Rule.one_standard_error,
+        help="rule of selection (%(default)s)",
+    )
+    parser.add_argument("--only", nargs="+", default=[], metavar="METHOD", help="only these curves")
+    parser.add_argument(
+        "--with", dest="extra", nargs="+", default=[], metavar="METHOD", help="also these optional curves"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="directory (outputs/<campaign>-<scale>-<device>)")
+    parser.add_argument("--dry-run", action="store_true", help="print the runs to come, what is done, and the time")
+    return parser
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def _say(sentence: object, code: int) -> int:
+    print(sentence, file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
