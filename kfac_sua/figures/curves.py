@@ -38,18 +38,20 @@ class Method:
     """What is drawn for one method.
 
     Attributes:
-        name: Name of the preconditioner.
+        name: Name of the method.
         counts: Number of runs per status, in the order finished, diverged, running; none is zero.
         setting: What the plotted runs have in common, for the CSV.
         loss: Training loss in nats against epochs.
-        error: Validation error in percent against training seconds.
+        val_error: Validation error in percent against training seconds.
+        train_error: Training misclassification, likewise.
     """
 
     name: str
     counts: dict[str, int]
     setting: dict[str, Any]
     loss: Curve
-    error: Curve
+    val_error: Curve
+    train_error: Curve
 
     @property
     def has_finished(self) -> bool:
@@ -70,8 +72,8 @@ def loss_curve(runs: pd.DataFrame) -> Curve:
     return _curve(by_seed.index.to_numpy(dtype=float), by_seed.to_numpy(dtype=float))
 
 
-def error_curve(runs: pd.DataFrame) -> Curve:
-    """Return the validation error against training time.
+def error_curve(runs: pd.DataFrame, column: str) -> Curve:
+    """Return an error against training time.
 
     Every seed is interpolated linearly between its epochs' ends, because the question is what error is
     reached after so many seconds; averaging each epoch's time would average errors measured at different
@@ -80,13 +82,14 @@ def error_curve(runs: pd.DataFrame) -> Curve:
 
     Args:
         runs: Rows of ``collect_runs`` of one setting, finite, one run per seed.
+        column: ``val_error`` or ``train_error``.
 
     Returns:
         Seconds against percent; empty if no time is covered by all seeds.
     """
     seeds = [run.sort_values("epoch") for _, run in runs.groupby("seed")]
     times = [run["train_time_s"].to_numpy(dtype=float) for run in seeds]
-    errors = [100 * run["val_error"].to_numpy(dtype=float) for run in seeds]
+    errors = [100 * run[column].to_numpy(dtype=float) for run in seeds]
     if not seeds:
         return _curve(np.empty(0), np.empty((0, 0)))
     grid = np.unique(np.concatenate(times))
@@ -99,20 +102,27 @@ def method_curves(name: str, rows: pd.DataFrame) -> Method:
     """Return what is drawn for a method: its finished runs or, without one, the diverged.
 
     Args:
-        name: Name of the preconditioner.
+        name: Name of the method.
         rows: Its rows of ``collect_runs``, all of one setting.
 
     Raises:
-        FigureError: If no training time is covered by all finished seeds.
+        FigureError: If there are several settings, no run has ended, or no training time is covered by all finished
+            seeds.
     """
+    settings = rows["fingerprint"].nunique()
+    if settings != 1:
+        raise FigureError(f"Method {name!r} has {settings} settings; keep one, for example by select_best.")
     numbers = rows.drop_duplicates("run")["status"].value_counts()
     counts = {status: int(numbers[status]) for status in ("finished", "diverged", "running") if status in numbers}
+    if set(counts) == {"running"}:
+        raise FigureError(f"No run of method {name!r} has ended; let them finish, or leave the method out.")
     runs = rows[rows["status"] == next(iter(counts))]
     keys = ("dataset", "model", "base_lr", "damping", "fingerprint", "status")
     setting = {key: runs[key].iloc[0] for key in keys}
     finite = _common_finite_epochs(runs)
-    method = Method(name, counts, setting, loss_curve(finite), error_curve(finite))
-    if method.has_finished and not len(method.error.x):
+    errors = [error_curve(finite, column) for column in ("val_error", "train_error")]
+    method = Method(name, counts, setting, loss_curve(finite), *errors)
+    if method.has_finished and not len(method.val_error.x):
         raise FigureError(
             f"No training time is covered by all seeds of {name!r}, so their errors cannot be averaged;"
             " run more epochs, on the same device for all seeds."
@@ -122,7 +132,7 @@ def method_curves(name: str, rows: pd.DataFrame) -> Method:
 
 def _common_finite_epochs(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the rows up to the last epoch that every run has reached without a non-finite number."""
-    measured = runs[["train_loss", "val_error", "train_time_s"]].to_numpy(dtype=float)
+    measured = runs[["train_loss", "train_error", "val_error", "train_time_s"]].to_numpy(dtype=float)
     is_finite = pd.Series(np.isfinite(measured).all(axis=1), index=runs.index)
     intact = is_finite.groupby(runs["run"]).cummin().astype(bool)
     last_epochs = runs["epoch"].where(intact, 0).groupby(runs["run"]).max()

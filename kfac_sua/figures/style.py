@@ -1,6 +1,14 @@
 """One look per method, the same in every figure, and settings that make figures legible and reproducible."""
 
 import dataclasses
+import itertools
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+
+from kfac_sua.figures.curves import FigureError
+
+Dashes = str | tuple[float, tuple[float, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -9,25 +17,88 @@ class MethodStyle:
 
     Attributes:
         label: Text of the legend.
-        color: Hexadecimal RGB from the palette of Okabe and Ito (2008), told apart by colour-blind readers.
+        color: Hexadecimal RGB from a palette that colour-blind readers tell apart.
         linestyle: Dash pattern in matplotlib's notation, so that curves differ in grey print.
         marker: Marker in matplotlib's notation, for the same reason.
     """
 
     label: str
     color: str
-    linestyle: str | tuple[int, tuple[float, ...]]
+    linestyle: Dashes
     marker: str
 
 
-# Keyed by the name of the preconditioner, in the order of the legend.
+# Keyed by the name of the method, in the order of the legend: the paper's five curves (named as their preconditioner),
+# then the comparators. Colours of Okabe and Ito (2008), without their yellow, which is too light for a line.
 METHODS = {
     "baseline": MethodStyle("Batch-norm baseline", "#000000", "-", "o"),
     "kfac": MethodStyle("K-FAC", "#0072B2", (0, (5, 1.5)), "s"),
     "grouped": MethodStyle("K-FAC, groups", "#009E73", (0, (5, 1.5, 1, 1.5)), "^"),
     "sua": MethodStyle("SUA", "#D55E00", (0, (7, 1.2, 1, 1.2, 1, 1.2)), "D"),
     "sua_grouped": MethodStyle("SUA, groups", "#CC79A7", (0, (1.5, 1)), "v"),
+    "adamw": MethodStyle("AdamW", "#E69F00", (0, (9, 2)), "P"),
+    "muon": MethodStyle("Muon", "#56B4E9", (0, (3, 1.2)), ">"),
+    "sgd_no_bn": MethodStyle("SGD without batch norm", "#7F7F7F", (0, (1, 2.2)), "<"),
 }
+
+# Looks of all other methods. The colours are the "muted" ones of Tol (2021), none of which is a known method's.
+_FREE_COLORS = ("#332288", "#44AA99", "#882255", "#DDCC77", "#117733", "#88CCEE", "#AA4499", "#999933", "#CC6677")
+_FREE_MARKERS = ("o", "s", "^", "D", "v", "P", "<", ">", "p", "d", "h", "8")
+_FREE_LINESTYLES: tuple[Dashes, ...] = (
+    *("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (5, 1.5, 1, 1.5)), (0, (9, 2)), (0, (3, 1.2)), (0, (1, 2.2))),
+    *((0, (7, 1.2, 1, 1.2, 1, 1.2)), (0, (9, 1.5, 3, 1.5)), (0, (12, 1.5, 1, 1.5))),
+)
+
+
+def method_styles(methods: Sequence[str], labels: Mapping[str, str] | None = None) -> dict[str, MethodStyle]:
+    """Return a look for every method of a figure.
+
+    A name in ``METHODS`` has its look everywhere. Any other name, such as those of an ablation, gets a colour and a
+    marker that no other method of the list has, by its place in the list, and a line style of its own as long as there
+    are enough.
+
+    Args:
+        methods: Names, each once, in the order of the legend.
+        labels: Legend texts that replace those of ``METHODS``, or the name where it is not there.
+
+    Returns:
+        Looks by name, in the order given.
+
+    Raises:
+        FigureError: If there are more other names than looks.
+    """
+    labels = labels or {}
+    known = [METHODS[name] for name in methods if name in METHODS]
+    others = [name for name in methods if name not in METHODS]
+    markers = [marker for marker in _FREE_MARKERS if marker not in {style.marker for style in known}]
+    linestyles = [dashes for dashes in _FREE_LINESTYLES if dashes not in {style.linestyle for style in known}]
+    looks = list(zip(_FREE_COLORS, itertools.cycle(linestyles), markers, strict=False))
+    if len(others) > len(looks):
+        raise FigureError(
+            f"Beside {len(known)} methods with a fixed look, {len(looks)} can be told apart in one figure,"
+            f" got {len(others)} ({', '.join(others)}); draw fewer."
+        )
+    styles = METHODS | {name: MethodStyle(name, *look) for name, look in zip(others, looks, strict=False)}
+    return {name: dataclasses.replace(styles[name], label=labels.get(name, styles[name].label)) for name in methods}
+
+
+def wrapped(label: str, width: int) -> str:
+    """Return a label with line breaks, so that no line has more than ``width`` characters unless a word has."""
+    return "\n".join(textwrap.wrap(label, width, break_long_words=False)) or label
+
+
+def short_number(value: float) -> str:
+    """Return a number in at most five characters, for a cell or a bar.
+
+    Args:
+        value: Any number; a negative one takes a character more.
+    """
+    size = abs(value)
+    if 0 < size < 0.00995 or 99_999.5 <= size < math.inf:
+        mantissa, _, exponent = f"{value:.0e}".partition("e")
+        return f"{mantissa}e{int(exponent)}"
+    decimals = 3 if 0 < size < 0.9995 else 2 if 0 < size < 9.995 else 1 if 0 < size < 99.95 else 0
+    return f"{value:.{decimals}f}"
 
 
 def apply_style() -> None:
@@ -42,6 +113,7 @@ def apply_style() -> None:
             "font.size": 9,
             "axes.labelsize": 9,
             "axes.titlesize": 9,
+            "figure.titlesize": 10.5,
             "legend.fontsize": 8.5,
             "xtick.labelsize": 8,
             "ytick.labelsize": 8,
@@ -51,6 +123,7 @@ def apply_style() -> None:
             "axes.axisbelow": True,
             "grid.color": "#dddddd",
             "grid.linewidth": 0.6,
+            "hatch.linewidth": 0.6,
             "lines.linewidth": 1.5,
             "lines.markersize": 4,
             "legend.frameon": False,

@@ -7,11 +7,13 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from figures.layout import assert_readable, texts
+from figures.synthetic_frames import PAPER, finals
 from runs.synthetic_runs import epoch_record, write_run
 
 from kfac_sua.figures.curves import FigureError
 from kfac_sua.figures.fig1 import draw_figure1, main
-from kfac_sua.figures.style import METHODS
+from kfac_sua.figures.style import METHODS, method_styles
 from kfac_sua.runs.collect import CollectError, collect_runs
 
 LOSS, ERROR = "train_loss_nats_per_epoch", "val_error_percent_per_s"
@@ -131,6 +133,38 @@ def test_exploding_loss_does_not_break_the_axes(tmp_path):
     write_run(tmp_path, _epochs([2.0, 1e30, 1e308], [0.5, 0.9, 0.9], [10, 20, 30]), status="diverged")
     draw_figure1(collect_runs(tmp_path), tmp_path / "out")
     assert _points(tmp_path / "out", "sua", LOSS)["mean"].tolist() == [2.0, 1e30, 1e308]
+
+
+def test_lines_are_the_numbers_of_the_csv(drawn, tmp_path):
+    """Both panels have one line per method, in its look, with exactly the CSV's points."""
+    table = pd.read_csv(draw_figure1(finals(), tmp_path)[2])
+    for axes, panel in zip(drawn[0].axes, (LOSS, ERROR), strict=True):
+        assert len(axes.get_lines()) == 5
+        for line, name in zip(axes.get_lines(), PAPER, strict=True):
+            points = table[(table["method"] == name) & (table["panel"] == panel)]
+            np.testing.assert_allclose(line.get_xdata(), points["x"], rtol=1e-12)
+            np.testing.assert_allclose(line.get_ydata(), points["mean"], rtol=1e-12)
+            assert (line.get_color(), line.get_marker()) == (METHODS[name].color, METHODS[name].marker)
+    assert_readable(drawn[0])
+
+
+def test_method_column_goes_before_the_preconditioner(drawn, tmp_path):
+    """Two settings of one preconditioner are two methods if the frame says so, under the labels given."""
+    frame = finals(["sua", "sua_reduce"]).assign(preconditioner="sua")
+    styles = method_styles(["sua", "sua_reduce"], {"sua_reduce": "SUA, reduce"})
+    paths = draw_figure1(frame, tmp_path, styles=styles, name="ablation")
+    assert [path.name for path in paths] == ["ablation.png", "ablation.svg", "ablation.csv"]
+    assert set(pd.read_csv(paths[2])["method"]) == {"sua", "sua_reduce"}
+    assert {"SUA", "SUA, reduce"} <= set(texts(drawn[0]))
+
+
+@pytest.mark.parametrize("epochs", [6, 90])
+def test_markers_are_few_and_apart(drawn, tmp_path, epochs):
+    """However many epochs, no line has more than fifteen markers or fewer than five, and no legend or tick overlaps."""
+    draw_figure1(finals(list(METHODS), epochs=epochs), tmp_path, title="With comparators")
+    for line in [line for axes in drawn[0].axes for line in axes.get_lines()]:
+        assert 5 <= len(line.get_markevery()) <= 15
+    assert_readable(drawn[0])
 
 
 def test_several_settings_of_a_method_are_refused(tmp_path):

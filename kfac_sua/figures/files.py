@@ -1,0 +1,58 @@
+"""Figures as files: PNG, SVG and the CSV of the plotted numbers, the same bytes for the same table."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from kfac_sua.figures.style import apply_style, wrapped
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PAGE_WIDTH = 7.2  # inches: the text width of a page
+
+
+def write_figure(
+    draw: "Callable[[Figure], None]",
+    numbers: pd.DataFrame,
+    out_dir: Path,
+    name: str,
+    size: tuple[float, float],
+    title: str | None = None,
+    is_placed: bool = False,
+) -> list[Path]:
+    """Draw a figure in the project's style and write it with its numbers.
+
+    Args:
+        draw: Fills an empty figure; called once.
+        numbers: What is drawn, for the CSV.
+        out_dir: Directory of the files, made if missing.
+        name: File name without ending.
+        size: Width and height in inches.
+        title: Line above everything.
+        is_placed: Whether ``draw`` gives everything its place, with room for the title; if not, a layout engine does.
+
+    Returns:
+        Paths of the PNG (200 dpi), the SVG (same input, same bytes) and the CSV.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    out_dir.mkdir(parents=True, exist_ok=True)
+    png, svg, csv = (out_dir / f"{name}.{suffix}" for suffix in ("png", "svg", "csv"))
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # the reader's own matplotlibrc must not change the figure
+        apply_style()
+        # Without pyplot: no window, no global state, and PNG is drawn by Agg whatever the backend.
+        figure = Figure(figsize=size, layout=None if is_placed else "constrained")
+        draw(figure)
+        if title:
+            text = wrapped(title, int(size[0] / 0.085))
+            position = {"y": 1 - 0.07 / size[1]} if is_placed else {}  # the engine would not make room for one
+            figure.suptitle(text, **position)
+        figure.savefig(png)
+        figure.savefig(svg, metadata={"Date": None})
+    numbers.to_csv(csv, index=False)
+    return [png, svg, csv]

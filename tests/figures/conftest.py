@@ -1,0 +1,33 @@
+"""What the tests of all figures share."""
+
+import pytest
+from matplotlib.figure import Figure
+
+
+@pytest.fixture
+def written(monkeypatch) -> list[Figure]:
+    """Collect every figure that is written as PNG, to look at its artists."""
+    figures: list[Figure] = []
+    save = Figure.savefig
+
+    def record(figure, path, **options):
+        if str(path).endswith(".png"):
+            figures.append(figure)
+        save(figure, path, **options)
+
+    monkeypatch.setattr(Figure, "savefig", record)
+    return figures
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list[Figure]:
+    """Collect every figure that would be written as PNG, without the seconds that writing takes."""
+    figures: list[Figure] = []
+
+    def record(figure, path, **options):
+        del options
+        if str(path).endswith(".png"):
+            figures.append(figure)
+
+    monkeypatch.setattr(Figure, "savefig", record)
+    return figures
