@@ -1,0 +1,128 @@
+"""The report of a campaign: one Markdown document, and the same as a self-contained HTML page."""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from urllib.parse import quote
+
+import pandas as pd
+
+from kfac_sua.campaign.claims import Verdict
+from kfac_sua.campaign.definition import Campaign, Scale
+from kfac_sua.campaign.report.html import render_html
+from kfac_sua.campaign.report.paper import CITATION, TITLE, URL, difference_section, limit_section
+from kfac_sua.campaign.report.provenance import command_section, dirty_warning, environment_section
+from kfac_sua.campaign.report.results import final_problems, final_section, target_section
+from kfac_sua.campaign.report.text import code, count, escape, join
+from kfac_sua.campaign.report.tuning import tuning_section
+from kfac_sua.campaign.report.verdicts import verdict_section, verdict_summary
+from kfac_sua.campaign.selection import Choice
+from kfac_sua.runs.record import RunInfo
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportInput:
+    """All that a report is computed from.
+
+    Attributes:
+        campaign: Panels and methods, with the curves that were trained.
+        scale: Name of the scale.
+        scale_settings: What it consists of.
+        device: ``cpu`` or ``cuda``.
+        seeds: Final runs wanted per curve.
+        selection_rule: How the best cell is chosen, as a sentence.
+        command: Command of the whole campaign.
+        cell_commands: Per panel and method, the command of one final run.
+        grid: Rows of ``collect_runs`` of all grid cells, with ``panel`` and ``method``.
+        finals: The same of the final runs, of one setting per panel and method.
+        choices: The chosen cells.
+        targets: Result of ``target_table``.
+        verdicts: Results of ``judge``, none for a campaign without claims.
+        figures: PNG file per caption, in their order.
+        infos: run.json of all runs.
+    """
+
+    campaign: Campaign
+    scale: str
+    scale_settings: Scale
+    device: str
+    seeds: int
+    selection_rule: str
+    command: str
+    cell_commands: Mapping[tuple[str, str], str]
+    grid: pd.DataFrame
+    finals: pd.DataFrame
+    choices: Sequence[Choice]
+    targets: pd.DataFrame
+    verdicts: Sequence[Verdict]
+    figures: Mapping[str, Path]
+    infos: Sequence[RunInfo]
+
+
+def write_report(report: ReportInput, out_dir: Path) -> tuple[Path, Path]:
+    """Write report.md, which shows the figures where they lie, and report.html, which contains them.
+
+    The same input gives the same files, byte by byte.
+
+    Args:
+        report: What is reported.
+        out_dir: Directory of both files, made if missing.
+
+    Returns:
+        Paths of report.md and report.html.
+
+    Raises:
+        CollectError: If the final runs of a method have several settings.
+        OSError: If a figure cannot be read or a file not be written.
+    """
+    out_dir.mkdir(parents=True, exist_ok=True)
+    addresses = {caption: _address(path, out_dir) for caption, path in report.figures.items()}
+    text = _document(report, addresses)
+    files = {addresses[caption]: path for caption, path in report.figures.items()}
+    page = render_html(text, report.campaign.title, files)
+    paths = out_dir / "report.md", out_dir / "report.html"
+    for path, content in zip(paths, (text, page), strict=True):
+        path.write_text(content, encoding="utf-8")
+    return paths
+
+
+def _document(report: ReportInput, addresses: Mapping[str, str]) -> str:
+    """Return the report in Markdown."""
+    campaign, grid, finals = report.campaign, report.grid, report.finals
+    sections = {
+        "Verdicts": verdict_section(report.verdicts),
+        "Figures": join([f"![{escape(caption)}]({url})\n\n*{escape(caption)}*" for caption, url in addresses.items()]),
+        "Final numbers": final_section(campaign, finals, report.seeds, report.infos),
+        "Time to the baseline's level": target_section(campaign, report.targets),
+        "Tuning": tuning_section(campaign, grid, report.choices, report.selection_rule, report.infos),
+        "What differs from the paper": difference_section(campaign, finals, report.infos),
+        "Limits": limit_section(finals, has_claims=bool(report.verdicts)),
+        "Hardware, versions and commit": environment_section(grid, finals, report.infos),
+        "Commands": command_section(campaign, report.scale_settings, report.command, report.cell_commands),
+    }
+    blocks = [f"# {escape(campaign.title)}", *_opening(report)]
+    blocks += [join([f"## {heading}", body]) for heading, body in sections.items() if body]
+    return join(blocks) + "\n"
+
+
+def _opening(report: ReportInput) -> list[str]:
+    """Return what this is, and what a reader must know before any number."""
+    curves = sum(len(panel.curves) for panel in report.campaign.panels)
+    grid_runs, final_runs = (
+        len(frame.drop_duplicates(["panel", "method", "run"])) for frame in (report.grid, report.finals)
+    )
+    about = (
+        f"Campaign {code(report.campaign.name)} at scale {code(report.scale)} on {code(report.device)}, after"
+        f" [{CITATION}, *{TITLE}*]({URL}). {count(grid_runs, 'grid run')} chose the learning rate, and the damping"
+        f" where there is one, of {count(curves, 'curve')}; {count(final_runs, 'final run')} trained the chosen"
+        f" settings, {count(report.seeds, 'seed')} each. Every number below is computed from the records of these runs."
+    )
+    summary = verdict_summary(report.verdicts)
+    problems = final_problems(report.campaign, report.finals, report.seeds)
+    return [about, f"Verdicts: {summary}" if summary else "", problems, dirty_warning(report.infos)]
+
+
+def _address(path: Path, out_dir: Path) -> str:
+    """Return the address of a file from a document in a directory."""
+    return quote(Path(os.path.relpath(path, out_dir)).as_posix())

@@ -1,0 +1,127 @@
+"""Where the numbers come from, as Markdown: hardware, versions, commits, and the commands that give them again."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+
+import pandas as pd
+
+from kfac_sua.campaign.definition import Campaign, Scale
+from kfac_sua.campaign.report.text import bullets, code, code_block, count, escape, join, listed, number
+from kfac_sua.runs.record import RunInfo
+
+_NOT_RECORDED = "not recorded"
+
+
+def environment_section(grid: pd.DataFrame, finals: pd.DataFrame, infos: Sequence[RunInfo]) -> str:
+    """Return hardware, versions, commits and cost; where runs differ, all of what they say.
+
+    Args:
+        grid: Rows of ``collect_runs`` of all grid cells.
+        finals: Those of the final runs.
+        infos: run.json of all runs.
+    """
+    if not infos:
+        return "No run has left a record of where it ran."
+    hardware = Counter(
+        f"{escape(info.device_name)} ({escape(info.device)}), {count(info.num_threads, 'CPU thread')}" for info in infos
+    )
+    packages = list(dict.fromkeys(name for info in infos for name in info.versions))
+    versions = [f"{escape(name)} {_versions(infos, name)}" for name in packages]
+    starts, ends = [info.started for info in infos], [info.finished for info in infos if info.finished]
+    period = f"{_minute(min(starts, key=datetime.fromisoformat))} to " + (
+        _minute(max(ends, key=datetime.fromisoformat)) if ends else "no end recorded"
+    )
+    items = [
+        f"Hardware: {_with_counts(hardware)}",
+        f"Versions: {', '.join(versions)}",
+        f"Commit: {_with_counts(Counter(_commit(info) for info in infos))}",
+        f"Runs: {_cost('grid', grid)}; {_cost('final', finals)}",
+        f"Time: {period}",
+    ]
+    return bullets(items)
+
+
+def command_section(campaign: Campaign, scale: Scale, command: str, cells: Mapping[tuple[str, str], str]) -> str:
+    """Return the command of the whole campaign, what its scale adds, and the command of each curve's final run.
+
+    Args:
+        campaign: Panels and methods, in their order.
+        scale: What the scale adds to the curves' own overrides.
+        command: Command of the campaign.
+        cells: Per panel and method, the command of one final run.
+    """
+    lines = []
+    for panel in campaign.panels:
+        for curve in panel.curves:
+            if (panel.name, curve.method) in cells:
+                lines += [f"# {panel.name}, {curve.method}", cells[panel.name, curve.method]]
+    return join(
+        [
+            "Everything in this report, also after an interruption:",
+            code_block([command]),
+            "What the scale adds to the overrides of each curve:",
+            bullets(_scale_items(campaign, scale)),
+            "One final run of each curve; other seeds differ in `seed` alone:" if lines else "",
+            code_block(lines) if lines else "",
+        ]
+    )
+
+
+def dirty_warning(infos: Sequence[RunInfo]) -> str:
+    """Say that runs were made with changes that no commit holds, or by several commits; empty if neither is so."""
+    commits = {info.commit for info in infos}
+    dirty = sum(bool(info.commit) and str(info.commit).endswith("+dirty") for info in infos)
+    warnings = [f"{count(dirty, 'run was', 'runs were')} made with uncommitted changes"] if dirty else []
+    if len(commits) > 1:
+        warnings.append(f"the runs are of {len(commits)} different states of the source")
+    return f"**Caution: {listed(warnings)}**, see below." if warnings else ""
+
+
+def _scale_items(campaign: Campaign, scale: Scale) -> list[str]:
+    """Return what a scale consists of: overrides, and the grids it gives to methods."""
+    methods: dict[str, dict[str, None]] = {}
+    for panel in campaign.panels:
+        for curve in panel.curves:
+            sweep = scale.sweeps.get(curve.tuning, curve.tuning)
+            methods.setdefault(sweep, {})[curve.method] = None
+    overrides = {"every run": scale.run, "runs of the grid, after these": scale.grid}
+    return [
+        *(f"{what}: {' '.join(map(code, values)) or 'nothing'}" for what, values in overrides.items()),
+        *(f"grid of {listed([*map(code, names)])}: {code(f'sweep={sweep}')}" for sweep, names in methods.items()),
+        f"growth of a grid beyond an edge: at most {count(scale.growth_steps, 'step')}",
+    ]
+
+
+def _with_counts(texts: "Counter[str]") -> str:
+    """Return texts, with the number of runs of each where they differ."""
+    if len(texts) == 1:
+        return next(iter(texts))
+    return "; ".join(f"{text}: {count(runs, 'run')}" for text, runs in texts.most_common())
+
+
+def _versions(infos: Sequence[RunInfo], package: str) -> str:
+    found = dict.fromkeys(info.versions.get(package) or "not installed" for info in infos)
+    return escape(" and ".join(found))
+
+
+def _commit(info: RunInfo) -> str:
+    if info.commit is None:
+        return f"{_NOT_RECORDED} (not a git checkout)"
+    is_dirty = info.commit.endswith("+dirty")
+    return code(info.commit) + (" (**uncommitted changes**)" if is_dirty else "")
+
+
+def _minute(time: str) -> str:
+    """Return an ISO 8601 time to the minute, in its own zone."""
+    return escape(datetime.fromisoformat(time).strftime("%Y-%m-%d %H:%M %Z").strip())
+
+
+def _cost(stage: str, frame: pd.DataFrame) -> str:
+    """Return how many runs of a stage there are, how they ended, and the training seconds of all together."""
+    runs = frame.groupby(["panel", "method", "run"], sort=False).agg({"status": "last", "train_time_s": "max"})
+    others = [f"{int((runs['status'] == name).sum())} {name}" for name in ("diverged", "running")]
+    others = [text for text in others if not text.startswith("0 ")]
+    hours = float(runs["train_time_s"].sum()) / 3600
+    ended = f" ({', '.join(others)})" if others else ""
+    return f"{count(len(runs), f'{stage} run')}{ended} with {number(hours, 3)} hours of training"

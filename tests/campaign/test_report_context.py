@@ -1,0 +1,158 @@
+"""Reports of campaigns made by hand: tuning, provenance, and what differs from the paper."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from campaign.report_inputs import (
+    COMMIT,
+    EPOCHS,
+    TWO,
+    campaign,
+    choice,
+    final_frame,
+    grid_frame,
+    report_input,
+    rows,
+    run_infos,
+    section,
+    written,
+)
+
+from kfac_sua.campaign.report.text import number
+from kfac_sua.campaign.report.tuning import budget_sentence
+
+
+def test_tuning_table_has_grid_bounds_and_the_choice(tmp_path):
+    """Bounds and counts are the grid's; edges, diverged cells and missing choices are named."""
+    definition = campaign(claims=[])
+    grid = grid_frame(definition)
+    diverged = (grid["method"] == "sua") & (grid["base_lr"] == 0.3) & (grid["damping"] == 0.01)
+    grid.loc[diverged, "status"] = "diverged"
+    choices = [choice("vgg11", method, num_grown=2 * (method == "sua")) for method in ("baseline", "sua")]
+    edge = "damping 0.01 is the lowest tried"
+    choices[1] = dataclasses.replace(choices[1], edges=(edge,))
+    markdown, _ = written(report_input(definition, final_frame(definition), grid=grid, choices=choices), tmp_path)
+    text = section(markdown, "Tuning")
+    assert rows(text, "SUA")[0][1:] == [
+        *("0.1 to 0.3 (2)", "0.01 to 1 (3)", "6", "2", "1"),
+        *("**0.1**", "**0.01**", "12.3 %", "0.4321"),
+    ]
+    assert rows(text, "Batch-norm baseline")[0][2] == "–"
+    assert rows(text, "Batch-norm baseline")[0][7] == "–"
+    assert rows(text, "K-FAC")[0][4:] == ["–", "0", "–", "–", "–", "–"]
+    assert f"SUA: the choice is on an edge of its grid, {edge}" in text
+    assert "SUA: diverged at lr 0.3, damping 0.01." in text
+    assert "K-FAC: no cell was chosen" in text
+    assert "Selection rule: The lowest validation error." in text
+
+
+@pytest.mark.parametrize(
+    ("cells", "grown", "expected"),
+    [
+        ({"a": 12, "b": 12}, {"a": 0, "b": 0}, "Tuning budgets are **equal**: 12 runs for each of 2 methods."),
+        (
+            {"a": 12, "b": 15},
+            {"a": 0, "b": 3},
+            "Tuning budgets in runs are **not equal** (a: 12; b: 15)."
+            " Before grids grew beyond an edge, all methods had 12.",
+        ),
+        (
+            {"a": 6, "b": 15},
+            {"a": 0, "b": 3},
+            "Tuning budgets in runs are **not equal** (a: 6; b: 15)."
+            " They differed before grids grew, too (a: 6; b: 12).",
+        ),
+        (
+            {"a": 6, "b": 12},
+            {"a": 0, "b": 0},
+            "Tuning budgets in runs are **not equal** (a: 6; b: 12). No grid has grown: they differ from the start.",
+        ),
+        ({"a": 6}, {"a": 0}, "Tuning budget in runs: a: 6."),
+    ],
+)
+def test_budget_sentence(cells, grown, expected):
+    """It says whether budgets are equal, and whether growth is the reason if not."""
+    assert budget_sentence(cells, grown) == expected
+
+
+def test_budgets_are_counted_in_the_grid(tmp_path):
+    """The sentence counts the runs that there are."""
+    definition = campaign(claims=[])
+    finals = final_frame(definition)
+    assert "**equal**: 6 runs" in written(report_input(definition, finals), tmp_path)[0]
+    grid = grid_frame(definition, {"kfac": 8})
+    choices = [choice("vgg11", method, num_grown=2 * (method == "kfac")) for method in definition.methods()]
+    text = section(written(report_input(definition, finals, grid=grid, choices=choices), tmp_path)[0], "Tuning")
+    assert "**not equal** (Batch-norm baseline: 6; K-FAC: 8;" in text
+    assert "all methods had 6." in text
+
+
+def test_limits_state_the_number_of_distinct_resamples(tmp_path):
+    """It is the number of multisets of three seeds."""
+    markdown, _ = written(report_input(campaign(TWO, claims=[]), final_frame(campaign(TWO))), tmp_path)
+    distinct = {tuple(sorted(draw)) for draw in np.ndindex(3, 3, 3)}
+    assert "With 3 finished seeds, the fewest of all methods that have any" in markdown
+    assert f"a bootstrap can form {len(distinct)} different means" in markdown
+
+
+def test_differences_are_computed_from_the_configurations(tmp_path):
+    """What departs is named with the paper's value, and with whose it is if it is not everyone's."""
+    definition = campaign({"vgg11": ["baseline", "sua", "adamw"]}, claims=[])
+    finals = final_frame(definition)
+    infos = run_infos(finals, config={"batch_size": 50})
+    for info in infos:
+        info.config["model"] = info.config["model"] | {"width": 0.25}
+        info.config["dataset"] = info.config["dataset"] | {"train_size": 10_000}
+        if info.config["preconditioner"]["name"] == "adamw":
+            info.config["optimizer"] = {"name": "adamw", "lr": 0.1}
+    markdown, _ = written(report_input(definition, finals, infos=infos), tmp_path)
+    text = section(markdown, "What differs from the paper")
+    assert (
+        "depart from it in: width 0.25 instead of 1; training images 10,000 of 45,000 instead of all;"
+        " batch size 50 instead of 100; optimizer adamw instead of sgd for AdamW."
+    ) in text
+    assert "- The head is one linear layer." in text
+    assert rows(text, "optimizer")[0][1:] == ["sgd", "sgd; adamw (AdamW)", "**no**"]
+    assert rows(text, "epochs")[0][1:] == ["not stated", str(EPOCHS), "–"]
+    assert rows(text, "seeds per method")[0][2] == "3 (0, 1, 2)"
+    assert f"Runs of {EPOCHS} epochs on 10,000 of 45,000 training images." in section(markdown, "Final numbers")
+
+
+def test_runs_as_in_the_paper_are_said_to_follow_it(tmp_path):
+    """Full width, all images and the paper's batch leave nothing to declare."""
+    markdown, _ = written(report_input(campaign(), final_frame(campaign())), tmp_path)
+    text = section(markdown, "What differs from the paper")
+    assert "these runs follow it" in text
+    assert "**no**" not in text
+    assert rows(text, "training images")[0][1:] == ["all", "all 45,000", "yes"]
+
+
+def test_provenance_is_that_of_the_records(tmp_path):
+    """Where runs differ in machine or commit, all are listed with their numbers, and the opening warns."""
+    finals = final_frame(campaign(TWO))
+    report = report_input(campaign(TWO, claims=[]), finals)
+    infos = [*report.infos[:-2], dataclasses.replace(report.infos[-2], commit=f"{COMMIT}+dirty")]
+    infos.append(dataclasses.replace(report.infos[-1], commit=None, device_name="another", num_threads=2))
+    markdown, _ = written(dataclasses.replace(report, infos=infos), tmp_path)
+    text = section(markdown, "Hardware, versions and commit")
+    assert f"a processor (cpu), 1 CPU thread: {len(infos) - 1} runs; another (cpu), 2 CPU threads: 1 run" in text
+    assert f"`{COMMIT}`: {len(infos) - 2} runs; `{COMMIT}+dirty` (**uncommitted changes**): 1 run" in text
+    assert "not recorded (not a git checkout): 1 run" in text
+    assert "python 3.11.7, torch 2.14.1, torchvision not installed" in text
+    assert "2026-01-02 03:04 UTC to 2026-01-02 04:04 UTC" in text
+    hours = finals[finals["epoch"] == EPOCHS]["train_time_s"].sum() / 3600
+    assert f"6 final runs with {number(hours, 3)} hours of training" in text
+    assert "**Caution: 1 run was made with uncommitted changes and the runs are of 3 different states" in markdown
+    commands = section(markdown, "Commands")
+    assert report.command in commands
+    assert all(command in commands for command in report.cell_commands.values())
+    assert "every run: `scale=small`" in commands
+    assert "`sweep=lr_fine`" in commands
+
+
+def test_one_clean_commit_needs_no_caution(tmp_path):
+    """The warning is for uncommitted changes and mixed commits."""
+    markdown, _ = written(report_input(campaign(TWO, claims=[]), final_frame(campaign(TWO))), tmp_path)
+    assert f"Commit: `{COMMIT}`\n" in markdown
+    assert "Caution" not in markdown
