@@ -1,6 +1,6 @@
 # Everything runs in .venv, which `make install` (or any target that needs it) makes once.
 .DEFAULT_GOAL := help
-.PHONY: help install data train quickstart test test-slow test-gpu lint format
+.PHONY: help install data train quickstart reproduce-fig1 reproduce-fig2 test test-slow test-gpu lint format
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,10 +9,17 @@ INSTALLED := $(VENV)/.installed
 # One thread per process: tests are many small tensors, where more threads only wait for each other.
 TEST_ENV := OMP_NUM_THREADS=1
 QUICKSTART_OUT ?= outputs/quickstart
-SEEDS ?= 0,1
+# Of a figure or an ablation: how large, how many final runs per curve, how many runs at a time, what else.
+SCALE ?= full
+SEEDS ?=
+JOBS ?=
+WITH ?=
+DRY_RUN ?=
+REPRODUCE = $(RUN) -m kfac_sua.reproduce $(1) --scale $(SCALE) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(JOBS),--jobs $(JOBS)) \
+	$(if $(DRY_RUN),--dry-run) $(if $(WITH),--with $(WITH)) $(ARGS)
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9%-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## Make .venv with everything the project needs (about 6 GB with a CUDA build of PyTorch)
 
@@ -27,10 +34,19 @@ data: $(INSTALLED) ## Download CIFAR-10 and CIFAR-100 into data/, or check what 
 train: $(INSTALLED) ## One run: make train ARGS="preconditioner=sua model=vgg11"
 	$(RUN) -m kfac_sua.train $(ARGS)
 
-quickstart: $(INSTALLED) ## The main job on the embedded digits: five settings, Figure 1, no download (SEEDS=0,1)
-	$(RUN) -m kfac_sua.train -m 'experiment=glob(quickstart_*)' seed=$(SEEDS) 'output_dir=$(QUICKSTART_OUT)/runs' $(ARGS)
+quickstart: $(INSTALLED) ## The main job on the embedded digits: five settings, Figure 1, no download (SEEDS=2)
+	$(RUN) -m kfac_sua.train -m 'experiment=glob(quickstart_*)' 'seed=range($(or $(SEEDS),2))' 'output_dir=$(QUICKSTART_OUT)/runs' $(ARGS)
 	$(RUN) -m kfac_sua.figures.fig1 "$(QUICKSTART_OUT)/runs" --out "$(QUICKSTART_OUT)" --title "VGG11 on digits"
 	@echo "TensorBoard: $(RUN) -m tensorboard.main --logdir $(QUICKSTART_OUT)/runs"
+
+reproduce-fig1: $(INSTALLED) ## Figure 1 with grid and report: SCALE=full|small|smoke SEEDS=3 JOBS= WITH=adamw,muon,sgd_no_bn DRY_RUN=1
+	$(call REPRODUCE,fig1)
+
+reproduce-fig2: $(INSTALLED) ## Figure 2, the same way
+	$(call REPRODUCE,fig2)
+
+ablation-%: $(INSTALLED) ## sharing, fisher, damping_rule, refresh or group_size, the same way
+	$(call REPRODUCE,ablation_$*)
 
 test: $(INSTALLED) ## Tests without a GPU and without a download, a few minutes on 2 cores
 	$(TEST_ENV) $(RUN) -m pytest -m "not slow and not gpu"

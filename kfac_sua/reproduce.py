@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0 if everything is done, 1 if a run failed, 2 for bad input, 130 after Ctrl-C.
     """
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_intermixed_args(arguments)
     try:
         _carry_out(options, shlex.join(["python", "-m", "kfac_sua.reproduce", *(arguments or sys.argv[1:])]))
     except (ConfigError, DataError) as error:
@@ -64,7 +64,9 @@ def _carry_out(options: argparse.Namespace, command: str) -> None:
         return
     with _only_one(root):
         results = conduct(plan, options.select_by, jobs)
-        paths = publish(plan, options.scale, device, options.select_by, results, command)
+        paths = publish(
+            plan, scale=options.scale, device=device, rule=options.select_by, results=results, command=command
+        )
     print(f"Wrote {', '.join(map(str, paths))}.")
 
 
@@ -108,9 +110,9 @@ def _parser() -> argparse.ArgumentParser:
         default=Rule.one_standard_error,
         help="rule of selection (%(default)s)",
     )
-    parser.add_argument("--only", nargs="+", default=[], metavar="METHOD", help="only these curves")
+    parser.add_argument("--only", type=_names, default=[], metavar="METHOD,…", help="only these curves")
     parser.add_argument(
-        "--with", dest="extra", nargs="+", default=[], metavar="METHOD", help="also these optional curves"
+        "--with", dest="extra", type=_names, default=[], metavar="METHOD,…", help="also these optional curves"
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="directory (outputs/<campaign>-<scale>-<device>)")
     parser.add_argument("--dry-run", action="store_true", help="print the runs to come, what is done, and the time")
@@ -122,6 +124,10 @@ def _count(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
     return number
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
 
 
 def _say(sentence: object, code: int) -> int:

@@ -1,11 +1,12 @@
 """The stages of a campaign: the grid with its growth, the selection, and the final runs alone on the device."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 
+from kfac_sua.build import build_splits
 from kfac_sua.campaign.cell import Cell, log_path, read_state
 from kfac_sua.campaign.estimate import Estimator, shown_seconds
 from kfac_sua.campaign.frames import collect_cells
@@ -14,6 +15,10 @@ from kfac_sua.campaign.plan import CurveKey, Plan
 from kfac_sua.campaign.pool import Task, run_all
 from kfac_sua.campaign.progress import CampaignProgress
 from kfac_sua.campaign.selection import Choice, Rule, select
+from kfac_sua.config import DatasetConfig
+
+# Failures whose reason is given in the last sentence; the log of each run holds its own.
+MAX_REASONS = 3
 
 
 class CampaignError(Exception):
@@ -51,6 +56,7 @@ def conduct(plan: Plan, rule: Rule, jobs: int) -> Results:
         CampaignError: If runs failed; the others have been carried out.
         SelectionError: If all cells of a grid diverged.
         ConfigError: If a run cannot be configured.
+        DataError: If the images are missing.
         KeyboardInterrupt: On Ctrl-C; the same call goes on.
     """
     grids, choices = settled(plan, rule)
@@ -99,15 +105,14 @@ def _choose(plan: Plan, key: CurveKey, grids: tuple[Grid, Grid], rule: Rule) -> 
     return select(collect_cells(plan.root, cells), key, grids, rule, cells[0].config.dataset.validation_size)
 
 
-def _run(
-    title: str, cells: Sequence[Cell], plan: Plan, *, jobs: int, reuse: bool, like: Sequence[Cell] = ()
-) -> None:
+def _run(title: str, cells: Sequence[Cell], plan: Plan, *, jobs: int, reuse: bool, like: Sequence[Cell] = ()) -> None:
     """Carry out what has not ended of some runs; others like them tell how long that will take."""
     unique = list({cell.directory.path: cell for cell in cells}.values())  # two curves may share a run
     waiting = [cell for cell in unique if not read_state(cell).has_ended]
     if not waiting:
         print(f"{title}: all {len(unique)} runs are done", flush=True)
         return
+    _check_data(waiting)
     estimator = Estimator([*unique, *like], plan.scale.seconds_per_step)
     total = estimator.total(waiting)
     left = shown_seconds(None if total is None else total / min(jobs, len(waiting)))
@@ -125,10 +130,27 @@ def _run(
     finally:
         progress.close()
     if failures:
-        each = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
-        raise CampaignError(
-            f"{len(failures)} of {len(waiting)} runs failed: {each}. The same command tries them again, and no other."
-        )
+        raise CampaignError(_failure_sentence(failures, len(waiting)))
+
+
+def _failure_sentence(failures: Mapping[str, str], num_runs: int) -> str:
+    """Name every run that failed, and say of the first few why."""
+    reasons = [f"{name}: {reason}" for name, reason in list(failures.items())[:MAX_REASONS]]
+    others = ", ".join(list(failures)[MAX_REASONS:])
+    also = f"; and {others}" if others else ""
+    return (
+        f"{len(failures)} of {num_runs} runs failed: {'; '.join(reasons)}{also}. The same command tries these again, "
+        "and no other."
+    )
+
+
+def _check_data(cells: Sequence[Cell]) -> None:
+    """Load every data set once: without it every single run would fail."""
+    checked: list[DatasetConfig] = []
+    for cell in cells:
+        if cell.config.dataset not in checked:
+            checked.append(cell.config.dataset)
+            build_splits(cell.config.dataset)
 
 
 def _task(cell: Cell, jobs: int) -> Task:

@@ -1,16 +1,95 @@
 """From the results of a campaign to its figures, tables and report in one directory."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
+import pandas as pd
+
+from kfac_sua.campaign.cell import read_cell_info
+from kfac_sua.campaign.claims import judge
 from kfac_sua.campaign.conduct import Results
+from kfac_sua.campaign.definition import Campaign
 from kfac_sua.campaign.plan import Plan
-from kfac_sua.campaign.selection import Rule
+from kfac_sua.campaign.report import ReportInput, write_report
+from kfac_sua.campaign.selection import RULE_SENTENCES, Rule
+from kfac_sua.campaign.targets import target_table
+from kfac_sua.figures.fig1 import draw_figure1
+from kfac_sua.figures.fig2 import draw_figure2
+from kfac_sua.figures.grid_map import draw_grid_map
+from kfac_sua.figures.style import MethodStyle, method_styles
+from kfac_sua.figures.time_split import draw_time_split
+from kfac_sua.figures.time_to_target import draw_time_to_target
 
 
-def publish(plan: Plan, scale: str, device: str, rule: Rule, results: Results, command: str) -> list[Path]:
-    """Write everything that a reader needs."""
+def publish(plan: Plan, *, scale: str, device: str, rule: Rule, results: Results, command: str) -> list[Path]:
+    """Write figures, the numbers behind them, the records of all runs as tables, and the report.
+
+    Args:
+        plan: The campaign.
+        scale: Name of its scale.
+        device: ``cpu`` or ``cuda``.
+        rule: How the best cells were chosen.
+        results: What its runs have given.
+        command: The command that does all this, for the report.
+
+    Returns:
+        Paths of report.md and report.html; everything else lies beside them.
+
+    Raises:
+        FigureError: If a figure cannot be drawn from the runs.
+    """
     out_dir = plan.root / "report"
     out_dir.mkdir(parents=True, exist_ok=True)
     results.grid.to_csv(out_dir / "grid_runs.csv", index=False)
     results.finals.to_csv(out_dir / "final_runs.csv", index=False)
-    return [out_dir]
+    targets = target_table(results.finals)
+    report = ReportInput(
+        campaign=plan.campaign,
+        scale=scale,
+        scale_settings=plan.scale,
+        device=device,
+        seeds=plan.seeds,
+        selection_rule=RULE_SENTENCES[rule],
+        command=command,
+        cell_commands={(cell.panel, cell.method): cell.command for cell in reversed(results.final_cells)},
+        grid=results.grid,
+        finals=results.finals,
+        choices=results.choices,
+        targets=targets,
+        verdicts=[judge(claim, results.finals) for claim in plan.campaign.claims],
+        figures=_draw(plan.campaign, results, targets, out_dir),
+        infos=[read_cell_info(cell) for cell in (*results.grid_cells, *results.final_cells)],
+    )
+    return list(write_report(report, out_dir))
+
+
+def _draw(campaign: Campaign, results: Results, targets: pd.DataFrame, out_dir: Path) -> Mapping[str, Path]:
+    """Draw all figures and return the PNG of each by its caption."""
+    styles = method_styles(campaign.methods(), campaign.labels())
+    panels = [(panel.name, panel.title) for panel in campaign.panels]
+    chosen = {(choice.panel, choice.method): choice.fingerprint for choice in results.choices}
+    paths = {
+        campaign.title: _draw_curves(campaign, panels, results.finals, styles, out_dir),
+        "The grid: training loss and validation error per cell; the chosen one is framed.": draw_grid_map(
+            results.grid, out_dir, styles=styles, chosen=chosen, panels=panels
+        ),
+        "Where the time goes: seconds per epoch.": draw_time_split(
+            results.finals, out_dir, styles=styles, panels=panels
+        ),
+    }
+    if not targets.empty:  # a campaign without a baseline, such as an ablation, has no targets
+        caption = "Time to the baseline's best validation error and final training loss."
+        paths[caption] = draw_time_to_target(targets, out_dir, styles=styles, panels=panels)
+    return {caption: next(path for path in drawn if path.suffix == ".png") for caption, drawn in paths.items()}
+
+
+def _draw_curves(
+    campaign: Campaign,
+    panels: list[tuple[str, str]],
+    finals: pd.DataFrame,
+    styles: Mapping[str, MethodStyle],
+    out_dir: Path,
+) -> list[Path]:
+    if campaign.figure == "fig2":
+        return draw_figure2(finals, panels, out_dir, campaign.title, styles=styles, name=campaign.name)
+    return draw_figure1(finals, out_dir, campaign.title, styles=styles, name=campaign.name)

@@ -12,9 +12,9 @@ def initialise_(model: nn.Module) -> None:
 
     For convolutions, normal with variance 2 / (out_channels · kernel height · kernel width), which keeps the scale of
     gradients. Those with a bias, which no batch normalisation follows, have in_channels instead, which keeps the
-    scale of activations: in VGG11 it would otherwise shrink by √(512/3), and SGD would wait epochs for the first
-    decrease of the loss. For linear layers, normal with standard deviation 0.01, so that training starts near equal
-    class probabilities. Every bias is zero. Normalisation layers keep PyTorch's scale 1 and shift 0.
+    scale of activations: in VGG11 it would otherwise shrink by √(512/3), and SGD at learning rates up to 0.01 would
+    spend its first epochs on a plateau. For linear layers, normal with standard deviation 0.01, so that training
+    starts near equal class probabilities. Every bias is zero. Normalisation layers keep PyTorch's scale 1 and shift 0.
 
     Args:
         model: The network.
@@ -23,9 +23,10 @@ def initialise_(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
-            mode = "fan_out" if module.bias is None else "fan_in"
-            nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")
-            if module.bias is not None:
+            if module.bias is None:
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            else:
+                nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=CLASSIFIER_STD)

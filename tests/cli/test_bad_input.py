@@ -7,28 +7,39 @@ import pytest
 
 from kfac_sua import train
 from kfac_sua.compose import compose_config
+from kfac_sua.config import ConfigError
 
 TINY = ["model=tiny", "dataset=digits", "device=cpu", "epochs=1"]
 
 # Command line -> what the sentence must say (a regular expression).
 BAD_COMMANDS = {
     # misspelt keys, groups and options
-    "optimizer.lrr=0.1": r"no key 'optimizer.lrr' \(did you mean 'optimizer.lr'\?\); the keys of optimizer are name,",
+    "optimizer.lrr=0.1": r"no key 'optimizer.lrr' \(did you mean 'optimizer.lr'\?\); the keys of optimizer=sgd are",
     "lr=0.1": r"no key 'lr' \(did you mean 'optimizer.lr'\?\); the keys of the configuration are seed, device, epochs,",
     "preconditoner=sua": r"no key 'preconditoner' \(did you mean 'preconditioner'\?\)",
     "preconditioner=suaa": r"no preconditioner=suaa \(did you mean 'sua'\?\); choose one of baseline, grouped, kfac,",
     "model=resnet": r"no model=resnet.*; choose one of preact_resnet50, tiny, vgg11\.",
+    "optimizer=adam": r"no optimizer=adam \(did you mean 'adamw'\?\); choose one of adamw, muon, sgd\.",
     "dataset=mnist": r"no dataset=mnist; choose one of cifar10, cifar100, digits\.",
     "schedule=linear": r"no schedule=linear; choose one of constant, cosine, step\.",
     "experiment=quickstrat_sua": r"no experiment=quickstrat_sua \(did you mean 'quickstart_sua'\?\)",
-    "sweep=grid": r"no sweep=grid; choose one of lr, lr_damping\.",
+    "sweep=grid": r"no sweep=grid; choose one of lr, lr_damping",
     "+foo=1": r"no key 'foo'",
-    "+optimizer.foo=1": r"no key 'optimizer.foo'; the keys of optimizer are",
+    "+optimizer.foo=1": r"no key 'optimizer.foo' with optimizer=sgd; the keys of optimizer=sgd are",
     "~seed": r"'seed' was removed but is needed; leave out '~seed'\.",
     "preconditioner=baseline preconditioner.damping=0.1": (
         r"no key 'preconditioner.damping' with preconditioner=baseline; the keys of preconditioner=baseline are name\."
     ),
     "schedule.gamma=0.1": r"no key 'schedule.gamma' with schedule=constant or cosine",
+    "optimizer=adamw optimizer.momentum=0.9": (
+        r"no key 'optimizer.momentum' with optimizer=adamw; the keys of optimizer=adamw are name, lr, weight_decay, bet"
+    ),
+    "optimizer.betas=[0.9,0.99]": r"no key 'optimizer.betas' with optimizer=sgd; the keys of optimizer=sgd are",
+    "optimizer=muon optimizer.ns_step=3": r"no key 'optimizer.ns_step' \(did you mean 'optimizer.ns_steps'\?\)",
+    "batch_norm=false": r"no key 'batch_norm' \(did you mean 'model.batch_norm'\?\)",
+    "model=preact_resnet50 model.batch_norm=false": (
+        r"no key 'model.batch_norm' with model=preact_resnet50; the keys of model=preact_resnet50 are name, width\."
+    ),
     # wrong types
     "preconditioner.damping=abc": r"preconditioner.damping must be a number, got 'abc'\.",
     "preconditioner.damping=null": r"preconditioner.damping must be a number, got null\.",
@@ -37,6 +48,9 @@ BAD_COMMANDS = {
     "preconditioner.fisher_type=true_fisher": (
         r"preconditioner.fisher_type must be one of empirical, mc, exact, got 'true_fisher'\."
     ),
+    "model.batch_norm=maybe": r"model.batch_norm must be true or false, got 'maybe'\.",
+    "optimizer=adamw optimizer.betas=0.9": r"optimizer.betas must be a list such as \[0.5,0.9\], got 0.9\.",
+    "schedule=step schedule.milestones=half": r"schedule.milestones must be a list such as \[0.5,0.9\], got 'half'\.",
     "device=gpu": r"device must be one of auto, cpu, cuda, got 'gpu'\.",
     "epochs=2.5": r"epochs must be an integer, got 2.5\.",
     "channels_last=maybe": r"channels_last must be true or false, got 'maybe'\.",
@@ -52,6 +66,13 @@ BAD_COMMANDS = {
     "optimizer.lr=nan": r"optimizer.lr must be a number > 0 within the range of float32, got nan\.",
     "optimizer.momentum=1": r"optimizer.momentum must be in \[0, 1\), got 1.0\.",
     "optimizer.weight_decay=-1e-4": r"optimizer.weight_decay must be a number ≥ 0 within the range of float32",
+    "optimizer=adamw optimizer.betas=[0.9]": r"optimizer.betas must be two numbers in \[0, 1\) .*, got \[0.9\]\.",
+    "optimizer=adamw optimizer.eps=0": r"optimizer.eps must be a number > 0 within the range of float32, got 0.0\.",
+    "optimizer=muon optimizer.ns_steps=100": r"optimizer.ns_steps must be between 1 and 99, got 100\.",
+    "optimizer=muon optimizer.adamw_lr_ratio=0": r"optimizer.adamw_lr_ratio must be a number > 0 .*, got 0.0\.",
+    "optimizer=muon optimizer.adamw_betas=[0.9,1]": (
+        r"optimizer.adamw_betas must be two numbers in \[0, 1\) such as \[0.9,0.99\], got \[0.9, 1.0\]\."
+    ),
     "epochs=0": r"epochs must be ≥ 1, got 0\.",
     "batch_size=-5": r"batch_size must be ≥ 1, got -5\.",
     "seed=-1": r"seed must be between 0 and 4294967295, got -1\.",
@@ -84,8 +105,17 @@ BAD_COMMANDS = {
     "preconditioner.likelihood=gaussian": r"preconditioner.likelihood must be categorical .* got gaussian\.",
     "preconditioner.loss_reduction=sum": r"preconditioner.loss_reduction must be mean, .* got sum\.",
     "optimizer.momentum=0 optimizer.nesterov=true": r"optimizer.nesterov=true needs optimizer.momentum > 0, got 0.0\.",
-    "schedule=step schedule.milestones=[50]": r"schedule.milestones must be increasing epochs .*, got \[50\]\.",
-    "schedule=step epochs=9 schedule.milestones=[5,3]": r"schedule.milestones must be increasing .* got \[5, 3\]\.",
+    "schedule=step schedule.milestones=[5,8]": (
+        r"schedule.milestones must be increasing fractions of the run between 0 and 1, .*, got \[5,8\]\."
+    ),
+    "schedule=step schedule.milestones=[0,0.5]": r"schedule.milestones must be increasing fractions .* got \[0,0.5\]\.",
+    "schedule=step schedule.milestones=[0.5,0.3]": r"schedule.milestones must be increasing .* got \[0.5,0.3\]\.",
+    "schedule=step schedule.milestones=[0.5,nan]": r"schedule.milestones must be increasing .* got \[0.5,nan\]\.",
+    "optimizer=adamw": (
+        r"optimizer=adamw scales the gradient by itself and cannot be combined with preconditioner=sua; give "
+        r"preconditioner=baseline, or optimizer=sgd\."
+    ),
+    "optimizer=muon preconditioner=kfac": r"optimizer=muon .* cannot be combined with preconditioner=kfac;",
     # not key=value, or several values without -m
     "--lr 0.1": r"no flag '--lr'; give settings as key=value",
     "-x": r"no flag '-x'",
@@ -148,6 +178,13 @@ def test_missing_cuda_device_is_named(tmp_path, monkeypatch, capsys):
     assert call_main() == 2
     assert "device=cuda, but PyTorch finds no usable CUDA device" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_muon_is_named_with_the_version(monkeypatch):
+    """Where PyTorch has no Muon, the sentence says which PyTorch that is."""
+    monkeypatch.delattr("torch.optim.Muon")
+    with pytest.raises(ConfigError, match=r"needs torch.optim.Muon, which PyTorch \d+\.\d+.* lacks; install torch>="):
+        compose_config(["optimizer=muon", "preconditioner=baseline"])
 
 
 def test_failure_that_is_not_bad_input_has_another_code(tmp_path, monkeypatch, capsys):

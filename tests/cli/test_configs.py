@@ -5,8 +5,18 @@ from pathlib import Path
 import pytest
 import yaml
 
+from kfac_sua.checks import RANGES, check
 from kfac_sua.compose import compose_cells, compose_config
-from kfac_sua.config import CONFIG_DIR, KroneckerConfig, OptimizerConfig, StepScheduleConfig, to_plain
+from kfac_sua.config import (
+    CONFIG_DIR,
+    ConfigError,
+    KroneckerConfig,
+    ModelName,
+    OptimizerName,
+    SGDConfig,
+    StepScheduleConfig,
+    to_plain,
+)
 from kfac_sua.preconditioner import KroneckerSettings
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml"))
@@ -57,7 +67,7 @@ def test_command_line_wins_over_the_experiment():
 def test_every_option_composes_under_its_own_name(group):
     """The name inside a file is that of the file."""
     for name in options(group):
-        assert getattr(compose_config([f"{group}={name}"]), group).name == name
+        assert getattr(compose_config(["preconditioner=baseline", f"{group}={name}"]), group).name == name
 
 
 def test_every_option_explains_every_key():
@@ -114,11 +124,34 @@ def test_defaults_in_yaml_are_the_package_defaults():
 
 def test_types_are_converted():
     """What comes out is dataclasses with enums and numbers, not text."""
-    config = compose_config(["optimizer.lr=1", "schedule=step", "schedule.milestones=[1,2]"])
-    assert isinstance(config.optimizer, OptimizerConfig)
+    config = compose_config(["optimizer.lr=1", "schedule=step", "schedule.milestones=[0.25,0.5]"])
+    assert isinstance(config.optimizer, SGDConfig)
     assert isinstance(config.optimizer.lr, float)
     assert isinstance(config.schedule, StepScheduleConfig)
-    assert config.schedule.milestones == [1, 2]
+    assert config.schedule.milestones == [0.25, 0.5]
+
+
+def test_every_range_is_that_of_a_key():
+    """A range whose key is in no option of its group would check nothing."""
+    chosen = [f"{group}={name}" for group in ("model", "optimizer", "schedule") for name in options(group)]
+    configs = [to_plain(compose_config(["preconditioner=baseline", choice])) for choice in chosen]
+    keys = {
+        f"{group}.{key}"
+        for config in configs
+        for group in config
+        if isinstance(config[group], dict)
+        for key in config[group]
+    } | set(configs[0])
+    assert set(RANGES) <= keys
+
+
+@pytest.mark.parametrize(("group", "name"), [("optimizer", OptimizerName.muon), ("model", ModelName.preact_resnet50)])
+def test_name_without_its_keys_is_refused(group, name):
+    """A YAML file that sets the name alone would run one option and be recorded as another."""
+    config = compose_config(["preconditioner=baseline"])
+    getattr(config, group).name = name
+    with pytest.raises(ConfigError, match=f"changes the name but not the other keys of {group}; give {group}={name}"):
+        check(config)
 
 
 def test_plain_values_hold_no_enums():

@@ -26,6 +26,15 @@ def test_parameter_count() -> None:
     assert sum(parameter.numel() for parameter in VGG11(10).parameters()) == 9_217_728 + 5_504 + 5_130 == 9_228_362
 
 
+def test_without_batch_norm_biases_take_its_place() -> None:
+    """9,217,728 weights, a bias for each of 64 + 128 + 2·256 + 4·512 = 2,752 channels, and the head: 9,225,610."""
+    model = VGG11(10, batch_norm=False)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 9_217_728 + 2_752 + 5_130 == 9_225_610
+    kinds = [type(layer).__name__ for layer in VGG11(10).features]
+    assert [type(layer).__name__ for layer in model.features] == [kind for kind in kinds if kind != "BatchNorm2d"]
+    assert all(layer.bias is not None for layer in convolutions(model))
+
+
 def test_largest_factors_are_the_papers() -> None:
     """Sec. 3.1: matrices to invert are at most 4608×4608 under K-FAC and 512×512 under SUA."""
     layers = convolutions(VGG11(10))
@@ -65,11 +74,12 @@ def test_impossible_width_names_the_key(width: float) -> None:
         VGG11(10, width=width)
 
 
+@pytest.mark.parametrize("batch_norm", [True, False])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_gradient_reaches_every_parameter(memory_format: torch.memory_format) -> None:
+def test_gradient_reaches_every_parameter(memory_format: torch.memory_format, batch_norm: bool) -> None:
     """No parameter is left out of the graph, in either layout."""
     torch.manual_seed(0)
-    model = VGG11(10, width=0.25).to(memory_format=memory_format)
+    model = VGG11(10, width=0.25, batch_norm=batch_norm).to(memory_format=memory_format)
     inputs = torch.randn(8, 3, 32, 32).contiguous(memory_format=memory_format)
     F.cross_entropy(model(inputs), torch.arange(8)).backward()
     for name, parameter in model.named_parameters():
@@ -88,6 +98,21 @@ def test_start_values() -> None:
     assert model.classifier.weight.std().item() == pytest.approx(0.01, rel=0.05)
     assert not model.classifier.bias.any()
     loss = F.cross_entropy(model(torch.randn(20, 3, 32, 32)), torch.arange(20) % 10)
+    assert loss.item() == pytest.approx(math.log(10), abs=0.2)
+
+
+def test_start_values_without_batch_norm() -> None:
+    """He's fan-in variance and zero biases, so that activations keep their scale through all layers."""
+    torch.manual_seed(0)
+    model = VGG11(10, batch_norm=False)
+    for layer in convolutions(model):
+        assert layer.weight.std().item() == pytest.approx(math.sqrt(2 / (9 * layer.in_channels)), rel=0.06)
+        assert layer.bias is not None
+        assert not layer.bias.any()
+    inputs = torch.randn(20, 3, 32, 32)
+    activations = model.features(inputs)
+    assert 0.5 < (activations.square().mean() / inputs.square().mean()).sqrt() < 2.5  # poolings raise it
+    loss = F.cross_entropy(model(inputs), torch.arange(20) % 10)
     assert loss.item() == pytest.approx(math.log(10), abs=0.2)
 
 

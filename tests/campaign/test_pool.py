@@ -1,0 +1,97 @@
+"""Worker processes: runs side by side, one that fails, one that is killed, and Ctrl-C."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_runs import tiny_config
+
+from kfac_sua.campaign.cell import Cell, Stage, log_path, read_state
+from kfac_sua.campaign.pool import Task, run_all
+from kfac_sua.runs.directory import run_directory
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def make_cell(root: Path, lr: float, *overrides: str) -> Cell:
+    """Return a tiny run without a preconditioner."""
+    config = tiny_config(root, "preconditioner=baseline", f"optimizer.lr={lr}", *overrides)
+    return Cell(Stage.grid, "panel", "baseline", (), config, run_directory(config, "cpu"))
+
+
+def carry_out(cells: list[Cell], **options) -> dict[str, str | None]:
+    """Carry out runs and return how each ended."""
+    ends: dict[str, str | None] = {}
+    options = {"jobs": 2, "reuse": True, "on_tick": lambda running: None} | options
+    run_all(
+        cells,
+        lambda cell: Task(cell.config, log_path(cell), 1),
+        on_end=lambda c, r: ends.update({c.name: r}),
+        **options,
+    )
+    return ends
+
+
+def test_a_run_that_fails_does_not_stop_the_others(tmp_path):
+    """The reason comes back in a sentence, the log holds what was printed, the others finish."""
+    good = [make_cell(tmp_path, lr, "epochs=1") for lr in (0.1, 0.2)]
+    bad = make_cell(tmp_path, 0.3, "epochs=1", "dataset=cifar10", f"dataset.data_dir={tmp_path}")
+    ends = carry_out([bad, *good])
+    assert [ends[cell.name] for cell in good] == [None, None]
+    assert "cifar10" in str(ends[bad.name]).lower()
+    assert all(read_state(cell).status == "finished" for cell in good)
+    assert "finished: epoch 1" in log_path(good[0]).read_text()
+    assert "Traceback" in log_path(bad).read_text()
+
+
+def test_a_worker_that_is_killed_is_named_and_replaced(tmp_path):
+    """SIGKILL, as from the kernel when memory runs out, ends one run; the next gets a new process."""
+    long, after = make_cell(tmp_path, 0.1, "epochs=5000"), make_cell(tmp_path, 0.2, "epochs=1")
+
+    def kill_once_begun(running: list[Cell]) -> None:
+        if long in running and read_state(long).epochs > 0:
+            lock = (long.directory.path / ".lock").read_text()
+            os.kill(int(lock), signal.SIGKILL)
+
+    ends = carry_out([long, after], jobs=1, on_tick=kill_once_begun)
+    assert "killed by signal 9" in str(ends[long.name])
+    assert ends[after.name] is None
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_workers_go_with_their_parent(tmp_path, how):
+    """However the command ends, no run goes on unseen, and its directory is free at once."""
+    command = [sys.executable, "-m", "kfac_sua.reproduce", "fig1", "--scale", "smoke", "--only", "baseline"]
+    command += ["--jobs", "2", "--out", str(tmp_path), "device=cpu", "epochs=5000"]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as parent:
+        deadline = time.monotonic() + 120
+        while len(workers := _lock_holders(tmp_path)) < 2 and time.monotonic() < deadline:
+            time.sleep(0.2)
+        parent.send_signal(how)
+        _, errors = parent.communicate(timeout=60)
+    assert len(workers) == 2
+    if how is signal.SIGINT:
+        assert parent.returncode == 130
+        assert "the same command goes on" in errors
+    deadline = time.monotonic() + 20
+    while any(map(_is_alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(_is_alive, workers))
+
+
+def _lock_holders(root: Path) -> set[int]:
+    """Return the processes that have written an epoch of some run."""
+    paths = [path.with_name(".lock") for path in root.rglob("metrics.csv")]
+    return {int(path.read_text()) for path in paths if path.exists() and path.read_text()}
+
+
+def _is_alive(pid: int) -> bool:
+    """Say whether a process runs; one that has ended and waits for its parent does not."""
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
