@@ -16,7 +16,7 @@ JOBS ?=
 WITH ?=
 DRY_RUN ?=
 REPRODUCE = $(RUN) -m kfac_sua.reproduce $(1) --scale $(SCALE) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(JOBS),--jobs $(JOBS)) \
-	$(if $(DRY_RUN),--dry-run) $(if $(WITH),--with $(WITH)) $(ARGS)
+	$(if $(DRY_RUN),--dry-run) $(if $(WITH),--with "$(WITH)") $(ARGS)
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9%-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

@@ -13,7 +13,7 @@ from kfac_sua.checks import check
 from kfac_sua.compose import compose_config
 from kfac_sua.config import Config, ConfigError, KroneckerConfig
 from kfac_sua.runs.directory import RunDirectory, run_directory
-from kfac_sua.runs.record import RunInfo, read_records, read_run_info
+from kfac_sua.runs.record import RecordError, RunInfo, read_records, read_run_info
 
 
 class Stage(StrEnum):
@@ -107,12 +107,19 @@ def read_state(cell: Cell) -> CellState:
     """Return what is on disk of a run.
 
     Raises:
-        RecordError: If its records are damaged.
+        RecordError: If its records are damaged, or incomplete although it has finished.
     """
     if not cell.directory.info.exists():
         return CellState("missing", 0)
     records = read_records(cell.directory.metrics) if cell.directory.metrics.exists() else []
-    return CellState(read_cell_info(cell).status, records[-1].epoch if records else 0)
+    epochs = [record.epoch for record in records]
+    status = read_cell_info(cell).status
+    if status == "finished" and epochs != list(range(cell.config.epochs + 1)):
+        raise RecordError(
+            f"{cell.directory.info} says that the run has finished, but metrics.csv lacks epochs; move "
+            f"{cell.directory.path} away, and the same command carries it out again."
+        )
+    return CellState(status, epochs[-1] if epochs else 0)
 
 
 def read_cell_info(cell: Cell) -> RunInfo:

@@ -114,8 +114,7 @@ def _run(title: str, cells: Sequence[Cell], plan: Plan, *, jobs: int, reuse: boo
         return
     _check_data(waiting)
     estimator = Estimator([*unique, *like], plan.scale.seconds_per_step)
-    total = estimator.total(waiting)
-    left = shown_seconds(None if total is None else total / min(jobs, len(waiting)))
+    left = shown_seconds(estimator.total([(cell, read_state(cell)) for cell in waiting], jobs))
     print(f"{title}: {len(waiting)} of {len(unique)} runs to do, {jobs} at a time, {left}", flush=True)
     failures: dict[str, str] = {}
     progress = CampaignProgress(title, unique, estimator, jobs)

@@ -161,10 +161,15 @@ def keep_methods(campaign: Campaign, methods: Sequence[str], extra: Sequence[str
         ConfigError: If a method does not exist, or is not optional and named as such.
     """
     known = campaign.methods()
-    optional = {curve.method for panel in campaign.panels for curve in panel.curves if curve.optional}
+    optional = list(
+        dict.fromkeys(curve.method for panel in campaign.panels for curve in panel.curves if curve.optional)
+    )
     for method in (*methods, *extra):
         if method not in known:
             raise ConfigError(f"Campaign {campaign.name} has no method '{method}'; it has {', '.join(known)}.")
+    for method in extra:
+        if method not in optional:
+            raise ConfigError(f"{method} is no optional method of {campaign.name}; these are {', '.join(optional)}.")
     kept = set(methods or (method for method in known if method not in optional)) | set(extra)
     panels = [
         dataclasses.replace(panel, curves=[curve for curve in panel.curves if curve.method in kept])

@@ -23,10 +23,11 @@ def describe(plan: Plan, rule: Rule, jobs: int) -> str:
     estimator = Estimator([*grid_cells, *finals], plan.scale.seconds_per_step)
     lines = [f"{plan.campaign.title}, in {plan.root}", *(_line(cell, estimator) for cell in grid_cells)]
     lines += [_line(cell, estimator) for cell in finals] if chosen else []
-    grid_s, final_s = estimator.total(grid_cells), estimator.total(finals)
-    both = None if grid_s is None or final_s is None else grid_s / jobs + final_s
+    grid_s = estimator.total([(cell, read_state(cell)) for cell in grid_cells], jobs)
+    final_s = estimator.total([(cell, read_state(cell)) for cell in finals])
+    both = None if grid_s is None or final_s is None else grid_s + final_s
     lines += [
-        _sum("grid", grid_cells, None if grid_s is None else grid_s / jobs, f", {jobs} at a time"),
+        _sum("grid", grid_cells, grid_s, f", {jobs} at a time"),
         _sum("final runs", finals, final_s, ", alone on the device"),
         f"together {shown_seconds(both)}",
     ]

@@ -2,8 +2,9 @@
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
-from kfac_sua.campaign.cell import Cell, CellState, read_state
+from kfac_sua.campaign.cell import Cell, CellState
 from kfac_sua.campaign.plan import CurveKey
 from kfac_sua.config import Config, DatasetName
 from kfac_sua.runs.record import read_records
@@ -28,7 +29,7 @@ class Estimator:
 
     def __init__(self, cells: Iterable[Cell], known: Mapping[str, float]) -> None:
         self._known = known
-        self._measured: dict[CurveKey, list[float]] = {}
+        self._measured: dict[CurveKey, dict[Path, float]] = {}
         for cell in cells:
             self.learn(cell)
 
@@ -37,16 +38,15 @@ class Estimator:
         records = read_records(cell.directory.metrics) if cell.directory.metrics.exists() else []
         if records and records[-1].step:
             per_step = records[-1].train_time_s / records[-1].step
-            self._measured.setdefault((cell.panel, cell.method), []).append(per_step)
+            self._measured.setdefault((cell.panel, cell.method), {})[cell.directory.path] = per_step
 
-    def seconds(self, cell: Cell, state: CellState | None = None) -> float | None:
+    def seconds(self, cell: Cell, state: CellState) -> float | None:
         """Return the seconds that are left of a run; None if nothing is known about runs like it.
 
         Args:
             cell: The run.
-            state: What is on disk of it; None reads it.
+            state: What is on disk of it.
         """
-        state = state or read_state(cell)
         if state.has_ended:
             return 0.0
         per_step = self._per_step(cell)
@@ -54,15 +54,22 @@ class Estimator:
             return None
         return per_step * num_steps(cell.config) * (1 - state.epochs / cell.config.epochs)
 
-    def total(self, cells: Sequence[Cell]) -> float | None:
-        """Return the seconds that are left of several runs, one after the other; None if one is unknown."""
-        each = [self.seconds(cell) for cell in cells]
+    def total(self, cells: Sequence[tuple[Cell, CellState]], jobs: int = 1) -> float | None:
+        """Return the seconds until several runs have ended; None if one is unknown.
+
+        Args:
+            cells: Runs and what is on disk of them.
+            jobs: Runs at the same time.
+        """
+        each = [self.seconds(cell, state) for cell, state in cells]
         known = [seconds for seconds in each if seconds is not None]
-        return sum(known) if len(known) == len(each) else None
+        if len(known) < len(each):
+            return None
+        return max(sum(known) / jobs, max(known, default=0.0))  # a last long run has no one to share it with
 
     def _per_step(self, cell: Cell) -> float | None:
         measured = self._measured.get((cell.panel, cell.method))
-        return statistics.median(measured) if measured else self._known.get(cell.method)
+        return statistics.median(measured.values()) if measured else self._known.get(cell.method)
 
 
 def num_steps(config: Config) -> float:

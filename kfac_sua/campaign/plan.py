@@ -1,5 +1,6 @@
 """Which runs a campaign consists of: the grid of every curve, and the final runs of what was chosen from it."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,14 @@ from kfac_sua.config import ConfigError
 CurveKey = tuple[str, str]
 
 GRID_SEED = 0
+
+# What makes a curve, a cell or a directory of a campaign, and is therefore not the user's to give for all runs.
+RESERVED = {
+    **dict.fromkeys(("optimizer.lr", "preconditioner.damping"), "comes from the grids of configs/sweep"),
+    **dict.fromkeys(("experiment", "preconditioner", "optimizer", "sweep"), "makes the curves (configs/campaign)"),
+    **{"scale": "is given as --scale", "seed": "is given as --seeds", "output_dir": "is given as --out"},
+    "progress": "is the campaign's own",
+}
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,19 @@ class Plan:
     root: Path
     seeds: int
     overrides: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check the overrides.
+
+        Raises:
+            ConfigError: If one is not of the form key=value, or its key is the campaign's own.
+        """
+        for override in self.overrides:
+            key, is_pair, _ = override.partition("=")
+            if not is_pair:
+                raise ConfigError(f"The argument '{override}' cannot be read as key=value.")
+            if key in RESERVED:
+                raise ConfigError(f"{override} cannot be given for all runs of a campaign: {key} {RESERVED[key]}.")
 
     def curves(self) -> dict[CurveKey, Curve]:
         """Return all curves, panel by panel."""
@@ -74,7 +96,7 @@ class Plan:
 
     def _overrides(self, key: CurveKey, stage: Stage) -> Sequence[str]:
         by_stage = [*self.scale.run, *(self.scale.grid if stage is Stage.grid else [])]
-        output_dir = f"output_dir={self.root / stage}"
+        output_dir = f"output_dir={_quoted(str(self.root / stage))}"
         return _last_of_each([*self.curves()[key].overrides, *by_stage, *self.overrides, output_dir, "progress=lines"])
 
     def _sweep(self, curve: Curve) -> str:
@@ -82,6 +104,14 @@ class Plan:
             known = ", ".join(self.scale.sweeps)
             raise ConfigError(f"{curve.method} is tuned over '{curve.tuning}', but this scale has grids for {known}.")
         return self.scale.sweeps[curve.tuning]
+
+
+def _quoted(path: str) -> str:
+    """Return a path as Hydra reads it back, whatever characters it has."""
+    if re.fullmatch(r"[\w./-]+", path):
+        return path
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", path).replace("${", r"\${")
+    return f"'{escaped}'"
 
 
 def _last_of_each(overrides: Sequence[str]) -> list[str]:

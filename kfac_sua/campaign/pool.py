@@ -103,7 +103,10 @@ def _idle(workers: list[_Worker]) -> _Worker:
     context = multiprocessing.get_context("spawn")  # a fork would copy PyTorch's threads and CUDA's state, and fail
     ours, theirs = context.Pipe()
     process = context.Process(target=_work, args=(theirs,), daemon=True)
+    # Between its first instruction and its first line of Python a worker cannot ignore Ctrl-C by itself.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     process.start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     theirs.close()  # so that the end of the process is the end of the pipe
     workers.append(_Worker(process, ours))
     return workers[-1]

@@ -53,6 +53,7 @@ class CampaignProgress:
         self._next_look = time.monotonic() + LOOK_PERIOD_S
         for cell in running:
             self._states[id(cell)] = read_state(cell)
+            self._estimator.learn(cell)
         self._show()
 
     def end(self, cell: Cell, reason: str | None) -> None:
@@ -93,9 +94,7 @@ class CampaignProgress:
         counts = [f"{self._num_ended()} of {len(self._cells)} done", f"{len(self._running)} running"]
         counts += [f"{diverged} diverged"] if diverged else []
         counts += [f"{len(self._failed)} failed"] if self._failed else []
-        each = [self._estimator.seconds(cell, state) for cell, state in self._each() if id(cell) not in self._failed]
-        known = [seconds for seconds in each if seconds is not None]
-        left = sum(known) / self._jobs if len(known) == len(each) else None
+        left = self._estimator.total([each for each in self._each() if id(each[0]) not in self._failed], self._jobs)
         return ", ".join([*counts, f"{shown_seconds(left)} left"])
 
     def _each(self) -> list[tuple[Cell, CellState]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from kfac_sua.campaign.cell import read_cell_info
-from kfac_sua.campaign.claims import judge
+from kfac_sua.campaign.claims import CLAIMS, judge
 from kfac_sua.campaign.conduct import Results
 from kfac_sua.campaign.definition import Campaign
 from kfac_sua.campaign.plan import Plan
@@ -19,6 +19,8 @@ from kfac_sua.figures.grid_map import draw_grid_map
 from kfac_sua.figures.style import MethodStyle, method_styles
 from kfac_sua.figures.time_split import draw_time_split
 from kfac_sua.figures.time_to_target import draw_time_to_target
+
+_WRITTEN = (".csv", ".png", ".svg", ".md", ".html")
 
 
 def publish(plan: Plan, *, scale: str, device: str, rule: Rule, results: Results, command: str) -> list[Path]:
@@ -40,6 +42,9 @@ def publish(plan: Plan, *, scale: str, device: str, rule: Rule, results: Results
     """
     out_dir = plan.root / "report"
     out_dir.mkdir(parents=True, exist_ok=True)
+    for path in out_dir.iterdir():  # what an earlier call with other curves has left would pass for this one's
+        if path.suffix in _WRITTEN:
+            path.unlink()
     results.grid.to_csv(out_dir / "grid_runs.csv", index=False)
     results.finals.to_csv(out_dir / "final_runs.csv", index=False)
     targets = target_table(results.finals)
@@ -56,11 +61,23 @@ def publish(plan: Plan, *, scale: str, device: str, rule: Rule, results: Results
         finals=results.finals,
         choices=results.choices,
         targets=targets,
-        verdicts=[judge(claim, results.finals) for claim in plan.campaign.claims],
+        verdicts=[judge(claim, results.finals) for claim in _decidable(plan.campaign)],
         figures=_draw(plan.campaign, results, targets, out_dir),
         infos=[read_cell_info(cell) for cell in (*results.grid_cells, *results.final_cells)],
+        final_infos=[read_cell_info(cell) for cell in results.final_cells],
+        overrides=plan.overrides,
     )
     return list(write_report(report, out_dir))
+
+
+def _decidable(campaign: Campaign) -> list[str]:
+    """Return the claims whose curves are there: ``--only`` may have left some out."""
+    there = {(panel.name, curve.method) for panel in campaign.panels for curve in panel.curves}
+    return [
+        claim
+        for claim in campaign.claims
+        if there >= {(CLAIMS[claim].panel, method) for method in CLAIMS[claim].methods}
+    ]
 
 
 def _draw(campaign: Campaign, results: Results, targets: pd.DataFrame, out_dir: Path) -> Mapping[str, Path]:

@@ -144,3 +144,33 @@ def test_a_broken_campaign_file_is_named(tmp_path, monkeypatch, change, message)
     monkeypatch.setattr("kfac_sua.campaign.definition._CAMPAIGNS", tmp_path)
     with pytest.raises(ConfigError, match=r"configs/campaign/fig1.yaml.*" + message):
         load_campaign("fig1")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lr=0.5", "optimizer.lr comes from the grids"),
+        ("preconditioner=sua", "preconditioner makes the curves"),
+        ("scale=full", "scale is given as --scale"),
+        ("seed=3", "seed is given as --seeds"),
+        ("epochs", "cannot be read as key=value"),
+    ],
+)
+def test_what_the_campaign_sets_is_not_overridden(tmp_path, override, message):
+    """A key that would be ignored, or would turn one curve into another, is refused."""
+    with pytest.raises(ConfigError, match=message):
+        make_plan(tmp_path, overrides=(override,))
+
+
+@pytest.mark.parametrize("name", ["a b", "lr=0.3", "it's", "${x}", "(1,2)", "~", "back\\slash"])
+def test_any_directory_can_be_given(tmp_path, name):
+    """Characters that mean something to Hydra stay characters."""
+    plan = make_plan(tmp_path / name)
+    cell = plan.all_grid_cells(plan.grids())[0]
+    assert cell.config.output_dir == str(tmp_path / name / "grid")
+
+
+def test_only_optional_methods_are_added():
+    """A method that is there anyway is no addition."""
+    with pytest.raises(ConfigError, match="kfac is no optional method of fig1; these are adamw, muon, sgd_no_bn"):
+        keep_methods(load_campaign("fig1"), (), ("kfac",))

@@ -98,7 +98,7 @@ def test_campaign_without_claims_says_so(tmp_path):
     definition = campaign({"vgg11": ["baseline", "sua_reduce"]}, name="ablation", claims=[])
     markdown, _ = written(report_input(definition, final_frame(definition)), tmp_path)
     assert section(markdown, "Verdicts").strip() == (
-        "This campaign decides none of the paper's claims, so there is no verdict."
+        "These curves decide none of the paper's claims, so there is no verdict."
     )
     assert "Verdicts:" not in markdown
     assert "without a correction" not in section(markdown, "Limits")

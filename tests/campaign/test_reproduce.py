@@ -115,6 +115,19 @@ def test_a_missing_final_run_is_carried_out_again(campaigns, tmp_path):
     pd.testing.assert_frame_equal(before[kept], after[kept])
 
 
+def test_a_finished_run_that_lost_epochs_is_refused(campaigns):
+    """Means over fewer epochs than were trained would be wrong numbers."""
+    _, killed, _ = campaigns
+    metrics = next((killed / "final").rglob("metrics.csv"))
+    intact = metrics.read_text()
+    metrics.write_text("".join(intact.splitlines(keepends=True)[:-1]))
+    result = call(killed)
+    metrics.write_text(intact)
+    assert result.returncode == 1
+    assert "metrics.csv lacks epochs" in result.stderr
+    assert str(metrics.parent) in result.stderr
+
+
 def test_dry_run_before_anything_counts_and_estimates(tmp_path, capsys):
     """Runs to come, the stages, and a time where the scale brings one; no directory is made."""
     out = tmp_path / "nothing"

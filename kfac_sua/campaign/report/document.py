@@ -12,7 +12,7 @@ from kfac_sua.campaign.claims import Verdict
 from kfac_sua.campaign.definition import Campaign, Scale
 from kfac_sua.campaign.report.html import render_html
 from kfac_sua.campaign.report.paper import CITATION, TITLE, URL, difference_section, limit_section
-from kfac_sua.campaign.report.provenance import command_section, dirty_warning, environment_section
+from kfac_sua.campaign.report.provenance import command_section, dirty_warning, environment_section, timing_warning
 from kfac_sua.campaign.report.results import final_problems, final_section, target_section
 from kfac_sua.campaign.report.text import code, count, escape, join
 from kfac_sua.campaign.report.tuning import tuning_section
@@ -41,6 +41,8 @@ class ReportInput:
         verdicts: Results of ``judge``, none for a campaign without claims.
         figures: PNG file per caption, in their order.
         infos: run.json of all runs.
+        final_infos: run.json of the final runs.
+        overrides: What the user gave for all runs.
     """
 
     campaign: Campaign
@@ -58,6 +60,8 @@ class ReportInput:
     verdicts: Sequence[Verdict]
     figures: Mapping[str, Path]
     infos: Sequence[RunInfo]
+    final_infos: Sequence[RunInfo] = ()
+    overrides: Sequence[str] = ()
 
 
 def write_report(report: ReportInput, out_dir: Path) -> tuple[Path, Path]:
@@ -99,7 +103,9 @@ def _document(report: ReportInput, addresses: Mapping[str, str]) -> str:
         "What differs from the paper": difference_section(campaign, finals, report.infos),
         "Limits": limit_section(finals, has_claims=bool(report.verdicts)),
         "Hardware, versions and commit": environment_section(grid, finals, report.infos),
-        "Commands": command_section(campaign, report.scale_settings, report.command, report.cell_commands),
+        "Commands": command_section(
+            campaign, report.scale_settings, report.overrides, report.command, report.cell_commands
+        ),
     }
     blocks = [f"# {escape(campaign.title)}", *_opening(report)]
     blocks += [join([f"## {heading}", body]) for heading, body in sections.items() if body]
@@ -120,7 +126,11 @@ def _opening(report: ReportInput) -> list[str]:
     )
     summary = verdict_summary(report.verdicts)
     problems = final_problems(report.campaign, report.finals, report.seeds)
-    return [about, f"Verdicts: {summary}" if summary else "", problems, dirty_warning(report.infos)]
+    untested = [claim for claim in report.campaign.claims if claim not in {v.claim for v in report.verdicts}]
+    if untested:
+        summary += f" Not tested, for want of curves: {escape(', '.join(untested))}."
+    warnings = [dirty_warning(report.infos), timing_warning(report.final_infos)]
+    return [about, f"Verdicts: {summary}" if summary else "", problems, *warnings]
 
 
 def _address(path: Path, out_dir: Path) -> str:

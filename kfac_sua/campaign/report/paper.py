@@ -288,7 +288,7 @@ SETTINGS = (
     Setting("mini-batches between inverses", _from("preconditioner.inverse_period"), {"fig1": "50", "fig2": "64"}),
     Setting("running average of the factors", _from("preconditioner.ema_decay"), {"fig2": "0"}),
     Setting("damping rule", _from("preconditioner.damping_rule")),
-    Setting("weight sharing", _from("preconditioner.weight_sharing")),
-    Setting("kind of Fisher", _from("preconditioner.fisher_type")),
+    Setting("weight sharing", _from("preconditioner.weight_sharing"), {"fig1": "reduce", "fig2": "reduce"}),  # eq. 1
+    Setting("kind of Fisher", _from("preconditioner.fisher_type"), {"fig1": "mc", "fig2": "mc"}),  # footnote 1
     Setting("device", lambda info: info.device_name),
 )

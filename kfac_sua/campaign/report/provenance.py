@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from typing import Any
 
 import pandas as pd
 
@@ -42,12 +43,15 @@ def environment_section(grid: pd.DataFrame, finals: pd.DataFrame, infos: Sequenc
     return bullets(items)
 
 
-def command_section(campaign: Campaign, scale: Scale, command: str, cells: Mapping[tuple[str, str], str]) -> str:
+def command_section(
+    campaign: Campaign, scale: Scale, overrides: Sequence[str], command: str, cells: Mapping[tuple[str, str], str]
+) -> str:
     """Return the command of the whole campaign, what its scale adds, and the command of each curve's final run.
 
     Args:
         campaign: Panels and methods, in their order.
         scale: What the scale adds to the curves' own overrides.
+        overrides: What the user added to those of every run.
         command: Command of the campaign.
         cells: Per panel and method, the command of one final run.
     """
@@ -60,8 +64,8 @@ def command_section(campaign: Campaign, scale: Scale, command: str, cells: Mappi
         [
             "Everything in this report, also after an interruption:",
             code_block([command]),
-            "What the scale adds to the overrides of each curve:",
-            bullets(_scale_items(campaign, scale)),
+            "What is added to the overrides of each curve:",
+            bullets(_scale_items(campaign, scale, overrides)),
             "One final run of each curve; other seeds differ in `seed` alone:" if lines else "",
             code_block(lines) if lines else "",
         ]
@@ -78,14 +82,32 @@ def dirty_warning(infos: Sequence[RunInfo]) -> str:
     return f"**Caution: {listed(warnings)}**, see below." if warnings else ""
 
 
-def _scale_items(campaign: Campaign, scale: Scale) -> list[str]:
+def timing_warning(infos: Sequence[RunInfo]) -> str:
+    """Say that the final runs do not share their machine, threads or versions; empty if they do.
+
+    Args:
+        infos: run.json of the final runs.
+    """
+    kinds: dict[str, set[Any]] = {
+        "devices": {info.device_name for info in infos},
+        "numbers of CPU threads": {info.num_threads for info in infos},
+        "sets of versions": {tuple(sorted(info.versions.items(), key=str)) for info in infos},
+    }
+    mixed = [f"{len(values)} {what}" for what, values in kinds.items() if len(values) > 1]
+    if not mixed:
+        return ""
+    return f"**Caution: the final runs are of {listed(mixed)}; their seconds cannot be compared**, see below."
+
+
+def _scale_items(campaign: Campaign, scale: Scale, by_user: Sequence[str]) -> list[str]:
     """Return what a scale consists of: overrides, and the grids it gives to methods."""
     methods: dict[str, dict[str, None]] = {}
     for panel in campaign.panels:
         for curve in panel.curves:
             sweep = scale.sweeps.get(curve.tuning, curve.tuning)
             methods.setdefault(sweep, {})[curve.method] = None
-    overrides = {"every run": scale.run, "runs of the grid, after these": scale.grid}
+    overrides: dict[str, Sequence[str]] = {"every run": scale.run, "runs of the grid, after these": scale.grid}
+    overrides |= {"every run, instead of what stands above": by_user} if by_user else {}
     return [
         *(f"{what}: {' '.join(map(code, values)) or 'nothing'}" for what, values in overrides.items()),
         *(f"grid of {listed([*map(code, names)])}: {code(f'sweep={sweep}')}" for sweep, names in methods.items()),

@@ -100,6 +100,8 @@ def target_section(campaign: Campaign, targets: pd.DataFrame) -> str:
     def section(panel: Panel) -> str:
         rows = targets[targets["panel"] == panel.name]
         if rows.empty:
+            if not any(curve.method == BASELINE for curve in panel.curves):
+                return "There is no target, since these curves have no baseline among them."
             return "There is no target, since the baseline has no finished run."
         return join([_target_table(campaign, panel, rows[rows["target"] == name]) for name in rows["target"].unique()])
 

@@ -22,7 +22,7 @@ def verdict_section(verdicts: Sequence[Verdict]) -> str:
         verdicts: Results of ``claims.judge``; none for a campaign that decides no claim.
     """
     if not verdicts:
-        return "This campaign decides none of the paper's claims, so there is no verdict."
+        return "These curves decide none of the paper's claims, so there is no verdict."
     columns = [
         ("Claim", "left"),
         ("Statement", "left"),
