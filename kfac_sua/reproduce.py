@@ -58,6 +58,7 @@ def _carry_out(options: argparse.Namespace, command: str) -> None:
     device = _device(options.overrides)
     root = options.out or Path("outputs") / f"{campaign.name}-{options.scale}-{device}"
     plan = Plan(campaign, scale, root, options.seeds, tuple(options.overrides))
+    plan.check()
     jobs = options.jobs or (num_cores() if device == "cpu" else 1)
     if options.dry_run:
         print(describe(plan, options.select_by, jobs))

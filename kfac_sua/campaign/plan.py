@@ -67,6 +67,16 @@ class Plan:
         """
         return {key: load_grid(self._sweep(curve)) for key, curve in self.curves().items()}
 
+    def check(self) -> None:
+        """Compose every curve's runs, so that a typo ends before anything is written.
+
+        Raises:
+            ConfigError: If a run cannot be configured.
+        """
+        grids = self.grids()
+        self.all_grid_cells(grids)
+        self.final_cells({key: next(grid.points()) for key, grid in grids.items()})
+
     def grid_cells(self, key: CurveKey, grid: Grid) -> list[Cell]:
         """Return the runs of the grid of one curve.
 
