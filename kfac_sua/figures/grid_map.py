@@ -1,5 +1,6 @@
 """The tuning grid of every method as heat maps over learning rate and damping: how sensitive is each?"""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,18 +61,22 @@ def draw_grid_map(
     cells = _cells(grid[grid["panel"].isin(list(titles))], chosen or {}, list(titles), names)
     maps = {panel: _maps(cells[cells["panel"] == panel], names, styles) for panel in titles}
     key = _key(cells)
+    untrained = grid[grid["epoch"] == 0].groupby("panel")["train_loss"].max()
+    tops = {(str(panel), "train_loss"): float(loss) for panel, loss in untrained.items()}
     page = lay_out(maps, list(QUANTITIES), has_title=title is not None, has_key=bool(key))
 
     def draw(figure: "Figure") -> None:
         norms = {
-            (panel, column): _norm(cells.loc[cells["panel"] == panel, column])
+            (panel, column): _norm(cells.loc[cells["panel"] == panel, column], tops.get((panel, column), math.inf))
             for panel in titles
             for column in QUANTITIES
         }
         for place in page.panels:
             _write(figure, page, place.left, place.top + 0.2, titles[place.panel], fontsize=10, fontweight="bold")
         for place in page.headers:
-            _draw_header(figure, page, place, norms[place.panel, place.quantity])
+            norm = norms[place.panel, place.quantity]
+            shown = cells.loc[cells["panel"] == place.panel, place.quantity]
+            _draw_header(figure, page, place, norm, is_cut=bool((shown > norm.vmax).any()))
         for place in page.maps:
             _draw_map(figure, page, place, maps[place.panel][place.index], norms[place.panel, place.quantity])
         _draw_key(figure, key)
@@ -125,28 +130,34 @@ def _maps(cells: pd.DataFrame, names: list[str], styles: Mapping[str, MethodStyl
     return maps
 
 
-def _norm(values: "pd.Series[float]") -> "Normalize":
-    """Return the colour scale of finite values: logarithmic where they span a large ratio."""
+def _norm(values: "pd.Series[float]", top: float) -> "Normalize":
+    """Return the colour scale of finite values: logarithmic where they span a large ratio.
+
+    Values above ``top``, the untrained network's, share one colour: a loss that exploded would flatten all others.
+    """
     from matplotlib.colors import LogNorm, Normalize
 
     finite = values[np.isfinite(values)]
     if not len(finite):
         return Normalize(0.0, 1.0)
     low, high = float(finite.min()), float(finite.max())
+    if low < top < high:
+        high = top
     if low > 0 and high > _LOG_ABOVE * low:
-        return LogNorm(low, high)
-    return Normalize(low, high if high > low else low + 1.0)
+        return LogNorm(low, high, clip=True)
+    return Normalize(low, high if high > low else low + 1.0, clip=True)
 
 
-def _draw_header(figure: "Figure", page: Page, place: Place, norm: "Normalize") -> None:
+def _draw_header(figure: "Figure", page: Page, place: Place, norm: "Normalize", *, is_cut: bool) -> None:
     """Write what the maps below show, with the colour scale at the right end of the line."""
     _write(figure, page, place.left, place.top + 0.17, QUANTITIES[place.quantity], fontsize=9, fontweight="bold")
-    width, height, right = 1.2, 0.1, page.width - MARGIN - 0.36
+    width, height, right = 1.2, 0.1, page.width - MARGIN - 0.42
     axes = _axes(figure, page, right - width, place.top + 0.08, width, height)
     axes.imshow(np.linspace(0, 1, 256)[None], cmap=_COLORMAP, aspect="auto")
     axes.set(xticks=[], yticks=[])
-    for side, x, alignment in ((norm.vmin, -0.04, "right"), (norm.vmax, 1.04, "left")):
-        text = short_number(float(side or 0.0))
+    at_least = "≥ " if is_cut else ""
+    for side, x, alignment, mark in ((norm.vmin, -0.04, "right", ""), (norm.vmax, 1.04, "left", at_least)):
+        text = mark + short_number(float(side or 0.0))
         axes.text(x, 0.45, text, transform=axes.transAxes, ha=alignment, va="center", fontsize=7.5)
 
 

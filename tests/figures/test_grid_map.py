@@ -158,3 +158,15 @@ def test_what_cannot_be_drawn_is_refused(tmp_path):
     with pytest.raises(FigureError, match="nothing to draw"):
         draw_grid_map(grid.iloc[:0], tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_exploded_does_not_flatten_the_colours(drawn, tmp_path):
+    """What is above the untrained network's loss has one colour, which the scale says; the value is still written."""
+    grid = _grid(["sua"]).sort_values(["run", "epoch"])
+    last = grid.groupby("run", sort=False).tail(1).index[0]
+    untrained = grid.groupby("run").head(1).assign(epoch=0, train_loss=2.3)
+    grid.loc[last, "train_loss"] = 3e5
+    draw_grid_map(pd.concat([untrained, grid[grid["epoch"] > 0]], ignore_index=True), tmp_path)
+    found = texts(drawn[0])
+    assert "≥ 2.30" in found
+    assert short_number(3e5) in found
