@@ -47,7 +47,7 @@ def test_experiment_says_what_it_is_for(name):
     assert lines[4].startswith("# Expected time: ")
 
 
-@pytest.mark.parametrize("family", ["quickstart", "first_light"])
+@pytest.mark.parametrize("family", ["quickstart", "first_light", "fig1"])
 def test_experiments_of_a_figure_differ_in_preconditioner_and_learning_rate_alone(family):
     """The five curves of one figure share everything but what each was tuned for."""
     configs = [to_plain(compose_config([f"experiment={family}_{name}"])) for name in SETTINGS]
