@@ -12,6 +12,7 @@ from kfac_sua.campaign.definition import Campaign
 from kfac_sua.campaign.plan import Plan
 from kfac_sua.campaign.report import ReportInput, write_report
 from kfac_sua.campaign.selection import RULE_SENTENCES, Rule
+from kfac_sua.campaign.sensitivity import rule_table
 from kfac_sua.campaign.targets import target_table
 from kfac_sua.figures.fig1 import draw_figure1
 from kfac_sua.figures.fig2 import draw_figure2
@@ -19,6 +20,7 @@ from kfac_sua.figures.grid_map import draw_grid_map
 from kfac_sua.figures.style import MethodStyle, method_styles
 from kfac_sua.figures.time_split import draw_time_split
 from kfac_sua.figures.time_to_target import draw_time_to_target
+from kfac_sua.runs.record import environment
 
 _WRITTEN = (".csv", ".png", ".svg", ".md", ".html")
 
@@ -47,7 +49,7 @@ def publish(plan: Plan, *, scale: str, device: str, rule: Rule, results: Results
             path.unlink()
     results.grid.to_csv(out_dir / "grid_runs.csv", index=False)
     results.finals.to_csv(out_dir / "final_runs.csv", index=False)
-    targets = target_table(results.finals)
+    targets, claims = target_table(results.finals), _decidable(plan.campaign)
     report = ReportInput(
         campaign=plan.campaign,
         scale=scale,
@@ -61,9 +63,11 @@ def publish(plan: Plan, *, scale: str, device: str, rule: Rule, results: Results
         finals=results.finals,
         choices=results.choices,
         targets=targets,
-        verdicts=[judge(claim, results.finals) for claim in _decidable(plan.campaign)],
+        verdicts=[judge(claim, results.finals) for claim in claims],
         figures=_draw(plan.campaign, results, targets, out_dir),
         infos=[read_cell_info(cell) for cell in (*results.grid_cells, *results.final_cells)],
+        by_rule=rule_table(results.grid, claims, results.grid_cells[0].config.dataset.validation_size),
+        source_commit=environment(device).commit,
         final_infos=[read_cell_info(cell) for cell in results.final_cells],
         overrides=plan.overrides,
     )

@@ -111,6 +111,19 @@ def select(runs: pd.DataFrame, curve: tuple[str, str], grids: tuple[Grid, Grid],
     )
 
 
+def best_fingerprint(runs: pd.DataFrame, rule: Rule, val_size: int) -> str | None:
+    """Return the setting that a rule chooses from the grid of one curve; None if all of its cells diverged.
+
+    Args:
+        runs: As for :func:`select`.
+        rule: How to choose.
+        val_size: Number of held-out images, for the standard error.
+    """
+    cells = _summarise(runs)
+    finished = cells[cells["status"] == "finished"]
+    return None if finished.empty else str(_best(finished, rule, val_size)["fingerprint"])
+
+
 def _summarise(runs: pd.DataFrame) -> pd.DataFrame:
     """Return one row per cell: its setting, how it ended, its last training loss and its lowest validation error."""
     ordered = runs.sort_values(["fingerprint", "epoch"])

@@ -36,12 +36,15 @@ class MeanCurve:
         seconds: Training seconds since the start, ``[..., points]``.
         train_loss: Nats, ``[..., points]``.
         val_error: In [0, 1], ``[..., points]``.
+        best_val_error: The mean of each seed's own lowest, ``[...]``: the lowest point of the mean curve is another
+            number, and that of a resample is biased downwards.
     """
 
     epochs: "NDArray[np.float64]"
     seconds: "NDArray[np.float64]"
     train_loss: "NDArray[np.float64]"
     val_error: "NDArray[np.float64]"
+    best_val_error: "NDArray[np.float64]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,9 +124,7 @@ def resampled_curves(runs: pd.DataFrame, resamples: int, key: str) -> MeanCurve:
     """
     curves = _by_seed(runs)
     seeds = resampled_seeds(len(curves.seconds), resamples, key)
-    # [seeds, points] -> [resamples, seeds, points]
-    drawn = (values[seeds] for values in (curves.seconds, curves.train_loss, curves.val_error))
-    return _mean(MeanCurve(curves.epochs, *drawn))
+    return _mean(_Seeds(curves.epochs, *(values[seeds] for values in curves.quantities)))
 
 
 def first_reach(x: "NDArray[np.float64]", y: "NDArray[np.float64]", target: float) -> float:
@@ -190,21 +191,35 @@ def _rows(
     return rows
 
 
-def _by_seed(runs: pd.DataFrame) -> MeanCurve:
-    """Return the curves of the single seeds, ``[seeds, points]``, over the epochs that all have reached."""
+@dataclasses.dataclass(frozen=True)
+class _Seeds:
+    """Single seeds: epochs ``[points]``; seconds, training losses and validation errors ``[..., seeds, points]``."""
+
+    epochs: "NDArray[np.float64]"
+    seconds: "NDArray[np.float64]"
+    train_loss: "NDArray[np.float64]"
+    val_error: "NDArray[np.float64]"
+
+    @property
+    def quantities(self) -> "tuple[NDArray[np.float64], ...]":
+        return self.seconds, self.train_loss, self.val_error
+
+
+def _by_seed(runs: pd.DataFrame) -> _Seeds:
+    """Return the curves of the single seeds over the epochs that all have reached."""
     settings = runs["fingerprint"].nunique()
     if settings != 1:
         raise CollectError(f"A mean curve needs finished runs of one setting, got {settings}; keep the chosen one.")
     quantities = ["train_time_s", "train_loss", "val_error"]
     wide = runs.pivot(index="epoch", columns="seed", values=quantities).dropna()
     values = (wide[name].to_numpy(dtype=float).T for name in quantities)
-    return MeanCurve(wide.index.to_numpy(dtype=float), *values)
+    return _Seeds(wide.index.to_numpy(dtype=float), *values)
 
 
-def _mean(curves: MeanCurve) -> MeanCurve:
-    """Return the mean over seeds, ``[..., seeds, points]`` -> ``[..., points]``."""
-    quantities = (curves.seconds, curves.train_loss, curves.val_error)
-    return MeanCurve(curves.epochs, *(values.mean(axis=-2) for values in quantities))
+def _mean(seeds: _Seeds) -> MeanCurve:
+    """Return the mean over seeds."""
+    seconds, train_loss, val_error = (values.mean(axis=-2) for values in seeds.quantities)
+    return MeanCurve(seeds.epochs, seconds, train_loss, val_error, seeds.val_error.min(axis=-1).mean(axis=-1))
 
 
 def _first_reach(

@@ -282,3 +282,14 @@ def test_unknown_claims_and_mixed_settings_are_errors():
     mixed = finals.assign(fingerprint=[f"{seed % 2}" for seed in finals["seed"]])
     with pytest.raises(CollectError, match="one setting, got 2"):
         judge("C1", mixed)
+
+
+def test_best_validation_error_is_the_mean_of_each_seeds_own():
+    """Seeds that dip in different epochs: each counts with its lowest, as in the table of final numbers."""
+    finals = _finals("vgg11", FIG1)
+    grouped = finals["method"] == "grouped"
+    for seed, epoch in enumerate((8, 9, 10)):
+        finals.loc[grouped & (finals["seed"] == seed) & (finals["epoch"] == epoch), "val_error"] = 0.25
+    part = judge("C3", finals).parts[2]
+    assert part.value == pytest.approx(100 * (0.25 - 0.30))
+    assert (part.low, part.high) == pytest.approx((-5, -5))

@@ -1,8 +1,10 @@
 """Reports of campaigns made by hand: tuning, provenance, and what differs from the paper."""
 
 import dataclasses
+import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from campaign.report_inputs import (
     COMMIT,
@@ -35,12 +37,12 @@ def test_tuning_table_has_grid_bounds_and_the_choice(tmp_path):
     markdown, _ = written(report_input(definition, final_frame(definition), grid=grid, choices=choices), tmp_path)
     text = section(markdown, "Tuning")
     assert rows(text, "SUA")[0][1:] == [
-        *("0.1 to 0.3 (2)", "0.01 to 1 (3)", "6", "2", "1"),
+        *("0.1 to 0.3 (2)", "0.01 to 1 (3)", "6", "2", "1", "0"),
         *("**0.1**", "**0.01**", "12.3 %", "0.4321"),
     ]
     assert rows(text, "Batch-norm baseline")[0][2] == "–"
-    assert rows(text, "Batch-norm baseline")[0][7] == "–"
-    assert rows(text, "K-FAC")[0][4:] == ["–", "0", "–", "–", "–", "–"]
+    assert rows(text, "Batch-norm baseline")[0][8] == "–"
+    assert rows(text, "K-FAC")[0][4:] == ["–", "0", "0", "–", "–", "–", "–"]
     assert f"SUA: the choice is on an edge of its grid, {edge}" in text
     assert "SUA: diverged at lr 0.3, damping 0.01." in text
     assert "K-FAC: no cell was chosen" in text
@@ -154,5 +156,39 @@ def test_provenance_is_that_of_the_records(tmp_path):
 def test_one_clean_commit_needs_no_caution(tmp_path):
     """The warning is for uncommitted changes and mixed commits."""
     markdown, _ = written(report_input(campaign(TWO, claims=[]), final_frame(campaign(TWO))), tmp_path)
-    assert f"Commit: `{COMMIT}`\n" in markdown
+    assert f"Commit of the runs: `{COMMIT}`\n" in markdown
     assert "Caution" not in markdown
+
+
+def test_the_commit_of_the_report_stands_beside_that_of_the_runs(tmp_path):
+    """Statistics may be younger than the runs they are computed from."""
+    definition = campaign(TWO, claims=[])
+    report = dataclasses.replace(report_input(definition, final_frame(definition)), source_commit="f" * 40)
+    markdown, _ = written(report, tmp_path)
+    assert f"Commit of figures, statistics and verdicts: `{'f' * 40}`\n" in markdown
+
+
+def test_cells_that_learned_nothing_are_counted(tmp_path):
+    """A loss that rose above the untrained network's without becoming infinite has not diverged, and is told."""
+    definition = campaign(claims=[])
+    grid = grid_frame(definition)
+    untrained = grid.drop_duplicates("run").assign(epoch=0, train_loss=2.3)
+    grid = pd.concat([untrained, grid[grid["epoch"] > 0]], ignore_index=True)
+    exploded = (grid["method"] == "sua") & (grid["base_lr"] == 0.3) & (grid["epoch"] > 0)
+    grid.loc[exploded, "train_loss"] = 3e5
+    markdown, _ = written(report_input(definition, final_frame(definition), grid=grid), tmp_path)
+    row = rows(section(markdown, "Tuning"), "SUA")[0]
+    assert row[5:7] == ["0", "3"]
+
+
+def test_numbers_under_other_rules_are_shown(tmp_path):
+    """One column per rule, a dash where a number does not exist, a word where a target is never reached."""
+    table = pd.DataFrame(
+        [{"claim": "C1", "part": "Epochs, SUA / K-FAC", "threshold": "< 1.25", "a": 1.5, "b": 1.126, "c": math.inf}]
+    )
+    definition = campaign(claims=[])
+    report = dataclasses.replace(report_input(definition, final_frame(definition)), by_rule=table)
+    markdown, _ = written(report, tmp_path)
+    assert "How much hangs on the selection rule" in markdown
+    line = next(line for line in markdown.splitlines() if "Epochs, SUA / K-FAC" in line)
+    assert [cell.strip() for cell in line.strip("|").split("|")][-3:] == ["1.50", "1.13", "never"]

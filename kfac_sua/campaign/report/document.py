@@ -16,7 +16,7 @@ from kfac_sua.campaign.report.provenance import command_section, dirty_warning, 
 from kfac_sua.campaign.report.results import final_problems, final_section, target_section
 from kfac_sua.campaign.report.text import code, count, escape, join
 from kfac_sua.campaign.report.tuning import tuning_section
-from kfac_sua.campaign.report.verdicts import verdict_section, verdict_summary
+from kfac_sua.campaign.report.verdicts import rule_section, verdict_section, verdict_summary
 from kfac_sua.campaign.selection import Choice
 from kfac_sua.runs.record import RunInfo
 
@@ -43,6 +43,8 @@ class ReportInput:
         infos: run.json of all runs.
         final_infos: run.json of the final runs.
         overrides: What the user gave for all runs.
+        by_rule: Result of ``rule_table``.
+        source_commit: Commit of the source that makes the figures and the report, which may be later than the runs'.
     """
 
     campaign: Campaign
@@ -62,6 +64,8 @@ class ReportInput:
     infos: Sequence[RunInfo]
     final_infos: Sequence[RunInfo] = ()
     overrides: Sequence[str] = ()
+    by_rule: pd.DataFrame = dataclasses.field(default_factory=pd.DataFrame)
+    source_commit: str | None = None
 
 
 def write_report(report: ReportInput, out_dir: Path) -> tuple[Path, Path]:
@@ -95,14 +99,14 @@ def _document(report: ReportInput, addresses: Mapping[str, str]) -> str:
     """Return the report in Markdown."""
     campaign, grid, finals = report.campaign, report.grid, report.finals
     sections = {
-        "Verdicts": verdict_section(report.verdicts),
+        "Verdicts": join([verdict_section(report.verdicts), rule_section(report.by_rule)]),
         "Figures": join([f"![{escape(caption)}]({url})\n\n*{escape(caption)}*" for caption, url in addresses.items()]),
         "Final numbers": final_section(campaign, finals, report.seeds, report.infos),
         "Time to the baseline's level": target_section(campaign, report.targets),
         "Tuning": tuning_section(campaign, grid, report.choices, report.selection_rule, report.infos),
         "What differs from the paper": difference_section(campaign, finals, report.infos),
         "Limits": limit_section(finals, has_claims=bool(report.verdicts)),
-        "Hardware, versions and commit": environment_section(grid, finals, report.infos),
+        "Hardware, versions and commit": environment_section(grid, finals, report.infos, report.source_commit),
         "Commands": command_section(
             campaign, report.scale_settings, report.overrides, report.command, report.cell_commands
         ),
@@ -129,6 +133,10 @@ def _opening(report: ReportInput) -> list[str]:
     untested = [claim for claim in report.campaign.claims if claim not in {v.claim for v in report.verdicts}]
     if untested:
         summary += f" Not tested, for want of curves: {escape(', '.join(untested))}."
+    if summary and report.scale != "full":
+        summary += (
+            f" They hold at scale {code(report.scale)} and on this device, and are no verdict on the paper's own size."
+        )
     warnings = [dirty_warning(report.infos), timing_warning(report.final_infos)]
     return [about, f"Verdicts: {summary}" if summary else "", problems, *warnings]
 

@@ -14,13 +14,16 @@ from kfac_sua.runs.record import RunInfo
 _NOT_RECORDED = "not recorded"
 
 
-def environment_section(grid: pd.DataFrame, finals: pd.DataFrame, infos: Sequence[RunInfo]) -> str:
+def environment_section(
+    grid: pd.DataFrame, finals: pd.DataFrame, infos: Sequence[RunInfo], source_commit: str | None = None
+) -> str:
     """Return hardware, versions, commits and cost; where runs differ, all of what they say.
 
     Args:
         grid: Rows of ``collect_runs`` of all grid cells.
         finals: Those of the final runs.
         infos: run.json of all runs.
+        source_commit: Commit of the source that makes the report.
     """
     if not infos:
         return "No run has left a record of where it ran."
@@ -36,7 +39,8 @@ def environment_section(grid: pd.DataFrame, finals: pd.DataFrame, infos: Sequenc
     items = [
         f"Hardware: {_with_counts(hardware)}",
         f"Versions: {', '.join(versions)}",
-        f"Commit: {_with_counts(Counter(_commit(info) for info in infos))}",
+        f"Commit of the runs: {_with_counts(Counter(_commit(info.commit) for info in infos))}",
+        f"Commit of figures, statistics and verdicts: {_commit(source_commit)}",
         f"Runs: {_cost('grid', grid)}; {_cost('final', finals)}",
         f"Time: {period}",
     ]
@@ -127,11 +131,11 @@ def _versions(infos: Sequence[RunInfo], package: str) -> str:
     return escape(" and ".join(found))
 
 
-def _commit(info: RunInfo) -> str:
-    if info.commit is None:
+def _commit(commit: str | None) -> str:
+    if commit is None:
         return f"{_NOT_RECORDED} (not a git checkout)"
-    is_dirty = info.commit.endswith("+dirty")
-    return code(info.commit) + (" (**uncommitted changes**)" if is_dirty else "")
+    is_dirty = commit.endswith("+dirty")
+    return code(commit) + (" (**uncommitted changes**)" if is_dirty else "")
 
 
 def _minute(time: str) -> str:

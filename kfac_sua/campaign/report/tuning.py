@@ -17,7 +17,7 @@ _COLUMNS = (
     *(
         (name, "right")
         for name in (
-            *("Learning rates", "Dampings", "Runs", "Grown", "Diverged"),
+            *("Learning rates", "Dampings", "Runs", "Grown", "Diverged", "At chance"),
             *("Chosen lr", "Chosen damping", "Validation error, best", "Training loss"),
         )
     ),
@@ -41,7 +41,8 @@ def tuning_section(
     explanation = (
         f"Selection rule: {escape(rule)} The test set takes no part in it. Every cell of a grid is one run of one seed"
         f"{f', of {sizes}' if sizes else ''}; a grid whose best cell lies on an edge grows by a step beyond that edge,"
-        " a limited number of times."
+        " a limited number of times. A cell has diverged if its loss became non-finite; it is at chance if its last"
+        " training loss is no lower than the untrained network's."
     )
 
     def section(panel: Panel) -> str:
@@ -102,11 +103,18 @@ def _row(
         str(len(runs)),
         NOTHING if choice is None else str(choice.num_grown),
         str(int((runs["status"] == "diverged").sum())),
+        str(_num_at_chance(curve_rows(grid, panel.name, method))),
     ]
     if choice is None:
         return [*row, *[NOTHING] * 4]
     damping = NOTHING if choice.damping is None else f"**{choice.damping:g}**"
     return [*row, f"**{choice.lr:g}**", damping, percent(choice.val_error), number(choice.train_loss)]
+
+
+def _num_at_chance(rows: pd.DataFrame) -> int:
+    """Return how many finished cells ended with a training loss no lower than that of the untrained network."""
+    runs = rows[rows["status"] == "finished"].sort_values("epoch").groupby("run")
+    return int((runs["train_loss"].last() >= runs["train_loss"].first()).sum())
 
 
 def _axis(values: "pd.Series[float]") -> str:

@@ -3,8 +3,10 @@
 import math
 from collections.abc import Sequence
 
+import pandas as pd
+
 from kfac_sua.campaign.claims import Part, Verdict
-from kfac_sua.campaign.report.text import NOTHING, bounds, escape, join, listed, number, table
+from kfac_sua.campaign.report.text import NOTHING, bounds, code, escape, join, listed, number, table
 
 _DIGITS, _DECIMALS = 3, 3  # of ratios and differences in percentage points, which a few seeds give no better
 
@@ -34,9 +36,33 @@ def verdict_section(verdicts: Sequence[Verdict]) -> str:
     rule = (
         "A claim holds if all its parts hold, does not hold if one does not, and is undecided otherwise. A part is"
         " decided only if its value and its whole 95 % interval lie on one side of the threshold. Seeds are those of"
-        " the method with the fewest."
+        " the method with the fewest. An end “never” of an interval, or 0.00 beside it, comes from resamples in which a"
+        " method never reaches the target."
     )
     return join([table(columns, rows), rule, *(_claim_details(verdict) for verdict in verdicts)])
+
+
+def rule_section(by_rule: pd.DataFrame) -> str:
+    """Return the deciding numbers under every selection rule, from the runs of the grid; empty without claims.
+
+    Args:
+        by_rule: Result of ``rule_table``.
+    """
+    if by_rule.empty:
+        return ""
+    rules = [name for name in by_rule.columns if name not in ("claim", "part", "threshold")]
+    columns = [("Claim", "left"), ("Part", "left"), ("Needed", "right"), *((code(rule), "right") for rule in rules)]
+    rows = [
+        [row["claim"], escape(row["part"]), escape(row["threshold"])]
+        + [number(float(row[rule]), _DIGITS, _DECIMALS) for rule in rules]
+        for _, row in by_rule.iterrows()
+    ]
+    text = (
+        "The same numbers between the cells that each selection rule would choose, from the runs of the grid: one seed"
+        " and the grid's epochs, so without intervals. A verdict whose number crosses its threshold from one column to"
+        " another hangs on the rule, which the intervals above do not contain."
+    )
+    return join(["### How much hangs on the selection rule", text, table(columns, rows)])
 
 
 def _deciding(verdict: Verdict) -> str:
