@@ -104,11 +104,13 @@ class Measure:
         words: What is measured.
         of: A method's and the baseline's curves, ``[..., points]``, to the number, ``[...]``.
         comparison: ``ratio``, or ``points`` for the difference of two errors in percentage points.
+        is_timed: Whether it needs seconds that can be compared, those of runs alone on the device.
     """
 
     words: str
     of: "Callable[[MeanCurve, MeanCurve], NDArray[np.float64]]"
     comparison: Literal["ratio", "points"] = "ratio"
+    is_timed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,12 +260,16 @@ def _value_notes(claim: Claim, parts: tuple[Part, ...], means: Curves) -> Iterat
 
 
 _EPOCHS_TO_LOSS = Measure("Epochs to the baseline's final training loss", FINAL_LOSS.epochs)
-_SECONDS_TO_LOSS = Measure("Seconds to the baseline's final training loss", FINAL_LOSS.seconds)
-_SECONDS_TO_ERROR = Measure("Seconds to the baseline's best validation error", BEST_ERROR.seconds)
+_SECONDS_TO_LOSS = Measure("Seconds to the baseline's final training loss", FINAL_LOSS.seconds, is_timed=True)
+_SECONDS_TO_ERROR = Measure("Seconds to the baseline's best validation error", BEST_ERROR.seconds, is_timed=True)
 _SECONDS_TO_HALFWAY = Measure(
-    "Seconds to the baseline's best validation error in the first half of its epochs", HALFWAY_ERROR.seconds
+    "Seconds to the baseline's best validation error in the first half of its epochs",
+    HALFWAY_ERROR.seconds,
+    is_timed=True,
 )
-_SECONDS_PER_EPOCH = Measure("Seconds per epoch", lambda curve, _: curve.seconds[..., -1] / curve.epochs[-1])
+_SECONDS_PER_EPOCH = Measure(
+    "Seconds per epoch", lambda curve, _: curve.seconds[..., -1] / curve.epochs[-1], is_timed=True
+)
 _FINAL_TRAIN_LOSS = Measure("Final training loss", lambda curve, _: curve.train_loss[..., -1])
 _BEST_VAL_ERROR = Measure("Best validation error", lambda curve, _: curve.best_val_error, "points")
 _FINAL_VAL_ERROR = Measure("Final validation error", lambda curve, _: curve.val_error[..., -1], "points")

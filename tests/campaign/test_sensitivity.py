@@ -48,6 +48,12 @@ def test_each_rule_has_the_numbers_of_its_own_cells():
     assert table[str(Rule.train_loss)].tolist() == pytest.approx([1.0])
 
 
+def test_seconds_of_the_grid_are_not_compared():
+    """C2 is about seconds alone, which runs that share the device cannot tell."""
+    grid = pd.concat([cell(method, "only", 1.0, 0.4) for method in ("baseline", "kfac", "sua")])
+    assert rule_table(grid, ["C2"], val_size=1000).empty
+
+
 def test_without_claims_there_is_nothing_to_tell():
     """An ablation has an empty table."""
     assert rule_table(cell("sua", "only", 1.0, 0.5), [], val_size=1000).empty

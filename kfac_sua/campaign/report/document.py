@@ -134,9 +134,7 @@ def _opening(report: ReportInput) -> list[str]:
     if untested:
         summary += f" Not tested, for want of curves: {escape(', '.join(untested))}."
     if summary and report.scale != "full":
-        summary += (
-            f" They hold at scale {code(report.scale)} and on this device, and are no verdict on the paper's own size."
-        )
+        summary += f" These are verdicts at scale {code(report.scale)} on this device, not at the paper's own size."
     warnings = [dirty_warning(report.infos), timing_warning(report.final_infos)]
     return [about, f"Verdicts: {summary}" if summary else "", problems, *warnings]
 

@@ -59,8 +59,9 @@ def rule_section(by_rule: pd.DataFrame) -> str:
     ]
     text = (
         "The same numbers between the cells that each selection rule would choose, from the runs of the grid: one seed"
-        " and the grid's epochs, so without intervals. A verdict whose number crosses its threshold from one column to"
-        " another hangs on the rule, which the intervals above do not contain."
+        " and the grid's epochs, so without intervals, and side by side on the device, so without seconds. A verdict"
+        " whose number crosses its threshold from one column to another hangs on the rule, which the intervals above do"
+        " not contain."
     )
     return join(["### How much hangs on the selection rule", text, table(columns, rows)])
 
