@@ -64,7 +64,7 @@ def publish(plan: Plan, *, scale: str, device: str, rule: Rule, results: Results
         choices=results.choices,
         targets=targets,
         verdicts=[judge(claim, results.finals) for claim in claims],
-        figures=_draw(plan.campaign, results, targets, out_dir),
+        figures=_draw(plan.campaign, scale, results, targets, out_dir),
         infos=[read_cell_info(cell) for cell in (*results.grid_cells, *results.final_cells)],
         by_rule=rule_table(results.grid, claims, results.grid_cells[0].config.dataset.validation_size),
         source_commit=environment(device).commit,
@@ -84,13 +84,13 @@ def _decidable(campaign: Campaign) -> list[str]:
     ]
 
 
-def _draw(campaign: Campaign, results: Results, targets: pd.DataFrame, out_dir: Path) -> Mapping[str, Path]:
+def _draw(campaign: Campaign, scale: str, results: Results, targets: pd.DataFrame, out_dir: Path) -> Mapping[str, Path]:
     """Draw all figures and return the PNG of each by its caption."""
     styles = method_styles(campaign.methods(), campaign.labels())
     panels = [(panel.name, panel.title) for panel in campaign.panels]
     chosen = {(choice.panel, choice.method): choice.fingerprint for choice in results.choices}
     paths = {
-        campaign.title: _draw_curves(campaign, panels, results.finals, styles, out_dir),
+        campaign.title: _draw_curves(campaign, scale, panels, results.finals, styles, out_dir),
         "The grid: training loss and validation error per cell; the chosen one is framed.": draw_grid_map(
             results.grid, out_dir, styles=styles, chosen=chosen, panels=panels
         ),
@@ -106,11 +106,13 @@ def _draw(campaign: Campaign, results: Results, targets: pd.DataFrame, out_dir: 
 
 def _draw_curves(
     campaign: Campaign,
+    scale: str,
     panels: list[tuple[str, str]],
     finals: pd.DataFrame,
     styles: Mapping[str, MethodStyle],
     out_dir: Path,
 ) -> list[Path]:
+    title = campaign.title if scale == "full" else f"{campaign.title} (scale {scale})"
     if campaign.figure == "fig2":
-        return draw_figure2(finals, panels, out_dir, campaign.title, styles=styles, name=campaign.name)
-    return draw_figure1(finals, out_dir, campaign.title, styles=styles, name=campaign.name)
+        return draw_figure2(finals, panels, out_dir, title, styles=styles, name=campaign.name)
+    return draw_figure1(finals, out_dir, title, styles=styles, name=campaign.name)

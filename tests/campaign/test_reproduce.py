@@ -38,7 +38,7 @@ def campaigns(tmp_path_factory) -> tuple[Path, Path, list[int]]:
     """
     whole, killed = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("killed")
     with subprocess.Popen(command(whole), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as one:
-        ended_at_kill = [_run_and_kill(killed, num_runs) for num_runs in (4, 25, 42)]
+        ended_at_kill = [_run_and_kill(killed, num_runs) for num_runs in (25, 42)]  # in the grid, in the final runs
         result = call(killed)
         assert result.returncode == 0, result.stdout + result.stderr
         output, _ = one.communicate(timeout=400)
