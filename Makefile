@@ -48,7 +48,7 @@ reproduce-fig2: $(INSTALLED) ## Figure 2, the same way
 ablation-%: $(INSTALLED) ## sharing, fisher, damping_rule, refresh or group_size, the same way
 	$(call REPRODUCE,ablation_$*)
 
-test: $(INSTALLED) ## Tests without a GPU and without a download, a few minutes on 2 cores
+test: $(INSTALLED) ## Tests without a GPU and without a download, six minutes on 2 cores
 	$(TEST_ENV) $(RUN) -m pytest -m "not slow and not gpu"
 
 test-slow: $(INSTALLED) ## The tests that `make test` leaves out because they take long
