@@ -1,5 +1,6 @@
 """The stages of a campaign: the grid with its growth, the selection, and the final runs alone on the device."""
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -86,17 +87,15 @@ def settled(plan: Plan, rule: Rule) -> tuple[dict[CurveKey, Grid], list[Choice] 
         Grids per curve, and the chosen cells; None instead of these while some runs of the grids are to be done.
     """
     firsts = plan.grids()
-    grids, choices = dict(firsts), list[Choice]()
-    for _ in range(plan.scale.growth_steps + 1):
+    grids = dict(firsts)
+    for growth in itertools.count():
         if not all(read_state(cell).has_ended for cell in plan.all_grid_cells(grids)):
             return grids, None
         choices = [_choose(plan, key, (firsts[key], grid), rule) for key, grid in grids.items()]
         grown = {key: grids[key].grown(choice.lr, choice.damping) for key, choice in zip(grids, choices, strict=True)}
-        if grown == grids:
+        if grown == grids or growth == plan.scale.growth_steps:
             break
-        last, grids = grids, grown
-    else:
-        grids = last
+        grids = grown
     return grids, choices
 
 
@@ -108,13 +107,14 @@ def _choose(plan: Plan, key: CurveKey, grids: tuple[Grid, Grid], rule: Rule) -> 
 def _run(title: str, cells: Sequence[Cell], plan: Plan, *, jobs: int, reuse: bool, like: Sequence[Cell] = ()) -> None:
     """Carry out what has not ended of some runs; others like them tell how long that will take."""
     unique = list({cell.directory.path: cell for cell in cells}.values())  # two curves may share a run
-    waiting = [cell for cell in unique if not read_state(cell).has_ended]
-    if not waiting:
+    to_do = [(cell, state) for cell in unique if not (state := read_state(cell)).has_ended]
+    if not to_do:
         print(f"{title}: all {len(unique)} runs are done", flush=True)
         return
+    waiting = [cell for cell, _ in to_do]
     _check_data(waiting)
     estimator = Estimator([*unique, *like], plan.scale.seconds_per_step)
-    left = shown_seconds(estimator.total([(cell, read_state(cell)) for cell in waiting], jobs))
+    left = shown_seconds(estimator.total(to_do, jobs))
     print(f"{title}: {len(waiting)} of {len(unique)} runs to do, {jobs} at a time, {left}", flush=True)
     failures: dict[str, str] = {}
     progress = CampaignProgress(title, unique, estimator, jobs)

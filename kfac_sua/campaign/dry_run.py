@@ -21,14 +21,14 @@ def describe(plan: Plan, rule: Rule, jobs: int) -> str:
     # Until the grid is done any of its cells stands for the chosen one: all take equally long.
     finals = plan.final_cells(chosen or {key: next(grid.points()) for key, grid in grids.items()})
     estimator = Estimator([*grid_cells, *finals], plan.scale.seconds_per_step)
-    lines = [f"{plan.campaign.title}, in {plan.root}", *(_line(cell, estimator) for cell in grid_cells)]
-    lines += [_line(cell, estimator) for cell in finals] if chosen else []
-    grid_s = estimator.total([(cell, read_state(cell)) for cell in grid_cells], jobs)
-    final_s = estimator.total([(cell, read_state(cell)) for cell in finals])
+    grid_states, final_states = ([(cell, read_state(cell)) for cell in cells] for cells in (grid_cells, finals))
+    grid_s, final_s = estimator.total(grid_states, jobs), estimator.total(final_states)
     both = None if grid_s is None or final_s is None else grid_s + final_s
-    lines += [
-        _sum("grid", grid_cells, grid_s, f", {jobs} at a time"),
-        _sum("final runs", finals, final_s, ", alone on the device"),
+    lines = [
+        f"{plan.campaign.title}, in {plan.root}",
+        *(_line(*each, estimator) for each in [*grid_states, *(final_states if chosen else [])]),
+        _sum("grid", grid_states, grid_s, f", {jobs} at a time"),
+        _sum("final runs", final_states, final_s, ", alone on the device"),
         f"together {shown_seconds(both)}",
     ]
     if not chosen:
@@ -41,8 +41,7 @@ def describe(plan: Plan, rule: Rule, jobs: int) -> str:
     return "\n".join(lines)
 
 
-def _line(cell: Cell, estimator: Estimator) -> str:
-    state = read_state(cell)
+def _line(cell: Cell, state: CellState, estimator: Estimator) -> str:
     left = "" if state.has_ended else f", {shown_seconds(estimator.seconds(cell, state))}"
     return f"  {cell.name}: {_status(cell, state)}{left}"
 
@@ -53,6 +52,6 @@ def _status(cell: Cell, state: CellState) -> str:
     return f"epoch {state.epochs} of {cell.config.epochs} done" if state.epochs else "to do"
 
 
-def _sum(title: str, cells: list[Cell], seconds: float | None, how: str) -> str:
-    done = sum(read_state(cell).has_ended for cell in cells)
-    return f"{title}: {len(cells)} runs, {done} done, {len(cells) - done} to do{how}: {shown_seconds(seconds)}"
+def _sum(title: str, states: list[tuple[Cell, CellState]], seconds: float | None, how: str) -> str:
+    done = sum(state.has_ended for _, state in states)
+    return f"{title}: {len(states)} runs, {done} done, {len(states) - done} to do{how}: {shown_seconds(seconds)}"

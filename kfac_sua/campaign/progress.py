@@ -25,7 +25,7 @@ class CampaignProgress:
     """
 
     def __init__(self, title: str, cells: Sequence[Cell], estimator: Estimator, jobs: int) -> None:
-        self._title, self._cells, self._estimator, self._jobs = title, cells, estimator, jobs
+        self._cells, self._estimator, self._jobs = cells, estimator, jobs
         self._states = {id(cell): read_state(cell) for cell in cells}
         self._failed: set[int] = set()
         self._running: list[Cell] = []

@@ -28,10 +28,13 @@ class MethodStyle:
     marker: str
 
 
+# The method that others are compared with.
+BASELINE = "baseline"
+
 # Keyed by the name of the method, in the order of the legend: the paper's five curves (named as their preconditioner),
 # then the comparators. Colours of Okabe and Ito (2008), without their yellow, which is too light for a line.
 METHODS = {
-    "baseline": MethodStyle("Batch-norm baseline", "#000000", "-", "o"),
+    BASELINE: MethodStyle("Batch-norm baseline", "#000000", "-", "o"),
     "kfac": MethodStyle("K-FAC", "#0072B2", (0, (5, 1.5)), "s"),
     "grouped": MethodStyle("K-FAC, groups", "#009E73", (0, (5, 1.5, 1, 1.5)), "^"),
     "sua": MethodStyle("SUA", "#D55E00", (0, (7, 1.2, 1, 1.2, 1, 1.2)), "D"),

@@ -11,7 +11,7 @@ from kfac_sua.figures.bars import label_bars, row_height, write_at_end
 from kfac_sua.figures.files import PAGE_WIDTH, write_figure
 from kfac_sua.figures.lines import legend_columns
 from kfac_sua.figures.panels import method_names, panel_titles, with_names
-from kfac_sua.figures.style import METHODS, MethodStyle, short_number
+from kfac_sua.figures.style import BASELINE, METHODS, MethodStyle, short_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +26,6 @@ PHASES = {
     "optimizer": ("Optimizer", "#777777", ""),
     "other": ("Other", "#FFFFFF", "xxxx"),
 }
-_BASELINE = "baseline"
 _NEGLIGIBLE = 1e-3  # of an epoch; less is the clock's own cost and rounding
 
 
@@ -80,7 +79,7 @@ def _seconds_per_epoch(frame: pd.DataFrame, names: list[str], panels: list[str])
     for panel in panels:
         inside = frame[frame["panel"] == panel]
         means = {name: _mean_split(inside[inside["method"] == name]) for name in names if name in set(inside["method"])}
-        reference = means[_BASELINE][0]["total"] if _BASELINE in means else np.nan
+        reference = means[BASELINE][0]["total"] if BASELINE in means else np.nan
         for name, (split, seeds) in means.items():
             for phase, seconds in split.items():
                 ratio = seconds / reference if phase == "total" else np.nan
@@ -127,7 +126,7 @@ def _total_text(total: float, ratio: float, name: str) -> str:
     """Return the total, with its ratio to the baseline's for another method."""
     if np.isnan(total):
         return "no finished run"
-    note = "" if name == _BASELINE or np.isnan(ratio) else f" ({ratio:.2f}×)"
+    note = "" if name == BASELINE or np.isnan(ratio) else f" ({ratio:.2f}×)"
     return f"{short_number(total)} s{note}"
 
 

@@ -11,14 +11,13 @@ from kfac_sua.figures.bars import label_bars, row_height, write_at_end
 from kfac_sua.figures.curves import FigureError
 from kfac_sua.figures.files import PAGE_WIDTH, write_figure
 from kfac_sua.figures.panels import method_names, panel_titles
-from kfac_sua.figures.style import METHODS, MethodStyle, short_number, wrapped
+from kfac_sua.figures.style import BASELINE, METHODS, MethodStyle, short_number, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 UNITS = {"epochs": "Epochs", "seconds": "Training time (s)"}
-_BASELINE = "baseline"
 _TARGETS = ("val_error", "train_loss")
 
 
@@ -97,7 +96,7 @@ def _draw_bars(axes: "Axes", rows: pd.DataFrame, unit: str, styles: Mapping[str,
     names = rows["method"].tolist()
     finite = np.concatenate([values, lows, highs])
     right = 1.42 * max(finite[np.isfinite(finite)], default=1.0) or 1.0  # room for the texts
-    reference = values[names.index(_BASELINE)] if _BASELINE in names else np.nan
+    reference = values[names.index(BASELINE)] if BASELINE in names else np.nan
     lengths = np.where(np.isfinite(values), values, 0.0)
     for index, name in enumerate(names):
         end, color = lengths[index], styles[name].color
@@ -105,7 +104,7 @@ def _draw_bars(axes: "Axes", rows: pd.DataFrame, unit: str, styles: Mapping[str,
             axes.barh(index, end, 0.62, color=(color, 0.45), edgecolor=color, linewidth=1.0)
         if np.isfinite(values[index]) and np.isfinite(lows[index]):
             end = max(end, _draw_whisker(axes, index, lows[index], highs[index], right))
-        text = _text(values[index], np.nan if name == _BASELINE else reference)
+        text = _text(values[index], np.nan if name == BASELINE else reference)
         write_at_end(axes, end, index, text)
     if np.isfinite(reference):
         axes.axvline(reference, color="black", linewidth=0.9, linestyle=(0, (4, 2)), zorder=0.9)
