@@ -12,12 +12,17 @@ class SideCost:
         width: Width d of a block.
         vectors: Vectors of width d that one application multiplies per block.
         inverse_period: Applications per refresh.
+        correlated_rows: Kernel rows, where statistics come from correlations between image rows: these save all but
+            one of them (see ``correlations``).
+        patch_taps: Kernel taps, where rows are patches that are never formed (see ``patch_rows``); 0 where they are.
     """
 
     num_blocks: int
     width: int
     vectors: int
     inverse_period: int
+    correlated_rows: int = 1
+    patch_taps: int = 0
 
     def dense_inverse(self) -> int:
         """Cholesky factorisation (d³/3) and inverse from it (2 d³/3), all blocks."""
@@ -31,18 +36,25 @@ class SideCost:
         """One application of dense inverse blocks."""
         return 2 * self.num_blocks * self.vectors * self.width**2
 
+    def statistics(self, rows: int) -> int:
+        """Dense blocks from rows."""
+        return 2 * self.num_blocks * rows * self.width**2 // self.correlated_rows
+
     def low_rank_inverse(self, rows: int) -> int:
-        """Gram matrix, its Cholesky factorisation and the triangular solve, all blocks."""
-        return self.num_blocks * (2 * rows**2 * self.width + rows**3 // 3 + rows**2 * self.width)
+        """Gram matrix and its Cholesky factorisation, and the triangular solve unless rows are patches, all blocks."""
+        factorisation = rows**3 // 3
+        if self.patch_taps:
+            return self.num_blocks * (2 * rows**2 * (self.width // self.patch_taps) + factorisation)
+        return self.num_blocks * (2 * rows**2 * self.width + factorisation + rows**2 * self.width)
 
     def low_rank_apply(self, rows: int) -> int:
-        """One application of the Woodbury form."""
-        return 4 * self.num_blocks * self.vectors * self.width * rows
+        """One application of the Woodbury form; for patches, of taps that all read a pixel."""
+        solve = 2 * rows**2 if self.patch_taps else 0
+        return self.num_blocks * self.vectors * (4 * self.width * rows + solve)
 
     def dense_total(self, rows: int) -> int:
         """Statistics, inverse and applications over one refresh period."""
-        statistics = 2 * self.num_blocks * rows * self.width**2
-        return statistics + self.dense_inverse() + self.inverse_period * self.dense_apply()
+        return self.statistics(rows) + self.dense_inverse() + self.inverse_period * self.dense_apply()
 
     def low_rank_total(self, rows: int) -> int:
         """Inverse and applications over one refresh period; the rows themselves are the statistics."""

@@ -19,60 +19,86 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kfac_sua.preconditioner.grouping import BiasBlock, BlockLayout, ChannelGroups
+from kfac_sua.preconditioner.grouping import BiasBlock, BlockLayout
 from kfac_sua.preconditioner.layers import LayerGeometry
+from kfac_sua.preconditioner.patch_rows import PatchRows
+from kfac_sua.preconditioner.pixels import output_size, pad, patches, pixel_read_counts, split_channels
 
 MAX_PATCH_ELEMENTS = 2**25
-"""Patches formed at once (128 MiB in float32); larger batches are taken in chunks of examples."""
+"""Numbers in the patches formed at once (128 MiB in float32); larger batches are taken in chunks of examples."""
+
+SYMMETRIC_WIDTH = 256
+"""Width from which a quarter of a Gram matrix is worth leaving out (measured on a CPU: 24 to 30 % faster)."""
 
 
 @dataclass
 class Factor:
     """One side of a layer's Kronecker product, normalised: dense blocks, or rows whose Gram matrix they are.
 
+    Exactly one of the three is given.
+
     Args:
-        blocks: Symmetric positive semi-definite, ``[num_blocks, d, d]``; ``None`` where ``rows`` are kept instead.
-        rows: ``[num_blocks, rows, d]`` with ``blocks = rowsᵀ rows``; ``None`` where ``blocks`` is given.
+        blocks: Symmetric positive semi-definite, ``[num_blocks, d, d]``.
+        rows: ``[num_blocks, rows, d]`` with ``blocks = rowsᵀ rows``.
+        patches: Such rows of one block, as the patches of a mini-batch.
     """
 
     blocks: Tensor | None = None
     rows: Tensor | None = None
+    patches: PatchRows | None = None
 
     @property
     def values(self) -> Tensor:
-        """Whichever of the two is kept."""
+        """The tensor that the factor is kept as."""
+        if self.patches is not None:
+            return self.patches.pixels
         values = self.blocks if self.blocks is not None else self.rows
         assert values is not None
         return values
 
     def traces(self) -> Tensor:
         """Trace of every block, ``[num_blocks]``."""
+        if self.patches is not None:
+            return self.patches.trace()[None]
         if self.blocks is not None:
             return self.blocks.diagonal(dim1=-2, dim2=-1).sum(-1)
         return self.values.square().sum((-2, -1))
 
     def dense(self) -> Tensor:
         """Return the blocks, ``[num_blocks, d, d]``."""
-        return self.blocks if self.blocks is not None else gram(self.values)
+        if self.blocks is not None:
+            return self.blocks
+        return gram(self.patches.rows()[None] if self.patches is not None else self.values)
+
+    @property
+    def core_width(self) -> int:
+        """Width of the matrices that :meth:`core` gives."""
+        if self.patches is not None:
+            return self.patches.num_rows
+        return self.values.shape[-1 if self.blocks is not None else -2]
+
+    def core(self) -> Tensor:
+        """Return a new matrix per block that has the block's non-zero eigenvalues: the block, or its rows' products."""
+        if self.blocks is not None:
+            return self.blocks.clone()
+        return self.patches.gram()[None] if self.patches is not None else self.values @ self.values.mT
+
+    def in_float64(self, indices: Tensor) -> "Factor":
+        """Return some of the blocks, in float64."""
+        if self.patches is not None:
+            return Factor(patches=self.patches.double())
+        values = self.values[indices].double()
+        return Factor(blocks=values) if self.blocks is not None else Factor(rows=values)
 
 
 def gram(rows: Tensor) -> Tensor:
-    """Return rowsᵀ rows of ``[blocks, rows, d]``, as ``[blocks, d, d]``."""
-    return rows.mT @ rows
-
-
-def to_locations(values: Tensor, geometry: LayerGeometry) -> Tensor:
-    """Return layer inputs or output gradients with channels last, ``[examples, height, width, channels]``.
-
-    Args:
-        values: ``[n, c, h, w]`` or ``[c, h, w]`` for a convolution; ``[n, ..., features]`` or ``[features]`` for a
-            linear layer, whose extra dimensions become locations.
-        geometry: The layer's geometry.
-    """
-    if geometry.is_convolution:
-        return (values if values.dim() == 4 else values.unsqueeze(0)).permute(0, 2, 3, 1)
-    values = values if values.dim() > 1 else values.unsqueeze(0)
-    return values.reshape(values.shape[0], -1, 1, values.shape[-1])
+    """Return rowsᵀ rows of ``[blocks, rows, d]``, as ``[blocks, d, d]``; of wide blocks, one triangle is computed."""
+    width = rows.shape[-1]
+    if width < SYMMETRIC_WIDTH:
+        return rows.mT @ rows
+    left, right = rows.split([width // 2, width - width // 2], dim=-1)
+    product = left.mT @ right
+    return torch.cat([torch.cat([gram(left), product], dim=-1), torch.cat([product.mT, gram(right)], dim=-1)], dim=-2)
 
 
 def gradient_rows(output_grads: Tensor, layout: BlockLayout, *, reduce: bool) -> Tensor:
@@ -88,7 +114,18 @@ def gradient_rows(output_grads: Tensor, layout: BlockLayout, *, reduce: bool) ->
     """
     grads = output_grads.flatten(1, 2)  # [n, locations, channels]
     grads = grads.sum(1) if reduce else grads.flatten(0, 1)  # [rows, channels]
-    return _channel_blocks(grads.unsqueeze(1), layout.conv_groups, layout.gradient)
+    return split_channels(grads.unsqueeze(1), layout.conv_groups, layout.gradient)
+
+
+def num_activation_rows(inputs: Tensor, geometry: LayerGeometry, layout: BlockLayout) -> int:
+    """Return how many rows :func:`activation_rows` gives for inputs ``[n, h, w, channels]``."""
+    num_examples, height, width, _ = inputs.shape
+    if layout.taps_in_features:
+        height, width = output_size(geometry, height, width)
+    elif geometry.padding_mode != "zeros":
+        left, right, top, bottom = geometry.padding
+        height, width = height + top + bottom, width + left + right
+    return num_examples * height * width
 
 
 def activation_rows(inputs: Tensor, geometry: LayerGeometry, layout: BlockLayout) -> Iterator[Tensor]:
@@ -109,12 +146,39 @@ def activation_rows(inputs: Tensor, geometry: LayerGeometry, layout: BlockLayout
     if not layout.taps_in_features:
         yield _weighted_pixels(inputs, geometry, layout)
         return
-    padded = _pad(inputs, geometry)
-    height, width = _output_size(padded, geometry)
-    per_example = height * width * layout.num_taps * padded.shape[-1]
-    for chunk in padded.split(max(1, MAX_PATCH_ELEMENTS // max(1, per_example))):
-        patches = _patches(chunk, geometry).flatten(0, 2).flatten(1, 2)  # [rows, taps, channels]
-        yield _with_bias_coordinate(_channel_blocks(patches, layout.conv_groups, layout.activation), layout, 1.0)
+    windows = patches(pad(inputs, geometry), geometry)  # [n, h', w', kh, kw, channels], a view
+    per_example = windows[:1].numel()
+    for chunk in windows.split(max(1, MAX_PATCH_ELEMENTS // max(1, per_example))):
+        yield _patch_rows(chunk.flatten(0, 2), layout)
+
+
+def sampled_activation_rows(
+    inputs: Tensor, geometry: LayerGeometry, layout: BlockLayout, most: int
+) -> Iterator[Tensor]:
+    """Yield at most ``most`` of the rows of :func:`activation_rows`, scaled so that the expected moment is the same.
+
+    An approximation: the rows are spread evenly over examples and locations, one from each of ``most`` equal stretches
+    at an offset of the golden ratio's multiples, so that no regular pattern of locations is favoured.
+
+    Args:
+        inputs: ``[n, h, w, conv_groups · in_channels]``.
+        geometry: The layer's geometry.
+        layout: The layer's block layout.
+        most: Rows to take.
+
+    Yields:
+        ``[conv_groups · Q, rows, d]``.
+    """
+    if not layout.taps_in_features:
+        rows = _weighted_pixels(inputs, geometry, layout)
+        chosen = _spread(rows.shape[1], most, inputs.device)
+        yield rows[:, chosen] * (rows.shape[1] / len(chosen)) ** 0.5
+        return
+    windows = patches(pad(inputs, geometry), geometry)
+    total = windows.shape[:3].numel()
+    chosen = _spread(total, most, inputs.device)
+    example, row, column = torch.unravel_index(chosen, windows.shape[:3])
+    yield _patch_rows(windows[example, row, column], layout) * (total / len(chosen)) ** 0.5
 
 
 def reduced_activation_rows(inputs: Tensor, geometry: LayerGeometry, layout: BlockLayout) -> Tensor:
@@ -123,78 +187,43 @@ def reduced_activation_rows(inputs: Tensor, geometry: LayerGeometry, layout: Blo
     Returns:
         K-FAC: ``[conv_groups · Q, n, d]``. SUA: ``[conv_groups · Q, n · taps, d]``, a row per example and tap.
     """
-    patches = _patches(_pad(inputs, geometry), geometry)  # [n, h', w', kh, kw, channels]
-    num_locations = patches.shape[1] * patches.shape[2]
-    summed = patches.sum((1, 2)).flatten(1, 2)  # [n, taps, channels]
+    windows = patches(pad(inputs, geometry), geometry)  # [n, h', w', kh, kw, channels]
+    num_locations = windows.shape[1] * windows.shape[2]
+    summed = windows.sum((1, 2)).flatten(1, 2)  # [n, taps, channels]
     if not layout.taps_in_features:
         summed = summed.flatten(0, 1).unsqueeze(1)  # [n · taps, 1, channels]
-    rows = _channel_blocks(summed, layout.conv_groups, layout.activation)
+    rows = split_channels(summed, layout.conv_groups, layout.activation)
     return _with_bias_coordinate(rows, layout, float(num_locations))
 
 
-def read_counts(size: int, kernel_size: int, stride: int, dilation: int) -> Tensor:
-    """Return how many (location, tap) pairs read each position of a padded axis: ``fold(ones)`` in one dimension.
+def _patch_rows(windows: Tensor, layout: BlockLayout) -> Tensor:
+    """Return patches ``[rows, kh, kw, channels]`` as ``[conv_groups · Q, rows, d]``."""
+    rows = split_channels(windows.flatten(1, 2), layout.conv_groups, layout.activation)
+    return _with_bias_coordinate(rows, layout, 1.0)
 
-    Args:
-        size: Length of the padded axis, in pixels.
-        kernel_size: Taps along the axis.
-        stride: Stride along the axis.
-        dilation: Dilation along the axis.
 
-    Returns:
-        Integer counts, ``[size]``.
-    """
-    num_locations = (size - dilation * (kernel_size - 1) - 1) // stride + 1
-    reads = stride * torch.arange(num_locations)[:, None] + dilation * torch.arange(kernel_size)  # [locations, taps]
-    return torch.bincount(reads.flatten(), minlength=size)
+def _spread(total: int, most: int, device: torch.device) -> Tensor:
+    """Return at most ``most`` of the numbers below ``total``, increasing, one from each of as many equal stretches."""
+    if total <= most:
+        return torch.arange(total, device=device)
+    stretch = torch.arange(most, dtype=torch.float64, device=device)
+    offset = torch.frac(stretch * ((5**0.5 - 1) / 2))
+    return ((stretch + offset) * (total / most)).long().clamp_(max=total - 1)
 
 
 def _weighted_pixels(inputs: Tensor, geometry: LayerGeometry, layout: BlockLayout) -> Tensor:
     if geometry.padding_mode != "zeros":
-        inputs = _pad(inputs, geometry)
+        inputs = pad(inputs, geometry)
     weights = _root_read_counts(geometry, inputs.shape[1], inputs.shape[2], inputs.device, inputs.dtype)  # [h, w, 1]
     pixels = (inputs * weights).flatten(0, 2)  # [rows, channels]
-    return _channel_blocks(pixels.unsqueeze(1), layout.conv_groups, layout.activation)
+    return split_channels(pixels.unsqueeze(1), layout.conv_groups, layout.activation)
 
 
 @lru_cache(maxsize=256)
 def _root_read_counts(
     geometry: LayerGeometry, height: int, width: int, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    left, right, top, bottom = geometry.padding if geometry.padding_mode == "zeros" else (0, 0, 0, 0)
-    (kh, kw), (sh, sw), (dh, dw) = geometry.kernel_size, geometry.stride, geometry.dilation
-    rows = read_counts(height + top + bottom, kh, sh, dh)[top : top + height]
-    columns = read_counts(width + left + right, kw, sw, dw)[left : left + width]
-    return torch.outer(rows, columns).unsqueeze(-1).to(device, dtype).sqrt()
-
-
-def _pad(inputs: Tensor, geometry: LayerGeometry) -> Tensor:
-    """Pad ``[n, h, w, c]`` as the layer does."""
-    if not any(geometry.padding):
-        return inputs
-    if geometry.padding_mode == "zeros":
-        left, right, top, bottom = geometry.padding
-        return F.pad(inputs, (0, 0, left, right, top, bottom))
-    channels_first = inputs.permute(0, 3, 1, 2)
-    return F.pad(channels_first, geometry.padding, mode=geometry.padding_mode).permute(0, 2, 3, 1)
-
-
-def _patches(padded: Tensor, geometry: LayerGeometry) -> Tensor:
-    """View padded inputs ``[n, h, w, c]`` as patches ``[n, h', w', kh, kw, c]`` without a copy."""
-    (kh, kw), (sh, sw), (dh, dw) = geometry.kernel_size, geometry.stride, geometry.dilation
-    windows = padded.unfold(1, dh * (kh - 1) + 1, sh).unfold(2, dw * (kw - 1) + 1, sw)  # [n, h', w', c, ..., ...]
-    return windows[..., ::dh, ::dw].permute(0, 1, 2, 4, 5, 3)
-
-
-def _output_size(padded: Tensor, geometry: LayerGeometry) -> tuple[int, int]:
-    (kh, kw), (sh, sw), (dh, dw) = geometry.kernel_size, geometry.stride, geometry.dilation
-    return (padded.shape[1] - dh * (kh - 1) - 1) // sh + 1, (padded.shape[2] - dw * (kw - 1) - 1) // sw + 1
-
-
-def _channel_blocks(values: Tensor, conv_groups: int, groups: ChannelGroups) -> Tensor:
-    """Split ``[rows, taps, conv_groups · channels]`` into ``[conv_groups · count, rows, taps · size]``."""
-    split = groups.split(values.unflatten(-1, (conv_groups, groups.num_channels)))  # [rows, taps, g, count, size]
-    return split.permute(2, 3, 0, 1, 4).flatten(3).flatten(0, 1)
+    return pixel_read_counts(geometry, height, width).unsqueeze(-1).to(device, dtype).sqrt()
 
 
 def _with_bias_coordinate(rows: Tensor, layout: BlockLayout, value: float) -> Tensor:

@@ -1,17 +1,22 @@
 """Inverses of damped factors, in a few batched calls over the equal-sized blocks of all layers.
 
 Dense blocks are inverted by Cholesky factorisation. A factor kept as rows U (rank ≤ rows) is inverted by the Woodbury
-identity, exactly: (UᵀU + λI)⁻¹ = (I − VᵀV)/λ with V = L⁻¹U and LLᵀ = UUᵀ + λI.
+identity, exactly: (UᵀU + λI)⁻¹ = (I − Uᵀ(LLᵀ)⁻¹U)/λ with LLᵀ = UUᵀ + λI. Where U are patches it is left at that, since
+products with patches cost a fraction of products with a matrix of their size; otherwise V = L⁻¹U gives (I − VᵀV)/λ.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kfac_sua.preconditioner.factors import Factor
+from kfac_sua.preconditioner.patch_rows import PatchRows
+
+MAX_BATCHED_WIDTH = 1024
+"""Wider matrices are factorised one by one: batching saves them nothing and would hold a copy of all of them."""
 
 
 @dataclass
@@ -62,6 +67,40 @@ class LowRankInverse:
 
 
 @dataclass
+class PatchInverse:
+    """scale · (I − Uᵀ (L Lᵀ)⁻¹ U), with U the patches of a mini-batch: the Woodbury form that never forms U.
+
+    Args:
+        patches: U, of one block.
+        triangle: L, ``[1, rows, rows]``, lower triangle.
+        scale: ``[1, 1, 1]``.
+    """
+
+    patches: PatchRows
+    triangle: Tensor
+    scale: Tensor
+
+    def left(self, values: Tensor) -> Tensor:
+        """Multiply ``[1, d, n]`` from the left."""
+        return self.right(values.mT).mT
+
+    def right(self, values: Tensor) -> Tensor:
+        """Multiply ``[1, n, d]`` from the right."""
+        (vectors,) = values
+        products = self.patches.times(vectors)  # [n, rows]
+        coefficients = torch.cholesky_solve(products.mT, self.triangle[0]).mT
+        return values.sub(self.patches.combine(coefficients)).mul_(self.scale)
+
+    def scale_(self, factor: float) -> None:
+        """Multiply the inverse by a number, in place."""
+        self.scale.mul_(factor)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what a checkpoint keeps."""
+        return {"pixels": self.patches.pixels, "triangle": self.triangle, "scale": self.scale}
+
+
+@dataclass
 class EigenBasis:
     """Eigenvectors ``[num_blocks, d, d]`` in columns and eigenvalues ``[num_blocks, d]``, clamped to ≥ 0."""
 
@@ -73,7 +112,7 @@ class EigenBasis:
         return {"vectors": self.vectors, "values": self.values}
 
 
-Inverse = DenseInverse | LowRankInverse
+Inverse = DenseInverse | LowRankInverse | PatchInverse
 
 
 @dataclass
@@ -88,8 +127,8 @@ def invert_factors(factors: Sequence[Factor], dampings: Sequence[Tensor]) -> lis
     """Invert ``factor + damping · I`` for many factors at once.
 
     All blocks to be factorised that have the same size, of whichever layer and side, go through one batched Cholesky
-    call. A block that is not numerically positive definite in its own precision is tried again in float64; what fails
-    there too is reported, not hidden. One host synchronisation in all.
+    call, except wide ones, which fill the device alone. A block that is not numerically positive definite in its own
+    precision is tried again in float64; what fails there too is reported, not hidden. One host synchronisation in all.
 
     Args:
         factors: Factors to invert.
@@ -99,17 +138,19 @@ def invert_factors(factors: Sequence[Factor], dampings: Sequence[Tensor]) -> lis
         One result per factor, in order.
     """
     triangles, num_failed = _damped_triangles(factors, dampings)
+    inverses: list[Inverse | None] = [None] * len(factors)
     dense = [i for i, factor in enumerate(factors) if factor.blocks is not None]
-    inverses = dict(zip(dense, _batched_cholesky_inverse([triangles[i] for i in dense]), strict=True))
-    results = []
-    for i, (factor, damping) in enumerate(zip(factors, dampings, strict=True)):
-        if i in inverses:
-            results.append(InverseResult(DenseInverse(inverses[i]), num_failed[i]))
-        else:
-            root = torch.linalg.solve_triangular(triangles[i], factor.values, upper=False)
-            scale = damping.reciprocal()[:, None, None]
-            results.append(InverseResult(LowRankInverse(root, scale), num_failed[i]))
-    return results
+    for members in _batches(dense, triangles):
+        batch = torch.cholesky_inverse(_joined([triangles[i] for i in members]))
+        for i, part in zip(members, batch.split([len(triangles[i]) for i in members]), strict=True):
+            inverses[i] = DenseInverse(part)
+            triangles[i] = part[:0]  # a triangle is as large as its inverse: let go of it
+    return [
+        InverseResult(_woodbury(factor, triangle, damping) if inverse is None else inverse, failed)
+        for factor, triangle, damping, inverse, failed in zip(
+            factors, triangles, dampings, inverses, num_failed, strict=True
+        )
+    ]
 
 
 def eigendecompose_factors(factors: Sequence[Factor]) -> list[EigenBasis | None]:
@@ -119,37 +160,42 @@ def eigendecompose_factors(factors: Sequence[Factor]) -> list[EigenBasis | None]
     """
     blocks = [factor.dense() for factor in factors]
     bases: list[EigenBasis | None] = [None] * len(blocks)
-    for members, batch in _by_size(blocks):
-        decomposed = _eigh(batch)
+    for members in _batches(range(len(blocks)), blocks):
+        decomposed = _eigh(_joined([blocks[i] for i in members]))
         if decomposed is None:
             continue
         values, vectors = decomposed
-        sizes = [blocks[i].shape[0] for i in members]
+        sizes = [len(blocks[i]) for i in members]
         for i, value, vector in zip(members, values.split(sizes), vectors.split(sizes), strict=True):
             bases[i] = EigenBasis(vector, value.clamp(min=0))
     return bases
 
 
+def _woodbury(factor: Factor, triangle: Tensor, damping: Tensor) -> Inverse:
+    scale = damping.reciprocal()[:, None, None]
+    if factor.patches is not None:
+        return PatchInverse(factor.patches, triangle, scale)
+    return LowRankInverse(torch.linalg.solve_triangular(triangle, factor.values, upper=False), scale)
+
+
 def _damped_core(factor: Factor, damping: Tensor) -> Tensor:
     """Return the matrix to factorise: the damped blocks, or the damped Gram matrix between rows."""
-    core = factor.blocks.clone() if factor.blocks is not None else factor.values @ factor.values.mT
+    core = factor.core()
     core.diagonal(dim1=-2, dim2=-1).add_(damping[:, None])
     return core
 
 
 def _damped_triangles(factors: Sequence[Factor], dampings: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
     """Return lower triangles of the damped cores and, per factor, how many blocks failed in float64 too."""
-    cores = [_damped_core(factor, damping) for factor, damping in zip(factors, dampings, strict=True)]
-    triangles: list[Tensor] = [torch.empty(0)] * len(cores)
-    failed: list[Tensor] = [torch.empty(0)] * len(cores)
-    for members, batch in _by_size(cores):
-        triangle, bad = _cholesky(batch)
-        sizes = [cores[i].shape[0] for i in members]
+    triangles, failed = [torch.empty(0)] * len(factors), [torch.empty(0)] * len(factors)
+    for members in _batches(range(len(factors)), factors):
+        triangle, bad = _cholesky(_joined([_damped_core(factors[i], dampings[i]) for i in members]))
+        sizes = [len(dampings[i]) for i in members]
         for i, part, part_bad in zip(members, triangle.split(sizes), bad.split(sizes), strict=True):
             triangles[i], failed[i] = part, part_bad
     lost = [_is_lost(factor, damping) for factor, damping in zip(factors, dampings, strict=True)]
     failed = [bad | is_lost for bad, is_lost in zip(failed, lost, strict=True)]
-    num_failed = [0] * len(cores)
+    num_failed = [0] * len(factors)
     if bool(torch.cat(failed).any()):  # the only host synchronisation where all is well
         for i, (factor, damping) in enumerate(zip(factors, dampings, strict=True)):
             triangles[i], num_failed[i] = _retry_in_float64(factor, damping, triangles[i], failed[i])
@@ -165,9 +211,7 @@ def _cholesky(batch: Tensor) -> tuple[Tensor, Tensor]:
 def _retry_in_float64(factor: Factor, damping: Tensor, triangle: Tensor, failed: Tensor) -> tuple[Tensor, int]:
     """Factorise the failed blocks again, damped in float64, where a small damping is not lost on a large diagonal."""
     indices = failed.nonzero().squeeze(-1)
-    values = factor.values[indices].double()
-    selected = Factor(blocks=values) if factor.blocks is not None else Factor(rows=values)
-    repaired, still_failed = _cholesky(_damped_core(selected, damping[indices].double()))
+    repaired, still_failed = _cholesky(_damped_core(factor.in_float64(indices), damping[indices].double()))
     triangle = triangle.clone()
     triangle[indices] = repaired.to(triangle.dtype)
     return triangle, int((still_failed | _is_lost(factor, damping)[indices]).sum())
@@ -175,18 +219,9 @@ def _retry_in_float64(factor: Factor, damping: Tensor, triangle: Tensor, failed:
 
 def _is_lost(factor: Factor, damping: Tensor) -> Tensor:
     """Whether a damping is below the rounding of I − VᵀV, whose error the Woodbury form divides by it."""
-    if factor.rows is None:
+    if factor.blocks is not None:
         return torch.zeros_like(damping, dtype=torch.bool)
     return damping < torch.finfo(damping.dtype).eps * factor.traces()
-
-
-def _batched_cholesky_inverse(triangles: Sequence[Tensor]) -> list[Tensor]:
-    inverses: list[Tensor] = [torch.empty(0)] * len(triangles)
-    for members, batch in _by_size(triangles):
-        inverse = torch.cholesky_inverse(batch)
-        for i, part in zip(members, inverse.split([triangles[i].shape[0] for i in members]), strict=True):
-            inverses[i] = part
-    return inverses
 
 
 def _eigh(batch: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -199,12 +234,16 @@ def _eigh(batch: Tensor) -> tuple[Tensor, Tensor] | None:
     return None
 
 
-def _by_size(matrices: Sequence[Tensor]) -> list[tuple[list[int], Tensor]]:
-    """Group ``[blocks, d, d]`` tensors of equal d, dtype and device into one batch each, with their positions."""
-    groups: dict[tuple[int, torch.dtype, torch.device], list[int]] = defaultdict(list)
-    for i, matrix in enumerate(matrices):
-        groups[matrix.shape[-1], matrix.dtype, matrix.device].append(i)
-    return [
-        (members, matrices[members[0]] if len(members) == 1 else torch.cat([matrices[i] for i in members]))
-        for members in groups.values()
-    ]
+def _batches(positions: Iterable[int], matrices: Sequence[Tensor] | Sequence[Factor]) -> list[list[int]]:
+    """Group positions whose matrices have equal width, dtype and device; those of wide matrices stay alone."""
+    groups: dict[Hashable, list[int]] = defaultdict(list)
+    for i in positions:
+        matrix = matrices[i]
+        width = matrix.core_width if isinstance(matrix, Factor) else matrix.shape[-1]
+        values = matrix.values if isinstance(matrix, Factor) else matrix
+        groups[width, values.dtype, values.device, i if width > MAX_BATCHED_WIDTH else None].append(i)
+    return list(groups.values())
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

@@ -31,7 +31,7 @@ from kfac_sua.preconditioner.settings import (
 )
 from kfac_sua.preconditioner.statistics import finite_layers
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 class KroneckerPreconditioner:
@@ -69,6 +69,7 @@ class KroneckerPreconditioner:
         inverse_period: Mini-batches between refreshes of the inverses.
         factor_period: Mini-batches between measurements of the statistics; as ``inverse_period`` if not given.
         ema_decay: Decay of the running average of the factors; 0 for none.
+        activation_rows: Rows of a mini-batch that activation factors are measured from at most; ``None`` for all.
         inverse_method: ``"auto"``, ``"cholesky"`` or ``"low_rank"``.
         application: ``"weight"`` or ``"auto"``.
         skip: Names of layers to leave to the plain gradient, with shell-style wildcards.
@@ -97,6 +98,7 @@ class KroneckerPreconditioner:
         inverse_period: int | None = None,
         factor_period: int | None = None,
         ema_decay: float | None = None,
+        activation_rows: int | None = None,
         inverse_method: InverseMethod | str | None = None,
         application: Application | str | None = None,
         skip: Sequence[str] | None = None,
@@ -115,6 +117,7 @@ class KroneckerPreconditioner:
             "inverse_period": inverse_period,
             "factor_period": factor_period,
             "ema_decay": ema_decay,
+            "activation_rows": activation_rows,
             "inverse_method": inverse_method,
             "application": application,
             "skip": skip if skip is None or isinstance(skip, str) else list(skip),

@@ -65,8 +65,9 @@ class PreconditionedLayer:
             geometry,
             layout,
             reduce=settings.weight_sharing is WeightSharing.reduce,
-            max_activation_rows=max_low_rank_rows(activation_cost(layout, settings), settings),
+            max_activation_rows=max_low_rank_rows(activation_cost(geometry, layout, settings), settings),
             max_gradient_rows=max_low_rank_rows(gradient_cost(layout, settings), settings),
+            sampled_rows=settings.activation_rows,
         )
         layer = cls(name, module, layout, statistics, RunningAverage(settings.ema_decay))
         if settings.application is Application.auto and can_be_two_sided(module, geometry):
@@ -115,9 +116,9 @@ class PreconditionedLayer:
         weight = self.module.weight
         assert isinstance(weight, nn.Parameter)
         state = tensors_like(state, at_least_float32(weight.detach()))
-        self.average = average_from_state(state["average"], self.average.decay)
+        self.average = average_from_state(state["average"], self.average.decay, self.statistics.geometry)
         self.is_fresh = state["is_fresh"]
-        self.inverse = inverse_from_state(state["inverse"])
+        self.inverse = inverse_from_state(state["inverse"], self.statistics.geometry)
 
     def remove(self) -> None:
         """Give the module its own forward back."""

@@ -3,17 +3,26 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from kfac_sua.preconditioner.correlations import can_correlate
 from kfac_sua.preconditioner.cost import SideCost
 from kfac_sua.preconditioner.grouping import BiasBlock, BlockLayout
-from kfac_sua.preconditioner.layers import DiscoveredLayer, names_by_reason
-from kfac_sua.preconditioner.settings import DampingRule, InverseMethod, KroneckerSettings
+from kfac_sua.preconditioner.layers import DiscoveredLayer, LayerGeometry, names_by_reason
+from kfac_sua.preconditioner.patch_rows import can_be_patch_rows
+from kfac_sua.preconditioner.settings import DampingRule, InverseMethod, KroneckerSettings, WeightSharing
 
 
-def activation_cost(layout: BlockLayout, settings: KroneckerSettings) -> SideCost:
+def activation_cost(geometry: LayerGeometry, layout: BlockLayout, settings: KroneckerSettings) -> SideCost:
     """Return the work on the activation side: a vector per output channel and identity tap."""
     num_blocks, width = layout.activation_blocks
-    vectors = layout.gradient.num_channels * layout.identity_taps
-    return SideCost(num_blocks, width, vectors, settings.inverse_period)
+    is_expanded = settings.weight_sharing is WeightSharing.expand
+    return SideCost(
+        num_blocks,
+        width,
+        layout.gradient.num_channels * layout.identity_taps,
+        settings.inverse_period,
+        correlated_rows=geometry.kernel_size[0] if is_expanded and can_correlate(geometry, layout) else 1,
+        patch_taps=geometry.num_taps if is_expanded and can_be_patch_rows(geometry, layout) else 0,
+    )
 
 
 def gradient_cost(layout: BlockLayout, settings: KroneckerSettings) -> SideCost:
@@ -94,7 +103,8 @@ def layer_table(
 
 
 def _report(layer: DiscoveredLayer, layout: BlockLayout, settings: KroneckerSettings) -> LayerReport:
-    costs = activation_cost(layout, settings), gradient_cost(layout, settings)
+    assert layer.geometry is not None
+    costs = activation_cost(layer.geometry, layout, settings), gradient_cost(layout, settings)
     is_exact = settings.damping_rule is DampingRule.exact
     copies = 2 if settings.ema_decay > 0 else 1
     return LayerReport(

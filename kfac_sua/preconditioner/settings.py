@@ -105,6 +105,8 @@ class KroneckerSettings:
         factor_period: Mini-batches between two measurements of the statistics; ``None`` for ``inverse_period``.
         ema_decay: Decay of the running average of the factors per measurement, in [0, 1); 0 uses the statistics of
             the refresh's own mini-batch alone.
+        activation_rows: An approximation: measure activation factors from at most so many of a mini-batch's rows
+            (output locations; under SUA, input pixels), spread evenly over it, ≥ 1. ``None`` measures all of them.
         inverse_method: ``auto``, ``cholesky`` or ``low_rank``.
         application: ``weight`` or ``auto``; the result is the same to rounding.
         skip: Names of layers to leave to the plain gradient; shell-style wildcards such as ``features.*``.
@@ -124,6 +126,7 @@ class KroneckerSettings:
     inverse_period: int = 50
     factor_period: int | None = None
     ema_decay: float = 0.0
+    activation_rows: int | None = None
     inverse_method: InverseMethod = InverseMethod.auto
     application: Application = Application.weight
     skip: list[str] = field(default_factory=list)
@@ -151,6 +154,7 @@ class KroneckerSettings:
         _require(self.inverse_period >= 1, "inverse_period", "≥ 1 mini-batch", self.inverse_period)
         _require(0 <= self.ema_decay < 1, "ema_decay", "in [0, 1)", self.ema_decay)
         self._validate_periods()
+        self._validate_activation_rows()
         self._validate_inverse_method()
 
     def to_plain(self) -> dict[str, Any]:
@@ -159,7 +163,7 @@ class KroneckerSettings:
         return {key: str(value) if isinstance(value, str) else value for key, value in values.items()}
 
     def _validate_types(self) -> None:
-        for name in ("group_size", "inverse_period", "factor_period"):
+        for name in ("group_size", "inverse_period", "factor_period", "activation_rows"):
             value = getattr(self, name)
             is_integer = isinstance(value, int) and not isinstance(value, bool)
             _require(is_integer or (value is None and name != "inverse_period"), name, "an integer", value)
@@ -182,6 +186,16 @@ class KroneckerSettings:
             raise ValueError(
                 f"factor_period={period} with ema_decay=0 would measure statistics that no refresh uses; "
                 f"set ema_decay > 0 or factor_period=null."
+            )
+
+    def _validate_activation_rows(self) -> None:
+        if self.activation_rows is None:
+            return
+        _require(self.activation_rows >= 1, "activation_rows", "≥ 1 or null (all of them)", self.activation_rows)
+        if self.weight_sharing is WeightSharing.reduce:
+            raise ValueError(
+                f"activation_rows={self.activation_rows} takes some of a mini-batch's locations, but "
+                f"weight_sharing=reduce averages over them first; use weight_sharing=expand or activation_rows=null."
             )
 
     def _validate_inverse_method(self) -> None:

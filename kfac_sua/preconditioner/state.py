@@ -8,7 +8,9 @@ from torch import Tensor
 from kfac_sua.preconditioner.apply import LayerEigenbasis, LayerInverse
 from kfac_sua.preconditioner.average import RunningAverage
 from kfac_sua.preconditioner.factors import Factor
-from kfac_sua.preconditioner.inverse import DenseInverse, EigenBasis, Inverse, LowRankInverse
+from kfac_sua.preconditioner.inverse import DenseInverse, EigenBasis, Inverse, LowRankInverse, PatchInverse
+from kfac_sua.preconditioner.layers import LayerGeometry
+from kfac_sua.preconditioner.patch_rows import PatchRows
 from kfac_sua.preconditioner.statistics import LayerFactors
 
 State = dict[str, Any]
@@ -34,11 +36,12 @@ def average_to_state(average: RunningAverage) -> State:
     }
 
 
-def average_from_state(state: Mapping[str, Any], decay: float) -> RunningAverage:
+def average_from_state(state: Mapping[str, Any], decay: float, geometry: LayerGeometry) -> RunningAverage:
     """Undo :func:`average_to_state`."""
     if not state:
         return RunningAverage(decay)
-    value = LayerFactors(Factor(**state["activation"]), Factor(**state["gradient"]), state["scale"])
+    activation, gradient = (_factor_from_state(state[side], geometry) for side in ("activation", "gradient"))
+    value = LayerFactors(activation, gradient, state["scale"])
     return RunningAverage(decay, value, state["weight"])
 
 
@@ -55,12 +58,12 @@ def inverse_to_state(inverse: LayerInverse | LayerEigenbasis | None) -> State:
     return {**sides, "scale": inverse.scale, "damping": inverse.damping}
 
 
-def inverse_from_state(state: Mapping[str, Any]) -> LayerInverse | LayerEigenbasis | None:
+def inverse_from_state(state: Mapping[str, Any], geometry: LayerGeometry) -> LayerInverse | LayerEigenbasis | None:
     """Undo :func:`inverse_to_state`."""
     if not state:
         return None
     if "bias_scale" in state:
-        activation, gradient = (_inverse_from_state(state[side]) for side in ("activation", "gradient"))
+        activation, gradient = (_inverse_from_state(state[side], geometry) for side in ("activation", "gradient"))
         return LayerInverse(activation, gradient, state["bias_scale"])
     return LayerEigenbasis(
         EigenBasis(**state["activation"]), EigenBasis(**state["gradient"]), state["scale"], state["damping"]
@@ -68,8 +71,16 @@ def inverse_from_state(state: Mapping[str, Any]) -> LayerInverse | LayerEigenbas
 
 
 def _factor_to_state(factor: Factor) -> State:
+    if factor.patches is not None:
+        return {"pixels": factor.patches.pixels}
     return {"rows": factor.rows} if factor.rows is not None else {"blocks": factor.blocks}
 
 
-def _inverse_from_state(state: Mapping[str, Any]) -> Inverse:
+def _factor_from_state(state: Mapping[str, Any], geometry: LayerGeometry) -> Factor:
+    return Factor(patches=PatchRows(state["pixels"], geometry)) if "pixels" in state else Factor(**state)
+
+
+def _inverse_from_state(state: Mapping[str, Any], geometry: LayerGeometry) -> Inverse:
+    if "pixels" in state:
+        return PatchInverse(PatchRows(state["pixels"], geometry), state["triangle"], state["scale"])
     return DenseInverse(**state) if "blocks" in state else LowRankInverse(**state)

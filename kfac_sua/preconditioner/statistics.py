@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kfac_sua.preconditioner import factors
+from kfac_sua.preconditioner import correlations, factors
 from kfac_sua.preconditioner.factors import Factor
 from kfac_sua.preconditioner.grouping import BlockLayout
 from kfac_sua.preconditioner.layers import LayerGeometry
+from kfac_sua.preconditioner.patch_rows import PatchRows, can_be_patch_rows, joined
+from kfac_sua.preconditioner.pixels import to_locations
 from kfac_sua.preconditioner.precision import at_least_float32
 
 MAX_KEPT_ROWS = 16384
@@ -25,31 +27,56 @@ class MomentAccumulator:
     """
 
     max_rows: int
-    rows: list[Tensor] = field(default_factory=list)
+    rows: list[Tensor | PatchRows] = field(default_factory=list)
     blocks: Tensor | None = None
-
-    def add(self, rows: Tensor) -> None:
-        """Add rows, ``[num_blocks, n, d]``."""
-        if self.blocks is None and self.num_rows + rows.shape[1] <= self.max_rows:
-            self.rows.append(rows.clone())  # they may be a view of a buffer that the caller goes on using
-            return
-        for part in (*self.rows, rows):
-            if self.blocks is None:
-                self.blocks = factors.gram(part)
-            else:
-                self.blocks.baddbmm_(part.mT, part)
-        self.rows.clear()
-
-    def factor(self, normaliser: float) -> Factor:
-        """Return the accumulated moment times ``normaliser``."""
-        if self.blocks is not None:
-            return Factor(blocks=self.blocks * normaliser)
-        return Factor(rows=torch.cat(self.rows, dim=1) * normaliser**0.5)
 
     @property
     def num_rows(self) -> int:
         """Rows kept."""
-        return sum(part.shape[1] for part in self.rows)
+        return sum(_num_rows(part) for part in self.rows)
+
+    def has_room(self, num_rows: int) -> bool:
+        """Whether so many more rows may be kept."""
+        return self.blocks is None and self.num_rows + num_rows <= self.max_rows
+
+    def add(self, rows: Tensor) -> None:
+        """Add rows, ``[num_blocks, n, d]``, to be kept if there is room."""
+        if self.has_room(rows.shape[1]):
+            self.rows.append(rows.clone())  # they may be a view of a buffer that the caller goes on using
+        else:
+            self.add_moment(factors.gram(rows))
+
+    def keep(self, patches: PatchRows) -> None:
+        """Add the patches of a convolution without groups, for which there must be room."""
+        self.rows.append(patches)
+
+    def add_moment(self, blocks: Tensor) -> None:
+        """Add a Gram matrix, ``[num_blocks, d, d]``, which the accumulator may go on to change."""
+        self._fold_kept()
+        self.blocks = blocks if self.blocks is None else self.blocks.add_(blocks)
+
+    def factor(self, normaliser: float) -> Factor:
+        """Return the accumulated moment times ``normaliser``."""
+        root = normaliser**0.5
+        if self.blocks is not None:
+            return Factor(blocks=self.blocks.mul_(normaliser))
+        patches = [part for part in self.rows if isinstance(part, PatchRows)]
+        if len(patches) == len(self.rows) and len({part.pixels.shape[:2] for part in patches}) == 1:
+            return Factor(patches=joined(patches).scaled(root))
+        return Factor(rows=torch.cat([_as_tensor(part) for part in self.rows], dim=1).mul_(root))
+
+    def _fold_kept(self) -> None:
+        kept, self.rows = self.rows, []
+        for part in kept:
+            self.add_moment(factors.gram(_as_tensor(part)))
+
+
+def _num_rows(rows: Tensor | PatchRows) -> int:
+    return rows.num_rows if isinstance(rows, PatchRows) else rows.shape[1]
+
+
+def _as_tensor(rows: Tensor | PatchRows) -> Tensor:
+    return rows.rows()[None] if isinstance(rows, PatchRows) else rows
 
 
 @dataclass
@@ -106,6 +133,7 @@ class LayerStatistics:
         reduce: ``weight_sharing`` is ``reduce``.
         max_activation_rows: Rows of the activation factor kept at most before it is formed densely.
         max_gradient_rows: The same for the gradient factor.
+        sampled_rows: Rows of the activation factor measured at most per call; ``None`` for all.
     """
 
     def __init__(
@@ -117,12 +145,14 @@ class LayerStatistics:
         reduce: bool,
         max_activation_rows: int,
         max_gradient_rows: int,
+        sampled_rows: int | None = None,
     ) -> None:
         self.name = name
         self.geometry = geometry
         self.layout = layout
         self.reduce = reduce
         self._max_rows = (max_activation_rows, max_gradient_rows)
+        self._max_sampled_rows = sampled_rows
         self.clear()
 
     def clear(self) -> None:
@@ -144,7 +174,7 @@ class LayerStatistics:
         Returns:
             The call, to hand to :meth:`add_output_grads`.
         """
-        inputs = factors.to_locations(at_least_float32(inputs.detach()), self.geometry)
+        inputs = to_locations(at_least_float32(inputs.detach()), self.geometry)
         current = self._begin_call(inputs.shape[0], model_pass)
         current.num_locations += self._num_locations(output_shape)
         call = Call(len(self._passes) - 1)
@@ -153,8 +183,7 @@ class LayerStatistics:
             sums = factors.reduced_activation_rows(inputs, self.geometry, self.layout)
             current.input_sums = sums if current.input_sums is None else current.input_sums + sums
         else:
-            for rows in factors.activation_rows(inputs, self.geometry, self.layout):
-                self._activation.add(rows)
+            self._add_activations(inputs)
         return call
 
     @property
@@ -181,7 +210,7 @@ class LayerStatistics:
                 f"run backward passes that are not the training step's inside preconditioner.paused()."
             )
         call.samples.add(sample)
-        grads = factors.to_locations(at_least_float32(output_grads.detach()), self.geometry)
+        grads = to_locations(at_least_float32(output_grads.detach()), self.geometry)
         rows = factors.gradient_rows(grads, self.layout, reduce=self.reduce)
         if not self.reduce:
             self._gradient.add(rows)
@@ -225,6 +254,21 @@ class LayerStatistics:
             gradient=self._gradient.factor(per_gradient / num_rows),
             scale=num_rows / num_examples,
         )
+
+    def _add_activations(self, inputs: Tensor) -> None:
+        """Add the activation rows of one call under ``expand``, in the form that needs the least work."""
+        geometry, layout, moment = self.geometry, self.layout, self._activation
+        num_rows = factors.num_activation_rows(inputs, geometry, layout)
+        if self._max_sampled_rows is not None and num_rows > self._max_sampled_rows:
+            for rows in factors.sampled_activation_rows(inputs, geometry, layout, self._max_sampled_rows):
+                moment.add(rows)
+        elif can_be_patch_rows(geometry, layout) and moment.has_room(num_rows):
+            moment.keep(PatchRows.read(inputs, geometry))
+        elif correlations.can_correlate(geometry, layout) and not moment.has_room(num_rows):
+            moment.add_moment(correlations.patch_moment(inputs, geometry, layout))
+        else:
+            for rows in factors.activation_rows(inputs, geometry, layout):
+                moment.add(rows)
 
     def _begin_call(self, num_examples: int, model_pass: int) -> _Pass:
         """Return the pass a call belongs to: a new one after the model was entered anew, or after a backward pass."""

@@ -3,12 +3,14 @@
 A weight gradient is a sum over rows, V = Σ δ hᵀ, hence Ḡ⁻¹ V Ā⁻¹ = Σ (Ḡ⁻¹δ)(Ā⁻¹h)ᵀ. Where a layer has fewer rows than
 its weight has vectors (late layers: few locations, many channels) it is cheaper to transform output gradients and
 inputs inside the layer's backward pass than to multiply the weight gradient; the result is the same to rounding. A
-side whose rows are many, and K-FAC's activation side, whose features are patches, stay with the weight gradient.
+side whose rows are many stays with the weight gradient. K-FAC's activation side transforms patches rather than pixels,
+so there the weight gradient is the product of output gradients and transformed patches instead of a convolution.
 
 It needs the inverses before the backward pass, so a mini-batch on which statistics or inverses are due is applied to
 the weight gradient instead: no step ever uses older inverses than it otherwise would.
 """
 
+import math
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -24,6 +26,7 @@ from kfac_sua.preconditioner.capture import PhaseSource
 from kfac_sua.preconditioner.grouping import BlockLayout, ChannelGroups
 from kfac_sua.preconditioner.inverse import Inverse
 from kfac_sua.preconditioner.layers import LayerGeometry
+from kfac_sua.preconditioner.pixels import output_size, pad, patches, split_channels, to_locations
 
 
 def can_be_two_sided(module: nn.Module, geometry: LayerGeometry) -> bool:
@@ -61,6 +64,7 @@ class TwoSidedForward:
         self, name: str, module: nn.Conv2d, geometry: LayerGeometry, layout: BlockLayout, phases: PhaseSource
     ) -> None:
         self.inverse: LayerInverse | None = None
+        self.geometry = geometry
         self.layout = layout
         self.phases = phases
         self.options = _ConvolutionOptions(
@@ -125,12 +129,15 @@ class TwoSidedForward:
         layout = self.layout
         if inputs.dim() != 4 or torch.is_autocast_enabled(inputs.device.type):
             return NEITHER_SIDE
-        pixels = inputs.shape[0] * inputs.shape[2] * inputs.shape[3]
-        (sh, sw) = self.options.stride
-        locations = inputs.shape[0] * -(-inputs.shape[2] // sh) * -(-inputs.shape[3] // sw)  # about right: a choice
-        per_pixel = layout.feature_taps == 1
+        num_examples, _, height, width = inputs.shape
+        pixels = num_examples * height * width
+        locations = num_examples * math.prod(output_size(self.geometry, height, width))
+        if layout.feature_taps == 1:
+            takes_activation = pixels < layout.gradient.num_channels * layout.identity_taps
+        else:
+            takes_activation = layout.conv_groups == 1 and locations < layout.gradient.num_channels
         return Sides(
-            activation=per_pixel and pixels < layout.gradient.num_channels * layout.identity_taps,
+            activation=takes_activation,
             gradient=locations < layout.activation.num_channels * layout.num_taps,
         )
 
@@ -161,15 +168,20 @@ class _TwoSidedConvolution(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             site.note_backward(sides)
             with site.phases.phase("application"):
-                if sides.activation:
-                    inputs = _transform(
-                        inputs, inverse.activation, layout.conv_groups, layout.activation, inverse.dtype
-                    )
                 if sides.gradient:
                     output_grad = _transform(
                         output_grad, inverse.gradient, layout.conv_groups, layout.gradient, inverse.dtype
                     )
-            weight_grad = conv2d_weight(inputs, weight.shape, output_grad, *arguments)
+                if sides.activation and layout.feature_taps == 1:
+                    inputs = _transform(
+                        inputs, inverse.activation, layout.conv_groups, layout.activation, inverse.dtype
+                    )
+                elif sides.activation:
+                    rows = _transform_patches(inputs, site, inverse)
+            if sides.activation and layout.feature_taps > 1:
+                weight_grad = _weight_grad_of_rows(rows, output_grad, weight.shape)
+            else:
+                weight_grad = conv2d_weight(inputs, weight.shape, output_grad, *arguments)
         return input_grad, weight_grad, None, None, None
 
 
@@ -186,3 +198,20 @@ def _transform(values: Tensor, inverse: Inverse, conv_groups: int, groups: Chann
     blocks = rows.flatten(1, 2).transpose(0, 1)  # [g · count, rows, size]
     result = inverse.right(blocks).transpose(0, 1).unflatten(1, (conv_groups, groups.count))
     return groups.merge(result).reshape(pixels.shape).permute(0, 3, 1, 2).to(values.dtype)
+
+
+def _transform_patches(inputs: Tensor, site: TwoSidedForward, inverse: LayerInverse) -> Tensor:
+    """Return the patches of ``[n, channels, h, w]`` times inverse blocks, ``[rows, taps · channels]``."""
+    layout = site.layout
+    locations = to_locations(inputs.to(inverse.dtype), site.geometry)
+    windows = patches(pad(locations, site.geometry), site.geometry)  # [n, h', w', kh, kw, channels]
+    rows = split_channels(windows.flatten(0, 2).flatten(1, 2), 1, layout.activation)  # [Q, rows, taps · size]
+    transformed = inverse.activation.right(rows).unflatten(-1, (layout.num_taps, -1))  # [Q, rows, taps, size]
+    return layout.activation.merge(transformed.permute(1, 2, 0, 3)).flatten(1).to(inputs.dtype)
+
+
+def _weight_grad_of_rows(rows: Tensor, output_grad: Tensor, shape: torch.Size) -> Tensor:
+    """Return Σ δ pᵀ over rows p, ``[rows, taps · channels]``, in the shape of the weight."""
+    grads = output_grad.permute(0, 2, 3, 1).flatten(0, 2)  # [rows, out]
+    out_channels, _, height, width = shape
+    return (grads.mT @ rows).view(out_channels, height, width, -1).permute(0, 3, 1, 2)

@@ -51,7 +51,7 @@ def test_every_damping_rule_equals_the_dense_solve(name, rule, structure, sharin
 
 
 @pytest.mark.parametrize("method", ["cholesky", "low_rank"])
-@pytest.mark.parametrize("name", ["linear_bias", "conv_bias", "conv_groups"])
+@pytest.mark.parametrize("name", ["linear_bias", "conv", "conv_bias", "conv_groups"])
 @pytest.mark.parametrize(("structure", "group_size"), STRUCTURES)
 def test_woodbury_and_cholesky_equal_the_dense_solve(name, method, structure, group_size):
     """The low-rank inverse is exact, with fewer rows than features and with more."""

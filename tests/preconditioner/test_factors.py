@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from convolutions import convolutions, layout_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import group_mask, locations_of, patches_by_loop
@@ -11,39 +12,13 @@ from kfac_sua.preconditioner.factors import (
     activation_rows,
     gradient_rows,
     gram,
-    read_counts,
+    num_activation_rows,
     reduced_activation_rows,
-    to_locations,
+    sampled_activation_rows,
 )
-from kfac_sua.preconditioner.grouping import BlockLayout, ChannelGroups
+from kfac_sua.preconditioner.grouping import ChannelGroups
 from kfac_sua.preconditioner.layers import LayerGeometry
-from kfac_sua.preconditioner.settings import Structure
-
-
-@st.composite
-def convolutions(draw):
-    """Draw a convolution of any supported geometry and an input that it accepts."""
-    kernel = (draw(st.integers(1, 4)), draw(st.integers(1, 3)))
-    stride = (draw(st.integers(1, 3)), draw(st.integers(1, 3)))
-    dilation = (draw(st.integers(1, 3)), draw(st.integers(1, 2)))
-    groups = draw(st.sampled_from([1, 2]))
-    channels = groups * draw(st.integers(1, 3))
-    padding = (draw(st.integers(0, 3)), draw(st.integers(0, 2)))
-    if stride == (1, 1) and draw(st.booleans()):
-        padding = "same"
-    mode = draw(st.sampled_from(["zeros", "zeros", "replicate"]))
-    height = dilation[0] * (kernel[0] - 1) + 1 + draw(st.integers(0, 4))
-    width = dilation[1] * (kernel[1] - 1) + 1 + draw(st.integers(0, 4))
-    torch.manual_seed(draw(st.integers(0, 99)))
-    module = nn.Conv2d(
-        channels, 2 * groups, kernel, stride, padding, dilation, groups, bias=False, padding_mode=mode
-    ).double()
-    return module, torch.randn(2, channels, height, width, dtype=torch.float64) + 0.5
-
-
-def layout_of(module: nn.Module, structure: str, group_size: int | None = None) -> BlockLayout:
-    """Return the block layout of a module."""
-    return BlockLayout.of(LayerGeometry.of(module), Structure(structure), group_size)
+from kfac_sua.preconditioner.pixels import read_counts, to_locations
 
 
 def activation_moment(module, inputs, structure, group_size=None):
@@ -170,6 +145,42 @@ def test_chunks_of_examples_give_the_same_moment(monkeypatch):
     chunks = list(activation_rows(to_locations(inputs, geometry), geometry, layout))
     assert [chunk.shape[1] for chunk in chunks] == [50, 50, 50, 25]
     torch.testing.assert_close(sum(gram(chunk) for chunk in chunks), whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("structure", ["kfac", "sua"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_sampled_rows_are_rows_of_the_mini_batch_spread_over_it(structure, bias):
+    """The sample is scaled to the same expected moment; as many rows as there are give the factor itself."""
+    torch.manual_seed(0)
+    module = nn.Conv2d(3, 2, 3, padding=1, bias=bias).double()
+    inputs = torch.randn(40, 3, 4, 4, dtype=torch.float64)
+    geometry, layout = LayerGeometry.of(module), layout_of(module, structure)
+    locations = to_locations(inputs, geometry)
+    all_rows = torch.cat(list(activation_rows(locations, geometry, layout)), dim=1)
+    assert num_activation_rows(locations, geometry, layout) == all_rows.shape[1] == 640
+    (everything,) = sampled_activation_rows(locations, geometry, layout, 640)
+    torch.testing.assert_close(everything, all_rows, rtol=0, atol=0)
+    (sample,) = sampled_activation_rows(locations, geometry, layout, 80)
+    assert sample.shape[1] == 80
+    unscaled = sample[0] / 8**0.5
+    distances = torch.cdist(unscaled, all_rows[0])
+    assert distances.min(1).values.max() < 1e-6
+    chosen = distances.argmin(1)
+    assert len(chosen.unique()) == 80
+    assert chosen.div(16, rounding_mode="floor").unique().numel() == 40  # every example
+    assert (chosen % 16).unique().numel() == 16  # every location
+    trace, whole = (gram(rows)[0].trace() for rows in (sample, all_rows))
+    torch.testing.assert_close(trace, whole, rtol=0.2, atol=0)  # an estimate at the same scale
+
+
+@given(width=st.sampled_from([255, 256, 511, 513]), num_blocks=st.integers(1, 2))
+@settings(max_examples=8, deadline=None)
+def test_gram_matrices_of_wide_rows_are_symmetric_and_right(width, num_blocks):
+    """One triangle is computed and mirrored, odd widths included."""
+    rows = torch.randn(num_blocks, 5, width, dtype=torch.float64)
+    got = gram(rows)
+    torch.testing.assert_close(got, rows.mT @ rows, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(got, got.mT, rtol=1e-14, atol=1e-14)
 
 
 def test_sequences_are_locations():

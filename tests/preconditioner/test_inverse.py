@@ -44,6 +44,26 @@ def test_inverses_equal_dense_inverses(shapes, damping):
         torch.testing.assert_close(result.inverse.left(values.mT), dense @ values.mT, rtol=1e-8, atol=1e-9)
 
 
+def test_wide_matrices_are_factorised_one_by_one(monkeypatch):
+    """Beyond MAX_BATCHED_WIDTH nothing is joined, and the inverses are the same."""
+    sizes = []
+    original = torch.linalg.cholesky_ex
+
+    def counting(batch, *args, **kwargs):
+        sizes.append(tuple(batch.shape))
+        return original(batch, *args, **kwargs)
+
+    factors = [Factor(blocks=gram(random_rows(1, 9, 4))), Factor(blocks=gram(random_rows(2, 9, 4)))]
+    dampings = [torch.full((len(factor.values),), 0.5, dtype=torch.float64) for factor in factors]
+    together = [result.inverse.blocks for result in invert_factors(factors, dampings)]
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", counting)
+    monkeypatch.setattr("kfac_sua.preconditioner.inverse.MAX_BATCHED_WIDTH", 3)
+    apart = [result.inverse.blocks for result in invert_factors(factors, dampings)]
+    assert sizes == [(1, 4, 4), (2, 4, 4)]
+    for one, other in zip(apart, together, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
 def test_one_cholesky_call_per_block_size(monkeypatch):
     """Blocks of equal size go through one call, of whichever layer and side; a low-rank core counts by its rows."""
     sizes = []

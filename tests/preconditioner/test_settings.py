@@ -23,6 +23,12 @@ BAD_SETTINGS = {
     "group_size must be ≥ 1 or null (no grouping), got 0.": {"group_size": 0},
     "inverse_period must be ≥ 1 mini-batch, got 0.": {"inverse_period": 0},
     "ema_decay must be in [0, 1), got 1.0.": {"ema_decay": 1.0},
+    "activation_rows must be ≥ 1 or null (all of them), got 0.": {"activation_rows": 0},
+    "activation_rows must be an integer, got 1.5.": {"activation_rows": 1.5},
+    "activation_rows=400 takes some of a mini-batch's locations, but weight_sharing=reduce averages": {
+        "activation_rows": 400,
+        "weight_sharing": "reduce",
+    },
     "factor_period must be a divisor of inverse_period=50": {"factor_period": 7, "ema_decay": 0.9},
     "factor_period=10 with ema_decay=0 would measure": {"factor_period": 10},
     "structure must be one of kfac, sua, got 'suaa'.": {"structure": "suaa"},

@@ -80,6 +80,31 @@ def test_the_cheap_sides_are_really_taken():
     torch.testing.assert_close(net[2].weight.grad, before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"group_size": 8}, {"group_size": 7}, {"inverse_method": "low_rank"}, {"inverse_method": "cholesky"}],
+    ids=str,
+)
+@pytest.mark.parametrize("padding", [0, 1])
+def test_patches_are_transformed_where_a_kfac_layer_has_few_rows(settings, padding):
+    """With fewer rows than output channels the backward pass leaves K-FAC's gradient wholly preconditioned."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(9, 40, 3, padding=padding, bias=False), nn.Flatten()).double()
+    inputs = torch.randn(2, 9, 3, 3, dtype=torch.float64)
+    gradients = []
+    for application in ("auto", "weight"):
+        copied = copy.deepcopy(net)
+        preconditioner = KroneckerPreconditioner(copied, application=application, inverse_period=10, **settings)
+        for _ in range(2):
+            copied.zero_grad()
+            copied(inputs).square().sum(1).mean().backward()
+            before = copied[0].weight.grad.clone()
+            preconditioner.step()
+        gradients.append(copied[0].weight.grad)
+        assert torch.equal(before, copied[0].weight.grad) == (application == "auto")
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-10)
+
+
 def test_removing_the_preconditioner_restores_forward():
     """After remove_hooks() the convolutions run their own forward and gradients are plain again."""
     net = make_net("plain")

@@ -1,0 +1,94 @@
+"""K-FAC's activation factor of a convolution from correlations between image rows, without forming patches.
+
+The factor's block for kernel rows (t, t′) is Σ_y F_{y+t} F_{y+t′}ᵀ, where F_r holds image row r with its horizontal
+taps side by side and y runs over output rows. It depends on the offset t′ − t alone, but for the rows at the border
+that some kernel rows read and others do not. So every product of two image rows is formed once and added to all the
+blocks that contain it: for a 3×3 kernel three products of width 3·channels instead of one of width 9·channels, a third
+of the FLOPs and of the memory. Exact for every kernel, padding and dilation; the vertical stride must be 1.
+"""
+
+import itertools
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from kfac_sua.preconditioner.factors import gram
+from kfac_sua.preconditioner.grouping import BiasBlock, BlockLayout
+from kfac_sua.preconditioner.layers import LayerGeometry
+from kfac_sua.preconditioner.pixels import pad, split_channels
+
+
+def can_correlate(geometry: LayerGeometry, layout: BlockLayout) -> bool:
+    """Whether the factor can be formed from row correlations, and gains by it."""
+    return (
+        layout.taps_in_features
+        and layout.bias is not BiasBlock.JOINT
+        and geometry.stride[0] == 1
+        and geometry.kernel_size[0] > 1
+    )
+
+
+def patch_moment(inputs: Tensor, geometry: LayerGeometry, layout: BlockLayout) -> Tensor:
+    """Return Σ over examples and output locations of patch · patchᵀ, per channel group.
+
+    Args:
+        inputs: ``[n, h, w, conv_groups · in_channels]``.
+        geometry: The layer's geometry, for which :func:`can_correlate` holds.
+        layout: Its block layout.
+
+    Returns:
+        Symmetric blocks ``[conv_groups · Q, taps · channels, taps · channels]``.
+    """
+    rows, top = _image_rows(inputs, geometry, layout)  # [blocks, h, n · w', kw · a]
+    kernel_height, step = geometry.kernel_size[0], geometry.dilation[0]
+    width = rows.shape[-1]
+    moment = rows.new_zeros(rows.shape[0], kernel_height, width, kernel_height, width)
+    for offset in range(kernel_height):
+        for start, stop, taps in _shared_rows(rows.shape[1], top, offset, geometry):
+            upper = rows[:, start:stop].flatten(1, 2)  # [blocks, rows, kw · a]
+            lower = rows[:, start + offset * step : stop + offset * step].flatten(1, 2)
+            product = upper.mT @ lower if offset else gram(upper)
+            for tap in taps:
+                moment[:, tap, :, tap + offset] += product
+    for tap in range(kernel_height):
+        for other in range(tap + 1, kernel_height):
+            moment[:, other, :, tap] = moment[:, tap, :, other].mT
+    return moment.flatten(3).flatten(1, 2)
+
+
+def _image_rows(inputs: Tensor, geometry: LayerGeometry, layout: BlockLayout) -> tuple[Tensor, int]:
+    """Return image rows with their horizontal taps, ``[blocks, h, n · w', kw · a]``, and the rows of padding above.
+
+    Rows of zeros above and below add nothing and are left out; other padding modes are rows like all others.
+    """
+    top = geometry.padding[2]
+    if geometry.padding_mode == "zeros":
+        inputs = pad(inputs, geometry, vertical=False)
+    else:
+        inputs, top = pad(inputs, geometry), 0
+    taps, stride, step = geometry.kernel_size[1], geometry.stride[1], geometry.dilation[1]
+    windows = inputs.unfold(2, step * (taps - 1) + 1, stride)[..., ::step]  # [n, h, w', channels, kw]
+    windows = windows.permute(1, 0, 2, 4, 3).flatten(1, 2)  # [h, n · w', kw, channels]
+    height, num = windows.shape[:2]
+    blocks = split_channels(windows.flatten(0, 1), layout.conv_groups, layout.activation)
+    return blocks.unflatten(1, (height, num)), top
+
+
+def _shared_rows(height: int, top: int, offset: int, geometry: LayerGeometry) -> Iterator[tuple[int, int, list[int]]]:
+    """Yield ranges of image rows, each with the kernel rows t whose block (t, t + offset) sums over exactly these."""
+    taps, step = geometry.kernel_size[0], geometry.dilation[0]
+    num_outputs = height + _vertical_padding(geometry, top) - step * (taps - 1)
+    ranges = {
+        tap: (max(0, tap * step - top), min(height - offset * step, tap * step - top + num_outputs))
+        for tap in range(taps - offset)
+    }
+    borders = sorted({border for pair in ranges.values() for border in pair})
+    for start, stop in itertools.pairwise(borders):
+        members = [tap for tap, (first, last) in ranges.items() if first <= start and stop <= last]
+        if members:
+            yield start, stop, members
+
+
+def _vertical_padding(geometry: LayerGeometry, top: int) -> int:
+    """Rows of zeros above and below that are not among the image rows."""
+    return top + geometry.padding[3] if geometry.padding_mode == "zeros" else 0

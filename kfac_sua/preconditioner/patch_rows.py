@@ -1,0 +1,162 @@
+"""The patches of a mini-batch as an operator: products with them, without forming them.
+
+The rows U of K-FAC's activation factor are patches: T pixels side by side, each pixel in up to T patches, and zeros
+where the kernel reaches over the border. All that the Woodbury identity needs of U are three products, and each is a
+sum over taps of products with the pixels themselves: U Uᵀ, V Uᵀ and Z U. On small maps the border saves much: of the
+36 (location, tap) pairs of a 3×3 kernel on a 2×2 map, 16 read a pixel. Memory is that of the pixels, 1/T of U's.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kfac_sua.preconditioner import pixels as reading
+from kfac_sua.preconditioner.grouping import BlockLayout
+from kfac_sua.preconditioner.layers import LayerGeometry
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Which output rows or columns a tap reads from which pixels, along one axis."""
+
+    tap: int
+    outputs: slice
+    pixels: slice
+
+
+def can_be_patch_rows(geometry: LayerGeometry, layout: BlockLayout) -> bool:
+    """Whether the rows of a layer's activation factor are patches and nothing else, in one block."""
+    return (
+        layout.taps_in_features
+        and geometry.num_taps > 1
+        and geometry.padding_mode == "zeros"
+        and layout.activation_blocks == (1, geometry.in_channels * geometry.num_taps)
+    )
+
+
+@dataclass(frozen=True)
+class PatchRows:
+    """Patches of one convolution without groups; a row per output location and example, in the order (y, x, n).
+
+    Args:
+        pixels: What the patches are read from, without padding, ``[h, w, n, channels]``.
+        geometry: The layer's geometry; see :func:`can_be_patch_rows`.
+    """
+
+    pixels: Tensor
+    geometry: LayerGeometry
+
+    @classmethod
+    def read(cls, inputs: Tensor, geometry: LayerGeometry) -> "PatchRows":
+        """Copy the pixels of inputs ``[n, h, w, channels]``."""
+        return cls(inputs.permute(1, 2, 0, 3).clone(memory_format=torch.contiguous_format), geometry)
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        """Height and width of the layer's output."""
+        return reading.output_size(self.geometry, *self.pixels.shape[:2])
+
+    @property
+    def num_rows(self) -> int:
+        """Number of patches."""
+        height, width = self.output_size
+        return height * width * self.pixels.shape[2]
+
+    def scaled(self, factor: float) -> "PatchRows":
+        """Return the patches times a number."""
+        return PatchRows(self.pixels * factor, self.geometry)
+
+    def double(self) -> "PatchRows":
+        """Return the patches in float64."""
+        return PatchRows(self.pixels.double(), self.geometry)
+
+    def trace(self) -> Tensor:
+        """Return tr(UᵀU), the sum of squares over all patches, as a 0-d tensor."""
+        counts = reading.pixel_read_counts(self.geometry, *self.pixels.shape[:2]).to(self.pixels)
+        return (self.pixels.square().sum((2, 3)) * counts).sum()
+
+    def rows(self) -> Tensor:
+        """Return U, formed: ``[rows, taps · channels]``."""
+        padded = reading.pad(self.pixels.permute(2, 0, 1, 3), self.geometry)
+        return reading.patches(padded, self.geometry).permute(1, 2, 0, 3, 4, 5).flatten(0, 2).flatten(1)
+
+    def gram(self) -> Tensor:
+        """Return U Uᵀ, ``[rows, rows]``: products of all pixels, added up over taps."""
+        height, width, num, _ = self.pixels.shape
+        flat = self.pixels.flatten(0, 2)
+        products = (flat @ flat.mT).view(height, width, num, height, width, num)
+        out_height, out_width = self.output_size
+        total = self.pixels.new_zeros(out_height, out_width, num, out_height, out_width, num)
+        for rows in self._vertical_reads():
+            for columns in self._horizontal_reads():
+                read = products[rows.pixels, columns.pixels, :, rows.pixels, columns.pixels]
+                total[rows.outputs, columns.outputs, :, rows.outputs, columns.outputs] += read
+        return total.flatten(3).flatten(0, 2)
+
+    def times(self, values: Tensor) -> Tensor:
+        """Return V Uᵀ.
+
+        Args:
+            values: V, ``[m, taps · channels]``.
+
+        Returns:
+            ``[m, rows]``.
+        """
+        taps = values.unflatten(1, (*self.geometry.kernel_size, -1))  # [m, kh, kw, channels]
+        out_height, out_width = self.output_size
+        product = values.new_zeros(len(values), out_height, out_width, self.pixels.shape[2])
+        for y, x, outputs, pixels in self._reads():
+            product[:, outputs[0], outputs[1]].flatten(1).addmm_(taps[:, y, x], pixels.mT)
+        return product.flatten(1)
+
+    def combine(self, coefficients: Tensor) -> Tensor:
+        """Return Z U.
+
+        Args:
+            coefficients: Z, ``[m, rows]``.
+
+        Returns:
+            ``[m, taps · channels]``.
+        """
+        locations = coefficients.unflatten(1, (*self.output_size, -1))  # [m, h', w', n]
+        kernel = self.geometry.kernel_size
+        combined = coefficients.new_zeros(len(coefficients), *kernel, self.pixels.shape[-1])
+        for y, x, outputs, pixels in self._reads():
+            combined[:, y, x].addmm_(locations[:, outputs[0], outputs[1]].flatten(1), pixels)
+        return combined.flatten(1)
+
+    def _reads(self) -> Iterator[tuple[int, int, tuple[int, slice], Tensor]]:
+        """Yield tap, one output row with its columns, and the pixels that they read, ``[columns · n, channels]``."""
+        for rows in self._vertical_reads():
+            lines = zip(range(*rows.outputs.indices(self.output_size[0])), self.pixels[rows.pixels], strict=True)
+            for output_row, line in lines:
+                for columns in self._horizontal_reads():
+                    yield rows.tap, columns.tap, (output_row, columns.outputs), line[columns.pixels].flatten(0, 1)
+
+    def _vertical_reads(self) -> Iterator[_Read]:
+        return _axis_reads(self.geometry, 0, self.pixels.shape[0], self.output_size[0])
+
+    def _horizontal_reads(self) -> Iterator[_Read]:
+        return _axis_reads(self.geometry, 1, self.pixels.shape[1], self.output_size[1])
+
+
+def joined(parts: list[PatchRows]) -> PatchRows:
+    """Return the patches of several mini-batches of images of one size as those of one."""
+    if len(parts) == 1:
+        return parts[0]
+    return PatchRows(torch.cat([part.pixels for part in parts], dim=2), parts[0].geometry)
+
+
+def _axis_reads(geometry: LayerGeometry, axis: int, size: int, num_outputs: int) -> Iterator[_Read]:
+    """Yield for every tap that reads a pixel at all: the outputs for which it does, and the pixels."""
+    stride, step = geometry.stride[axis], geometry.dilation[axis]
+    before = (geometry.padding[2], geometry.padding[0])[axis]
+    for tap in range(geometry.kernel_size[axis]):
+        shift = tap * step - before  # output i reads pixel stride · i + shift
+        first = max(0, -(shift // stride))
+        last = min(num_outputs, (size - 1 - shift) // stride + 1)
+        if first < last:
+            start = stride * first + shift
+            yield _Read(tap, slice(first, last), slice(start, start + stride * (last - first - 1) + 1, stride))

@@ -1,0 +1,91 @@
+"""Reading layer inputs: locations, padding, the patch under a kernel, and channel groups. Views wherever possible."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kfac_sua.preconditioner.grouping import ChannelGroups
+from kfac_sua.preconditioner.layers import LayerGeometry
+
+
+def to_locations(values: Tensor, geometry: LayerGeometry) -> Tensor:
+    """Return layer inputs or output gradients with channels last, ``[examples, height, width, channels]``.
+
+    Args:
+        values: ``[n, c, h, w]`` or ``[c, h, w]`` for a convolution; ``[n, ..., features]`` or ``[features]`` for a
+            linear layer, whose extra dimensions become locations.
+        geometry: The layer's geometry.
+    """
+    if geometry.is_convolution:
+        return (values if values.dim() == 4 else values.unsqueeze(0)).permute(0, 2, 3, 1)
+    values = values if values.dim() > 1 else values.unsqueeze(0)
+    return values.reshape(values.shape[0], -1, 1, values.shape[-1])
+
+
+def pad(inputs: Tensor, geometry: LayerGeometry, *, vertical: bool = True) -> Tensor:
+    """Pad ``[n, h, w, c]`` as the layer does; with ``vertical=False``, zeros on the left and on the right only."""
+    left, right, top, bottom = geometry.padding
+    if not vertical:
+        return F.pad(inputs, (0, 0, left, right)) if left or right else inputs
+    if not any(geometry.padding):
+        return inputs
+    if geometry.padding_mode == "zeros":
+        return F.pad(inputs, (0, 0, left, right, top, bottom))
+    channels_first = inputs.permute(0, 3, 1, 2)
+    return F.pad(channels_first, geometry.padding, mode=geometry.padding_mode).permute(0, 2, 3, 1)
+
+
+def patches(padded: Tensor, geometry: LayerGeometry) -> Tensor:
+    """View padded inputs ``[n, h, w, c]`` as patches ``[n, h', w', kh, kw, c]`` without a copy."""
+    (kh, kw), (sh, sw), (dh, dw) = geometry.kernel_size, geometry.stride, geometry.dilation
+    windows = padded.unfold(1, dh * (kh - 1) + 1, sh).unfold(2, dw * (kw - 1) + 1, sw)  # [n, h', w', c, ..., ...]
+    return windows[..., ::dh, ::dw].permute(0, 1, 2, 4, 5, 3)
+
+
+def read_counts(size: int, kernel_size: int, stride: int, dilation: int) -> Tensor:
+    """Return how many (location, tap) pairs read each position of a padded axis: ``fold(ones)`` in one dimension.
+
+    Args:
+        size: Length of the padded axis, in pixels.
+        kernel_size: Taps along the axis.
+        stride: Stride along the axis.
+        dilation: Dilation along the axis.
+
+    Returns:
+        Integer counts, ``[size]``.
+    """
+    reads = stride * torch.arange(_num_outputs(size, kernel_size, stride, dilation))[:, None]
+    reads = reads + dilation * torch.arange(kernel_size)  # [locations, taps]
+    return torch.bincount(reads.flatten(), minlength=size)
+
+
+def pixel_read_counts(geometry: LayerGeometry, height: int, width: int) -> Tensor:
+    """Return how many (location, tap) pairs read each pixel of an input, ``[height, width]``.
+
+    Args:
+        geometry: The layer's geometry.
+        height: Height of the input, not yet padded if the padding is zeros, padded in all other modes.
+        width: Width of the input, likewise.
+    """
+    left, right, top, bottom = geometry.padding if geometry.padding_mode == "zeros" else (0, 0, 0, 0)
+    (kh, kw), (sh, sw), (dh, dw) = geometry.kernel_size, geometry.stride, geometry.dilation
+    rows = read_counts(height + top + bottom, kh, sh, dh)[top : top + height]
+    columns = read_counts(width + left + right, kw, sw, dw)[left : left + width]
+    return torch.outer(rows, columns)
+
+
+def output_size(geometry: LayerGeometry, height: int, width: int) -> tuple[int, int]:
+    """Return the output's height and width for an input that is not yet padded."""
+    left, right, top, bottom = geometry.padding
+    (kh, kw), (sh, sw), (dh, dw) = geometry.kernel_size, geometry.stride, geometry.dilation
+    return _num_outputs(height + top + bottom, kh, sh, dh), _num_outputs(width + left + right, kw, sw, dw)
+
+
+def split_channels(values: Tensor, conv_groups: int, groups: ChannelGroups) -> Tensor:
+    """Split ``[rows, taps, conv_groups · channels]`` into ``[conv_groups · count, rows, taps · size]``."""
+    split = groups.split(values.unflatten(-1, (conv_groups, groups.num_channels)))  # [rows, taps, g, count, size]
+    return split.permute(2, 3, 0, 1, 4).flatten(3).flatten(0, 1)
+
+
+def _num_outputs(size: int, kernel_size: int, stride: int, dilation: int) -> int:
+    return (size - dilation * (kernel_size - 1) - 1) // stride + 1

@@ -1,0 +1,108 @@
+"""Products with patches that are never formed equal products with the patches formed."""
+
+import torch
+from convolutions import convolutions, layout_of
+from hypothesis import assume, given, settings
+from oracles import patches_by_loop
+from torch import nn
+
+from kfac_sua.preconditioner import KroneckerPreconditioner, KroneckerSettings
+from kfac_sua.preconditioner.factors import Factor
+from kfac_sua.preconditioner.inverse import PatchInverse, invert_factors
+from kfac_sua.preconditioner.layers import LayerGeometry
+from kfac_sua.preconditioner.patch_rows import PatchRows, can_be_patch_rows, joined
+from kfac_sua.preconditioner.pixels import to_locations
+
+
+def read(module: nn.Conv2d, inputs: torch.Tensor) -> PatchRows:
+    """Return the patches of a module's inputs, unformed."""
+    geometry = LayerGeometry.of(module)
+    return PatchRows.read(to_locations(inputs, geometry), geometry)
+
+
+@settings(max_examples=150, deadline=None)
+@given(convolutions())
+def test_every_product_equals_the_one_with_looped_patches(case):
+    """U Uᵀ, V Uᵀ, Z U and tr(UᵀU), for every kernel, stride, dilation and zero padding."""
+    module, inputs = case
+    assume(can_be_patch_rows(LayerGeometry.of(module), layout_of(module, "kfac")))
+    patches = read(module, inputs)
+    formed = patches_by_loop(module, inputs).transpose(0, 1).flatten(0, 1).flatten(1)  # rows in the order (y, x, n)
+    assert patches.num_rows == len(formed)
+    values = torch.randn(3, formed.shape[1], dtype=torch.float64)
+    coefficients = torch.randn(3, len(formed), dtype=torch.float64)
+    torch.testing.assert_close(patches.rows(), formed, rtol=0, atol=0)
+    torch.testing.assert_close(patches.gram(), formed @ formed.T, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(patches.times(values), values @ formed.T, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(patches.combine(coefficients), coefficients @ formed, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(patches.trace(), formed.square().sum(), rtol=1e-10, atol=1e-10)
+
+
+def test_a_factor_of_patches_behaves_as_one_of_rows():
+    """Traces, dense blocks, inverse from either side and float64 retry agree with the rows formed."""
+    torch.manual_seed(0)
+    module = nn.Conv2d(3, 2, 3, padding=1, bias=False).double()
+    patches = read(module, torch.randn(2, 3, 2, 2, dtype=torch.float64))
+    factors = [Factor(patches=patches), Factor(rows=patches.rows()[None])]
+    damping = torch.tensor([0.3], dtype=torch.float64)
+    results = invert_factors(factors, [damping, damping])
+    assert isinstance(results[0].inverse, PatchInverse)
+    torch.testing.assert_close(factors[0].dense(), factors[1].dense(), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(factors[0].traces(), factors[1].traces(), rtol=1e-10, atol=1e-10)
+    values = torch.randn(1, 4, 27, dtype=torch.float64)
+    got, want = (result.inverse for result in results)
+    torch.testing.assert_close(got.right(values), want.right(values), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(got.left(values.mT), want.left(values.mT), rtol=1e-10, atol=1e-10)
+
+
+def test_a_damping_lost_in_rounding_is_reported():
+    """A core whose Cholesky factorisation fails in float32 is tried in float64, and refused by the Woodbury form."""
+    torch.manual_seed(0)
+    module = nn.Conv2d(2, 2, 3, padding=1, bias=False)
+    patches = read(module, torch.cat([torch.randn(1, 2, 3, 3)] * 8))  # every patch eight times: U Uᵀ is singular
+    damping = torch.tensor([1e-6])
+    core = patches.gram() + damping * torch.eye(patches.num_rows)
+    assert torch.linalg.cholesky_ex(core).info > 0
+    result = invert_factors([Factor(patches=patches)], [damping])[0]
+    assert result.num_failed == 1
+    triangle = result.inverse.triangle[0].double()  # float64 succeeded
+    torch.testing.assert_close(triangle @ triangle.T, core.double(), rtol=1e-4, atol=1e-4)
+
+
+def test_joined_patches_are_those_of_the_joined_batch():
+    """Micro-batches add examples."""
+    module = nn.Conv2d(2, 2, 3, stride=2, padding=1, bias=False).double()
+    inputs = torch.randn(5, 2, 4, 4, dtype=torch.float64)
+    whole, parts = read(module, inputs), joined([read(module, inputs[:2]), read(module, inputs[2:])])
+    torch.testing.assert_close(parts.pixels, whole.pixels, rtol=0, atol=0)
+
+
+def test_patches_are_copied_not_viewed():
+    """A layer's input may be overwritten in place after the forward pass."""
+    module = nn.Conv2d(2, 2, 3, bias=False)
+    inputs = torch.ones(1, 2, 3, 3).contiguous(memory_format=torch.channels_last)
+    patches = read(module, inputs)
+    inputs.zero_()
+    assert patches.pixels.min() == 1
+
+
+def test_a_checkpoint_keeps_the_inverse_of_patches():
+    """The state holds pixels and triangle, and a preconditioner loaded from it applies the same inverse."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(4, 5, 3, padding=1, bias=False), nn.Flatten()).double()
+    inputs = torch.randn(2, 4, 2, 2, dtype=torch.float64)
+    settings_ = KroneckerSettings(inverse_method="low_rank", inverse_period=10)
+    first = KroneckerPreconditioner(net, settings=settings_)
+    net(inputs).square().sum(1).mean().backward()
+    first.step()
+    state = first.state_dict()
+    assert set(state["layers"]["0"]["inverse"]["activation"]) == {"pixels", "triangle", "scale"}
+    grads = []
+    second = KroneckerPreconditioner(net, settings=settings_)
+    second.load_state_dict(state)
+    for preconditioner in (first, second):
+        net.zero_grad()
+        net(inputs).square().sum(1).mean().backward()
+        preconditioner.step()
+        grads.append(net[0].weight.grad.clone())
+    assert torch.equal(grads[0], grads[1])
