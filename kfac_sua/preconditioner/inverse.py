@@ -13,10 +13,14 @@ import torch
 from torch import Tensor
 
 from kfac_sua.preconditioner.factors import Factor
+from kfac_sua.preconditioner.grouping import ChannelGroups
 from kfac_sua.preconditioner.patch_rows import PatchRows
 
 MAX_BATCHED_WIDTH = 1024
 """Wider matrices are factorised one by one: batching saves them nothing and would hold a copy of all of them."""
+
+MAX_READ_SHARE = 0.5
+"""Share of the taps that may read a pixel for products tap by tap to beat one product with patches formed."""
 
 
 @dataclass
@@ -32,6 +36,12 @@ class DenseInverse:
     def right(self, values: Tensor) -> Tensor:
         """Multiply ``[num_blocks, n, d]`` from the right."""
         return torch.bmm(values, self.blocks)
+
+    def right_of_patches(self, patches: PatchRows, groups: ChannelGroups) -> Tensor:
+        """Multiply patches in channel groups from the right; ``[num_blocks, rows, d]``."""
+        if patches.read_share > MAX_READ_SHARE:
+            return self.right(patches.blocks(groups))
+        return patches.multiply(self.blocks, groups)
 
     def scale_(self, factor: float) -> None:
         """Multiply the inverse by a number, in place."""
@@ -56,6 +66,10 @@ class LowRankInverse:
     def right(self, values: Tensor) -> Tensor:
         """Multiply ``[num_blocks, n, d]`` from the right."""
         return torch.baddbmm(values, torch.bmm(values, self.root.mT), self.root, alpha=-1).mul_(self.scale)
+
+    def right_of_patches(self, patches: PatchRows, groups: ChannelGroups) -> Tensor:
+        """Multiply patches in channel groups from the right; ``[num_blocks, rows, d]``."""
+        return self.right(patches.blocks(groups))
 
     def scale_(self, factor: float) -> None:
         """Multiply the inverse by a number, in place."""
@@ -86,8 +100,17 @@ class PatchInverse:
 
     def right(self, values: Tensor) -> Tensor:
         """Multiply ``[1, n, d]`` from the right."""
-        (vectors,) = values
-        products = self.patches.times(vectors)  # [n, rows]
+        return self._project_out(values, self.patches.times(values[0]))
+
+    def right_of_patches(self, patches: PatchRows, groups: ChannelGroups) -> Tensor:
+        """Multiply patches from the right, as one group; ``[1, rows, d]``."""
+        values = patches.blocks(groups)
+        if patches.pixels.shape[:2] != self.patches.pixels.shape[:2]:
+            return self.right(values)
+        return self._project_out(values, patches.cross(self.patches))
+
+    def _project_out(self, values: Tensor, products: Tensor) -> Tensor:
+        """Return scale · (V − P (L Lᵀ)⁻¹ U) of values V ``[1, n, d]`` with products P = V Uᵀ ``[n, rows]``."""
         coefficients = torch.cholesky_solve(products.mT, self.triangle[0]).mT
         return values.sub(self.patches.combine(coefficients)).mul_(self.scale)
 

@@ -1,11 +1,12 @@
 """The patches of a mini-batch as an operator: products with them, without forming them.
 
 The rows U of K-FAC's activation factor are patches: T pixels side by side, each pixel in up to T patches, and zeros
-where the kernel reaches over the border. All that the Woodbury identity needs of U are three products, and each is a
-sum over taps of products with the pixels themselves: U Uᵀ, V Uᵀ and Z U. On small maps the border saves much: of the
-36 (location, tap) pairs of a 3×3 kernel on a 2×2 map, 16 read a pixel. Memory is that of the pixels, 1/T of U's.
+where the kernel reaches over the border. All that the Woodbury identity needs of U are products, and each is a sum over
+taps of products with the pixels themselves: U Uᵀ, V Uᵀ, Z U and U M. On small maps the border saves much: of the 36
+(location, tap) pairs of a 3×3 kernel on a 2×2 map, 16 read a pixel. Memory is that of the pixels, 1/T of U's.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,8 +14,11 @@ import torch
 from torch import Tensor
 
 from kfac_sua.preconditioner import pixels as reading
-from kfac_sua.preconditioner.grouping import BlockLayout
+from kfac_sua.preconditioner.grouping import BlockLayout, ChannelGroups
 from kfac_sua.preconditioner.layers import LayerGeometry
+
+_Line = tuple[int, slice]
+"""A row, and the columns in it."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,19 @@ class PatchRows:
         height, width = self.output_size
         return height * width * self.pixels.shape[2]
 
+    @property
+    def read_share(self) -> float:
+        """Share of the (location, tap) pairs that read a pixel; the others read the zeros of the padding."""
+        shares = []
+        for reads, size, taps in zip(
+            (self._vertical_reads(), self._horizontal_reads()),
+            self.output_size,
+            self.geometry.kernel_size,
+            strict=True,
+        ):
+            shares.append(sum(read.outputs.stop - read.outputs.start for read in reads) / (size * taps))
+        return math.prod(shares)
+
     def scaled(self, factor: float) -> "PatchRows":
         """Return the patches times a number."""
         return PatchRows(self.pixels * factor, self.geometry)
@@ -82,18 +99,52 @@ class PatchRows:
         padded = reading.pad(self.pixels.permute(2, 0, 1, 3), self.geometry)
         return reading.patches(padded, self.geometry).permute(1, 2, 0, 3, 4, 5).flatten(0, 2).flatten(1)
 
+    def blocks(self, groups: ChannelGroups) -> Tensor:
+        """Return U, formed, split into channel groups: ``[Q, rows, taps · size]``."""
+        return reading.split_channels(self.rows().unflatten(1, (self.geometry.num_taps, -1)), 1, groups)
+
     def gram(self) -> Tensor:
-        """Return U Uᵀ, ``[rows, rows]``: products of all pixels, added up over taps."""
-        height, width, num, _ = self.pixels.shape
-        flat = self.pixels.flatten(0, 2)
-        products = (flat @ flat.mT).view(height, width, num, height, width, num)
-        out_height, out_width = self.output_size
-        total = self.pixels.new_zeros(out_height, out_width, num, out_height, out_width, num)
+        """Return U Uᵀ, ``[rows, rows]``."""
+        return self.cross(self)
+
+    def cross(self, other: "PatchRows") -> Tensor:
+        """Return U Wᵀ, with W the patches of another mini-batch of images of the same size.
+
+        Products of all pixels, added up over taps.
+
+        Args:
+            other: W.
+
+        Returns:
+            ``[rows of U, rows of W]``.
+        """
+        sizes = [*self.pixels.shape[:3], *other.pixels.shape[:3]]
+        products = (self.pixels.flatten(0, 2) @ other.pixels.flatten(0, 2).mT).view(sizes)
+        height, width = self.output_size
+        total = self.pixels.new_zeros(height, width, sizes[2], height, width, sizes[5])
         for rows in self._vertical_reads():
             for columns in self._horizontal_reads():
                 read = products[rows.pixels, columns.pixels, :, rows.pixels, columns.pixels]
                 total[rows.outputs, columns.outputs, :, rows.outputs, columns.outputs] += read
         return total.flatten(3).flatten(0, 2)
+
+    def multiply(self, matrices: Tensor, groups: ChannelGroups) -> Tensor:
+        """Return U times a matrix per channel group.
+
+        Args:
+            matrices: ``[Q, taps · size, d]``.
+            groups: The channel groups.
+
+        Returns:
+            ``[Q, rows, d]``.
+        """
+        pixels = groups.split(self.pixels).permute(3, 0, 1, 2, 4)  # [Q, h, w, n, size]
+        taps = matrices.unflatten(1, (*self.geometry.kernel_size, -1))  # [Q, kh, kw, size, d]
+        product = matrices.new_zeros(len(matrices), *self.output_size, self.pixels.shape[2], matrices.shape[-1])
+        for y, x, outputs, read in self._reads():
+            target = product[:, *outputs].flatten(1, 2)  # [Q, columns · n, d]
+            target.baddbmm_(pixels[:, *read].flatten(1, 2), taps[:, y, x])
+        return product.flatten(1, 3)
 
     def times(self, values: Tensor) -> Tensor:
         """Return V Uᵀ.
@@ -108,7 +159,7 @@ class PatchRows:
         out_height, out_width = self.output_size
         product = values.new_zeros(len(values), out_height, out_width, self.pixels.shape[2])
         for y, x, outputs, pixels in self._reads():
-            product[:, outputs[0], outputs[1]].flatten(1).addmm_(taps[:, y, x], pixels.mT)
+            product[:, *outputs].flatten(1).addmm_(taps[:, y, x], self.pixels[pixels].flatten(0, 1).mT)
         return product.flatten(1)
 
     def combine(self, coefficients: Tensor) -> Tensor:
@@ -124,16 +175,17 @@ class PatchRows:
         kernel = self.geometry.kernel_size
         combined = coefficients.new_zeros(len(coefficients), *kernel, self.pixels.shape[-1])
         for y, x, outputs, pixels in self._reads():
-            combined[:, y, x].addmm_(locations[:, outputs[0], outputs[1]].flatten(1), pixels)
+            combined[:, y, x].addmm_(locations[:, *outputs].flatten(1), self.pixels[pixels].flatten(0, 1))
         return combined.flatten(1)
 
-    def _reads(self) -> Iterator[tuple[int, int, tuple[int, slice], Tensor]]:
-        """Yield tap, one output row with its columns, and the pixels that they read, ``[columns · n, channels]``."""
+    def _reads(self) -> Iterator[tuple[int, int, _Line, _Line]]:
+        """Yield a tap's row and column, a line of outputs, and the line of pixels that they read through it."""
         for rows in self._vertical_reads():
-            lines = zip(range(*rows.outputs.indices(self.output_size[0])), self.pixels[rows.pixels], strict=True)
-            for output_row, line in lines:
+            output_rows = range(rows.outputs.start, rows.outputs.stop)
+            pixel_rows = range(rows.pixels.start, rows.pixels.stop, rows.pixels.step)
+            for output_row, pixel_row in zip(output_rows, pixel_rows, strict=True):
                 for columns in self._horizontal_reads():
-                    yield rows.tap, columns.tap, (output_row, columns.outputs), line[columns.pixels].flatten(0, 1)
+                    yield rows.tap, columns.tap, (output_row, columns.outputs), (pixel_row, columns.pixels)
 
     def _vertical_reads(self) -> Iterator[_Read]:
         return _axis_reads(self.geometry, 0, self.pixels.shape[0], self.output_size[0])

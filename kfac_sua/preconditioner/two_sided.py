@@ -26,7 +26,8 @@ from kfac_sua.preconditioner.capture import PhaseSource
 from kfac_sua.preconditioner.grouping import BlockLayout, ChannelGroups
 from kfac_sua.preconditioner.inverse import Inverse
 from kfac_sua.preconditioner.layers import LayerGeometry
-from kfac_sua.preconditioner.pixels import output_size, pad, patches, split_channels, to_locations
+from kfac_sua.preconditioner.patch_rows import PatchRows
+from kfac_sua.preconditioner.pixels import output_size, to_locations
 
 
 def can_be_two_sided(module: nn.Module, geometry: LayerGeometry) -> bool:
@@ -202,16 +203,15 @@ def _transform(values: Tensor, inverse: Inverse, conv_groups: int, groups: Chann
 
 def _transform_patches(inputs: Tensor, site: TwoSidedForward, inverse: LayerInverse) -> Tensor:
     """Return the patches of ``[n, channels, h, w]`` times inverse blocks, ``[rows, taps · channels]``."""
-    layout = site.layout
-    locations = to_locations(inputs.to(inverse.dtype), site.geometry)
-    windows = patches(pad(locations, site.geometry), site.geometry)  # [n, h', w', kh, kw, channels]
-    rows = split_channels(windows.flatten(0, 2).flatten(1, 2), 1, layout.activation)  # [Q, rows, taps · size]
-    transformed = inverse.activation.right(rows).unflatten(-1, (layout.num_taps, -1))  # [Q, rows, taps, size]
-    return layout.activation.merge(transformed.permute(1, 2, 0, 3)).flatten(1).to(inputs.dtype)
+    groups = site.layout.activation
+    patches = PatchRows.read(to_locations(inputs.to(inverse.dtype), site.geometry), site.geometry)
+    transformed = inverse.activation.right_of_patches(patches, groups)  # [Q, rows, taps · size]
+    transformed = transformed.unflatten(-1, (site.layout.num_taps, -1)).permute(1, 2, 0, 3)  # [rows, taps, Q, size]
+    return groups.merge(transformed).flatten(1).to(inputs.dtype)
 
 
 def _weight_grad_of_rows(rows: Tensor, output_grad: Tensor, shape: torch.Size) -> Tensor:
-    """Return Σ δ pᵀ over rows p, ``[rows, taps · channels]``, in the shape of the weight."""
-    grads = output_grad.permute(0, 2, 3, 1).flatten(0, 2)  # [rows, out]
+    """Return Σ δ pᵀ over rows p, ``[rows, taps · channels]`` in the order of patches, in the shape of the weight."""
+    grads = output_grad.permute(2, 3, 0, 1).flatten(0, 2)  # [rows, out]
     out_channels, _, height, width = shape
     return (grads.mT @ rows).view(out_channels, height, width, -1).permute(0, 3, 1, 2)

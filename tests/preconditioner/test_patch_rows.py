@@ -1,17 +1,20 @@
 """Products with patches that are never formed equal products with the patches formed."""
 
+import pytest
 import torch
 from convolutions import convolutions, layout_of
 from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from oracles import patches_by_loop
 from torch import nn
 
 from kfac_sua.preconditioner import KroneckerPreconditioner, KroneckerSettings
 from kfac_sua.preconditioner.factors import Factor
+from kfac_sua.preconditioner.grouping import ChannelGroups
 from kfac_sua.preconditioner.inverse import PatchInverse, invert_factors
 from kfac_sua.preconditioner.layers import LayerGeometry
 from kfac_sua.preconditioner.patch_rows import PatchRows, can_be_patch_rows, joined
-from kfac_sua.preconditioner.pixels import to_locations
+from kfac_sua.preconditioner.pixels import pixel_read_counts, to_locations
 
 
 def read(module: nn.Conv2d, inputs: torch.Tensor) -> PatchRows:
@@ -36,6 +39,41 @@ def test_every_product_equals_the_one_with_looped_patches(case):
     torch.testing.assert_close(patches.times(values), values @ formed.T, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(patches.combine(coefficients), coefficients @ formed, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(patches.trace(), formed.square().sum(), rtol=1e-10, atol=1e-10)
+
+
+@settings(max_examples=60, deadline=None)
+@given(convolutions(), st.integers(1, 3))
+def test_products_with_other_patches_and_with_matrices(case, group_size):
+    """U Wᵀ with another mini-batch's patches, and U M in channel groups, a ragged last one included."""
+    module, inputs = case
+    assume(can_be_patch_rows(LayerGeometry.of(module), layout_of(module, "kfac")))
+    patches, other = read(module, inputs), read(module, torch.randn_like(inputs[:1]))
+    torch.testing.assert_close(patches.cross(other), patches.rows() @ other.rows().T, rtol=1e-10, atol=1e-10)
+    groups = ChannelGroups.of(module.in_channels, group_size)
+    blocks = patches.blocks(groups)
+    matrices = torch.randn(len(blocks), blocks.shape[-1], 4, dtype=torch.float64)
+    torch.testing.assert_close(patches.multiply(matrices, groups), blocks @ matrices, rtol=1e-10, atol=1e-10)
+    counts = pixel_read_counts(LayerGeometry.of(module), *inputs.shape[2:])
+    num_locations = patches.num_rows // len(inputs)
+    assert patches.read_share == pytest.approx(int(counts.sum()) / (num_locations * patches.geometry.num_taps))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("inverse", ["dense", "rows", "patches", "patches_of_another_size"])
+def test_every_inverse_multiplies_patches_as_it_does_rows(size, inverse):
+    """Where most taps read padding and where few do, and whatever images the inverse was made from."""
+    torch.manual_seed(0)
+    module = nn.Conv2d(3, 2, 3, padding=1, bias=False).double()
+    patches = read(module, torch.randn(2, 3, size, size, dtype=torch.float64))
+    measured = read(module, torch.randn(2, 3, 3 if inverse.endswith("size") else size, size, dtype=torch.float64))
+    factor = {
+        "dense": Factor(blocks=measured.rows().T[None] @ measured.rows()[None]),
+        "rows": Factor(rows=measured.rows()[None]),
+    }.get(inverse, Factor(patches=measured))
+    result = invert_factors([factor], [torch.tensor([0.3], dtype=torch.float64)])[0].inverse
+    groups = ChannelGroups.of(3, None)
+    want = result.right(patches.rows()[None])
+    torch.testing.assert_close(result.right_of_patches(patches, groups), want, rtol=1e-10, atol=1e-10)
 
 
 def test_a_factor_of_patches_behaves_as_one_of_rows():
