@@ -158,6 +158,7 @@ class LayerStatistics:
     def clear(self) -> None:
         """Forget everything collected."""
         self._activation, self._gradient = (MomentAccumulator(most) for most in self._max_rows)
+        self._inputs: list[Tensor] = []
         self._passes: list[_Pass] = []
         self._model_pass = -1
         self._calls: list[Call] = []
@@ -240,6 +241,9 @@ class LayerStatistics:
         num_examples = sum(one.num_examples for one in self._passes)
         num_rows = sum(one.num_examples * one.num_locations for one in self._passes)
         per_gradient = num_examples**2 if grads_of_mean_loss else 1
+        while self._inputs:
+            moment = correlations.patch_moment(self._inputs.pop(), self.geometry, self.layout)
+            self._activation.add_moment(moment)
         if self.reduce:
             self._fold_passes()
             num_rows = num_examples  # every example is one row
@@ -265,10 +269,21 @@ class LayerStatistics:
         elif can_be_patch_rows(geometry, layout) and moment.has_room(num_rows):
             moment.keep(PatchRows.read(inputs, geometry))
         elif correlations.can_correlate(geometry, layout) and not moment.has_room(num_rows):
-            moment.add_moment(correlations.patch_moment(inputs, geometry, layout))
+            self._correlate(inputs)
         else:
             for rows in factors.activation_rows(inputs, geometry, layout):
                 moment.add(rows)
+
+    def _correlate(self, inputs: Tensor) -> None:
+        """Add the moment of patches; after the backward pass, where a copy of the inputs is smaller than the moment.
+
+        Until then the activations of all layers are alive, which is when a training step needs most memory.
+        """
+        num_blocks, width = self.layout.activation_blocks
+        if sum(kept.numel() for kept in self._inputs) + inputs.numel() <= num_blocks * width**2:
+            self._inputs.append(inputs.clone())
+        else:
+            self._activation.add_moment(correlations.patch_moment(inputs, self.geometry, self.layout))
 
     def _begin_call(self, num_examples: int, model_pass: int) -> _Pass:
         """Return the pass a call belongs to: a new one after the model was entered anew, or after a backward pass."""

@@ -13,6 +13,7 @@ from kfac_sua.preconditioner.grouping import BlockLayout
 from kfac_sua.preconditioner.layers import LayerGeometry
 from kfac_sua.preconditioner.pixels import to_locations
 from kfac_sua.preconditioner.settings import Structure
+from kfac_sua.preconditioner.statistics import LayerStatistics
 
 
 @settings(max_examples=150, deadline=None)
@@ -68,3 +69,19 @@ def test_what_cannot_be_correlated_is_not(module, structure):
     """Vertical strides, single kernel rows, the homogeneous coordinate of a bias and SUA take the other paths."""
     geometry = LayerGeometry.of(module)
     assert not can_correlate(geometry, BlockLayout.of(geometry, Structure(structure), None))
+
+
+@pytest.mark.parametrize("channels", [2, 12])
+def test_micro_batches_add_up_whether_inputs_or_moments_are_kept(channels):
+    """Inputs wait for the end of the backward pass while they are smaller than the moment; the sum is the same."""
+    torch.manual_seed(0)
+    module = nn.Conv2d(channels, 4, 3, padding=1, bias=False).double()
+    geometry, layout = LayerGeometry.of(module), layout_of(module, "kfac")
+    statistics = LayerStatistics("conv", geometry, layout, reduce=False, max_activation_rows=0, max_gradient_rows=0)
+    inputs = torch.randn(60, channels, 4, 5, dtype=torch.float64)
+    grads = torch.randn(60, 4, 4, 5, dtype=torch.float64)
+    for index, part in enumerate((slice(0, 10), slice(10, 60))):
+        statistics.add_output_grads(grads[part], statistics.add_inputs(inputs[part], grads[part].shape, index))
+    factors = statistics.factors(grads_of_mean_loss=False)
+    rows = patches_by_loop(module, inputs).flatten(0, 1).flatten(1)
+    torch.testing.assert_close(factors.activation.dense()[0], rows.T @ rows / len(rows), rtol=1e-9, atol=1e-9)
