@@ -1,6 +1,6 @@
 # Everything runs in .venv, which `make install` (or any target that needs it) makes once.
 .DEFAULT_GOAL := help
-.PHONY: help install data train quickstart reproduce-fig1 reproduce-fig2 test test-slow test-gpu lint format
+.PHONY: help install data train quickstart reproduce-fig1 reproduce-fig2 bench scaling test test-slow test-gpu lint format
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -47,6 +47,12 @@ reproduce-fig2: $(INSTALLED) ## Figure 2, the same way
 
 ablation-%: $(INSTALLED) ## sharing, fisher, damping_rule, refresh or group_size, the same way
 	$(call REPRODUCE,ablation_$*)
+
+bench: $(INSTALLED) ## Cost of each setting beside plain SGD: make bench ARGS="--layers --json new.json --against old.json"
+	$(RUN) -m kfac_sua.bench $(ARGS)
+
+scaling: $(INSTALLED) ## Cost against width, kernel, group size and mini-batch, with the fitted exponents
+	$(RUN) -m kfac_sua.bench.scaling --out outputs/scaling $(ARGS)
 
 test: $(INSTALLED) ## Tests without a GPU and without a download, six minutes on 2 cores
 	$(TEST_ENV) $(RUN) -m pytest -m "not slow and not gpu"

@@ -1,0 +1,220 @@
+"""The benchmark command: ``python -m kfac_sua.bench --settings baseline sua kfac:damping=0.3 --json new.json``."""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from kfac_sua.bench.against import changes, circumstances, refuse_other_conditions
+from kfac_sua.bench.contender import Precision
+from kfac_sua.bench.measure import Plan, carry_out
+from kfac_sua.bench.record import Arguments, BenchRecord, read_record, write_record
+from kfac_sua.bench.settings import (
+    DEFAULT_SETTINGS,
+    PERIOD_KEY,
+    Setting,
+    base_config,
+    common_period,
+    compose_settings,
+    cpu_threads,
+    parse_items,
+)
+from kfac_sua.bench.tables import (
+    changes_table,
+    costs_table,
+    layers_table,
+    memory_table,
+    rates_table,
+    split_table,
+    steps_table,
+)
+from kfac_sua.build import choose_device
+from kfac_sua.config import ConfigError, KroneckerConfig
+from kfac_sua.preconditioner import FisherType
+from kfac_sua.runs.record import RecordError
+
+SLOWER, FAILED, BAD_INPUT, INTERRUPTED = 1, 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Carry out the command line and return the exit code.
+
+    Args:
+        arguments: Command line without the program's name; None reads it from the process.
+
+    Returns:
+        0 if all is well, 1 if a setting got slower than in ``--against`` or the measurement failed, 2 for bad input,
+        130 after Ctrl-C.
+    """
+    options = _parser().parse_intermixed_args(arguments)
+    try:
+        return _carry_out(options)
+    except (ConfigError, RecordError) as error:
+        return _say(str(error), BAD_INPUT)
+    except OSError as error:
+        return _say(f"Cannot use {error.filename or 'a file'}: {error.strerror or error}.", BAD_INPUT)
+    except (RuntimeError, MemoryError) as error:
+        return _say(" ".join(str(error).split()) or "MemoryError.", FAILED)
+    except KeyboardInterrupt:
+        return _say("interrupted; nothing was written.", INTERRUPTED)
+
+
+def _carry_out(options: argparse.Namespace) -> int:
+    plan = _plan(options)
+    names = [setting.name for setting in plan.settings]
+    old = read_record(options.against) if options.against else None
+    if old is not None:
+        shared = [cost.setting for cost in old.costs if cost.setting in names]
+        refuse_other_conditions(options.against, old.arguments, plan.arguments, shared)
+    if options.json:
+        _refuse_unwritable(options.json)
+    record = carry_out(plan)
+    print("\n\n".join(_tables(record, plan.precision)))
+    if options.json:
+        write_record(options.json, record)
+    return 0 if old is None else _compare(old, record, options.tolerance)
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    """Compose and check all that the options ask for, before anything is measured."""
+    # --settings takes all words up to the next option, also overrides that no setting is meant by.
+    is_override = [":" not in item.partition("=")[0] and "=" in item for item in options.settings]
+    items = parse_items([item for item, is_key in zip(options.settings, is_override, strict=True) if not is_key])
+    overrides = [*options.overrides, *(i for i, is_key in zip(options.settings, is_override, strict=True) if is_key)]
+    values = {
+        "model": options.model,
+        "model.width": options.width,
+        "batch_size": options.batch_size,
+        "device": options.device,
+        "num_threads": options.threads,
+        PERIOD_KEY: options.period,
+    }
+    base = base_config(overrides, values)
+    values["num_threads"] = cpu_threads(base)
+    settings = compose_settings(items, overrides, values)
+    if options.layers:
+        _refuse_exact_fisher(settings)
+    arguments = Arguments(
+        model=base.model.name.value,
+        width=base.model.width,
+        batch_size=base.batch_size,
+        period=common_period(base),
+        device=choose_device(base.device).type,
+        dtype=options.dtype,
+        num_threads=values["num_threads"] or torch.get_num_threads(),
+        overrides=overrides,
+        rounds=options.rounds,
+        refresh_rounds=options.refresh_rounds,
+        repeats=options.repeats,
+    )
+    return Plan(settings, arguments, with_layers=options.layers)
+
+
+def _refuse_exact_fisher(settings: Sequence[Setting]) -> None:
+    for setting in settings:
+        preconditioner = setting.config.preconditioner
+        if isinstance(preconditioner, KroneckerConfig) and preconditioner.fisher_type is FisherType.exact:
+            raise ConfigError(
+                f"--layers measures one backward pass per layer, but setting {setting.name} has fisher_type=exact, "
+                "with one per class; leave out --layers, or use empirical or mc."
+            )
+
+
+def _refuse_unwritable(path: Path) -> None:
+    """Raise OSError now rather than after minutes of measuring."""
+    is_new = not path.exists()
+    path.open("ab").close()
+    if is_new:
+        path.unlink()
+
+
+def _tables(record: BenchRecord, precision: Precision) -> list[str]:
+    tables = [costs_table(record), split_table(record.costs), memory_table(record.costs), rates_table(record.rates)]
+    if record.steps:
+        tables.append(steps_table(record.steps, record.rates, precision))
+    if record.layers:
+        tables.append(layers_table(record.layers, record.rates, precision))
+    return tables
+
+
+def _compare(old: BenchRecord, new: BenchRecord, tolerance: float) -> int:
+    """Print what changed, and return the exit code."""
+    changed = changes(old, new)
+    print("\n" + changes_table(changed, tolerance))
+    for difference in circumstances(old, new):
+        print(f"note: {difference}")
+    return SLOWER if any(change.relative > tolerance for change in changed) else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m kfac_sua.bench",
+        description="Time, memory and FLOPs of preconditioned steps beside plain SGD's in the same process: the "
+        "settings take turns step by step, and medians count; process CPU time on a CPU, wall time on a GPU.",
+        epilog="Exit code: 0, 1 if a setting got slower than in --against, 2 for bad input.",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="further keys of configs/config.yaml, for all settings"
+    )
+    parser.add_argument("--model", default="vgg11", help="vgg11, preact_resnet50 or tiny (%(default)s)")
+    parser.add_argument("--width", type=float, default=1.0, metavar="X", help="of the network (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=100, metavar="N", help="images (%(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (%(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=[str(precision) for precision in Precision],
+        default="float32",
+        help="of training; bfloat16 is autocast, with factors in float32 (%(default)s)",
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="of PyTorch on the CPU (1 where it trains there)")
+    parser.add_argument("--period", type=int, metavar="N", help="mini-batches between refreshes (as configured: 50)")
+    parser.add_argument(
+        "--settings",
+        nargs="+",
+        default=DEFAULT_SETTINGS,
+        metavar="NAME[:key=value,…]",
+        help=f"of {', '.join(DEFAULT_SETTINGS)}, each with keys of its own such as kfac:damping=0.3,ema_decay=0.9; "
+        "baseline is always measured (all five)",
+    )
+    parser.add_argument("--rounds", type=_count, default=9, metavar="N", help="plain steps per setting (%(default)s)")
+    parser.add_argument(
+        "--refresh-rounds", type=_count, default=3, metavar="N", help="steps of each other kind (%(default)s)"
+    )
+    parser.add_argument(
+        "--repeats", type=_count, default=1, metavar="N", help="measure it all so often: median (low to high) (1)"
+    )
+    parser.add_argument("--layers", action="store_true", help="also FLOPs and seconds per part of a step and per layer")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the numbers here")
+    parser.add_argument("--against", type=Path, metavar="FILE", help="compare with what --json wrote earlier")
+    parser.add_argument(
+        "--tolerance", type=_fraction, default=0.03, metavar="X", help="growth that --against lets pass (%(default)s)"
+    )
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got '{text}'")
+    return int(text)
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number ≥ 0 such as 0.03, got '{text}'")
+    return value
+
+
+def _say(sentence: str, code: int) -> int:
+    print(sentence, file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

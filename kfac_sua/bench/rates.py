@@ -1,0 +1,115 @@
+"""What the machine can do: the rate of matrix products and of Cholesky inverses, to judge all other times by."""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from kfac_sua.bench.clock import seconds_now
+from kfac_sua.bench.progress import Announcer
+
+GEMM_SHAPES = ((512, 4608, 4608), (1600, 512, 512))
+"""``[m, k] @ [k, n]``: a K-FAC activation inverse applied in VGG11, and a convolution's locations times channels."""
+CHOLESKY_WIDTHS = (1024, 2304)
+LEAST_SECONDS = 0.05
+"""Of a measurement: shorter calls are repeated, so that the clock's and the launch's own time counts little."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rate:
+    """A measured rate.
+
+    Args:
+        operation: ``gemm`` (2 m k n FLOPs) or ``cholesky_inverse`` (factorisation and inverse, n³ FLOPs).
+        dtype: Number format.
+        shape: ``[m, k, n]`` or ``[n]``.
+        gflop_per_s: 10⁹ FLOPs per second of the clock of ``clock.py``.
+    """
+
+    operation: str
+    dtype: str
+    shape: list[int]
+    gflop_per_s: float
+
+
+def measure_rates(
+    device: torch.device, dtype: torch.dtype, factor_dtype: torch.dtype, announcer: Announcer, calls: int = 5
+) -> list[Rate]:
+    """Measure the rates that bound a step from below.
+
+    Args:
+        device: Where.
+        dtype: Of the matrix products of the forward and backward pass.
+        factor_dtype: Of factors and inverses, whose matrix products are measured too.
+        announcer: Told of every rate.
+        calls: Measurements per rate, of which the median counts.
+
+    Returns:
+        The rates of matrix products in both number formats, then those of Cholesky inverses.
+    """
+    rates = []
+    for kind in dict.fromkeys((dtype, factor_dtype)):
+        for shape in GEMM_SHAPES:
+            announcer.show("machine rates", f"gemm {shape}")
+            rates.append(_rate("gemm", kind, shape, _gemm(shape, kind, device), 2 * math.prod(shape), device, calls))
+    for width in CHOLESKY_WIDTHS:
+        announcer.show("machine rates", f"Cholesky inverse of width {width}")
+        work = _cholesky_inverse(width, factor_dtype, device)
+        rates.append(_rate("cholesky_inverse", factor_dtype, (width,), work, width**3, device, calls))
+    return rates
+
+
+def best_gemm_rate(rates: Sequence[Rate], dtype: torch.dtype) -> float:
+    """Return the fastest measured rate of matrix products in a number format, in FLOPs per second."""
+    return 1e9 * max(rate.gflop_per_s for rate in rates if rate.operation == "gemm" and rate.dtype == _name(dtype))
+
+
+def _rate(
+    operation: str,
+    dtype: torch.dtype,
+    shape: Sequence[int],
+    work: Callable[[], object],
+    flops: int,
+    device: torch.device,
+    calls: int,
+) -> Rate:
+    seconds = statistics.median(_seconds_per_call(work, device, calls))
+    return Rate(operation, _name(dtype), list(shape), flops / seconds / 1e9)
+
+
+def _seconds_per_call(work: Callable[[], object], device: torch.device, calls: int) -> list[float]:
+    work()  # makes libraries and their memory ready
+    once = _seconds(work, device, 1)
+    repetitions = max(1, math.ceil(LEAST_SECONDS / max(once, 1e-6)))
+    return [_seconds(work, device, repetitions) / repetitions for _ in range(calls)]
+
+
+def _seconds(work: Callable[[], object], device: torch.device, repetitions: int) -> float:
+    started = seconds_now(device)
+    for _ in range(repetitions):
+        work()
+    return seconds_now(device) - started
+
+
+def _gemm(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
+    m, k, n = shape
+    left, right = _random(m, k, dtype, device), _random(k, n, dtype, device)
+    return lambda: left @ right
+
+
+def _cholesky_inverse(width: int, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
+    rows = _random(width, width, dtype, device)
+    matrix = rows @ rows.mT / width + torch.eye(width, dtype=dtype, device=device)
+    return lambda: torch.cholesky_inverse(torch.linalg.cholesky_ex(matrix)[0])
+
+
+def _random(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Draw a matrix; a GPU multiplies equal numbers with less power, and so faster, than those of training."""
+    return torch.randn(height, width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

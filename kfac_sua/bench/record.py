@@ -1,0 +1,148 @@
+"""What a measurement leaves: a JSON file that a later one can be compared with."""
+
+import dataclasses
+import json
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from kfac_sua.bench.costs import TimeCost
+from kfac_sua.bench.layers import LayerWork, StepWork
+from kfac_sua.bench.rates import Rate
+from kfac_sua.runs.record import Environment, RecordError
+
+FORMAT = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What was measured, and how much of it.
+
+    Args:
+        model: Name of the network.
+        width: Its width.
+        batch_size: Images per mini-batch.
+        period: Mini-batches between refreshes, in settings without one of their own.
+        device: ``cpu`` or ``cuda``.
+        dtype: Number format of training.
+        num_threads: Threads that PyTorch uses on the CPU.
+        overrides: Further keys of the configuration, as given.
+        rounds: Plain steps per setting.
+        refresh_rounds: Steps of each other kind per setting.
+        repeats: Measurements of everything.
+    """
+
+    model: str
+    width: float
+    batch_size: int
+    period: int
+    device: str
+    dtype: str
+    num_threads: int
+    overrides: list[str]
+    rounds: int
+    refresh_rounds: int
+    repeats: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Peak memory of a few steps, construction included.
+
+    Args:
+        peak_bytes: Held at once, at most.
+        ratio: Over plain SGD's.
+    """
+
+    peak_bytes: int
+    ratio: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What one setting costs."""
+
+    setting: str
+    time: TimeCost
+    memory: Memory
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchRecord:
+    """Everything that a measurement says.
+
+    Args:
+        arguments: What was measured.
+        environment: What it ran on.
+        rates: What the machine can do.
+        costs: One per setting, plain SGD first.
+        steps: Work per kind of step; empty unless asked for.
+        layers: Work per layer; empty unless asked for.
+    """
+
+    arguments: Arguments
+    environment: Environment
+    rates: list[Rate]
+    costs: list[Cost]
+    steps: list[StepWork]
+    layers: list[LayerWork]
+
+
+def write_record(path: Path, record: BenchRecord) -> None:
+    """Write a measurement as JSON.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    text = json.dumps({"format": FORMAT, **dataclasses.asdict(record)}, indent=2)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def read_record(path: Path) -> BenchRecord:
+    """Return a measurement that an earlier call has written.
+
+    Raises:
+        RecordError: If the file is missing, is not JSON, or does not hold exactly what this version writes.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecordError(f"Cannot read {path}: {error.strerror}.") from error
+    except ValueError as error:
+        raise RecordError(f"{path} is not valid JSON ({error}); measure it again with --json.") from error
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != FORMAT:
+        raise RecordError(
+            f"{path} has format {json.dumps(found)}, where this version reads format {FORMAT}; measure it again with "
+            f"--json."
+        )
+    del content["format"]
+    try:
+        return _decode(BenchRecord, content, "the file")
+    except RecordError as error:
+        raise RecordError(f"{path} was not written by this version: {error}") from error
+
+
+def _decode(hint: Any, value: Any, where: str) -> Any:
+    """Return a value read from JSON as what an annotation says, or say where it is something else."""
+    if dataclasses.is_dataclass(hint):
+        return _decode_dataclass(hint, value, where)
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is list and isinstance(value, list):
+        return [_decode(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return {key: _decode(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if origin is UnionType:  # of one type with None
+        return None if value is None else _decode(next(a for a in arguments if a is not NoneType), value, where)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if (hint is float and is_number) or (isinstance(hint, type) and type(value) is hint):
+        return value
+    raise RecordError(f"{where} must be {getattr(hint, '__name__', hint)}, got {json.dumps(value)[:60]}.")
+
+
+def _decode_dataclass(kind: Any, value: Any, where: str) -> Any:
+    hints = get_type_hints(kind)
+    if not isinstance(value, dict) or value.keys() != hints.keys():
+        got = ", ".join(sorted(hints.keys() ^ value.keys())) if isinstance(value, dict) else json.dumps(value)[:60]
+        raise RecordError(f"{where} has missing or unknown fields ({got}).")
+    return kind(**{name: _decode(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})

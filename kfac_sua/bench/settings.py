@@ -1,0 +1,126 @@
+"""Which settings are measured: from ``kfac:damping=0.3`` and overrides of ``configs`` to one configuration each."""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+
+from kfac_sua.build import choose_device
+from kfac_sua.compose import compose_config
+from kfac_sua.config import Config, ConfigError, KroneckerConfig, PreconditionerName
+
+BASELINE = PreconditionerName.baseline.value
+DEFAULT_SETTINGS = tuple(name.value for name in PreconditionerName)
+PERIOD_KEY = "preconditioner.inverse_period"
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One column of the comparison.
+
+    Args:
+        name: What it is called in tables and files: its item of ``--settings``.
+        config: Its configuration.
+    """
+
+    name: str
+    config: Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """An item of ``--settings``, taken apart.
+
+    Args:
+        text: The item.
+        group: Name of the preconditioner.
+        keys: ``key=value`` each, the keys those of the preconditioner group.
+    """
+
+    text: str
+    group: str
+    keys: list[str]
+
+
+def parse_items(items: Sequence[str]) -> list[Item]:
+    """Take ``NAME`` or ``NAME:key=value[,key=value...]`` apart, without composing anything yet.
+
+    Raises:
+        ConfigError: If an item names no setting, names one twice, or its keys are not written like that.
+    """
+    for text in items:
+        if items.count(text) > 1:
+            raise ConfigError(f"--settings names {text} twice; give each setting once.")
+    return [_parse(text) for text in items]
+
+
+def compose_settings(items: Sequence[Item], overrides: Sequence[str], options: Mapping[str, object]) -> list[Setting]:
+    """Return the settings to measure, plain SGD first.
+
+    Args:
+        items: What to measure beside plain SGD, which may be among them.
+        overrides: Further ``key=value``, for all settings; those of the preconditioner for all but plain SGD.
+        options: Values of keys where the overrides do not give them; ``None`` leaves a key alone.
+
+    Returns:
+        One configuration per setting, alike but for the preconditioner.
+
+    Raises:
+        ConfigError: If a configuration is refused.
+    """
+    shared = _with_options(overrides, options)
+    common = [text for text in shared if not text.startswith("preconditioner.")]
+    for_kronecker = [text for text in shared if text.startswith("preconditioner.")]
+    settings = [Setting(BASELINE, compose_config([*common, f"preconditioner={BASELINE}"]))]
+    for item in items:
+        if item.group != BASELINE:
+            own = [f"preconditioner={item.group}", *for_kronecker, *(f"preconditioner.{key}" for key in item.keys)]
+            settings.append(Setting(item.text, compose_config([*common, *own])))
+    return settings
+
+
+def base_config(overrides: Sequence[str], options: Mapping[str, object]) -> Config:
+    """Return the configuration that all preconditioned settings start from, before keys of their own.
+
+    Raises:
+        ConfigError: If it is refused, or the overrides choose a preconditioner.
+    """
+    for text in overrides:
+        if text.partition("=")[0] == "preconditioner":
+            raise ConfigError(f"{text} chooses a setting; give --settings {text.partition('=')[2] or 'sua'} instead.")
+    return compose_config([*_with_options(overrides, options), "preconditioner=sua"])
+
+
+def common_period(base: Config) -> int:
+    """Return the mini-batches between refreshes in settings without an ``inverse_period`` of their own."""
+    assert isinstance(base.preconditioner, KroneckerConfig)
+    return base.preconditioner.inverse_period
+
+
+def cpu_threads(base: Config) -> int | None:
+    """Return the threads to measure with: one on a CPU, where nothing else is asked for."""
+    if base.num_threads is None and choose_device(base.device).type == "cpu":
+        return 1
+    return base.num_threads
+
+
+def _with_options(overrides: Sequence[str], options: Mapping[str, object]) -> list[str]:
+    given = {text.partition("=")[0] for text in overrides}
+    defaults = [f"{key}={value}" for key, value in options.items() if value is not None and key not in given]
+    return [*defaults, *overrides]
+
+
+def _parse(text: str) -> Item:
+    """Split ``NAME:key=value,key=value``; a comma inside a value, as in ``skip=[a,b]``, ends no pair."""
+    name, colon, rest = text.partition(":")
+    if name == BASELINE and colon:
+        raise ConfigError(f"--settings {text!r}: plain SGD has no keys of its own; give {BASELINE} alone.")
+    if name not in DEFAULT_SETTINGS:
+        close = difflib.get_close_matches(name, DEFAULT_SETTINGS, n=1)
+        guess = f"; did you mean {close[0]}?" if close else "."
+        raise ConfigError(f"--settings must name {', '.join(DEFAULT_SETTINGS)}, got {name!r}{guess}")
+    keys = re.split(r",(?=[\w.]+=)", rest) if colon else []
+    for key in keys:
+        if not re.match(r"[\w.]+=", key) or "," in re.sub(r"\[.*?\]|'.*?'", "", key):
+            raise ConfigError(f"--settings {text!r}: write keys as {name}:key=value,key=value, got {key!r}.")
+    return Item(text, name, keys)

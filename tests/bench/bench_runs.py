@@ -1,0 +1,24 @@
+"""Measurements small enough for tests."""
+
+import pytest
+import torch
+
+from kfac_sua.bench import rates
+from kfac_sua.bench.contender import Batch, Contender, Precision
+from kfac_sua.bench.settings import compose_settings, parse_items
+
+TINY = ("--model", "tiny", "--device", "cpu", "--batch-size", "8", "--rounds", "1", "--refresh-rounds", "1")
+
+
+def shrink_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure the machine's rates on matrices that take no time."""
+    monkeypatch.setattr(rates, "GEMM_SHAPES", ((16, 8, 32),))
+    monkeypatch.setattr(rates, "CHOLESKY_WIDTHS", (16,))
+    monkeypatch.setattr(rates, "LEAST_SECONDS", 0.0)
+
+
+def tiny_contenders(*items: str, precision: Precision = Precision.float32, batch_size: int = 8) -> dict[str, Contender]:
+    """Return contenders on the tiny network, plain SGD first."""
+    batch = Batch.random(batch_size, precision, torch.device("cpu"))
+    settings = compose_settings(parse_items(items), [], {"model": "tiny", "batch_size": batch_size, "device": "cpu"})
+    return {setting.name: Contender(setting.config, precision, batch) for setting in settings}
