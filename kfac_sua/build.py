@@ -106,13 +106,7 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
     if isinstance(config, AdamWConfig):
         return _make_adamw(config, model)
     assert isinstance(config, SGDConfig)
-    return torch.optim.SGD(
-        model.parameters(),
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        nesterov=config.nesterov,
-    )
+    return _make_sgd(config, model)
 
 
 def build_preconditioner(config: PreconditionerConfig, model: nn.Module, seed: int) -> KroneckerPreconditioner | None:
@@ -141,6 +135,20 @@ def _make_model(config: ModelConfig, num_classes: int) -> nn.Module:
     if isinstance(config, PlainNetConfig):
         return PLAIN_NETS[config.name](num_classes, width=config.width, batch_norm=config.batch_norm)
     return PreActResNet50(num_classes, width=config.width)
+
+
+def _make_sgd(config: SGDConfig, model: nn.Module) -> torch.optim.SGD:
+    parameters = list(model.parameters())
+    return torch.optim.SGD(
+        parameters,
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=config.nesterov,
+        # One kernel for all parameters on CUDA. On one CPU core it was measured slower than the plain loop (25 against
+        # 15 ms, after a backward pass through VGG11 at width 1), and it rounds once where the loop rounds twice.
+        fused=parameters[0].is_cuda,
+    )
 
 
 def _make_adamw(config: AdamWConfig, model: nn.Module) -> torch.optim.AdamW:

@@ -70,13 +70,11 @@ def flip_crop(images: Tensor, flips: Tensor, offsets: Tensor) -> Tensor:
     """
     height, width = images.shape[-2:]
     padded = F.pad(images, [CROP_PADDING] * 4)
-    rows = offsets[:, :1] + torch.arange(height, device=images.device)  # [batch, height]
-    columns = torch.arange(width, device=images.device)
-    columns = offsets[:, 1:] + torch.where(flips[:, None], width - 1 - columns, columns)  # [batch, width]
+    # A view of every crop of every image: [batch, channels, 9, 9, height, width].
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)
     batch = torch.arange(len(images), device=images.device)
-    # Indices on both sides of a slice move the sliced axis to the end: [batch, height, width, channels].
-    crops = padded[batch[:, None, None], :, rows[:, :, None], columns[:, None, :]]
-    return crops.permute(0, 3, 1, 2)
+    crops = windows[batch, :, offsets[:, 0], offsets[:, 1]]  # copies rows of pixels, where an index per pixel is slower
+    return torch.where(flips[:, None, None, None], crops.flip(3), crops)
 
 
 class BatchLoader:
@@ -117,9 +115,7 @@ class BatchLoader:
         self.memory_format = memory_format
         self._images = images.images.to(device).contiguous(memory_format=memory_format)
         self._labels = images.labels.to(device)
-        # In units of 0 to 255, which saves dividing every batch by 255: [channels, 1, 1].
-        self._mean = (mean * 255).to(device)[:, None, None]
-        self._std = (std * 255).to(device)[:, None, None]
+        self._mean, self._std = self._as_image(mean), self._as_image(std)
 
     def __len__(self) -> int:
         """Return the number of training mini-batches per epoch."""
@@ -169,6 +165,15 @@ class BatchLoader:
             batch = slice(start, start + batch_size)
             inputs = self._normalised(self._images[batch])
             yield inputs.contiguous(memory_format=self.memory_format), self._labels[batch]
+
+    def _as_image(self, values: Tensor) -> Tensor:
+        """Return one value per channel as an image, ``[1, channels, height, width]``, in units of 0 to 255.
+
+        These units save dividing every batch by 255. In the layout of the batches, a whole image is subtracted ten
+        times faster than three values that are broadcast over the pixels: in 0.02 instead of 0.26 ms, for 100 images.
+        """
+        image = (values * 255).to(self._images.device)[None, :, None, None].expand_as(self._images[:1])
+        return image.contiguous(memory_format=self.memory_format)
 
     def _normalised(self, images: Tensor) -> Tensor:
         """Convert grey levels to float32 with zero mean and unit variance per channel."""

@@ -24,6 +24,7 @@ PHASES = {
     "inversion": ("Inversion", "#332288", ""),
     "application": ("Application", "#EE9A3A", "...."),
     "optimizer": ("Optimizer", "#777777", ""),
+    "data": ("Mini-batches", "#F0E442", "\\\\\\\\"),
     "other": ("Other", "#FFFFFF", "xxxx"),
 }
 _NEGLIGIBLE = 1e-3  # of an epoch; less is the clock's own cost and rounding
@@ -92,7 +93,8 @@ def _mean_split(runs: pd.DataFrame) -> tuple[dict[str, float], int]:
     finished = runs[(runs["status"] == "finished") & (runs["epoch"] > 0)]
     last = finished.sort_values("epoch").groupby("run").last()
     measured = [phase for phase in PHASES if phase != "other"]
-    split = {phase: float((last[f"{phase}_s"] / last["epoch"]).mean()) for phase in measured}
+    # Tables of before data_s was measured lack it; there, it is in forward_backward_s.
+    split = {phase: float((last.get(f"{phase}_s", 0.0 * last["epoch"]) / last["epoch"]).mean()) for phase in measured}
     total = float((last["train_time_s"] / last["epoch"]).mean())
     other = total - sum(split.values())
     return split | {"other": other if other > _NEGLIGIBLE * total else 0.0, "total": total}, len(last)

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -23,10 +24,15 @@ class RecordError(Exception):
 class EpochRecord:
     """One row of metrics.csv.
 
-    Errors are fractions in [0, 1], losses nats, and times seconds accumulated since the run's start; training
-    seconds leave out evaluation, checkpoints and logging. ``train_loss`` and ``train_error`` are means over the
-    epoch's mini-batches, each before its own step; in row 0, the untrained network, they are those of evaluation
-    mode on the fixed training subset, as ``train_eval_loss`` is everywhere.
+    Errors are fractions in [0, 1], losses nats, and times seconds accumulated since the run's start. ``train_loss``
+    and ``train_error`` are means over the epoch's mini-batches, each before its own step; in row 0, the untrained
+    network, they are those of evaluation mode on the fixed training subset, as ``train_eval_loss`` is everywhere.
+
+    ``train_time_s`` is the wall time from each epoch's request for its first mini-batch to the end of its last step:
+    the sum of the five columns after it, of ``data_s`` (mini-batches being made) and of ``other_s`` (metrics, progress
+    and the loop itself). ``evaluation_s`` and ``writing_s`` lie outside of it; the latter, of records and checkpoints,
+    is what it took up to this row. The last four are zero in files of before they were measured, where
+    ``forward_backward_s`` includes ``data_s``.
     """
 
     epoch: int
@@ -43,17 +49,28 @@ class EpochRecord:
     inversion_s: float
     application_s: float
     optimizer_s: float
+    data_s: float = 0.0
+    other_s: float = 0.0
+    evaluation_s: float = 0.0
+    writing_s: float = 0.0
+
+
+def _header(columns: Sequence[str]) -> bytes:
+    return (",".join(columns) + "\n").encode("ascii")
 
 
 COLUMN_TYPES: dict[str, type[int] | type[float]] = get_type_hints(EpochRecord)
 COLUMNS = tuple(COLUMN_TYPES)
-_HEADER = (",".join(COLUMNS) + "\n").encode("ascii")
+_HEADER = _header(COLUMNS)
+# Header -> number of columns, of all files that can be read: those of today, and those without the last four columns.
+_HEADERS = {_header(COLUMNS[:count]): count for count in (len(COLUMNS), len(COLUMNS) - 4)}
 
 
 def append_record(path: Path, record: EpochRecord) -> None:
     """Append one row to metrics.csv and wait until it is on disk.
 
-    The header is written when the file is new; a torn last line is overwritten.
+    The header is written when the file is new; a torn last line is overwritten, and a file with fewer columns
+    rewritten with all.
 
     Args:
         path: The metrics.csv file, whose directory exists.
@@ -64,6 +81,9 @@ def append_record(path: Path, record: EpochRecord) -> None:
     """
     content = path.read_bytes() if path.exists() else b""
     size = _intact_size(path, content)
+    if size and not content.startswith(_HEADER):
+        rewrite_records(path, [*read_records(path), record])
+        return
     with path.open("r+b" if content else "wb") as file:
         file.seek(size)
         file.truncate()
@@ -88,8 +108,9 @@ def read_records(path: Path) -> list[EpochRecord]:
         content = path.read_bytes()
     except OSError as error:
         raise RecordError(f"Cannot read {path}: {error.strerror}.") from error
-    intact = content[: _intact_size(path, content)].removesuffix(b"\n")
-    return [_parse(path, number, line) for number, line in enumerate(intact.split(b"\n"), start=1) if number > 1]
+    header, *lines = content[: _intact_size(path, content)].removesuffix(b"\n").split(b"\n")
+    num_columns = _HEADERS.get(header + b"\n", 0)
+    return [_parse(path, number, line, num_columns) for number, line in enumerate(lines, start=2)]
 
 
 def rewrite_records(path: Path, records: list[EpochRecord]) -> None:
@@ -108,14 +129,14 @@ def _format(record: EpochRecord) -> bytes:
     return (",".join(values) + "\n").encode("ascii")
 
 
-def _parse(path: Path, number: int, line: bytes) -> EpochRecord:
+def _parse(path: Path, number: int, line: bytes, num_columns: int) -> EpochRecord:
     """Return the record of one line, or say which line of which file is not one."""
     try:
-        texts = line.decode("ascii").split(",")
-        values = [kind(text) for kind, text in zip(COLUMN_TYPES.values(), texts, strict=True)]
+        texts, kinds = line.decode("ascii").split(","), list(COLUMN_TYPES.values())[:num_columns]
+        values = [kind(text) for kind, text in zip(kinds, texts, strict=True)]
     except ValueError as error:
         raise RecordError(
-            f"{path}, line {number}: expected {len(COLUMNS)} numbers separated by commas, got"
+            f"{path}, line {number}: expected {num_columns} numbers separated by commas, got"
             f" {line.decode(errors='replace')!r}; restore the file, or remove the run and start it again."
         ) from error
     return EpochRecord(*values)  # type: ignore[arg-type]  # int and float in the order of the fields
@@ -123,8 +144,9 @@ def _parse(path: Path, number: int, line: bytes) -> EpochRecord:
 
 def _intact_size(path: Path, content: bytes) -> int:
     """Return how many leading bytes are complete lines; zero for an empty file or a torn header."""
-    if not content.startswith(_HEADER):
-        if _HEADER.startswith(content):
+    num_columns = next((count for header, count in _HEADERS.items() if content.startswith(header)), None)
+    if num_columns is None:
+        if any(header.startswith(content) for header in _HEADERS):
             return 0
         raise RecordError(
             f"{path}, line 1: expected the header of metrics.csv, got {content[:60].splitlines()[0]!r};"
@@ -134,7 +156,7 @@ def _intact_size(path: Path, content: bytes) -> int:
     if end < len(content):
         return end
     start = content.rfind(b"\n", 0, end - 1) + 1
-    is_short = start > 0 and content[start:end].count(b",") < len(COLUMNS) - 1
+    is_short = start > 0 and content[start:end].count(b",") < num_columns - 1
     return start if is_short else end
 
 

@@ -18,6 +18,10 @@ SCALARS = {
     "time/inversion": "inversion_s",
     "time/application": "application_s",
     "time/optimizer": "optimizer_s",
+    "time/data": "data_s",
+    "time/other": "other_s",
+    "time/evaluation": "evaluation_s",
+    "time/writing": "writing_s",
 }
 
 

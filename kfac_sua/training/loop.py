@@ -32,6 +32,7 @@ from kfac_sua.training.evaluate import ErrorCounter, Evaluation, evaluate
 from kfac_sua.training.progress import Progress, print_once
 from kfac_sua.training.schedule import learning_rate
 from kfac_sua.training.state import Training
+from kfac_sua.training.timing import TRAINING_PHASES
 
 # Steps between looks at whether the loss is still finite: each look waits for the device.
 DIVERGENCE_CHECK_PERIOD = 50
@@ -111,25 +112,26 @@ def train_epoch(training: Training, progress: Progress) -> Evaluation:
     training.model.train()
     counter = ErrorCounter(training.device)
     batches = training.loader.epoch(config.seed, training.epoch)
-    for inputs, labels in watch.iterate("forward_backward", batches):
-        with watch.phase("forward_backward"):
-            logits = training.model(inputs)
-            loss = F.cross_entropy(logits, labels)
-        counter.add(logits, labels, loss)
-        if _check_is_due(training) and not counter.is_finite():
-            break
-        with watch.phase("forward_backward"):
-            training.optimizer.zero_grad(set_to_none=True)
+    with watch.phase("other"):  # whatever of the epoch's wall time the phases inside leave
+        for inputs, labels in watch.iterate("data", batches):
+            with watch.phase("forward_backward"):
+                logits = training.model(inputs)
+                loss = F.cross_entropy(logits, labels)
+            counter.add(logits, labels, loss)
+            if _check_is_due(training) and not counter.is_finite():
+                break
+            with watch.phase("forward_backward"):
+                training.optimizer.zero_grad(set_to_none=True)
+                if preconditioner is not None:
+                    preconditioner.fisher_backward(logits)
+                loss.backward()
             if preconditioner is not None:
-                preconditioner.fisher_backward(logits)
-            loss.backward()
-        if preconditioner is not None:
-            with watch.phase("application"):
-                preconditioner.step()
-        with watch.phase("optimizer"):
-            training.optimizer.step()
-        training.step += 1
-        progress.step()
+                with watch.phase("application"):
+                    preconditioner.step()
+            with watch.phase("optimizer"):
+                training.optimizer.step()
+            training.step += 1
+            progress.step()
     return counter.result()
 
 
@@ -151,7 +153,7 @@ def _train(training: Training, directory: RunDirectory, info: RunInfo, records: 
     try:
         if not records:  # the untrained network, so that curves against time begin at zero seconds
             train_eval = _evaluate(training, train_subset)
-            _log(directory, log, _record(training, train_eval, train_eval, _evaluate(training, validation)))
+            _log(training, directory, log, _record(training, train_eval, train_eval, _evaluate(training, validation)))
         while training.epoch < epochs:
             train = train_epoch(training, progress)
             train_eval = _evaluate(training, train_subset)
@@ -160,8 +162,9 @@ def _train(training: Training, directory: RunDirectory, info: RunInfo, records: 
                 return _end(directory, info, status="diverged", diverged_at_epoch=training.epoch + 1)
             training.epoch += 1
             record = _record(training, train, train_eval, val)
-            _log(directory, log, record)
-            save_checkpoint(directory.checkpoint, training.checkpoint(directory.fingerprint))
+            _log(training, directory, log, record)
+            with training.watch.phase("writing"):
+                save_checkpoint(directory.checkpoint, training.checkpoint(directory.fingerprint))
             resumes_from = training.epoch + 1
             progress.epoch(record)
         test = _evaluate(training, training.evaluation_loader(splits.test))
@@ -173,14 +176,16 @@ def _train(training: Training, directory: RunDirectory, info: RunInfo, records: 
         log.close()
 
 
-def _log(directory: RunDirectory, log: TensorBoardLog, record: EpochRecord) -> None:
-    append_record(directory.metrics, record)
-    log.log(record)
+def _log(training: Training, directory: RunDirectory, log: TensorBoardLog, record: EpochRecord) -> None:
+    with training.watch.phase("writing"):
+        append_record(directory.metrics, record)
+        log.log(record)
 
 
 def _evaluate(training: Training, loader: BatchLoader) -> Evaluation:
     batches = loader.sequential(training.config.evaluation_batch_size)
-    return evaluate(training.model, batches, training.device)
+    with training.watch.phase("evaluation"):
+        return evaluate(training.model, batches, training.device)
 
 
 def _fixed_subset(config: Config, images: ImageSet) -> ImageSet:
@@ -204,7 +209,7 @@ def _record(training: Training, train: Evaluation, train_eval: Evaluation, val: 
         train_eval_loss=train_eval.loss,
         val_loss=val.loss,
         val_error=val.error,
-        train_time_s=sum(times.values()),
+        train_time_s=sum(times[phase] for phase in TRAINING_PHASES),
         **{f"{phase}_s": seconds for phase, seconds in times.items()},
     )
 

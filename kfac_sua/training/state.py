@@ -1,6 +1,7 @@
 """Everything that changes while a run trains, and its way into a checkpoint and back."""
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +13,9 @@ from kfac_sua.preconditioner import KroneckerPreconditioner
 from kfac_sua.training.checkpoint import Checkpoint
 from kfac_sua.training.seeding import seed_everything
 from kfac_sua.training.timing import Stopwatch
+
+# In the parameter groups of PyTorch's optimizers: how a step is computed, not what.
+IMPLEMENTATION_KEYS = {"foreach", "fused"}
 
 
 @dataclasses.dataclass
@@ -89,7 +93,23 @@ class Training:
         """Go on from a checkpoint of the same configuration and seed."""
         self.epoch, self.step = checkpoint.epoch, checkpoint.step
         self.model.load_state_dict(checkpoint.model)
-        self.optimizer.load_state_dict(checkpoint.optimizer)
+        load_optimizer_state(self.optimizer, checkpoint.optimizer)
         if self.preconditioner is not None and checkpoint.preconditioner is not None:
             self.preconditioner.load_state_dict(checkpoint.preconditioner)
         self.watch.restore(checkpoint.times)
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load the state of an optimizer, keeping the implementation (fused or not) that it was made with.
+
+    PyTorch saves that choice beside the learning rate, so that a checkpoint of a release that chose otherwise would
+    switch it back.
+
+    Args:
+        optimizer: Made for the same parameters as the one that was saved.
+        state: What its ``state_dict`` returned.
+    """
+    made_with = [{key: group[key] for key in IMPLEMENTATION_KEYS & group.keys()} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, implementation in zip(optimizer.param_groups, made_with, strict=True):
+        group.update(implementation)

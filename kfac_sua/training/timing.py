@@ -1,5 +1,6 @@
 """Where the training time goes: a stopwatch with exclusive phases that never stops the device."""
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,7 +10,11 @@ import torch
 
 Item = TypeVar("Item")
 
-PHASES = ("forward_backward", "statistics", "inversion", "application", "optimizer")
+# Together the wall time of an epoch's training part: `other` is what no other phase takes of it (metrics, progress).
+TRAINING_PHASES = ("data", "forward_backward", "statistics", "inversion", "application", "optimizer", "other")
+# Around the training parts: evaluation, and the writing of records and checkpoints.
+OUTSIDE_PHASES = ("evaluation", "writing")
+PHASES = (*TRAINING_PHASES, *OUTSIDE_PHASES)
 
 
 class Stopwatch:
@@ -17,7 +22,7 @@ class Stopwatch:
 
     Entering and leaving only leaves marks on a timeline: the clock's reading on the CPU, an event in the stream on
     CUDA, where kernels run long after they are launched. :meth:`totals` waits for the device once and adds up the
-    intervals between marks. What happens outside every phase (evaluation, logging, checkpoints) is not counted.
+    intervals between marks. What happens outside every phase (preparation, messages) is not counted.
 
     Args:
         device: The device whose work is timed.
@@ -75,7 +80,7 @@ class Stopwatch:
         """Return the seconds per phase since the start, waiting for the device."""
         if self._is_cuda:
             torch.cuda.synchronize()
-        for (start, name), (end, _) in zip(self._marks, self._marks[1:], strict=False):
+        for (start, name), (end, _) in itertools.pairwise(self._marks):
             if name is not None:
                 self._totals[name] += _seconds_between(start, end)
         del self._marks[:-1]  # the last mark opens the next interval

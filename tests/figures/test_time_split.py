@@ -50,6 +50,21 @@ def test_time_in_no_phase_is_shown_if_there_is_any(drawn, tmp_path):
     assert "Other" in texts(drawn[1])
 
 
+def test_making_mini_batches_is_a_phase(drawn, tmp_path):
+    """Where it was measured it has a segment of its own; in older tables it has none, and the chart no entry for it."""
+    frame = finals()
+    paths = draw_time_split(frame, tmp_path / "old")
+    assert "Mini-batches" not in texts(drawn[0])
+    frame["data_s"] = 0.25 * frame["forward_backward_s"]
+    frame["forward_backward_s"] *= 0.75
+    new = draw_time_split(frame, tmp_path / "new")
+    assert "Mini-batches" in texts(drawn[1])
+    assert "Other" not in texts(drawn[1])
+    old, new = (pd.read_csv(files[2]).set_index(["method", "phase"])["seconds_per_epoch"] for files in (paths, new))
+    np.testing.assert_allclose(new["kfac", "data"], 0.25 * old["kfac", "forward_backward"])
+    np.testing.assert_allclose(new["kfac", "total"], old["kfac", "total"])
+
+
 def test_method_without_a_finished_run_keeps_its_place(drawn, tmp_path):
     """Its bar is empty and says why; without a finished baseline there are no ratios."""
     frame = finals()

@@ -41,7 +41,7 @@ def test_columns_are_those_of_the_contract():
     """The columns of metrics.csv have the agreed names and order."""
     assert ",".join(COLUMNS) == (
         "epoch,step,lr,train_loss,train_error,train_eval_loss,val_loss,val_error,train_time_s,"
-        "forward_backward_s,statistics_s,inversion_s,application_s,optimizer_s"
+        "forward_backward_s,statistics_s,inversion_s,application_s,optimizer_s,data_s,other_s,evaluation_s,writing_s"
     )
 
 
@@ -61,7 +61,7 @@ def test_file_has_one_header_and_one_line_per_epoch(metrics):
     """The file is plain CSV, which other tools can read."""
     lines = metrics.read_text().splitlines()
     assert lines[0] == ",".join(COLUMNS)
-    assert lines[2] == "2,100,0.1,1.0,0.25,0.75,1.25,0.3,20.0,12.0,2.0,3.0,1.5,1.0"
+    assert lines[2] == "2,100,0.1,1.0,0.25,0.75,1.25,0.3,20.0,12.0,2.0,3.0,1.5,1.0,0.0,0.0,0.0,0.0"
     assert len(lines) == 4
 
 
@@ -73,7 +73,7 @@ def test_numbers_of_numpy_and_torch_are_written_as_plain_numbers(tmp_path):
     assert (read.train_loss, read.val_loss) == (0.5, 1.0)
 
 
-@pytest.mark.parametrize("tail", [b"4", b"4,200,0.1,", b"4,200" + b",0.5" * 12, b"4,200,0.1\n", b"\0\0\0"])
+@pytest.mark.parametrize("tail", [b"4", b"4,200,0.1,", b"4,200" + b",0.5" * 16, b"4,200,0.1\n", b"\0\0\0"])
 def test_torn_last_line_is_dropped_and_overwritten(metrics, tail):
     """A last line without newline or with too few fields is left out, and the next epoch takes its place."""
     metrics.write_bytes(metrics.read_bytes() + tail)
@@ -99,19 +99,19 @@ def test_appending_to_an_empty_file_or_torn_header_writes_the_header(metrics, cu
     assert read_records(metrics) == [epoch_record(1)]
 
 
-@pytest.mark.parametrize("line", ["2,100,0.1", "", "2,100,abc" + ",0" * 11, "2,100" + ",0" * 13, "2.5,1" + ",0" * 12])
+@pytest.mark.parametrize("line", ["2,100,0.1", "", "2,100,abc" + ",0" * 15, "2,100" + ",0" * 17, "2.5,1" + ",0" * 16])
 def test_malformed_inner_line_names_file_and_line(metrics, line):
     """Only the last line may be torn: damage elsewhere is reported with its place."""
     lines = metrics.read_text().split("\n")
     lines[2] = line
     metrics.write_text("\n".join(lines))
-    with pytest.raises(RecordError, match=r"metrics\.csv, line 3: expected 14 numbers"):
+    with pytest.raises(RecordError, match=r"metrics\.csv, line 3: expected 18 numbers"):
         read_records(metrics)
 
 
 def test_complete_last_line_that_is_not_numbers_is_an_error(metrics):
     """A last line with its newline and all fields is not torn, so damage in it is reported."""
-    metrics.write_text(metrics.read_text() + "x,200" + ",0" * 12 + "\n")
+    metrics.write_text(metrics.read_text() + "x,200" + ",0" * 16 + "\n")
     with pytest.raises(RecordError, match="line 5"):
         read_records(metrics)
 
@@ -125,6 +125,43 @@ def test_foreign_file_is_neither_read_nor_overwritten(tmp_path):
     with pytest.raises(RecordError, match="line 1: expected the header"):
         append_record(path, epoch_record(1))
     assert path.read_text() == "epoch,loss\n1,0.5\n"
+
+
+@pytest.fixture
+def old_metrics(metrics: Path) -> Path:
+    """The same file as it was before the last four columns were measured, all zero in these records."""
+    lines = metrics.read_text().splitlines()
+    metrics.write_text("".join(",".join(line.split(",")[:-4]) + "\n" for line in lines))
+    return metrics
+
+
+def test_file_without_the_newer_columns_is_read(old_metrics):
+    """What was not measured then is zero; a torn last line is dropped as in any file."""
+    assert old_metrics.read_text().splitlines()[0].endswith(",application_s,optimizer_s")
+    assert read_records(old_metrics) == [epoch_record(1), epoch_record(2), epoch_record(3)]
+    for tail in ("4,200" + ",0.5" * 8 + "\n", "4,200" + ",0.5" * 12):
+        torn = old_metrics.with_name(f"torn-{len(tail)}.csv")
+        torn.write_text(old_metrics.read_text() + tail)
+        assert read_records(torn) == [epoch_record(1), epoch_record(2), epoch_record(3)]
+
+
+@pytest.mark.parametrize("tail", ["", "4,200,0.1,"])
+def test_appending_to_a_file_without_the_newer_columns_adds_them(old_metrics, tail):
+    """Every row gets all columns, so that the file stays one table."""
+    old_metrics.write_text(old_metrics.read_text() + tail)
+    added = epoch_record(4, data_s=0.25, other_s=0.5, evaluation_s=2.0, writing_s=0.125)
+    append_record(old_metrics, added)
+    assert read_records(old_metrics) == [*map(epoch_record, (1, 2, 3)), added]
+    assert {line.count(",") + 1 for line in old_metrics.read_text().splitlines()} == {len(COLUMNS)}
+
+
+def test_old_file_with_a_row_of_all_columns_is_an_error(old_metrics):
+    """The header decides how many numbers a row has."""
+    lines = old_metrics.read_text().splitlines()
+    lines[2] += ",0.0" * 4
+    old_metrics.write_text("\n".join(lines) + "\n")
+    with pytest.raises(RecordError, match=r"metrics\.csv, line 3: expected 14 numbers"):
+        read_records(old_metrics)
 
 
 def test_missing_file_is_an_error(tmp_path):

@@ -22,6 +22,7 @@ from kfac_sua.runs.record import read_records
 from kfac_sua.training import loop
 from kfac_sua.training.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from kfac_sua.training.loop import Interrupted, run
+from kfac_sua.training.timing import TRAINING_PHASES, Stopwatch
 
 CPU = torch.device("cpu")
 SUA = ("preconditioner=sua", TINY_PERIOD)
@@ -252,10 +253,60 @@ def test_time_is_split_over_the_phases(tmp_path):
     config = tiny_config(tmp_path, *SUA, "epochs=1")
     run(config)
     _, record = read_records(directory_of(config).metrics)
-    phases = ("forward_backward_s", "statistics_s", "inversion_s", "application_s", "optimizer_s")
-    parts = [getattr(record, name) for name in phases]
+    parts = [getattr(record, f"{phase}_s") for phase in TRAINING_PHASES]
     assert all(part > 0 for part in parts)
     assert record.train_time_s == pytest.approx(sum(parts), rel=1e-12)
+    assert record.evaluation_s > 0
+    assert record.writing_s > 0
+
+
+class WorkClock:
+    """A clock that moves by what the parts of a run are made to cost."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        """Return the time."""
+        return self.now
+
+    def charge(self, monkeypatch, owner: object, name: str, seconds: float) -> None:
+        """Make a function cost this many seconds per call, beside doing what it does."""
+        function = getattr(owner, name)
+
+        def costly(*arguments, **options):
+            self.now += seconds
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, costly)
+
+
+def test_every_second_of_an_epoch_has_its_phase(tmp_path, monkeypatch):
+    """Four steps, of whose parts each costs a second of its own: where each is booked, and what lies outside."""
+    clock = WorkClock()
+    monkeypatch.setattr("kfac_sua.training.state.Stopwatch", lambda device: Stopwatch(device, clock))
+    clock.charge(monkeypatch, BatchLoader, "_normalised", 0.001)
+    clock.charge(monkeypatch, F, "cross_entropy", 0.01)
+    clock.charge(monkeypatch, loop.ErrorCounter, "add", 0.1)
+    clock.charge(monkeypatch, torch.optim.SGD, "step", 1.0)
+    clock.charge(monkeypatch, loop.Progress, "step", 10.0)
+    clock.charge(monkeypatch, loop, "append_record", 100.0)
+    clock.charge(monkeypatch, loop, "save_checkpoint", 1000.0)
+    config = tiny_config(tmp_path, *BASELINE, "epochs=1")
+    run(config)
+    untrained, record = read_records(directory_of(config).metrics)
+    assert record.data_s == pytest.approx(4 * 0.001)
+    assert record.forward_backward_s == pytest.approx(4 * 0.01)
+    assert record.optimizer_s == pytest.approx(4 * 1.0)
+    assert record.other_s == pytest.approx(4 * (0.1 + 10.0))
+    assert record.train_time_s == pytest.approx(4 * 11.111)
+    assert untrained.train_time_s == 0
+    # Two evaluations of one mini-batch each, before and after the epoch.
+    assert record.evaluation_s == pytest.approx(2 * untrained.evaluation_s)
+    assert untrained.evaluation_s == pytest.approx(2 * 0.111)
+    assert record.writing_s == pytest.approx(100.0)  # of row 0; this row and its checkpoint are yet to be written
+    saved = final_state(config).times
+    assert saved["writing"] == pytest.approx(200.0)
 
 
 def test_train_loss_is_the_mean_over_mini_batches(tmp_path, monkeypatch):

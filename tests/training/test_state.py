@@ -3,12 +3,13 @@
 import random
 
 import numpy as np
+import pytest
 import torch
 from identical import assert_identical
 from tiny_runs import tiny_config
 
 from kfac_sua.training.seeding import seed_everything
-from kfac_sua.training.state import Training
+from kfac_sua.training.state import Training, load_optimizer_state
 
 
 def test_seed_everything_repeats_all_three_generators():
@@ -39,3 +40,39 @@ def test_run_seed_does_not_move_the_split(tmp_path):
     cpu = torch.device("cpu")
     labels = [Training.start(tiny_config(tmp_path, f"seed={seed}"), cpu).splits.val.labels for seed in (0, 1)]
     assert torch.equal(*labels)
+
+
+def test_loading_keeps_the_implementation_but_not_the_learning_rate(tmp_path):
+    """A state saved by a fused optimizer is gone on from by the plain loop, with the saved rate and momentum."""
+    training = Training.start(tiny_config(tmp_path, "preconditioner=baseline"), torch.device("cpu"))
+    parameters = list(training.model.parameters())
+    saved_by = torch.optim.SGD(parameters, lr=0.5, momentum=0.9, fused=True)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    saved_by.step()
+    load_optimizer_state(training.optimizer, saved_by.state_dict())
+    (group,) = training.optimizer.param_groups
+    assert (group["fused"], group["foreach"], group["lr"]) == (False, None, 0.5)
+    momenta = [training.optimizer.state[parameter]["momentum_buffer"] for parameter in parameters]
+    assert all(torch.equal(momentum, torch.ones_like(momentum)) for momentum in momenta)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_steps_are_fused_also_after_a_resume(tmp_path):
+    """SGD takes one kernel on CUDA, whatever an older checkpoint says, and agrees with the plain loop to rounding."""
+    config = tiny_config(tmp_path, "preconditioner=baseline", "device=cuda", "optimizer.lr=0.1")
+    training = Training.start(config, torch.device("cuda"))
+    parameters = list(training.model.parameters())
+    copies = [parameter.detach().clone() for parameter in parameters]
+    plain = torch.optim.SGD(copies, lr=0.1, momentum=0.9, foreach=False)
+    load_optimizer_state(training.optimizer, plain.state_dict())
+    assert training.optimizer.param_groups[0]["fused"] is True
+    for _ in range(3):
+        for parameter, copy in zip(parameters, copies, strict=True):
+            parameter.grad = torch.randn_like(parameter)
+            copy.grad = parameter.grad.clone()
+        training.optimizer.step()
+        plain.step()
+    for parameter, copy in zip(parameters, copies, strict=True):
+        torch.testing.assert_close(parameter.detach(), copy, rtol=1e-5, atol=1e-6)

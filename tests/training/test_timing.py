@@ -129,9 +129,17 @@ def test_restore_goes_on_from_earlier_totals(watch, clock):
     assert nonzero(watch) == {"statistics": 6}
 
 
+def test_restoring_totals_of_fewer_phases_keeps_the_others(watch, clock):
+    """A checkpoint from before a phase was measured starts it at zero."""
+    watch.restore({"forward_backward": 5.0})
+    with watch.phase("data"):
+        clock.work(1)
+    assert nonzero(watch) == {"forward_backward": 5, "data": 1}
+
+
 def test_unknown_phase_names_the_choices(watch):
     """A misspelt phase would silently drop time from metrics.csv, so it is an error."""
-    with pytest.raises(ValueError, match=r"no phase 'inverse'; choose one of forward_backward, statistics"):
+    with pytest.raises(ValueError, match=r"no phase 'inverse'; choose one of data, forward_backward, statistics"):
         watch.phase("inverse").__enter__()
 
 
