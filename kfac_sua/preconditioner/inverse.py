@@ -100,19 +100,19 @@ class PatchInverse:
 
     def right(self, values: Tensor) -> Tensor:
         """Multiply ``[1, n, d]`` from the right."""
-        return self._project_out(values, self.patches.times(values[0]))
+        vectors = values[0].clone(memory_format=torch.contiguous_format)
+        return self._project_out_(vectors, self.patches.times(vectors))
 
     def right_of_patches(self, patches: PatchRows, groups: ChannelGroups) -> Tensor:
         """Multiply patches from the right, as one group; ``[1, rows, d]``."""
-        values = patches.blocks(groups)
         if patches.pixels.shape[:2] != self.patches.pixels.shape[:2]:
-            return self.right(values)
-        return self._project_out(values, patches.cross(self.patches))
+            return self.right(patches.blocks(groups))
+        return self._project_out_(patches.rows(), patches.cross(self.patches))
 
-    def _project_out(self, values: Tensor, products: Tensor) -> Tensor:
-        """Return scale · (V − P (L Lᵀ)⁻¹ U) of values V ``[1, n, d]`` with products P = V Uᵀ ``[n, rows]``."""
+    def _project_out_(self, vectors: Tensor, products: Tensor) -> Tensor:
+        """Turn V ``[n, d]`` into scale · (V − P (L Lᵀ)⁻¹ U), with products P = V Uᵀ ``[n, rows]``; ``[1, n, d]``."""
         coefficients = torch.cholesky_solve(products.mT, self.triangle[0]).mT
-        return values.sub(self.patches.combine(coefficients)).mul_(self.scale)
+        return self.patches.subtract_combination_(vectors, coefficients).mul_(self.scale[0])[None]
 
     def scale_(self, factor: float) -> None:
         """Multiply the inverse by a number, in place."""

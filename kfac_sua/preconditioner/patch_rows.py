@@ -95,9 +95,10 @@ class PatchRows:
         return (self.pixels.square().sum((2, 3)) * counts).sum()
 
     def rows(self) -> Tensor:
-        """Return U, formed: ``[rows, taps · channels]``."""
+        """Return U, formed: ``[rows, taps · channels]``, a new tensor."""
         padded = reading.pad(self.pixels.permute(2, 0, 1, 3), self.geometry)
-        return reading.patches(padded, self.geometry).permute(1, 2, 0, 3, 4, 5).flatten(0, 2).flatten(1)
+        windows = reading.patches(padded, self.geometry).permute(1, 2, 0, 3, 4, 5)  # [h', w', n, kh, kw, channels]
+        return windows.clone(memory_format=torch.contiguous_format).flatten(0, 2).flatten(1)
 
     def blocks(self, groups: ChannelGroups) -> Tensor:
         """Return U, formed, split into channel groups: ``[Q, rows, taps · size]``."""
@@ -162,21 +163,19 @@ class PatchRows:
             product[:, *outputs].flatten(1).addmm_(taps[:, y, x], self.pixels[pixels].flatten(0, 1).mT)
         return product.flatten(1)
 
-    def combine(self, coefficients: Tensor) -> Tensor:
-        """Return Z U.
+    def subtract_combination_(self, values: Tensor, coefficients: Tensor) -> Tensor:
+        """Subtract Z U from values, in place, and return them.
 
         Args:
+            values: ``[m, taps · channels]``, contiguous.
             coefficients: Z, ``[m, rows]``.
-
-        Returns:
-            ``[m, taps · channels]``.
         """
+        taps = values.view(len(values), *self.geometry.kernel_size, -1)  # [m, kh, kw, channels]
         locations = coefficients.unflatten(1, (*self.output_size, -1))  # [m, h', w', n]
-        kernel = self.geometry.kernel_size
-        combined = coefficients.new_zeros(len(coefficients), *kernel, self.pixels.shape[-1])
-        for y, x, outputs, pixels in self._reads():
-            combined[:, y, x].addmm_(locations[:, *outputs].flatten(1), self.pixels[pixels].flatten(0, 1))
-        return combined.flatten(1)
+        for y, x, outputs, read in self._reads():
+            lines = self.pixels[read].flatten(0, 1)  # [columns · n, channels]
+            taps[:, y, x].addmm_(locations[:, *outputs].flatten(1), lines, alpha=-1)
+        return values
 
     def _reads(self) -> Iterator[tuple[int, int, _Line, _Line]]:
         """Yield a tap's row and column, a line of outputs, and the line of pixels that they read through it."""

@@ -37,7 +37,8 @@ def test_every_product_equals_the_one_with_looped_patches(case):
     torch.testing.assert_close(patches.rows(), formed, rtol=0, atol=0)
     torch.testing.assert_close(patches.gram(), formed @ formed.T, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(patches.times(values), values @ formed.T, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(patches.combine(coefficients), coefficients @ formed, rtol=1e-10, atol=1e-10)
+    difference = patches.subtract_combination_(values.clone(), coefficients)
+    torch.testing.assert_close(difference, values - coefficients @ formed, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(patches.trace(), formed.square().sum(), rtol=1e-10, atol=1e-10)
 
 
