@@ -75,6 +75,10 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "epochs": (_at_least_one, "≥ 1"),
     "batch_size": (_at_least_one, "≥ 1"),
     "evaluation_batch_size": (_at_least_one, "≥ 1"),
+    "checkpoint_interval_s": (
+        lambda seconds: seconds is None or 0 < seconds <= LARGEST_FLOAT,
+        "seconds > 0, or null (at the end of epochs only)",
+    ),
     "num_threads": (
         lambda number: number is None or 1 <= number <= 1024,
         "between 1 and 1024, or null (PyTorch's choice)",

@@ -81,6 +81,13 @@ class OptimizerName(Choice):
     muon = "muon"
 
 
+class NonFinite(Choice):
+    """What a run does when a loss or a gradient is not finite."""
+
+    stop = "stop"
+    skip = "skip"
+
+
 class ScheduleName(Choice):
     """The learning-rate schedules."""
 
@@ -199,6 +206,8 @@ class Config:
     evaluation_batch_size: int
     channels_last: bool
     num_threads: int | None
+    non_finite: NonFinite
+    checkpoint_interval_s: float | None
     output_dir: str
     progress: ProgressStyle
     model: ModelConfig

@@ -1,6 +1,7 @@
 """The training command: ``python -m kfac_sua.train preconditioner=sua model=vgg11``."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -20,7 +21,7 @@ from kfac_sua.runs.record import RecordError
 from kfac_sua.training.checkpoint import CheckpointError
 from kfac_sua.training.loop import run
 
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+FAILED, BAD_INPUT = 1, 2
 
 # What a user can cause. PyTorch and the preconditioner raise RuntimeError for what cannot be done (out of memory, a
 # factor that is not positive definite); any other exception is a bug and keeps its traceback.
@@ -48,7 +49,8 @@ def main() -> int:
     traceback.
 
     Returns:
-        0 if every run finished or is recorded as diverged, 1 if one failed, 2 for bad input, 130 after Ctrl-C.
+        0 if every run finished or is recorded as diverged, 1 if one failed, 2 for bad input, 130 after Ctrl-C, 143
+        after SIGTERM.
     """
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         _with_hydra(train)()
@@ -64,7 +66,7 @@ def main() -> int:
     except OSError as error:  # Hydra's own files of a sweep; those of a run are reported where it ends
         return _report(_sentence(error))
     except KeyboardInterrupt as interrupt:
-        return _report(str(interrupt) or "interrupted.", INTERRUPTED)
+        return _report(str(interrupt) or "interrupted.", 128 + getattr(interrupt, "signal_number", signal.SIGINT))
     finally:
         os.environ.pop("HYDRA_FULL_ERROR", None)
     return 0

@@ -121,12 +121,13 @@ class BatchLoader:
         """Return the number of training mini-batches per epoch."""
         return len(self._labels) // self._training_batch_size()
 
-    def epoch(self, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, seed: int, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the shuffled, augmented mini-batches of one epoch; a last incomplete one is left out.
 
         Args:
             seed: Seed of the run.
             epoch: Epoch, counted from 0; with ``seed`` it fixes order and augmentation.
+            first: Mini-batch to begin with, counted from 0; those before it have been taken by an earlier process.
 
         Yields:
             Inputs, ``[batch, channels, height, width]``, float32, normalised, in ``memory_format``; and
@@ -140,7 +141,7 @@ class BatchLoader:
         if self.augmentation == "flip_crop":
             flips, offsets = draw_flip_crop(len(order), epoch_generator(seed, epoch, "augmentation"))
             flips, offsets = flips.to(device), offsets.to(device)
-        for start in range(0, len(self) * batch_size, batch_size):
+        for start in range(first * batch_size, len(self) * batch_size, batch_size):
             batch = slice(start, start + batch_size)
             inputs = self._normalised(self._images[order[batch]])
             if self.augmentation == "flip_crop":

@@ -9,7 +9,7 @@ from typing import Any
 from kfac_sua.config import Config, KroneckerConfig, to_plain
 
 # These do not change what is computed, or (seed) have their own level in the path.
-_NOT_IN_FINGERPRINT = ("seed", "output_dir", "progress", "num_threads")
+_NOT_IN_FINGERPRINT = ("seed", "output_dir", "progress", "num_threads", "checkpoint_interval_s")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class RunDirectory:
 
     @property
     def checkpoint(self) -> Path:
-        """The state after the last completed epoch."""
+        """The last state saved, between two mini-batches."""
         return self.path / "checkpoint.pt"
 
 

@@ -5,15 +5,25 @@ one is torn, and everything else is written to a temporary file and renamed.
 """
 
 import dataclasses
+import errno
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from kfac_sua.runs.atomic import named_in_errors, write_atomically
+
+
+Status = Literal["running", "finished", "diverged", "failed"]
+# Of these nothing is left to do; a run of any other status goes on by the same command.
+ENDED: tuple[Status, ...] = ("finished", "diverged")
+UNENDED: tuple[Status, ...] = ("running", "failed")
 
 
 class RecordError(Exception):
@@ -78,13 +88,14 @@ def append_record(path: Path, record: EpochRecord) -> None:
 
     Raises:
         RecordError: If the file exists and is not a metrics.csv.
+        OSError: If it cannot be written, of which at most a torn last line remains.
     """
     content = path.read_bytes() if path.exists() else b""
     size = _intact_size(path, content)
     if size and not content.startswith(_HEADER):
         rewrite_records(path, [*read_records(path), record])
         return
-    with path.open("r+b" if content else "wb") as file:
+    with named_in_errors(path), path.open("r+b" if content else "wb") as file:
         file.seek(size)
         file.truncate()
         file.write((b"" if size else _HEADER) + _format(record))
@@ -119,8 +130,11 @@ def rewrite_records(path: Path, records: list[EpochRecord]) -> None:
     Args:
         path: The metrics.csv file, whose directory exists.
         records: All rows that the file shall hold.
+
+    Raises:
+        OSError: If the file cannot be written; it is then as before.
     """
-    _write_atomically(path, _HEADER + b"".join(_format(record) for record in records))
+    write_atomically(path, _HEADER + b"".join(_format(record) for record in records))
 
 
 def _format(record: EpochRecord) -> bytes:
@@ -165,7 +179,8 @@ class RunInfo:
     """Content of run.json: what the run was, where it ran and how it ended.
 
     Attributes:
-        status: ``running`` until the end; ``diverged`` after a non-finite loss.
+        status: ``running`` until the end; ``diverged`` after a non-finite loss; ``failed`` if the last attempt ended
+            with an error, after which the same command tries again.
         config: The resolved configuration, as plain dictionaries.
         fingerprint: Digest of the configuration without the seed: runs that differ only in the seed share it.
         seed: Seed of the run.
@@ -179,9 +194,11 @@ class RunInfo:
         test_loss: Loss on the test set in nats, measured once, at the end.
         test_error: Misclassification rate on the test set in [0, 1], measured once, at the end.
         diverged_at_epoch: Epoch of the first non-finite loss.
+        failure: Why the last attempt failed, in one sentence.
+        skipped_steps: Mini-batches that took no step, as something in them was not finite.
     """
 
-    status: Literal["running", "finished", "diverged"]
+    status: Status
     config: dict[str, Any]
     fingerprint: str
     seed: int
@@ -195,6 +212,8 @@ class RunInfo:
     test_loss: float | None = None
     test_error: float | None = None
     diverged_at_epoch: int | None = None
+    failure: str | None = None
+    skipped_steps: int = 0
 
     def __post_init__(self) -> None:
         """Check the type of every field, since run.json may come from elsewhere.
@@ -209,6 +228,33 @@ class RunInfo:
                 raise RecordError(f"{name} must be {wanted}, got {value!r}.")
 
 
+def failure_reason(error: BaseException) -> str:
+    """Return why an attempt failed, in one sentence.
+
+    Args:
+        error: What was raised.
+
+    Returns:
+        What this package says itself as it says it; the file and the reason of what the system refuses; how much
+        memory was missing; and of anything else its type and text, on one line.
+    """
+    text = " ".join(str(error).split()) or "no details"
+    if _is_out_of_memory(error, text):
+        wanted = re.search(r"(?:tried|[Uu]nable) to allocate ([\d.]+ \w+)", text)
+        return f"Out of memory{f' (asked for {wanted[1]})' if wanted else ''}; lower batch_size or model.width."
+    if isinstance(error, OSError):
+        return f"Cannot use {error.filename or 'a file'}: {error.strerror or text}."
+    return text if type(error).__module__.startswith("kfac_sua.") else f"{type(error).__name__}: {text}"
+
+
+def _is_out_of_memory(error: BaseException, text: str) -> bool:
+    """Say so of NumPy, of PyTorch on either device and its libraries, and of the system itself."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    said = ("out of memory", "can't allocate memory", "_STATUS_ALLOC_FAILED")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(one in text for one in said))
+
+
 def write_run_info(path: Path, info: RunInfo) -> None:
     """Write run.json atomically.
 
@@ -218,12 +264,13 @@ def write_run_info(path: Path, info: RunInfo) -> None:
 
     Raises:
         RecordError: If the configuration holds something that JSON cannot.
+        OSError: If the file cannot be written; it is then as before.
     """
     try:
         text = json.dumps(dataclasses.asdict(info), indent=2)
     except TypeError as error:
         raise RecordError(f"Cannot write {path}: {error}; resolve the configuration to plain types first.") from error
-    _write_atomically(path, (text + "\n").encode())
+    write_atomically(path, (text + "\n").encode())
 
 
 def read_run_info(path: Path) -> RunInfo:
@@ -247,6 +294,8 @@ def read_run_info(path: Path) -> RunInfo:
             f"{path} is not valid JSON ({error}); delete the run's directory and run it again."
         ) from error
     names = {field.name for field in dataclasses.fields(RunInfo)}
+    if isinstance(content, dict):
+        content = {"failure": None, "skipped_steps": 0} | content  # files of before these were recorded lack them
     if not isinstance(content, dict) or content.keys() != names:
         got = ", ".join(sorted(names ^ content.keys())) if isinstance(content, dict) else type(content).__name__
         raise RecordError(f"{path} was not written by this version: missing or unknown fields ({got}); move it away.")
@@ -266,16 +315,6 @@ def _matches(value: object, hint: Any) -> bool:
     if hint is float:
         return isinstance(value, int | float)
     return isinstance(value, origin or hint)
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    """Write a file through a temporary one beside it, as only a rename within a file system is atomic."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,13 +1,23 @@
-"""The state between two epochs, from which the same command goes on as if it had never stopped."""
+"""The state between two mini-batches, from which the same command goes on as if it had never stopped.
+
+A file is eight bytes that name the format, the SHA-256 of what follows, and what ``torch.save`` writes: tensors,
+numbers and strings in nested dicts. A new one is proven readable before it takes the place of the last, which stays
+beside it.
+"""
 
 import dataclasses
+import hashlib
+import io
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-FORMAT_VERSION = 1
+MAGIC = b"KFACSUA2"
+FORMAT_VERSION = 2
+_DIGEST_SIZE = hashlib.sha256().digest_size
 
 
 class CheckpointError(Exception):
@@ -22,68 +32,143 @@ class Checkpoint:
         fingerprint: Digest of the configuration it belongs to.
         seed: Seed of the run, which the fingerprint leaves out.
         epoch: Completed epochs.
+        batch: Mini-batches of the epoch after these that have been taken.
         step: Completed optimisation steps.
+        skipped_steps: Mini-batches that took no step, as something in them was not finite.
         model: ``state_dict`` of the network.
         optimizer: ``state_dict`` of the optimizer.
         preconditioner: ``state_dict`` of the preconditioner; None for the baseline.
+        sums: Losses and errors of the ``batch`` mini-batches: ``ErrorCounter.state_dict``.
         times: Seconds per phase so far.
     """
 
     fingerprint: str
     seed: int
     epoch: int
+    batch: int
     step: int
+    skipped_steps: int
     model: dict[str, Any]
     optimizer: dict[str, Any]
     preconditioner: dict[str, Any] | None
+    sums: dict[str, Any]
     times: dict[str, float]
 
 
+def previous_path(path: Path) -> Path:
+    """Return where the checkpoint before the last one lies: ``checkpoint.previous.pt`` beside ``checkpoint.pt``."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint so that a crash at any moment leaves either the old file or the new one, complete.
+    """Write a checkpoint so that a crash at any moment leaves a complete one: this, or the one before.
 
     Args:
         path: The file, whose directory exists.
         checkpoint: What to write.
+
+    Raises:
+        CheckpointError: If what is on disk is not what was written.
+        OSError: If it cannot be written; the last checkpoint is then untouched.
     """
     values = {field.name: getattr(checkpoint, field.name) for field in dataclasses.fields(checkpoint)}
+    buffer = io.BytesIO()
+    torch.save({"format_version": FORMAT_VERSION, **values}, buffer)
+    payload = buffer.getbuffer()
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        torch.save({"format_version": FORMAT_VERSION, **values}, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with temporary.open("wb") as file:
+            file.write(MAGIC + hashlib.sha256(payload).digest())
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        if _payload(temporary) != payload:
+            raise CheckpointError(f"{temporary} does not hold what was written to it; check the disk.")
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # of a full disk, not even the torn file may stay
+        raise
+    if path.exists():
+        path.replace(previous_path(path))
     temporary.replace(path)
+    _sync_directory(path.parent)
 
 
-def load_checkpoint(path: Path, *, fingerprint: str, seed: int, device: torch.device) -> Checkpoint:
-    """Read a checkpoint of this very run.
+def load_checkpoint(path: Path, *, fingerprint: str, seed: int, device: torch.device) -> Checkpoint | None:
+    """Read the last sound checkpoint of this very run.
 
     Args:
-        path: The file.
+        path: The file; the one before it is taken if this one is missing or cannot be used, with a line on stderr.
         fingerprint: Digest of the configuration that asks for it.
         seed: Seed of the run that asks for it.
         device: Where its tensors go.
 
     Returns:
-        The state.
+        The state, or None if there is no checkpoint.
 
     Raises:
-        CheckpointError: If the file is damaged, of another version, or of another run.
+        CheckpointError: If there are files but none is a sound checkpoint of this run.
     """
-    cure = "move it away to start this run from the beginning"
+    first_error = None
+    for candidate in (path, previous_path(path)):
+        if not candidate.exists():
+            continue
+        try:
+            checkpoint = _read(candidate, device)
+            _check_run(checkpoint, candidate, fingerprint, seed)
+        except CheckpointError as error:
+            first_error = first_error or error
+            continue
+        if candidate != path:
+            reason = first_error or f"{path} is missing"
+            print(f"{reason} Going on from {candidate.name}.", file=sys.stderr, flush=True)
+        return checkpoint
+    if first_error is not None:
+        raise first_error
+    return None
+
+
+def _read(path: Path, device: torch.device) -> Checkpoint:
+    """Return the content of one file, whoever's it is."""
     try:
         # weights_only: a checkpoint from elsewhere must not run code.
-        values = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # whatever the bytes of a damaged file make torch.load raise
-        raise CheckpointError(f"{path} is damaged or not a checkpoint ({type(error).__name__}); {cure}.") from error
+        values = torch.load(io.BytesIO(_payload(path)), map_location=device, weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever bytes that match their digest may still make torch.load raise
+        raise CheckpointError(f"{path} is not a checkpoint ({type(error).__name__}); {_CURE}.") from error
     names = {field.name for field in dataclasses.fields(Checkpoint)}
     version = values.pop("format_version", None) if isinstance(values, dict) else None
     if version != FORMAT_VERSION or values.keys() != names:
-        raise CheckpointError(f"{path} is not a checkpoint of format {FORMAT_VERSION}, got {version}; {cure}.")
-    checkpoint = Checkpoint(**values)
+        raise CheckpointError(f"{path} is not a checkpoint of format {FORMAT_VERSION}, got {version!r}; {_CURE}.")
+    return Checkpoint(**values)
+
+
+def _payload(path: Path) -> bytes:
+    """Return what follows the digest, if it matches."""
+    content = path.read_bytes()
+    digest, payload = content[len(MAGIC) :][:_DIGEST_SIZE], content[len(MAGIC) + _DIGEST_SIZE :]
+    if not content.startswith(MAGIC) or hashlib.sha256(payload).digest() != digest:
+        raise CheckpointError(f"{path} is damaged or not a checkpoint of format {FORMAT_VERSION}; {_CURE}.")
+    return payload
+
+
+def _check_run(checkpoint: Checkpoint, path: Path, fingerprint: str, seed: int) -> None:
     if (checkpoint.fingerprint, checkpoint.seed) != (fingerprint, seed):
         raise CheckpointError(
-            f"{path} belongs to another run (configuration {checkpoint.fingerprint[:8]}, seed {checkpoint.seed}; this "
-            f"is {fingerprint[:8]}, seed {seed}); {cure}."
+            f"{path} belongs to another run (configuration {str(checkpoint.fingerprint)[:8]}, seed {checkpoint.seed}; "
+            f"this is {fingerprint[:8]}, seed {seed}); {_CURE}."
         )
-    return checkpoint
+
+
+def _sync_directory(path: Path) -> None:
+    """Make renames in a directory survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+_CURE = "move it away to start this run from the beginning"

@@ -1,7 +1,9 @@
 """Loss and misclassification rate over an image set."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,18 +48,35 @@ class ErrorCounter:
         return bool(self._loss_sum.isfinite())
 
     def result(self) -> Evaluation:
-        """Return the means over all images; waits for the device."""
+        """Return the means over all images, NaN if there were none; waits for the device."""
+        if self._num_images == 0:
+            return Evaluation(math.nan, math.nan)
         return Evaluation(self._loss_sum.item() / self._num_images, self._num_errors.item() / self._num_images)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums, as a checkpoint keeps them."""
+        return {"loss_sum": self._loss_sum, "num_errors": self._num_errors, "num_images": self._num_images}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from the sums of an earlier process."""
+        self._loss_sum, self._num_errors = state["loss_sum"].clone(), state["num_errors"].clone()
+        self._num_images = state["num_images"]
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> Evaluation:
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device,
+    after_batch: Callable[[], None] = lambda: None,
+) -> Evaluation:
     """Return loss and error of a model in evaluation mode, which is left in the mode it came in.
 
     Args:
         model: The network.
         batches: Inputs and labels; mini-batches may differ in size, every image counts the same.
         device: Device of model and batches.
+        after_batch: Called after each mini-batch; it may raise.
 
     Returns:
         Means over all images.
@@ -65,8 +84,11 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device:
     was_training = model.training
     model.eval()
     counter = ErrorCounter(device)
-    for inputs, labels in batches:
-        logits = model(inputs)
-        counter.add(logits, labels, F.cross_entropy(logits, labels))
-    model.train(was_training)
+    try:
+        for inputs, labels in batches:
+            logits = model(inputs)
+            counter.add(logits, labels, F.cross_entropy(logits, labels))
+            after_batch()
+    finally:
+        model.train(was_training)
     return counter.result()

@@ -1,13 +1,13 @@
 """One run from start to end: train, evaluate, record, checkpoint; or go on where the same command stopped."""
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from omegaconf import OmegaConf
 
 from kfac_sua.build import choose_device
@@ -21,25 +21,22 @@ from kfac_sua.runs.record import (
     RunInfo,
     append_record,
     environment,
+    failure_reason,
     read_records,
     read_run_info,
     rewrite_records,
     write_run_info,
 )
 from kfac_sua.runs.tensorboard import TensorBoardLog
-from kfac_sua.training.checkpoint import load_checkpoint, save_checkpoint
-from kfac_sua.training.evaluate import ErrorCounter, Evaluation, evaluate
+from kfac_sua.training.checkpoint import load_checkpoint, previous_path
+from kfac_sua.training.evaluate import Evaluation, evaluate
 from kfac_sua.training.progress import Progress, print_once
+from kfac_sua.training.saving import Saver
 from kfac_sua.training.schedule import learning_rate
+from kfac_sua.training.signals import Interrupted, StopRequest
 from kfac_sua.training.state import Training
+from kfac_sua.training.step import take_step
 from kfac_sua.training.timing import TRAINING_PHASES
-
-# Steps between looks at whether the loss is still finite: each look waits for the device.
-DIVERGENCE_CHECK_PERIOD = 50
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during a run; the message says where the same command goes on."""
 
 
 def run(config: Config) -> RunInfo:
@@ -59,7 +56,7 @@ def run(config: Config) -> RunInfo:
         CheckpointError: If the run's checkpoint is damaged or belongs to another run.
         RecordError: If the run's records are damaged.
         RunBusyError: If another process is carrying the run out.
-        Interrupted: On Ctrl-C, after which the same command resumes.
+        Interrupted: On SIGINT and SIGTERM, after which the same command resumes.
     """
     device = choose_device(config.device)
     directory = run_directory(config, device.type)
@@ -68,13 +65,20 @@ def run(config: Config) -> RunInfo:
         return info
     training = Training.start(config, device)
     with exclusive(directory.path):
-        return _ended(directory) or _carry_out(training, directory)
+        info = _ended(directory)
+        if info is not None:
+            return info
+        try:
+            return _carry_out(training, directory)
+        except Exception as error:
+            _record_failure(directory, error)
+            raise
 
 
 def _ended(directory: RunDirectory) -> RunInfo | None:
     """Say so if the run has finished or diverged, and return what it left."""
     info = read_run_info(directory.info) if directory.info.exists() else None
-    if info is None or info.status == "running":
+    if info is None or info.status in ("running", "failed"):
         return None
     print(f"already {_summary(directory, info)}", flush=True)
     return info
@@ -82,98 +86,102 @@ def _ended(directory: RunDirectory) -> RunInfo | None:
 
 def _carry_out(training: Training, directory: RunDirectory) -> RunInfo:
     """Train what is left of a run, from its checkpoint if there is one."""
-    records = _resume(training, directory)
-    is_begun = directory.info.exists()
-    info = read_run_info(directory.info) if is_begun else _new_info(training, directory.fingerprint)
+    info = _new_info(training, directory.fingerprint)
+    if directory.info.exists():
+        info = dataclasses.replace(read_run_info(directory.info), status="running", failure=None)
+    is_resumed, records = _resume(training, directory)
     _prepare_directory(directory, info, records)
     if training.preconditioner is not None:
         print_once(str(training.preconditioner.describe()))
-    print(f"{'resumed' if records else 'started'} on {training.device.type}: {directory.path}", flush=True)
+    print(f"{'resumed' if is_resumed else 'started'} on {training.device.type}: {directory.path}", flush=True)
     info = _train(training, directory, info, records)
     print(_summary(directory, info), flush=True)
     return info
 
 
-def train_epoch(training: Training, progress: Progress) -> Evaluation:
-    """Take one step per mini-batch of one epoch.
+def train_epoch(training: Training, progress: Progress, after_batch: Callable[[], None] = lambda: None) -> Evaluation:
+    """Take the mini-batches that are left of one epoch, one step each.
 
     Args:
         training: The state, changed in place but for its count of epochs.
-        progress: Told of every step.
+        progress: Told of every mini-batch.
+        after_batch: Called after each mini-batch; it may raise.
 
     Returns:
-        Mean loss and error over the mini-batches, each before its own step; the loss is not finite if training
-        diverged, after which the epoch is cut short.
+        Mean loss and error over all mini-batches of the epoch, each before its own step; the loss is not finite if
+        training diverged, after which the epoch is cut short.
     """
-    config, watch, preconditioner = training.config, training.watch, training.preconditioner
+    config, watch = training.config, training.watch
     lr = learning_rate(config.schedule, config.optimizer.lr, training.epoch, config.epochs)
     for group in training.optimizer.param_groups:
         group["lr"] = lr * group.get("lr_ratio", 1.0)
     training.model.train()
-    counter = ErrorCounter(training.device)
-    batches = training.loader.epoch(config.seed, training.epoch)
+    batches = training.loader.epoch(config.seed, training.epoch, first=training.batch)
     with watch.phase("other"):  # whatever of the epoch's wall time the phases inside leave
         for inputs, labels in watch.iterate("data", batches):
-            with watch.phase("forward_backward"):
-                logits = training.model(inputs)
-                loss = F.cross_entropy(logits, labels)
-            counter.add(logits, labels, loss)
-            if _check_is_due(training) and not counter.is_finite():
+            if not take_step(training, inputs, labels):
                 break
-            with watch.phase("forward_backward"):
-                training.optimizer.zero_grad(set_to_none=True)
-                if preconditioner is not None:
-                    preconditioner.fisher_backward(logits)
-                loss.backward()
-            if preconditioner is not None:
-                with watch.phase("application"):
-                    preconditioner.step()
-            with watch.phase("optimizer"):
-                training.optimizer.step()
-            training.step += 1
+            training.batch += 1
             progress.step()
-    return counter.result()
-
-
-def _check_is_due(training: Training) -> bool:
-    """Look at the loss now and then, and always before statistics: labels cannot be drawn from NaN."""
-    preconditioner = training.preconditioner
-    is_measuring = preconditioner is not None and preconditioner.statistics_due
-    return is_measuring or training.step % DIVERGENCE_CHECK_PERIOD == 0
+            after_batch()
+    return training.sums.result()
 
 
 def _train(training: Training, directory: RunDirectory, info: RunInfo, records: list[EpochRecord]) -> RunInfo:
-    """Train the epochs that are left, each ending with its record and a checkpoint; then evaluate on the test set."""
-    epochs, splits = training.config.epochs, training.splits
-    train_subset = training.evaluation_loader(_fixed_subset(training.config, splits.train))
-    validation = training.evaluation_loader(splits.val)
+    """Train what is left, stopping between two mini-batches when asked to; then evaluate on the test set."""
     log = _open_tensorboard(directory, info, records)
     progress = _open_progress(training)
-    resumes_from = training.epoch + 1
-    try:
-        if not records:  # the untrained network, so that curves against time begin at zero seconds
-            train_eval = _evaluate(training, train_subset)
-            _log(training, directory, log, _record(training, train_eval, train_eval, _evaluate(training, validation)))
-        while training.epoch < epochs:
-            train = train_epoch(training, progress)
-            train_eval = _evaluate(training, train_subset)
-            val = _evaluate(training, validation)
-            if not all(math.isfinite(result.loss) for result in (train, train_eval, val)):
-                return _end(directory, info, status="diverged", diverged_at_epoch=training.epoch + 1)
-            training.epoch += 1
-            record = _record(training, train, train_eval, val)
-            _log(training, directory, log, record)
-            with training.watch.phase("writing"):
-                save_checkpoint(directory.checkpoint, training.checkpoint(directory.fingerprint))
-            resumes_from = training.epoch + 1
-            progress.epoch(record)
-        test = _evaluate(training, training.evaluation_loader(splits.test))
-        return _end(directory, info, status="finished", test_loss=test.loss, test_error=test.error)
-    except KeyboardInterrupt as interrupt:
-        raise Interrupted(f"interrupted; the same command resumes from epoch {resumes_from}.") from interrupt
-    finally:
-        progress.close()
-        log.close()
+    with StopRequest() as stop:
+        saver = Saver(training, directory, stop)
+        try:
+            if not records:  # the untrained network, so that curves against time begin at zero seconds
+                _log_untrained(training, directory, log, saver)
+            while training.epoch < training.config.epochs:
+                record = _train_epoch(training, progress, saver)
+                if record is None:
+                    return _end(training, directory, info, status="diverged", diverged_at_epoch=training.epoch + 1)
+                _log(training, directory, log, record)
+                saver.save()
+                progress.epoch(record)
+            test = _evaluate(training, training.evaluation_loader(training.splits.test), saver.between)
+            return _end(training, directory, info, status="finished", test_loss=test.loss, test_error=test.error)
+        except Interrupted:
+            raise
+        except KeyboardInterrupt as interrupt:
+            raise saver.interrupted() from interrupt
+        finally:
+            progress.close()
+            log.close()
+
+
+def _log_untrained(training: Training, directory: RunDirectory, log: TensorBoardLog, saver: Saver) -> None:
+    """Write the row of epoch 0; a run that is stopped meanwhile has nothing to save."""
+
+    def stop_if_asked() -> None:
+        if saver.is_asked_to_stop:
+            raise saver.interrupted()
+
+    train_eval, val = _evaluate_epoch(training, stop_if_asked)
+    _log(training, directory, log, _record(training, train_eval, train_eval, val))
+
+
+def _train_epoch(training: Training, progress: Progress, saver: Saver) -> EpochRecord | None:
+    """Train and evaluate one epoch, or what is left of it, and return its row; None if it diverged."""
+    train = train_epoch(training, progress, saver.between)
+    if not math.isfinite(train.loss):
+        return None
+    train_eval, val = _evaluate_epoch(training, saver.between)
+    if not (math.isfinite(train_eval.loss) and math.isfinite(val.loss)):
+        return None
+    training.end_epoch()
+    return _record(training, train, train_eval, val)
+
+
+def _evaluate_epoch(training: Training, after_batch: Callable[[], None]) -> tuple[Evaluation, Evaluation]:
+    """Return loss and error on the fixed training subset and on the validation set."""
+    train_subset = training.evaluation_loader(_fixed_subset(training.config, training.splits.train))
+    validation = training.evaluation_loader(training.splits.val)
+    return _evaluate(training, train_subset, after_batch), _evaluate(training, validation, after_batch)
 
 
 def _log(training: Training, directory: RunDirectory, log: TensorBoardLog, record: EpochRecord) -> None:
@@ -182,10 +190,10 @@ def _log(training: Training, directory: RunDirectory, log: TensorBoardLog, recor
         log.log(record)
 
 
-def _evaluate(training: Training, loader: BatchLoader) -> Evaluation:
+def _evaluate(training: Training, loader: BatchLoader, after_batch: Callable[[], None]) -> Evaluation:
     batches = loader.sequential(training.config.evaluation_batch_size)
     with training.watch.phase("evaluation"):
-        return evaluate(training.model, batches, training.device)
+        return evaluate(training.model, batches, training.device, after_batch)
 
 
 def _fixed_subset(config: Config, images: ImageSet) -> ImageSet:
@@ -214,16 +222,16 @@ def _record(training: Training, train: Evaluation, train_eval: Evaluation, val: 
     )
 
 
-def _resume(training: Training, directory: RunDirectory) -> list[EpochRecord]:
-    """Load the checkpoint, if there is one, and return the records up to it."""
-    if not directory.checkpoint.exists():
-        return []
+def _resume(training: Training, directory: RunDirectory) -> tuple[bool, list[EpochRecord]]:
+    """Load the last checkpoint, if there is one, and return whether there was and the records up to it."""
     checkpoint = load_checkpoint(
         directory.checkpoint,
         fingerprint=directory.fingerprint,
         seed=training.config.seed,
         device=training.device,
     )
+    if checkpoint is None:
+        return False, []
     training.restore(checkpoint)
     # A row is written before its checkpoint, so that a crash between the two leaves a row too many.
     records = [record for record in read_records(directory.metrics) if record.epoch <= checkpoint.epoch]
@@ -232,7 +240,7 @@ def _resume(training: Training, directory: RunDirectory) -> list[EpochRecord]:
             f"{directory.metrics} lacks epochs that {directory.checkpoint.name} has completed ({checkpoint.epoch}); "
             "restore it, or move the directory away to start this run from the beginning."
         )
-    return records
+    return True, records
 
 
 def _new_info(training: Training, fingerprint: str) -> RunInfo:
@@ -259,11 +267,19 @@ def _prepare_directory(directory: RunDirectory, info: RunInfo, records: list[Epo
     rewrite_records(directory.metrics, records)
 
 
-def _end(directory: RunDirectory, info: RunInfo, **outcome: Any) -> RunInfo:
-    """Write how the run ended."""
-    ended = dataclasses.replace(info, finished=_now(), **outcome)
+def _end(training: Training, directory: RunDirectory, info: RunInfo, **outcome: Any) -> RunInfo:
+    """Write how the run ended, after which the checkpoint before the last is of no use."""
+    ended = dataclasses.replace(info, finished=_now(), skipped_steps=training.skipped_steps, **outcome)
     write_run_info(directory.info, ended)
+    previous_path(directory.checkpoint).unlink(missing_ok=True)
     return ended
+
+
+def _record_failure(directory: RunDirectory, error: Exception) -> None:
+    """Write into run.json why this attempt failed, where it can be written: who started the run is told anyway."""
+    with contextlib.suppress(OSError, RecordError):
+        info = read_run_info(directory.info)
+        write_run_info(directory.info, dataclasses.replace(info, status="failed", failure=failure_reason(error)))
 
 
 def _summary(directory: RunDirectory, info: RunInfo) -> str:
@@ -303,7 +319,7 @@ def _open_progress(training: Training) -> Progress:
         config.progress,
         f"{config.preconditioner.name} seed {config.seed}",
         total_steps=config.epochs * num_batches,
-        done_steps=training.step,
+        done_steps=training.epoch * num_batches + training.batch,
         epochs=config.epochs,
     )
 

@@ -11,6 +11,7 @@ from kfac_sua.config import Config
 from kfac_sua.data import BatchLoader, ImageSet, Splits
 from kfac_sua.preconditioner import KroneckerPreconditioner
 from kfac_sua.training.checkpoint import Checkpoint
+from kfac_sua.training.evaluate import ErrorCounter
 from kfac_sua.training.seeding import seed_everything
 from kfac_sua.training.timing import Stopwatch
 
@@ -24,7 +25,10 @@ class Training:
 
     Attributes:
         epoch: Completed epochs.
+        batch: Mini-batches of the epoch after these that have been taken.
         step: Completed optimisation steps.
+        skipped_steps: Mini-batches that took no step, as something in them was not finite.
+        sums: Losses and errors of the epoch's mini-batches.
     """
 
     config: Config
@@ -35,8 +39,11 @@ class Training:
     optimizer: torch.optim.Optimizer
     preconditioner: KroneckerPreconditioner | None
     watch: Stopwatch
+    sums: ErrorCounter
     epoch: int = 0
+    batch: int = 0
     step: int = 0
+    skipped_steps: int = 0
 
     @classmethod
     def start(cls, config: Config, device: torch.device) -> "Training":
@@ -69,33 +76,42 @@ class Training:
         if preconditioner is not None:
             preconditioner.phase = watch.phase
         optimizer = build_optimizer(config.optimizer, model)
-        return cls(config, device, splits, loader, model, optimizer, preconditioner, watch)
+        return cls(config, device, splits, loader, model, optimizer, preconditioner, watch, ErrorCounter(device))
 
     def evaluation_loader(self, images: ImageSet) -> BatchLoader:
         """Return a loader that serves images in order, normalised like those that are trained on."""
         layout = memory_format(self.config)
         return BatchLoader(images, self.splits.mean, self.splits.std, device=self.device, memory_format=layout)
 
+    def end_epoch(self) -> None:
+        """Count an epoch whose mini-batches have all been taken."""
+        self.epoch, self.batch, self.sums = self.epoch + 1, 0, ErrorCounter(self.device)
+
     def checkpoint(self, fingerprint: str) -> Checkpoint:
-        """Return the state as it is between two epochs."""
+        """Return the state as it is between two mini-batches."""
         return Checkpoint(
             fingerprint=fingerprint,
             seed=self.config.seed,
             epoch=self.epoch,
+            batch=self.batch,
             step=self.step,
+            skipped_steps=self.skipped_steps,
             model=self.model.state_dict(),
             optimizer=self.optimizer.state_dict(),
             preconditioner=self.preconditioner.state_dict() if self.preconditioner else None,
+            sums=self.sums.state_dict(),
             times=self.watch.totals(),
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint of the same configuration and seed."""
-        self.epoch, self.step = checkpoint.epoch, checkpoint.step
+        self.epoch, self.batch = checkpoint.epoch, checkpoint.batch
+        self.step, self.skipped_steps = checkpoint.step, checkpoint.skipped_steps
         self.model.load_state_dict(checkpoint.model)
         load_optimizer_state(self.optimizer, checkpoint.optimizer)
         if self.preconditioner is not None and checkpoint.preconditioner is not None:
             self.preconditioner.load_state_dict(checkpoint.preconditioner)
+        self.sums.load_state_dict(checkpoint.sums)
         self.watch.restore(checkpoint.times)
 
 

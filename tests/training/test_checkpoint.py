@@ -1,13 +1,16 @@
 """Checkpoints: atomic, exact, and refused where they do not belong."""
 
 import dataclasses
+import hashlib
+import io
+from pathlib import Path
 
 import pytest
 import torch
 from identical import assert_identical
 
 import kfac_sua.training.checkpoint as checkpoint_module
-from kfac_sua.training.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
+from kfac_sua.training.checkpoint import Checkpoint, CheckpointError, load_checkpoint, previous_path, save_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -19,10 +22,13 @@ def checkpoint() -> Checkpoint:
         fingerprint="a" * 64,
         seed=3,
         epoch=2,
-        step=8,
+        batch=3,
+        step=11,
+        skipped_steps=1,
         model={"weight": torch.arange(6.0).reshape(2, 3)},
         optimizer={"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": [{"lr": 0.1, "params": [0]}]},
         preconditioner={"version": 1, "layers": {"fc": {"blocks": torch.eye(2)[None], "count": 3, "mean": None}}},
+        sums={"loss_sum": torch.tensor(2.5), "num_errors": torch.tensor(3), "num_images": 30},
         times={"forward_backward": 1.5},
     )
 
@@ -76,6 +82,53 @@ def test_checkpoint_of_another_run_is_refused(tmp_path, checkpoint, change, show
         load(path, **change)
 
 
+def test_the_one_before_stays_and_is_used_if_the_last_is_damaged(tmp_path, checkpoint, capsys):
+    """Of two generations, the sound one is taken, with a line that says so."""
+    path = tmp_path / "checkpoint.pt"
+    for step in (11, 12, 13):
+        save_checkpoint(path, dataclasses.replace(checkpoint, step=step))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["checkpoint.previous.pt", "checkpoint.pt"]
+    assert load(path).step == 13
+    path.write_bytes(path.read_bytes()[:-1])
+    assert load(path).step == 12
+    assert "checkpoint.pt is damaged" in (shown := capsys.readouterr().err)
+    assert shown.endswith("Going on from checkpoint.previous.pt.\n")
+    path.unlink()  # as after a crash between two renames
+    assert load(path).step == 12
+    assert "checkpoint.pt is missing" in capsys.readouterr().err
+    previous_path(path).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"checkpoint.previous.pt is damaged"):
+        load(path)
+
+
+def test_a_run_without_checkpoints_has_none(tmp_path):
+    """Neither file: the run starts from the beginning."""
+    assert load(tmp_path / "checkpoint.pt") is None
+
+
+def test_every_flipped_bit_is_noticed(tmp_path, checkpoint):
+    """Wherever a bit is wrong, the file is refused: no parameter is ever silently another."""
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, checkpoint)
+    content = path.read_bytes()
+    for position in range(0, len(content), 37):
+        path.write_bytes(content[:position] + bytes([content[position] ^ 4]) + content[position + 1 :])
+        with pytest.raises(CheckpointError, match="damaged"):
+            load(path)
+
+
+def test_what_the_disk_does_not_hold_is_no_checkpoint(tmp_path, checkpoint, monkeypatch):
+    """A file that does not read back as it was written never takes the place of the last one."""
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, checkpoint)
+    monkeypatch.setattr(checkpoint_module, "_payload", lambda _: b"something else")
+    with pytest.raises(CheckpointError, match="does not hold what was written to it; check the disk"):
+        save_checkpoint(path, dataclasses.replace(checkpoint, step=12))
+    monkeypatch.undo()
+    assert load(path).step == 11
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
 def test_damaged_checkpoint_is_one_sentence(tmp_path, checkpoint, content):
     """An empty, foreign or truncated file is named together with the cure."""
@@ -83,29 +136,37 @@ def test_damaged_checkpoint_is_one_sentence(tmp_path, checkpoint, content):
     save_checkpoint(path, checkpoint)
     path.write_bytes(path.read_bytes()[:400] if content is None else content)
     with pytest.raises(
-        CheckpointError, match=r"checkpoint.pt is damaged or not a checkpoint \(.+\); move it away"
+        CheckpointError, match=r"checkpoint.pt is damaged or not a checkpoint of format 2; move it away"
     ) as caught:
         load(path)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("values", [[1, 2], {"format_version": 0}, {"format_version": 1, "epoch": 3}])
+def write(path, values):
+    """Write any values as if they were a checkpoint, digest included."""
+    payload = io.BytesIO()
+    torch.save(values, payload)
+    path.write_bytes(checkpoint_module.MAGIC + hashlib.sha256(payload.getvalue()).digest() + payload.getvalue())
+
+
+@pytest.mark.parametrize("values", [[1, 2], {"format_version": 0}, {"format_version": 2, "epoch": 3}])
 def test_other_format_is_refused(tmp_path, values):
     """A file of another version, or one that lacks keys, is refused."""
     path = tmp_path / "checkpoint.pt"
-    torch.save(values, path)
-    with pytest.raises(CheckpointError, match="is not a checkpoint of format 1"):
+    write(path, values)
+    with pytest.raises(CheckpointError, match="is not a checkpoint of format 2"):
         load(path)
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path):
-    """A pickle that would call a function is refused."""
+    """A pickle that would call a function is refused, though its digest be right."""
 
     class Malicious:
         def __reduce__(self):
-            return (print, ("code ran",))
+            return (Path.touch, (tmp_path / "code ran",))
 
     path = tmp_path / "checkpoint.pt"
-    torch.save({"format_version": 1, "model": Malicious()}, path)
-    with pytest.raises(CheckpointError, match="damaged or not a checkpoint"):
+    write(path, {"format_version": 2, "model": Malicious()})
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
         load(path)
+    assert not (tmp_path / "code ran").exists()

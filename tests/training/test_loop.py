@@ -19,8 +19,9 @@ from kfac_sua.data import BatchLoader
 from kfac_sua.models import TinyConvNet
 from kfac_sua.preconditioner import KroneckerPreconditioner
 from kfac_sua.runs.record import read_records
-from kfac_sua.training import loop
+from kfac_sua.training import loop, saving
 from kfac_sua.training.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from kfac_sua.training.evaluate import ErrorCounter
 from kfac_sua.training.loop import Interrupted, run
 from kfac_sua.training.timing import TRAINING_PHASES, Stopwatch
 
@@ -114,7 +115,7 @@ def test_times_and_start_survive_a_resume(tmp_path, monkeypatch):
 def test_row_without_its_checkpoint_is_written_again(tmp_path, monkeypatch):
     """After a crash between an epoch's row and its checkpoint, the epoch is repeated and stands in the file once."""
     config = tiny_config(tmp_path, *BASELINE, "epochs=3")
-    save_checkpoint = loop.save_checkpoint
+    save_checkpoint = saving.save_checkpoint
 
     def crash_in_epoch_two(path, checkpoint):
         if checkpoint.epoch == 2:
@@ -122,7 +123,7 @@ def test_row_without_its_checkpoint_is_written_again(tmp_path, monkeypatch):
         save_checkpoint(path, checkpoint)
 
     with monkeypatch.context() as context:
-        context.setattr(loop, "save_checkpoint", crash_in_epoch_two)
+        context.setattr(saving, "save_checkpoint", crash_in_epoch_two)
         with pytest.raises(OSError, match="disk full"):
             run(config)
     assert [row["epoch"] for row in metrics_without_times(config)] == [0, 1, 2]
@@ -208,9 +209,9 @@ def test_test_set_is_evaluated_once_at_the_end(tmp_path, monkeypatch):
     sizes = []
     evaluate = loop._evaluate
 
-    def counting(training, loader):
+    def counting(training, loader, after_batch):
         sizes.append(len(loader._labels))
-        return evaluate(training, loader)
+        return evaluate(training, loader, after_batch)
 
     monkeypatch.setattr(loop, "_evaluate", counting)
     run(tiny_config(tmp_path, *BASELINE, "epochs=3", "dataset.train_eval_size=300"))
@@ -287,11 +288,11 @@ def test_every_second_of_an_epoch_has_its_phase(tmp_path, monkeypatch):
     monkeypatch.setattr("kfac_sua.training.state.Stopwatch", lambda device: Stopwatch(device, clock))
     clock.charge(monkeypatch, BatchLoader, "_normalised", 0.001)
     clock.charge(monkeypatch, F, "cross_entropy", 0.01)
-    clock.charge(monkeypatch, loop.ErrorCounter, "add", 0.1)
+    clock.charge(monkeypatch, ErrorCounter, "add", 0.1)
     clock.charge(monkeypatch, torch.optim.SGD, "step", 1.0)
     clock.charge(monkeypatch, loop.Progress, "step", 10.0)
     clock.charge(monkeypatch, loop, "append_record", 100.0)
-    clock.charge(monkeypatch, loop, "save_checkpoint", 1000.0)
+    clock.charge(monkeypatch, saving, "save_checkpoint", 1000.0)
     config = tiny_config(tmp_path, *BASELINE, "epochs=1")
     run(config)
     untrained, record = read_records(directory_of(config).metrics)
@@ -313,14 +314,14 @@ def test_train_loss_is_the_mean_over_mini_batches(tmp_path, monkeypatch):
     """train_loss and train_error of an epoch are the plain means over its mini-batches, each before its own step."""
     config = tiny_config(tmp_path, *BASELINE, "epochs=1")
     seen = []
-    add = loop.ErrorCounter.add
+    add = ErrorCounter.add
 
     def spy(counter, logits, labels, loss):
         if loss.requires_grad:
             seen.append((loss.item(), (logits.argmax(1) != labels).double().mean().item()))
         add(counter, logits, labels, loss)
 
-    monkeypatch.setattr(loop.ErrorCounter, "add", spy)
+    monkeypatch.setattr(ErrorCounter, "add", spy)
     run(config)
     _, record = read_records(directory_of(config).metrics)
     assert len(seen) == 4

@@ -11,8 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kfac_sua.config import ProgressStyle
 from kfac_sua.training import loop
+from kfac_sua.training.evaluate import ErrorCounter
 from kfac_sua.training.progress import Progress
 from kfac_sua.training.state import Training
+from kfac_sua.training.step import check_is_due
 
 PERIOD = "preconditioner.inverse_period=4"
 REDUCE = "preconditioner.weight_sharing=reduce"
@@ -79,7 +81,7 @@ class Steps(Progress):
     def step(self) -> None:
         """Count the step that ends, and look at the one that begins."""
         super().step()
-        is_plain = self._training.step < self._last and not loop._check_is_due(self._training)
+        is_plain = self._training.step < self._last and not check_is_due(self._training)
         self.num_plain += is_plain
         self._forbid(is_plain)
 
@@ -139,7 +141,7 @@ def test_a_read_in_a_plain_step_is_noticed(tmp_path, monkeypatch, read):
     training = start(tmp_path, "cpu", "preconditioner=sua", PERIOD)
     waits = ForbiddenWaits()
     monkeypatch.setattr(Tensor, "tolist", _refusing(waits, Tensor.tolist))
-    add = loop.ErrorCounter.add
+    add = ErrorCounter.add
 
     def reading(counter, logits, labels, loss):
         read(loss.detach())
@@ -148,7 +150,7 @@ def test_a_read_in_a_plain_step_is_noticed(tmp_path, monkeypatch, read):
     def forbid(is_forbidden: bool) -> None:
         waits.is_on = is_forbidden
 
-    monkeypatch.setattr(loop.ErrorCounter, "add", reading)
+    monkeypatch.setattr(ErrorCounter, "add", reading)
     with waits, pytest.raises(AssertionError, match="waits for the device"):
         train(training, forbid)
     assert training.step == 1  # the first plain step
@@ -175,7 +177,7 @@ def test_plain_steps_never_synchronise_on_cuda(tmp_path, overrides):
 def test_a_read_on_cuda_is_noticed(tmp_path, monkeypatch):
     """The guard above fails if the metrics read the loss of every step."""
     training = start(tmp_path, "cuda", "preconditioner=sua", PERIOD)
-    add = loop.ErrorCounter.add
+    add = ErrorCounter.add
 
     def reading(counter, logits, labels, loss):
         loss.item()
@@ -184,7 +186,7 @@ def test_a_read_on_cuda_is_noticed(tmp_path, monkeypatch):
     def forbid(is_forbidden: bool) -> None:
         torch.cuda.set_sync_debug_mode("error" if is_forbidden else "default")
 
-    monkeypatch.setattr(loop.ErrorCounter, "add", reading)
+    monkeypatch.setattr(ErrorCounter, "add", reading)
     try:
         with pytest.raises(RuntimeError, match="synchroniz"):
             train(training, forbid)

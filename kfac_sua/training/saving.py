@@ -1,0 +1,76 @@
+"""When a run is saved: now and then, at the end of every epoch, and when it is asked to stop."""
+
+import time
+from collections.abc import Callable
+
+from kfac_sua.runs.directory import RunDirectory
+from kfac_sua.training.checkpoint import save_checkpoint
+from kfac_sua.training.signals import Interrupted, StopRequest
+from kfac_sua.training.state import Training
+
+
+class Saver:
+    """Writes the checkpoints of one run.
+
+    Args:
+        training: The state to save.
+        directory: Where to.
+        stop: Whether the run has been asked to stop.
+        clock: Seconds of a monotonic clock.
+    """
+
+    def __init__(
+        self,
+        training: Training,
+        directory: RunDirectory,
+        stop: StopRequest,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._training = training
+        self._directory = directory
+        self._stop = stop
+        self._clock = clock
+        self._saved_at = clock()
+        self._position = _position(training)
+
+    @property
+    def is_asked_to_stop(self) -> bool:
+        """Whether a signal has come."""
+        return self._stop.signal_number is not None
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        with self._training.watch.phase("writing"):
+            save_checkpoint(self._directory.checkpoint, self._training.checkpoint(self._directory.fingerprint))
+        self._saved_at = self._clock()
+        self._position = _position(self._training)
+
+    def between(self) -> None:
+        """Called between two mini-batches: save if it is time to, or if the run is to stop.
+
+        Raises:
+            Interrupted: If the run has been asked to stop, after it has been saved.
+        """
+        interval = self._training.config.checkpoint_interval_s
+        if self.is_asked_to_stop:
+            self.save()
+            raise self.interrupted()
+        if interval is not None and self._clock() - self._saved_at >= interval:
+            self.save()
+
+    def interrupted(self) -> Interrupted:
+        """Return what to raise when the run stops here."""
+        message = f"interrupted; the same command resumes {self._position}."
+        return Interrupted(message, *([] if self._stop.signal_number is None else [self._stop.signal_number]))
+
+
+def _position(training: Training) -> str:
+    """Return where a run that is loaded now goes on."""
+    if training.epoch == training.config.epochs:
+        return "with the evaluation on the test set"
+    epoch, num_batches = f"epoch {training.epoch + 1}", len(training.loader)
+    if training.batch == 0:
+        return f"from {epoch}"
+    if training.batch == num_batches:
+        return f"with the evaluation of {epoch}"
+    return f"from {epoch}, mini-batch {training.batch + 1} of {num_batches}"

@@ -1,0 +1,79 @@
+"""One mini-batch: forward, backward, preconditioner, optimizer; and what to do if something in it is not finite."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kfac_sua.config import NonFinite
+from kfac_sua.training.state import Training
+
+# Steps between looks at whether the loss is still finite: each look waits for the device.
+DIVERGENCE_CHECK_PERIOD = 50
+
+
+def take_step(training: Training, inputs: Tensor, labels: Tensor) -> bool:
+    """Take one optimisation step, or skip it.
+
+    With ``non_finite=stop``, the loss is looked at now and then; with ``skip``, loss and gradient at every mini-batch,
+    which waits for the device.
+
+    Args:
+        training: The state, changed in place.
+        inputs: Images of the mini-batch.
+        labels: Their classes.
+
+    Returns:
+        False if the loss was seen not to be finite and the run must end as diverged.
+    """
+    may_skip = training.config.non_finite is NonFinite.skip
+    buffers = [(buffer, buffer.clone()) for buffer in training.model.buffers()] if may_skip else []
+    with training.watch.phase("forward_backward"):
+        logits = training.model(inputs)
+        loss = F.cross_entropy(logits, labels)
+    if not may_skip:
+        training.sums.add(logits, labels, loss)
+        if check_is_due(training) and not training.sums.is_finite():
+            return False
+    with training.watch.phase("forward_backward"):
+        training.optimizer.zero_grad(set_to_none=True)
+        if training.preconditioner is not None:
+            training.preconditioner.fisher_backward(logits)
+        loss.backward()
+    if may_skip:
+        if not _is_finite(loss, training.model):
+            _skip(training, buffers)
+            return True
+        training.sums.add(logits, labels, loss)
+    _update(training)
+    return True
+
+
+def _update(training: Training) -> None:
+    if training.preconditioner is not None:
+        with training.watch.phase("application"):
+            training.preconditioner.step()
+    with training.watch.phase("optimizer"):
+        training.optimizer.step()
+    training.step += 1
+
+
+def _skip(training: Training, buffers: list[tuple[Tensor, Tensor]]) -> None:
+    """Leave everything as it was before the mini-batch, the statistics of batch normalisation included."""
+    training.optimizer.zero_grad(set_to_none=True)
+    for buffer, before in buffers:
+        buffer.copy_(before)
+    if training.preconditioner is not None:
+        training.preconditioner.discard()
+    training.skipped_steps += 1
+
+
+def _is_finite(loss: Tensor, model: nn.Module) -> bool:
+    """Say whether the loss and the norm of the whole gradient are finite; waits for the device once."""
+    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return bool((loss.detach() + nn.utils.get_total_norm(grads)).isfinite())
+
+
+def check_is_due(training: Training) -> bool:
+    """Look at the loss now and then, and always before statistics: labels cannot be drawn from NaN."""
+    preconditioner = training.preconditioner
+    is_measuring = preconditioner is not None and preconditioner.statistics_due
+    return is_measuring or training.step % DIVERGENCE_CHECK_PERIOD == 0

@@ -1,0 +1,166 @@
+"""Runs stopped between any two mini-batches, and by signals, end bit for bit where they would have."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from identical import assert_identical
+from tiny_runs import TINY, TINY_PERIOD, directory_of, metrics_without_times, tiny_config
+
+from kfac_sua.training import loop, saving
+from kfac_sua.training.checkpoint import load_checkpoint
+from kfac_sua.training.loop import run
+from kfac_sua.training.signals import Interrupted, StopRequest
+
+BATCHES = 4  # of an epoch of the tiny runs
+SETTINGS = {
+    "baseline": ("preconditioner=baseline",),
+    "kfac": ("preconditioner=kfac", TINY_PERIOD),
+    "sua": ("preconditioner=sua", TINY_PERIOD, "dataset.augmentation=flip_crop"),
+    "grouped-mc-ema": (
+        "preconditioner=grouped",
+        "preconditioner.group_size=8",
+        TINY_PERIOD,
+        "preconditioner.fisher_type=mc",
+        "preconditioner.ema_decay=0.5",
+        "preconditioner.factor_period=1",
+        "schedule=cosine",
+    ),
+    "sua_grouped-exact-damping": (
+        "preconditioner=sua_grouped",
+        "preconditioner.group_size=8",
+        TINY_PERIOD,
+        "preconditioner.damping_rule=exact",
+        "non_finite=skip",
+    ),
+    "adamw": ("preconditioner=baseline", "optimizer=adamw"),
+}
+
+
+def final_state(config):
+    """Return the checkpoint that a run left."""
+    directory = directory_of(config)
+    return load_checkpoint(
+        directory.checkpoint, fingerprint=directory.fingerprint, seed=config.seed, device=torch.device("cpu")
+    )
+
+
+def stop_after(monkeypatch, calls: int) -> None:
+    """Ask the next run to stop after so many mini-batches, of training or of evaluation."""
+    between, count = saving.Saver.between, iter(range(1, calls + 1))
+
+    def counting(saver):
+        if next(count, None) == calls:
+            saver._stop.signal_number = signal.SIGTERM
+        between(saver)
+
+    monkeypatch.setattr(saving.Saver, "between", counting)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_stopped_between_any_two_mini_batches_a_run_ends_where_it_would_have(tmp_path, monkeypatch, setting):
+    """Stopped after every single mini-batch, and in every evaluation: everything is as in the uninterrupted run.
+
+    Parameters, momentum, factors, inverses, counters, sums and records, to the last bit.
+    """
+    straight, stopped = (
+        tiny_config(tmp_path / name, *SETTINGS[setting], "epochs=2", "evaluation_batch_size=400")
+        for name in ("straight", "stopped")
+    )
+    run(straight)
+    positions, calls, info = [], 1, None
+    while info is None:
+        with monkeypatch.context() as context:
+            stop_after(context, calls)
+            with contextlib.suppress(Interrupted):
+                info = run(stopped)
+        state = final_state(stopped)
+        # An evaluation is repeated from its first mini-batch, so that stopping there again would never end.
+        calls = calls + 1 if (state.epoch, state.batch) in positions else 1
+        positions.append((state.epoch, state.batch))
+    assert set(positions) == {(epoch, batch) for epoch in (0, 1) for batch in range(1, BATCHES + 1)} | {(2, 0)}
+    assert info.status == "finished"
+    assert metrics_without_times(stopped) == metrics_without_times(straight)
+    first, second = (vars(final_state(config)) for config in (stopped, straight))
+    for state in (first, second):
+        del state["times"], state["fingerprint"]
+    assert_identical(first, second)
+
+
+def test_within_an_epoch_checkpoints_are_written_by_the_clock(tmp_path, monkeypatch):
+    """A run that dies without a word loses no more than checkpoint_interval_s of work."""
+    config = tiny_config(tmp_path, "preconditioner=baseline", "epochs=1", "checkpoint_interval_s=1e-9")
+    take_step, steps = loop.take_step, iter(range(BATCHES))
+
+    def dying(*arguments):
+        if next(steps) == 2:
+            raise SystemExit  # no handler saves anything
+        return take_step(*arguments)
+
+    with monkeypatch.context() as context:
+        context.setattr(loop, "take_step", dying)
+        with pytest.raises(SystemExit):
+            run(config)
+    state = final_state(config)
+    assert (state.epoch, state.batch, state.step) == (0, 2, 2)
+
+
+def test_messages_name_the_mini_batch(tmp_path, monkeypatch):
+    """The sentence of an interruption says from where the same command goes on."""
+    config = tiny_config(tmp_path, "preconditioner=baseline", "epochs=1")
+    with monkeypatch.context() as context:
+        stop_after(context, calls=3)
+        with pytest.raises(
+            Interrupted, match=r"^interrupted; the same command resumes from epoch 1, mini-batch 4 of 4\.$"
+        ):
+            run(config)
+    with monkeypatch.context() as context:
+        stop_after(context, calls=2)
+        with pytest.raises(Interrupted, match=r"resumes with the evaluation of epoch 1\.$"):
+            run(config)
+
+
+def test_the_second_signal_stops_at_once():
+    """The first one is remembered, the second raises where it arrives; afterwards the handlers are the old ones."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal_number == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_an_ignored_signal_stays_ignored():
+    """Workers of a campaign leave Ctrl-C to their parent."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.signal_number is None
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_command_finishes_its_step_saves_and_leaves(tmp_path, number, code):
+    """The real command, signalled in the middle of a long epoch, leaves with the conventional code and resumes."""
+    arguments = [*TINY, "preconditioner=sua", "epochs=400", f"output_dir={tmp_path}", "progress=lines"]
+    command = [sys.executable, "-m", "kfac_sua.train", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    config = tiny_config(tmp_path, "preconditioner=sua", "epochs=400")
+    deadline = time.monotonic() + 120
+    while not directory_of(config).checkpoint.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == code, stderr
+    assert "stopping after this step; once more to stop at once." in stderr
+    assert "interrupted; the same command resumes" in stderr
+    assert "Traceback" not in stderr
+    assert final_state(config).step > 0
