@@ -67,9 +67,13 @@ def _skip(training: Training, buffers: list[tuple[Tensor, Tensor]]) -> None:
 
 
 def _is_finite(loss: Tensor, model: nn.Module) -> bool:
-    """Say whether the loss and the norm of the whole gradient are finite; waits for the device once."""
-    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    return bool((loss.detach() + nn.utils.get_total_norm(grads)).isfinite())
+    """Say whether the loss, the gradient and the statistics of batch normalisation are; waits for the device once.
+
+    An activation that overflows may leave a finite loss behind, but an infinite running variance.
+    """
+    tensors = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    tensors += [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    return bool((loss.detach() + nn.utils.get_total_norm(tensors)).isfinite())
 
 
 def check_is_due(training: Training) -> bool:
