@@ -8,6 +8,8 @@ RUN ?= $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 # One thread per process: tests are many small tensors, where more threads only wait for each other.
 TEST_ENV := OMP_NUM_THREADS=1
+# Test processes at a time, each of which imports PyTorch.
+TEST_JOBS ?= 2
 QUICKSTART_OUT ?= outputs/quickstart
 # Of a figure or an ablation: how large, how many final runs per curve, how many runs at a time, what else.
 SCALE ?= full
@@ -55,7 +57,7 @@ scaling: $(INSTALLED) ## Cost against width, kernel, group size and mini-batch, 
 	$(RUN) -m kfac_sua.bench.scaling --out outputs/scaling $(ARGS)
 
 test: $(INSTALLED) ## Tests without a GPU and without a download, six minutes on 2 cores
-	$(TEST_ENV) $(RUN) -m pytest -m "not slow and not gpu"
+	$(TEST_ENV) $(RUN) -m pytest -n $(TEST_JOBS) --dist worksteal -m "not slow and not gpu"
 
 test-slow: $(INSTALLED) ## The tests that `make test` leaves out because they take long
 	$(TEST_ENV) $(RUN) -m pytest -m "slow and not gpu"
