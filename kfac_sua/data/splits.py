@@ -7,6 +7,7 @@ end.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,6 +48,11 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def update(self, digest: hashlib._Hash) -> None:
+        """Feed images and labels to a digest."""
+        for values in (self.images, self.labels):
+            digest.update(values.contiguous().numpy().data)
+
     def select(self, indices: Tensor) -> ImageSet:
         """Return the images at ``indices``, in that order, as a copy.
 
@@ -80,6 +86,13 @@ class Splits:
     class_names: list[str]
     mean: Tensor
     std: Tensor
+
+    def digest(self) -> str:
+        """Return the SHA-256 of all images and labels: what a resumed run must find again."""
+        digest = hashlib.sha256()
+        for part in (self.train, self.val, self.test):
+            part.update(digest)
+        return digest.hexdigest()
 
 
 def make_splits(

@@ -31,6 +31,7 @@ class Checkpoint:
     Attributes:
         fingerprint: Digest of the configuration it belongs to.
         seed: Seed of the run, which the fingerprint leaves out.
+        data_digest: Digest of the images and labels it was trained and evaluated on.
         epoch: Completed epochs.
         batch: Mini-batches of the epoch after these that have been taken.
         step: Completed optimisation steps.
@@ -44,6 +45,7 @@ class Checkpoint:
 
     fingerprint: str
     seed: int
+    data_digest: str
     epoch: int
     batch: int
     step: int
@@ -93,7 +95,9 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     _sync_directory(path.parent)
 
 
-def load_checkpoint(path: Path, *, fingerprint: str, seed: int, device: torch.device) -> Checkpoint | None:
+def load_checkpoint(
+    path: Path, *, fingerprint: str, seed: int, device: torch.device, data_digest: str | None = None
+) -> Checkpoint | None:
     """Read the last sound checkpoint of this very run.
 
     Args:
@@ -101,6 +105,7 @@ def load_checkpoint(path: Path, *, fingerprint: str, seed: int, device: torch.de
         fingerprint: Digest of the configuration that asks for it.
         seed: Seed of the run that asks for it.
         device: Where its tensors go.
+        data_digest: Digest of the images and labels at hand; None does not compare.
 
     Returns:
         The state, or None if there is no checkpoint.
@@ -115,6 +120,7 @@ def load_checkpoint(path: Path, *, fingerprint: str, seed: int, device: torch.de
         try:
             checkpoint = _read(candidate, device)
             _check_run(checkpoint, candidate, fingerprint, seed)
+            _check_data(checkpoint, candidate, data_digest)
         except CheckpointError as error:
             first_error = first_error or error
             continue
@@ -159,6 +165,13 @@ def _check_run(checkpoint: Checkpoint, path: Path, fingerprint: str, seed: int) 
         raise CheckpointError(
             f"{path} belongs to another run (configuration {str(checkpoint.fingerprint)[:8]}, seed {checkpoint.seed}; "
             f"this is {fingerprint[:8]}, seed {seed}); {_CURE}."
+        )
+
+
+def _check_data(checkpoint: Checkpoint, path: Path, data_digest: str | None) -> None:
+    if data_digest is not None and checkpoint.data_digest != data_digest:
+        raise CheckpointError(
+            f"{path} was trained on other images than dataset.data_dir holds now; restore the data set, or {_CURE}."
         )
 
 

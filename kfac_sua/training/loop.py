@@ -229,6 +229,7 @@ def _resume(training: Training, directory: RunDirectory) -> tuple[bool, list[Epo
         fingerprint=directory.fingerprint,
         seed=training.config.seed,
         device=training.device,
+        data_digest=training.data_digest,
     )
     if checkpoint is None:
         return False, []

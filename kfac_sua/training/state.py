@@ -24,6 +24,7 @@ class Training:
     """Everything that training needs and changes.
 
     Attributes:
+        data_digest: Digest of all images and labels.
         epoch: Completed epochs.
         batch: Mini-batches of the epoch after these that have been taken.
         step: Completed optimisation steps.
@@ -40,6 +41,7 @@ class Training:
     preconditioner: KroneckerPreconditioner | None
     watch: Stopwatch
     sums: ErrorCounter
+    data_digest: str
     epoch: int = 0
     batch: int = 0
     step: int = 0
@@ -76,7 +78,18 @@ class Training:
         if preconditioner is not None:
             preconditioner.phase = watch.phase
         optimizer = build_optimizer(config.optimizer, model)
-        return cls(config, device, splits, loader, model, optimizer, preconditioner, watch, ErrorCounter(device))
+        return cls(
+            config,
+            device,
+            splits,
+            loader,
+            model,
+            optimizer,
+            preconditioner,
+            watch,
+            ErrorCounter(device),
+            splits.digest(),
+        )
 
     def evaluation_loader(self, images: ImageSet) -> BatchLoader:
         """Return a loader that serves images in order, normalised like those that are trained on."""
@@ -92,6 +105,7 @@ class Training:
         return Checkpoint(
             fingerprint=fingerprint,
             seed=self.config.seed,
+            data_digest=self.data_digest,
             epoch=self.epoch,
             batch=self.batch,
             step=self.step,

@@ -21,6 +21,7 @@ def checkpoint() -> Checkpoint:
     return Checkpoint(
         fingerprint="a" * 64,
         seed=3,
+        data_digest="d" * 64,
         epoch=2,
         batch=3,
         step=11,
@@ -127,6 +128,15 @@ def test_what_the_disk_does_not_hold_is_no_checkpoint(tmp_path, checkpoint, monk
     monkeypatch.undo()
     assert load(path).step == 11
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_other_images_are_refused(tmp_path, checkpoint):
+    """A data file that has been exchanged since is named as the reason."""
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, checkpoint)
+    assert load(path, data_digest="d" * 64).step == 11
+    with pytest.raises(CheckpointError, match=r"trained on other images than dataset.data_dir holds now; restore"):
+        load(path, data_digest="e" * 64)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
