@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from kfac_sua.build import choose_device
 from kfac_sua.config import Config
-from kfac_sua.data import BatchLoader, ImageSet, epoch_generator
+from kfac_sua.data import BatchLoader
 from kfac_sua.runs.directory import RunDirectory, resolved, run_directory
 from kfac_sua.runs.lock import exclusive
 from kfac_sua.runs.record import (
@@ -179,9 +179,8 @@ def _train_epoch(training: Training, progress: Progress, saver: Saver) -> EpochR
 
 def _evaluate_epoch(training: Training, after_batch: Callable[[], None]) -> tuple[Evaluation, Evaluation]:
     """Return loss and error on the fixed training subset and on the validation set."""
-    train_subset = training.evaluation_loader(_fixed_subset(training.config, training.splits.train))
-    validation = training.evaluation_loader(training.splits.val)
-    return _evaluate(training, train_subset, after_batch), _evaluate(training, validation, after_batch)
+    train_eval = _evaluate(training, training.train_subset, after_batch)
+    return train_eval, _evaluate(training, training.validation, after_batch)
 
 
 def _log(training: Training, directory: RunDirectory, log: TensorBoardLog, record: EpochRecord) -> None:
@@ -194,15 +193,6 @@ def _evaluate(training: Training, loader: BatchLoader, after_batch: Callable[[],
     batches = loader.sequential(training.config.evaluation_batch_size)
     with training.watch.phase("evaluation"):
         return evaluate(training.model, batches, training.device, after_batch)
-
-
-def _fixed_subset(config: Config, images: ImageSet) -> ImageSet:
-    """Return the training images on which train_eval_loss is measured: the same for all seeds and settings."""
-    size = config.dataset.train_eval_size
-    if size is None or size >= len(images):
-        return images
-    generator = epoch_generator(config.dataset.split_seed, 0, "train_eval")
-    return images.select(torch.randperm(len(images), generator=generator)[:size].sort().values)
 
 
 def _record(training: Training, train: Evaluation, train_eval: Evaluation, val: Evaluation) -> EpochRecord:

@@ -1,6 +1,7 @@
 """Everything that changes while a run trains, and its way into a checkpoint and back."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 from kfac_sua.build import build_model, build_optimizer, build_preconditioner, build_splits, memory_format
 from kfac_sua.config import Config
-from kfac_sua.data import BatchLoader, ImageSet, Splits
+from kfac_sua.data import BatchLoader, ImageSet, Splits, epoch_generator
 from kfac_sua.preconditioner import KroneckerPreconditioner
 from kfac_sua.training.checkpoint import Checkpoint
 from kfac_sua.training.evaluate import ErrorCounter
@@ -90,6 +91,20 @@ class Training:
             ErrorCounter(device),
             splits.digest(),
         )
+
+    @functools.cached_property
+    def train_subset(self) -> BatchLoader:
+        """The training images on which train_eval_loss is measured: the same for all seeds and settings."""
+        size, images = self.config.dataset.train_eval_size, self.splits.train
+        if size is not None and size < len(images):
+            generator = epoch_generator(self.config.dataset.split_seed, 0, "train_eval")
+            images = images.select(torch.randperm(len(images), generator=generator)[:size].sort().values)
+        return self.evaluation_loader(images)
+
+    @functools.cached_property
+    def validation(self) -> BatchLoader:
+        """The held-out images."""
+        return self.evaluation_loader(self.splits.val)
 
     def evaluation_loader(self, images: ImageSet) -> BatchLoader:
         """Return a loader that serves images in order, normalised like those that are trained on."""
