@@ -42,15 +42,20 @@ def fisher_cotangents(
 
 
 def _sampled_categorical(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """∂(−log p_y)/∂logits = p − e_y, with y drawn from p."""
+    """∂(−log p_y)/∂logits = p − e_y, with y drawn from p; NaN for examples whose logits are not finite.
+
+    The label that ``torch.multinomial`` draws, without its checks, which wait for the device and raise on NaN.
+    """
     probabilities = logits.softmax(-1)
-    labels = torch.multinomial(probabilities, 1, generator=generator)
+    waiting_times = torch.empty_like(probabilities).exponential_(generator=generator)
+    labels = (probabilities / waiting_times).argmax(-1, keepdim=True)
     return probabilities.scatter_add(1, labels, torch.full_like(labels, -1, dtype=logits.dtype))
 
 
 def _sampled_gaussian(outputs: Tensor, generator: torch.Generator) -> Tensor:
-    """∂½‖y − f‖²/∂f = f − y, a standard normal draw."""
-    return torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype, device=outputs.device)
+    """∂½‖y − f‖²/∂f = f − y, a standard normal draw; NaN where f is not finite."""
+    draw = torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype, device=outputs.device)
+    return draw.add_(outputs * 0)
 
 
 def _exact_categorical(logits: Tensor) -> Iterator[Tensor]:
@@ -63,9 +68,9 @@ def _exact_categorical(logits: Tensor) -> Iterator[Tensor]:
 
 
 def _exact_gaussian(outputs: Tensor) -> Iterator[Tensor]:
-    """The unit vector of every output element, for all examples at once."""
-    flat = torch.zeros(outputs.shape[0], outputs[0].numel(), dtype=outputs.dtype, device=outputs.device)
+    """The unit vector of every output element, for all examples at once; NaN where the output is not finite."""
+    flat = outputs.reshape(len(outputs), -1) * 0
     for element in range(flat.shape[1]):
         cotangent = flat.clone()
-        cotangent[:, element] = 1
+        cotangent[:, element] += 1
         yield cotangent.view_as(outputs)

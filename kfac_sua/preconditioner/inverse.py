@@ -19,6 +19,9 @@ from kfac_sua.preconditioner.patch_rows import PatchRows
 MAX_BATCHED_WIDTH = 1024
 """Wider matrices are factorised one by one: batching saves them nothing and would hold a copy of all of them."""
 
+DAMPING_RAISES = (10, 100, 1000)
+"""What the damping of a block is multiplied with, one after the other, until float64 can factorise it."""
+
 MAX_READ_SHARE = 0.5
 """Share of the taps that may read a pixel for products tap by tap to beat one product with patches formed."""
 
@@ -140,10 +143,30 @@ Inverse = DenseInverse | LowRankInverse | PatchInverse
 
 @dataclass
 class InverseResult:
-    """An inverse, and how many of its blocks failed and must not be used."""
+    """An inverse, and what became of its blocks.
+
+    Args:
+        inverse: The inverse, not to be used where blocks failed.
+        num_failed: Blocks that could not be inverted.
+        num_raised: Blocks that were inverted with more damping than was asked for.
+        raised_by: The most that the damping of a block was multiplied with.
+    """
 
     inverse: Inverse
-    num_failed: int
+    num_failed: int = 0
+    num_raised: int = 0
+    raised_by: int = 1
+
+
+@dataclass
+class _Factorisation:
+    """Lower triangles of a factor's damped cores, the damping in them, ``[num_blocks]``, and as in InverseResult."""
+
+    triangles: Tensor
+    dampings: Tensor
+    num_failed: int = 0
+    num_raised: int = 0
+    raised_by: int = 1
 
 
 def invert_factors(factors: Sequence[Factor], dampings: Sequence[Tensor]) -> list[InverseResult]:
@@ -151,7 +174,8 @@ def invert_factors(factors: Sequence[Factor], dampings: Sequence[Tensor]) -> lis
 
     All blocks to be factorised that have the same size, of whichever layer and side, go through one batched Cholesky
     call, except wide ones, which fill the device alone. A block that is not numerically positive definite in its own
-    precision is tried again in float64; what fails there too is reported, not hidden. One host synchronisation in all.
+    precision is tried again in float64, and then with more damping, of this block alone; what fails there too is
+    reported, not hidden. One host synchronisation in all, unless a block fails.
 
     Args:
         factors: Factors to invert.
@@ -160,45 +184,51 @@ def invert_factors(factors: Sequence[Factor], dampings: Sequence[Tensor]) -> lis
     Returns:
         One result per factor, in order.
     """
-    triangles, num_failed = _damped_triangles(factors, dampings)
+    factorised = _factorise(factors, dampings)
     inverses: list[Inverse | None] = [None] * len(factors)
     dense = [i for i, factor in enumerate(factors) if factor.blocks is not None]
-    for members in _batches(dense, triangles):
-        batch = torch.cholesky_inverse(_joined([triangles[i] for i in members]))
-        for i, part in zip(members, batch.split([len(triangles[i]) for i in members]), strict=True):
+    for members in _batches(dense, [one.triangles for one in factorised]):
+        batch = torch.cholesky_inverse(_joined([factorised[i].triangles for i in members]))
+        for i, part in zip(members, batch.split([len(dampings[i]) for i in members]), strict=True):
             inverses[i] = DenseInverse(part)
-            triangles[i] = part[:0]  # a triangle is as large as its inverse: let go of it
+            factorised[i].triangles = part[:0]  # a triangle is as large as its inverse: let go of it
     return [
-        InverseResult(_woodbury(factor, triangle, damping) if inverse is None else inverse, failed)
-        for factor, triangle, damping, inverse, failed in zip(
-            factors, triangles, dampings, inverses, num_failed, strict=True
+        InverseResult(
+            _woodbury(factor, one) if inverse is None else inverse, one.num_failed, one.num_raised, one.raised_by
         )
+        for factor, one, inverse in zip(factors, factorised, inverses, strict=True)
     ]
 
 
 def eigendecompose_factors(factors: Sequence[Factor]) -> list[EigenBasis | None]:
     """Return the eigenbasis of every factor, equal-sized blocks in one batched call.
 
-    A call that does not converge is repeated in float64; where that does not converge either, ``None``.
+    A call that does not converge is repeated in float64, and then for each of its factors alone; where that does not
+    converge either, ``None``.
     """
     blocks = [factor.dense() for factor in factors]
     bases: list[EigenBasis | None] = [None] * len(blocks)
     for members in _batches(range(len(blocks)), blocks):
-        decomposed = _eigh(_joined([blocks[i] for i in members]))
-        if decomposed is None:
-            continue
-        values, vectors = decomposed
-        sizes = [len(blocks[i]) for i in members]
-        for i, value, vector in zip(members, values.split(sizes), vectors.split(sizes), strict=True):
-            bases[i] = EigenBasis(vector, value.clamp(min=0))
+        for i, basis in zip(members, _eigenbases([blocks[i] for i in members]), strict=True):
+            bases[i] = basis
     return bases
 
 
-def _woodbury(factor: Factor, triangle: Tensor, damping: Tensor) -> Inverse:
-    scale = damping.reciprocal()[:, None, None]
+def _eigenbases(parts: list[Tensor]) -> list[EigenBasis | None]:
+    """Return the eigenbases of equally wide blocks, together, or one by one if that fails."""
+    decomposed = _eigh(_joined(parts))
+    if decomposed is None:
+        return [None] if len(parts) == 1 else [basis for part in parts for basis in _eigenbases([part])]
+    sizes = [len(part) for part in parts]
+    values, vectors = (tensor.split(sizes) for tensor in decomposed)
+    return [EigenBasis(vector, value.clamp(min=0)) for value, vector in zip(values, vectors, strict=True)]
+
+
+def _woodbury(factor: Factor, factorised: _Factorisation) -> Inverse:
+    scale = factorised.dampings.reciprocal()[:, None, None]
     if factor.patches is not None:
-        return PatchInverse(factor.patches, triangle, scale)
-    return LowRankInverse(torch.linalg.solve_triangular(triangle, factor.values, upper=False), scale)
+        return PatchInverse(factor.patches, factorised.triangles, scale)
+    return LowRankInverse(torch.linalg.solve_triangular(factorised.triangles, factor.values, upper=False), scale)
 
 
 def _damped_core(factor: Factor, damping: Tensor) -> Tensor:
@@ -208,21 +238,20 @@ def _damped_core(factor: Factor, damping: Tensor) -> Tensor:
     return core
 
 
-def _damped_triangles(factors: Sequence[Factor], dampings: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
-    """Return lower triangles of the damped cores and, per factor, how many blocks failed in float64 too."""
-    triangles, failed = [torch.empty(0)] * len(factors), [torch.empty(0)] * len(factors)
+def _factorise(factors: Sequence[Factor], dampings: Sequence[Tensor]) -> list[_Factorisation]:
+    """Factorise the damped cores, equal-sized ones together, and repair what fails."""
+    results = [_Factorisation(torch.empty(0), damping) for damping in dampings]
+    failed = [torch.empty(0)] * len(factors)
     for members in _batches(range(len(factors)), factors):
-        triangle, bad = _cholesky(_joined([_damped_core(factors[i], dampings[i]) for i in members]))
+        triangles, bad = _cholesky(_joined([_damped_core(factors[i], dampings[i]) for i in members]))
         sizes = [len(dampings[i]) for i in members]
-        for i, part, part_bad in zip(members, triangle.split(sizes), bad.split(sizes), strict=True):
-            triangles[i], failed[i] = part, part_bad
-    lost = [_is_lost(factor, damping) for factor, damping in zip(factors, dampings, strict=True)]
-    failed = [bad | is_lost for bad, is_lost in zip(failed, lost, strict=True)]
-    num_failed = [0] * len(factors)
+        for i, part, part_bad in zip(members, triangles.split(sizes), bad.split(sizes), strict=True):
+            results[i].triangles, failed[i] = part, part_bad | _is_lost(factors[i], dampings[i])
     if bool(torch.cat(failed).any()):  # the only host synchronisation where all is well
-        for i, (factor, damping) in enumerate(zip(factors, dampings, strict=True)):
-            triangles[i], num_failed[i] = _retry_in_float64(factor, damping, triangles[i], failed[i])
-    return triangles, num_failed
+        for i, bad in enumerate(failed):
+            if bool(bad.any()):
+                results[i] = _repaired(factors[i], results[i], bad.nonzero().squeeze(-1))
+    return results
 
 
 def _cholesky(batch: Tensor) -> tuple[Tensor, Tensor]:
@@ -231,13 +260,28 @@ def _cholesky(batch: Tensor) -> tuple[Tensor, Tensor]:
     return triangle, (info != 0) | ~triangle.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
 
 
-def _retry_in_float64(factor: Factor, damping: Tensor, triangle: Tensor, failed: Tensor) -> tuple[Tensor, int]:
-    """Factorise the failed blocks again, damped in float64, where a small damping is not lost on a large diagonal."""
-    indices = failed.nonzero().squeeze(-1)
-    repaired, still_failed = _cholesky(_damped_core(factor.in_float64(indices), damping[indices].double()))
-    triangle = triangle.clone()
-    triangle[indices] = repaired.to(triangle.dtype)
-    return triangle, int((still_failed | _is_lost(factor, damping)[indices]).sum())
+def _repaired(factor: Factor, factorised: _Factorisation, failed: Tensor) -> _Factorisation:
+    """Factorise failed blocks, given by their indices, once more: in float64, and then with more and more damping.
+
+    In float64 a small damping is not lost on a large diagonal.
+    """
+    result = _Factorisation(factorised.triangles.clone(), factorised.dampings.clone())
+    for times in (1, *DAMPING_RAISES):
+        result.dampings[failed] = factorised.dampings[failed] * times
+        core = _damped_core(factor.in_float64(failed), result.dampings[failed].double())
+        triangles, bad = _cholesky(core)
+        bad |= _is_lost(factor, result.dampings)[failed]
+        result.triangles[failed] = triangles.to(result.triangles.dtype)
+        num_cured = len(failed) - int(bad.sum())
+        if times > 1 and num_cured:
+            result.num_raised, result.raised_by = result.num_raised + num_cured, times
+        failed = failed[bad]
+        if not len(failed):
+            return result
+    result.num_failed = len(failed)
+    # What the factorisation left is of no use, and a zero on its diagonal would make cholesky_inverse raise.
+    result.triangles[failed] = torch.eye(result.triangles.shape[-1]).to(result.triangles)
+    return result
 
 
 def _is_lost(factor: Factor, damping: Tensor) -> Tensor:
@@ -248,12 +292,14 @@ def _is_lost(factor: Factor, damping: Tensor) -> Tensor:
 
 
 def _eigh(batch: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return eigenvalues and eigenvectors of a batch, in its own precision; ``None`` if they do not converge."""
     for dtype in (batch.dtype, torch.float64):
         try:
             values, vectors = torch.linalg.eigh(batch.to(dtype))
         except torch.linalg.LinAlgError:
             continue
-        return values.to(batch.dtype), vectors.to(batch.dtype)
+        if bool(values.isfinite().all() & vectors.isfinite().all()):
+            return values.to(batch.dtype), vectors.to(batch.dtype)
     return None
 
 

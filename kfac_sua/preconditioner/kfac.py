@@ -1,5 +1,6 @@
 """The public preconditioner: when to measure, refresh and apply. The mathematics lies in the files it calls."""
 
+import math
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 from kfac_sua.preconditioner.capture import Capture, Phase, PhaseSource
 from kfac_sua.preconditioner.events import EventLog
 from kfac_sua.preconditioner.fisher import fisher_cotangents
+from kfac_sua.preconditioner.inverse import DAMPING_RAISES
 from kfac_sua.preconditioner.layers import discover_layers, log_plain_layers, preconditioned
 from kfac_sua.preconditioner.precision import factor_precision
 from kfac_sua.preconditioner.preconditioned_layer import PreconditionedLayer
-from kfac_sua.preconditioner.refresh import refresh_layers
+from kfac_sua.preconditioner.refresh import RefreshedLayer, refresh_layers
 from kfac_sua.preconditioner.report import LayerTable, layer_table
 from kfac_sua.preconditioner.settings import (
     Application,
@@ -50,8 +52,19 @@ class KroneckerPreconditioner:
     and ``loss.backward()``. Parameters of all other layers keep the plain gradient; :meth:`describe` names them.
 
     On mini-batches whose statistics are due, every backward pass counts as (part of) the training step's: run others
-    inside :meth:`paused`, and call :meth:`discard` if a mini-batch is abandoned. Output gradients are taken as they
-    come: with a loss scaled by a ``GradScaler`` use ``fisher_type="mc"``, which does not see the scale.
+    inside :meth:`paused`, and call :meth:`discard` if a mini-batch is abandoned. With a ``GradScaler``::
+
+        scaler.scale(loss_function(model(inputs), labels)).backward()
+        scaler.unscale_(optimizer)
+        preconditioner.step(loss_scale=scaler.get_scale())  # skips the mini-batches that scaler.step() skips
+        scaler.step(optimizer)
+        scaler.update()
+
+    Numerical faults are contained, per layer, counted in :attr:`events` and logged once. Statistics with a NaN or an
+    infinity in them are dropped, so that running average and inverse stay as they were; a layer that has no inverse yet
+    keeps the plain gradient until its first good refresh. A block that cannot be inverted, in float64 neither, gets
+    up to 1000 times the damping; where that does not help the layer keeps its last good inverse. Only a layer's *first*
+    inverse must succeed: if finite statistics cannot be inverted, the damping is too small.
 
     The per-example loss is averaged (``loss_reduction="mean"``) or summed over the first dimension of the layers'
     inputs. With gradient accumulation, the accumulated gradient must be that of the mean over all micro-batches.
@@ -124,6 +137,7 @@ class KroneckerPreconditioner:
         }
         self.settings = merge_settings(settings, options)
         self.seed = seed
+        self._model = model
         self.num_steps = 0
         self._events = EventLog()
         self._phases = PhaseSource(_no_phase)
@@ -187,9 +201,13 @@ class KroneckerPreconditioner:
         return self._recording(False)
 
     def discard(self) -> None:
-        """Forget the passes recorded since the last step, as when a mini-batch is abandoned after its backward."""
-        self._capture.clear()
-        self._fisher_passes = 0
+        """Forget the passes since the last step, as when a mini-batch is abandoned after its backward.
+
+        Its gradients are yours to zero.
+        """
+        self._forget_passes()
+        for layer in self._layers.values():
+            layer.discard_gradient()
 
     def fisher_backward(self, outputs: Tensor) -> None:
         """Send the Fisher's cotangents backward from the model's outputs, if statistics are being recorded.
@@ -212,35 +230,60 @@ class KroneckerPreconditioner:
         cotangents = fisher_cotangents(outputs, self.settings.fisher_type, self.settings.likelihood, generator)
         self._capture.backward(outputs, cotangents)
 
-    def step(self) -> None:
+    def step(self, *, loss_scale: float = 1.0) -> bool:
         """Precondition the gradients in place, first measuring and refreshing what is due.
 
-        Call it after ``loss.backward()`` and before ``optimizer.step()``, once per optimisation step.
+        Call it after ``loss.backward()`` and before ``optimizer.step()``, once per optimisation step; with a
+        ``GradScaler`` between ``scaler.unscale_(optimizer)`` and ``scaler.step(optimizer)``.
+
+        Args:
+            loss_scale: What the loss was multiplied with, a ``GradScaler``'s ``get_scale()``, > 0. If it is not 1, a
+                mini-batch with a gradient of the model that is not finite is skipped whole, as the scaler does; to see
+                that waits for the device once.
+
+        Returns:
+            False if the mini-batch was skipped: then it leaves no trace, and the next one takes its place.
 
         Raises:
+            ValueError: If ``loss_scale`` is not a finite number > 0.
             RuntimeError: If statistics are due but none were recorded, or an inverse fails that has no predecessor.
         """
+        _validate_loss_scale(loss_scale)
+        if loss_scale != 1 and not self._has_finite_gradients():
+            self.discard()
+            return False
         if self.statistics_due:
-            self.update_factors()
+            self.update_factors(loss_scale=loss_scale)
         if self.inverses_due:
             self.update_inverses()
         self.precondition_()
         self.num_steps += 1
         self._begin_step()
+        return True
 
     @torch.no_grad()
-    def update_factors(self) -> None:
-        """Turn what was recorded into factors, or into the running average of factors."""
+    def update_factors(self, *, loss_scale: float = 1.0) -> None:
+        """Turn what was recorded into factors, or into the running average of factors.
+
+        Args:
+            loss_scale: As in :meth:`step`; the output gradients of the training loss are divided by it.
+
+        Raises:
+            ValueError: If ``loss_scale`` is not a finite number > 0.
+            RuntimeError: If nothing was recorded, or not all of it can be used.
+        """
+        _validate_loss_scale(loss_scale)
         with self._phases.phase("statistics"), factor_precision():
-            mean_loss = (
-                self.settings.loss_reduction is LossReduction.mean and self.settings.fisher_type is FisherType.empirical
-            )
+            is_empirical = self.settings.fisher_type is FisherType.empirical
+            mean_loss = is_empirical and self.settings.loss_reduction is LossReduction.mean
+            scale = loss_scale if is_empirical else 1.0  # fisher_backward() does not send the scaled loss
             try:
                 measured = {
-                    name: layer.statistics.factors(grads_of_mean_loss=mean_loss) for name, layer in self._layers.items()
+                    name: layer.statistics.factors(grads_of_mean_loss=mean_loss, loss_scale=scale)
+                    for name, layer in self._layers.items()
                 }
             finally:  # a refused mini-batch must not spoil the next one
-                self.discard()
+                self._forget_passes()
             present = {name: factors for name, factors in measured.items() if factors is not None}
             if not present:
                 raise RuntimeError(self._nothing_recorded())
@@ -251,7 +294,7 @@ class KroneckerPreconditioner:
                 if is_finite:
                     self._layers[name].measured(factors)
                 else:
-                    self._events.report("non_finite_statistics", name, "its statistics are dropped")
+                    self._drop_statistics(self._layers[name])
 
     @torch.no_grad()
     def update_inverses(self) -> None:
@@ -265,10 +308,7 @@ class KroneckerPreconditioner:
             factors = [layer.average.corrected() for layer in layers]
             refreshed = refresh_layers(factors, [layer.layout for layer in layers], self.settings)
             for layer, result in zip(layers, refreshed, strict=True):
-                if result.num_failed == 0:
-                    layer.inverse = result.inverse
-                else:
-                    self._keep_last_inverse(layer, result.num_failed)
+                self._take_inverse(layer, result)
                 layer.refreshed()
 
     @torch.no_grad()
@@ -331,7 +371,7 @@ class KroneckerPreconditioner:
             layer.load_state_dict(state["layers"][name])
         self.num_steps, self.seed = state["num_steps"], state["seed"]
         self._events.counts = Counter(state["events"])
-        self._capture.clear()
+        self.discard()
         self._begin_step()
 
     # --- inside -----------------------------------------------------------------------------------------------------
@@ -350,13 +390,43 @@ class KroneckerPreconditioner:
         for layer in self._layers.values():
             layer.begin_step(statistics_due=self.statistics_due)
 
-    def _keep_last_inverse(self, layer: PreconditionedLayer, num_failed: int) -> None:
-        if layer.inverse is None:
-            raise RuntimeError(
-                f"The factors of layer {layer.name!r} cannot be inverted ({num_failed} blocks, also in float64) with "
-                f"damping {self.settings.damping:g}; raise the damping."
+    def _forget_passes(self) -> None:
+        self._capture.clear()
+        self._fisher_passes = 0
+
+    def _has_finite_gradients(self) -> bool:
+        """Whether the gradient of every parameter of the model is finite; waits for the device once."""
+        grads = [parameter.grad for parameter in self._model.parameters() if parameter.grad is not None]
+        return bool(nn.utils.get_total_norm(grads, norm_type=math.inf).isfinite())
+
+    def _drop_statistics(self, layer: PreconditionedLayer) -> None:
+        meanwhile = "the plain gradient, until its first good refresh" if layer.inverse is None else "its last inverse"
+        self._events.report(
+            "non_finite_statistics", layer.name, f"they are dropped and the layer goes on with {meanwhile}"
+        )
+
+    def _take_inverse(self, layer: PreconditionedLayer, result: RefreshedLayer) -> None:
+        """Replace a layer's inverse, unless the new one failed."""
+        if result.num_failed and layer.inverse is None:
+            raise RuntimeError(self._first_inverse_failed(layer.name, result.num_failed))
+        if result.num_failed:
+            self._events.report("failed_inverse", layer.name, "its last good inverse stays")
+            return
+        layer.inverse = result.inverse
+        if result.num_raised:
+            consequence = f"inverting {result.num_raised} of its blocks took up to {result.raised_by} times the damping"
+            self._events.report("raised_damping", layer.name, consequence)
+
+    def _first_inverse_failed(self, name: str, num_failed: int) -> str:
+        if self.settings.damping_rule is DampingRule.exact:
+            return (
+                f"The factors of layer {name!r} have no eigendecomposition that converges, in float64 neither, as "
+                f"damping_rule=exact needs; use damping_rule=factored."
             )
-        self._events.report("failed_inverse", layer.name, "its last good inverse stays")
+        return (
+            f"The factors of layer {name!r} cannot be inverted ({num_failed} blocks, also in float64 and with "
+            f"{DAMPING_RAISES[-1]} times their damping) with damping {self.settings.damping:g}; raise the damping."
+        )
 
     def _nothing_recorded(self) -> str:
         if self.settings.fisher_type is FisherType.empirical:
@@ -374,6 +444,14 @@ def _release(capture: Capture, layers: Sequence[PreconditionedLayer]) -> None:
     capture.remove()
     for layer in layers:
         layer.remove()
+
+
+def _validate_loss_scale(loss_scale: float) -> None:
+    if not (math.isfinite(loss_scale) and loss_scale > 0):
+        raise ValueError(
+            f"loss_scale must be the finite number > 0 that the loss was multiplied with, got {loss_scale}; pass "
+            f"scaler.get_scale(), read before scaler.update()."
+        )
 
 
 def _no_phase(name: str) -> AbstractContextManager[None]:

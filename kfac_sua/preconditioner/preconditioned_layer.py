@@ -92,6 +92,11 @@ class PreconditionedLayer:
         if self.average.decay == 0:
             self.average = RunningAverage(0.0)
 
+    def discard_gradient(self) -> None:
+        """Forget which sides the gradient carries: it is thrown away."""
+        if self.two_sided is not None:
+            self.two_sided.forget_backward()
+
     def take_missing_sides(self) -> Sides:
         """Return the sides that the gradient does not carry yet."""
         return self.two_sided.take_applied_sides().complement() if self.two_sided else BOTH_SIDES

@@ -15,10 +15,19 @@ from kfac_sua.preconditioner.statistics import LayerFactors
 
 @dataclass
 class RefreshedLayer:
-    """A layer's fresh inverse, and how many of its blocks failed (then it must not be used)."""
+    """A layer's fresh inverse, and what became of its blocks.
+
+    Args:
+        inverse: The inverse, not to be used where blocks failed.
+        num_failed: Blocks that could not be inverted.
+        num_raised: Blocks that were inverted with more damping than the settings say.
+        raised_by: The most that the damping of a block was multiplied with.
+    """
 
     inverse: LayerInverse | LayerEigenbasis | None
     num_failed: int = 0
+    num_raised: int = 0
+    raised_by: int = 1
 
 
 def refresh_layers(
@@ -66,8 +75,14 @@ def _inverses(
     refreshed = []
     for layer, activation, gradient, bias_scale in zip(layers, results[::2], results[1::2], bias_scales, strict=True):
         gradient.inverse.scale_(1 / layer.scale)
-        inverse = LayerInverse(activation.inverse, gradient.inverse, bias_scale)
-        refreshed.append(RefreshedLayer(inverse, activation.num_failed + gradient.num_failed))
+        refreshed.append(
+            RefreshedLayer(
+                LayerInverse(activation.inverse, gradient.inverse, bias_scale),
+                num_failed=activation.num_failed + gradient.num_failed,
+                num_raised=activation.num_raised + gradient.num_raised,
+                raised_by=max(activation.raised_by, gradient.raised_by),
+            )
+        )
     return refreshed
 
 

@@ -219,12 +219,13 @@ class LayerStatistics:
         sums = self._passes[call.index].output_grad_sums
         sums[sample] = sums[sample] + rows if sample in sums else rows
 
-    def factors(self, *, grads_of_mean_loss: bool) -> LayerFactors | None:
+    def factors(self, *, grads_of_mean_loss: bool, loss_scale: float = 1.0) -> LayerFactors | None:
         """Return the normalised factors, or ``None`` if the layer took no part in the loss.
 
         Args:
             grads_of_mean_loss: The output gradients belong to the *mean* over examples, so they are multiplied by
                 the number of examples (of all micro-batches together).
+            loss_scale: What the loss of these output gradients was multiplied with; they are divided by it.
 
         Raises:
             RuntimeError: If only some of the layer's calls received an output gradient.
@@ -240,7 +241,7 @@ class LayerStatistics:
             )
         num_examples = sum(one.num_examples for one in self._passes)
         num_rows = sum(one.num_examples * one.num_locations for one in self._passes)
-        per_gradient = num_examples**2 if grads_of_mean_loss else 1
+        per_gradient = (num_examples if grads_of_mean_loss else 1) ** 2 / loss_scale**2
         while self._inputs:
             moment = correlations.patch_moment(self._inputs.pop(), self.geometry, self.layout)
             self._activation.add_moment(moment)

@@ -104,6 +104,10 @@ class TwoSidedForward:
         """Remember which sides a weight gradient that is about to be accumulated carries."""
         self._applied.add(sides)
 
+    def forget_backward(self) -> None:
+        """Forget the weight gradients noted, as when they are thrown away."""
+        self._applied.clear()
+
     def take_applied_sides(self) -> Sides:
         """Return which sides the gradient accumulated since the last call already carries.
 

@@ -102,9 +102,9 @@ def test_a_block_that_fails_in_float32_is_repeated_in_float64():
 
 
 def test_failures_are_counted_per_factor():
-    """A block that is not positive definite even in float64 is reported for its factor alone."""
+    """A block that is not positive definite in float64 and with more damping is reported for its factor alone."""
     good, bad = gram(random_rows(2, 6, 3)), gram(random_rows(2, 6, 3))
-    bad[1] = -torch.eye(3, dtype=torch.float64)
+    bad[1] = -1000 * torch.eye(3, dtype=torch.float64)
     nan = gram(random_rows(1, 6, 3)) * float("nan")
     damping = [torch.full((n,), 0.1, dtype=torch.float64) for n in (2, 2, 1)]
     results = invert_factors([Factor(blocks=good), Factor(blocks=bad), Factor(blocks=nan)], damping)

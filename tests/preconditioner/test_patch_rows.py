@@ -94,8 +94,8 @@ def test_a_factor_of_patches_behaves_as_one_of_rows():
     torch.testing.assert_close(got.left(values.mT), want.left(values.mT), rtol=1e-10, atol=1e-10)
 
 
-def test_a_damping_lost_in_rounding_is_reported():
-    """A core whose Cholesky factorisation fails in float32 is tried in float64, and refused by the Woodbury form."""
+def test_a_damping_lost_in_rounding_is_raised():
+    """A core that fails in float32 is factorised in float64, with as much damping as the Woodbury form can resolve."""
     torch.manual_seed(0)
     module = nn.Conv2d(2, 2, 3, padding=1, bias=False)
     patches = read(module, torch.cat([torch.randn(1, 2, 3, 3)] * 8))  # every patch eight times: U Uᵀ is singular
@@ -103,9 +103,14 @@ def test_a_damping_lost_in_rounding_is_reported():
     core = patches.gram() + damping * torch.eye(patches.num_rows)
     assert torch.linalg.cholesky_ex(core).info > 0
     result = invert_factors([Factor(patches=patches)], [damping])[0]
-    assert result.num_failed == 1
-    triangle = result.inverse.triangle[0].double()  # float64 succeeded
+    assert (result.num_failed, result.num_raised, result.raised_by) == (0, 1, 100)
+    triangle = result.inverse.triangle[0].double()
     torch.testing.assert_close(triangle @ triangle.T, core.double(), rtol=1e-4, atol=1e-4)
+    values = torch.randn(1, 4, 18)
+    dense = patches.double().rows().T @ patches.double().rows() + 1e-4 * torch.eye(18)
+    torch.testing.assert_close(
+        result.inverse.right(values).double(), values.double() @ dense.inverse(), rtol=0.05, atol=1
+    )
 
 
 def test_joined_patches_are_those_of_the_joined_batch():
