@@ -13,7 +13,11 @@ from kfac_sua.preconditioner.settings import FisherType, Likelihood
 
 
 def fisher_cotangents(
-    outputs: Tensor, fisher_type: FisherType, likelihood: Likelihood, generator: torch.Generator
+    outputs: Tensor,
+    fisher_type: FisherType,
+    likelihood: Likelihood,
+    generator: torch.Generator,
+    place: tuple[int, int] | None = None,
 ) -> Iterator[Tensor]:
     """Yield the cotangents of one mini-batch, each shaped like ``outputs``.
 
@@ -22,6 +26,8 @@ def fisher_cotangents(
         fisher_type: ``mc`` yields one sampled cotangent; ``exact`` one per class (or output element).
         likelihood: The predictive distribution.
         generator: Source of the sampled labels, on the outputs' device.
+        place: Examples before these and in all, where other processes have the others: each then draws for all of
+            them and keeps its own, as one process would draw. ``None`` where these are all.
 
     Raises:
         ValueError: If ``categorical`` gets outputs that are not ``[n, classes]``, or ``fisher_type`` is ``empirical``.
@@ -34,28 +40,32 @@ def fisher_cotangents(
         )
     if fisher_type is FisherType.mc:
         sample = _sampled_categorical if likelihood is Likelihood.categorical else _sampled_gaussian
-        yield sample(outputs, generator)
+        yield sample(outputs, generator, place or (0, len(outputs)))
     elif fisher_type is FisherType.exact:
         yield from _exact_categorical(outputs) if likelihood is Likelihood.categorical else _exact_gaussian(outputs)
     else:
         raise ValueError("fisher_type=empirical takes its output gradients from the training loss, not from here.")
 
 
-def _sampled_categorical(logits: Tensor, generator: torch.Generator) -> Tensor:
+def _sampled_categorical(logits: Tensor, generator: torch.Generator, place: tuple[int, int]) -> Tensor:
     """∂(−log p_y)/∂logits = p − e_y, with y drawn from p; NaN for examples whose logits are not finite.
 
     The label that ``torch.multinomial`` draws, without its checks, which wait for the device and raise on NaN.
     """
     probabilities = logits.softmax(-1)
-    waiting_times = torch.empty_like(probabilities).exponential_(generator=generator)
+    first, total = place
+    waiting_times = probabilities.new_empty(total, logits.shape[1]).exponential_(generator=generator)
+    waiting_times = waiting_times[first : first + len(logits)]
     labels = (probabilities / waiting_times).argmax(-1, keepdim=True)
     return probabilities.scatter_add(1, labels, torch.full_like(labels, -1, dtype=logits.dtype))
 
 
-def _sampled_gaussian(outputs: Tensor, generator: torch.Generator) -> Tensor:
+def _sampled_gaussian(outputs: Tensor, generator: torch.Generator, place: tuple[int, int]) -> Tensor:
     """∂½‖y − f‖²/∂f = f − y, a standard normal draw; NaN where f is not finite."""
-    draw = torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype, device=outputs.device)
-    return draw.add_(outputs * 0)
+    first, total = place
+    shape = (total, *outputs.shape[1:])
+    draw = torch.randn(shape, generator=generator, dtype=outputs.dtype, device=outputs.device)
+    return draw[first : first + len(outputs)] + outputs * 0
 
 
 def _exact_categorical(logits: Tensor) -> Iterator[Tensor]:

@@ -17,6 +17,7 @@ from kfac_sua.preconditioner.inverse import DAMPING_RAISES
 from kfac_sua.preconditioner.layers import discover_layers, log_plain_layers, preconditioned
 from kfac_sua.preconditioner.precision import factor_precision
 from kfac_sua.preconditioner.preconditioned_layer import PreconditionedLayer
+from kfac_sua.preconditioner.processes import Processes, default_processes
 from kfac_sua.preconditioner.refresh import RefreshedLayer, refresh_layers
 from kfac_sua.preconditioner.report import LayerTable, layer_table
 from kfac_sua.preconditioner.settings import (
@@ -31,7 +32,7 @@ from kfac_sua.preconditioner.settings import (
     WeightSharing,
     merge_settings,
 )
-from kfac_sua.preconditioner.statistics import finite_layers
+from kfac_sua.preconditioner.statistics import LayerFactors, finite_layers
 
 STATE_VERSION = 2
 
@@ -89,6 +90,8 @@ class KroneckerPreconditioner:
         settings: All of the above at once; then none of them may be given. Their defaults and constraints are those
             of :class:`KroneckerSettings`.
         seed: Seed of the sampled labels of ``fisher_type="mc"``.
+        distributed: Average the statistics over the processes of ``torch.distributed``'s default group, if there is one
+            when the preconditioner is made; then all of them must take every step together.
 
     Raises:
         ValueError: If a setting is out of range, or no layer of the model can be preconditioned.
@@ -117,6 +120,7 @@ class KroneckerPreconditioner:
         skip: Sequence[str] | None = None,
         settings: KroneckerSettings | None = None,
         seed: int = 0,
+        distributed: bool = True,
     ) -> None:
         options = {
             "structure": structure,
@@ -140,6 +144,7 @@ class KroneckerPreconditioner:
         self._model = model
         self.num_steps = 0
         self._events = EventLog()
+        self._processes = default_processes() if distributed else None
         self._phases = PhaseSource(_no_phase)
         self._discovered = discover_layers(model, self.settings.skip)
         log_plain_layers(self._discovered)
@@ -227,7 +232,8 @@ class KroneckerPreconditioner:
         generator = torch.Generator(outputs.device)
         generator.manual_seed(self.seed * 1_000_003 + self.num_steps * 1_009 + self._fisher_passes)
         self._fisher_passes += 1
-        cotangents = fisher_cotangents(outputs, self.settings.fisher_type, self.settings.likelihood, generator)
+        place = self._processes.place(len(outputs), outputs.device) if self._processes else None
+        cotangents = fisher_cotangents(outputs, self.settings.fisher_type, self.settings.likelihood, generator, place)
         self._capture.backward(outputs, cotangents)
 
     def step(self, *, loss_scale: float = 1.0) -> bool:
@@ -284,6 +290,8 @@ class KroneckerPreconditioner:
                 }
             finally:  # a refused mini-batch must not spoil the next one
                 self._forget_passes()
+            if self._processes is not None:
+                measured = self._join(measured, self._processes)
             present = {name: factors for name, factors in measured.items() if factors is not None}
             if not present:
                 raise RuntimeError(self._nothing_recorded())
@@ -383,6 +391,16 @@ class KroneckerPreconditioner:
             yield
         finally:
             self._capture.enabled = before
+
+    def _join(
+        self, measured: Mapping[str, LayerFactors | None], processes: Processes
+    ) -> dict[str, LayerFactors | None]:
+        """Return the factors of all processes' mini-batches."""
+        joined = processes.join([*measured.values()], [layer.site for layer in self._layers.values()])
+        for layer, factors in zip(self._layers.values(), joined, strict=True):
+            if factors is not None:
+                layer.examples_per_process = math.ceil(factors.num_rows / factors.scale / processes.size)
+        return dict(zip(measured, joined, strict=True))
 
     def _begin_step(self) -> None:
         """Record statistics if they are due; otherwise let layers apply their inverses in the backward pass."""

@@ -12,6 +12,7 @@ from kfac_sua.preconditioner.capture import PhaseSource
 from kfac_sua.preconditioner.grouping import BlockLayout
 from kfac_sua.preconditioner.layers import LayerGeometry
 from kfac_sua.preconditioner.precision import at_least_float32
+from kfac_sua.preconditioner.processes import Site
 from kfac_sua.preconditioner.report import activation_cost, gradient_cost, max_low_rank_rows
 from kfac_sua.preconditioner.settings import Application, KroneckerSettings, WeightSharing
 from kfac_sua.preconditioner.state import (
@@ -38,6 +39,7 @@ class PreconditionedLayer:
         two_sided: Its replaced forward, where its inverse may be applied in the backward pass.
         inverse: Inverse of its damped block; ``None`` before the first refresh.
         is_fresh: Whether factors have been measured since the last refresh.
+        examples_per_process: Of the last measurement, where processes share a mini-batch.
     """
 
     name: str
@@ -48,6 +50,7 @@ class PreconditionedLayer:
     two_sided: TwoSidedForward | None = None
     inverse: LayerInverse | LayerEigenbasis | None = None
     is_fresh: bool = False
+    examples_per_process: int | None = None
 
     @classmethod
     def make(
@@ -75,11 +78,20 @@ class PreconditionedLayer:
             layer.two_sided = TwoSidedForward(name, module, geometry, layout, phases)
         return layer
 
+    @property
+    def site(self) -> Site:
+        """What other processes must know of the layer."""
+        weight = self.module.weight
+        assert isinstance(weight, nn.Parameter)
+        statistics = self.statistics
+        return Site(self.layout, statistics.geometry, statistics.max_rows, at_least_float32(weight.detach()))
+
     def begin_step(self, *, statistics_due: bool) -> None:
         """Let the coming backward pass apply the inverse, unless this step may refresh it."""
         if self.two_sided is not None:
             is_usable = not statistics_due and isinstance(self.inverse, LayerInverse)
             self.two_sided.inverse = self.inverse if is_usable else None  # type: ignore[assignment]
+            self.two_sided.num_examples = self.examples_per_process
 
     def measured(self, factors: LayerFactors) -> None:
         """Take in the factors of a mini-batch."""
@@ -113,6 +125,7 @@ class PreconditionedLayer:
         return {
             "average": average_to_state(self.average),
             "is_fresh": self.is_fresh,
+            "examples_per_process": self.examples_per_process,
             "inverse": inverse_to_state(self.inverse),
         }
 
@@ -123,6 +136,7 @@ class PreconditionedLayer:
         state = tensors_like(state, at_least_float32(weight.detach()))
         self.average = average_from_state(state["average"], self.average.decay, self.statistics.geometry)
         self.is_fresh = state["is_fresh"]
+        self.examples_per_process = state["examples_per_process"]
         self.inverse = inverse_from_state(state["inverse"], self.statistics.geometry)
 
     def remove(self) -> None:

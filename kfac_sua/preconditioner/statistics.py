@@ -81,11 +81,19 @@ def _as_tensor(rows: Tensor | PatchRows) -> Tensor:
 
 @dataclass
 class LayerFactors:
-    """Both sides of a layer's Fisher block ``scale · activation ⊗ gradient``, normalised over examples."""
+    """Both sides of a layer's Fisher block ``scale · activation ⊗ gradient``, normalised over examples.
+
+    Args:
+        activation: Activation factor.
+        gradient: Gradient factor.
+        scale: S under ``expand``, 1 under ``reduce``.
+        num_rows: Rows it was measured from, its weight beside those of other processes; 0 where that is over.
+    """
 
     activation: Factor
     gradient: Factor
     scale: float
+    num_rows: int = 0
 
     def is_finite(self) -> Tensor:
         """Whether no entry is NaN or infinite, as a 0-d bool tensor on the device."""
@@ -151,13 +159,13 @@ class LayerStatistics:
         self.geometry = geometry
         self.layout = layout
         self.reduce = reduce
-        self._max_rows = (max_activation_rows, max_gradient_rows)
+        self.max_rows = (max_activation_rows, max_gradient_rows)
         self._max_sampled_rows = sampled_rows
         self.clear()
 
     def clear(self) -> None:
         """Forget everything collected."""
-        self._activation, self._gradient = (MomentAccumulator(most) for most in self._max_rows)
+        self._activation, self._gradient = (MomentAccumulator(most) for most in self.max_rows)
         self._inputs: list[Tensor] = []
         self._passes: list[_Pass] = []
         self._model_pass = -1
@@ -258,6 +266,7 @@ class LayerStatistics:
             activation=self._activation.factor(1 / (num_rows * self.layout.identity_taps)),
             gradient=self._gradient.factor(per_gradient / num_rows),
             scale=num_rows / num_examples,
+            num_rows=num_rows,
         )
 
     def _add_activations(self, inputs: Tensor) -> None:

@@ -53,6 +53,9 @@ class _ConvolutionOptions:
 class TwoSidedForward:
     """Stands in for the ``forward`` of one convolution; plain unless :attr:`inverse` is set.
 
+    Where processes share a mini-batch, their gradients are added up, so that all must apply the same sides: then
+    :attr:`num_examples` says of how many examples these are chosen for.
+
     Args:
         name: The layer's name, for messages.
         module: The convolution.
@@ -65,6 +68,7 @@ class TwoSidedForward:
         self, name: str, module: nn.Conv2d, geometry: LayerGeometry, layout: BlockLayout, phases: PhaseSource
     ) -> None:
         self.inverse: LayerInverse | None = None
+        self.num_examples: int | None = None
         self.geometry = geometry
         self.layout = layout
         self.phases = phases
@@ -135,6 +139,7 @@ class TwoSidedForward:
         if inputs.dim() != 4 or torch.is_autocast_enabled(inputs.device.type):
             return NEITHER_SIDE
         num_examples, _, height, width = inputs.shape
+        num_examples = self.num_examples or num_examples
         pixels = num_examples * height * width
         locations = num_examples * math.prod(output_size(self.geometry, height, width))
         if layout.feature_taps == 1:

@@ -77,7 +77,7 @@ def _is_finite(loss: Tensor, model: nn.Module) -> bool:
 
 
 def check_is_due(training: Training) -> bool:
-    """Look at the loss now and then, and always before statistics: labels cannot be drawn from NaN."""
+    """Look at the loss now and then, and always before statistics: those of NaN would be dropped."""
     preconditioner = training.preconditioner
     is_measuring = preconditioner is not None and preconditioner.statistics_due
     return is_measuring or training.step % DIVERGENCE_CHECK_PERIOD == 0

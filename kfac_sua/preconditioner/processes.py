@@ -1,0 +1,254 @@
+"""Statistics of several processes, each with a part of the mini-batch, as those of one process with all of it.
+
+Where a factor is kept as rows, or as patches, all processes get all of them; a dense factor is averaged, and of its
+symmetric blocks about one triangle travels. Three collective calls per measurement: what there is, rows, moments.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kfac_sua.preconditioner.factors import Factor
+from kfac_sua.preconditioner.grouping import BlockLayout
+from kfac_sua.preconditioner.layers import LayerGeometry
+from kfac_sua.preconditioner.patch_rows import PatchRows
+from kfac_sua.preconditioner.statistics import LayerFactors
+
+_DENSE, _ROWS, _PATCHES = range(3)
+
+PACKED_WIDTH = 64
+"""Diagonal blocks up to this width are sent whole."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """What every process knows of a layer, whether or not the loss has reached it there.
+
+    Args:
+        layout: Its block layout.
+        geometry: Its geometry.
+        max_rows: Rows of the activation and of the gradient factor up to which these are kept as rows.
+        like: A tensor of the factors' dtype and device.
+    """
+
+    layout: BlockLayout
+    geometry: LayerGeometry
+    max_rows: tuple[int, int]
+    like: Tensor
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One factor of one layer on all processes.
+
+    Args:
+        factor: What this process measured; ``None`` if the loss did not reach the layer here.
+        weights: Share of each process in all rows.
+        shapes: Shape of what each process sends, if rows or pixels are exchanged; ``None`` where moments are.
+        num_blocks: Blocks of the factor.
+        width: Width of a block.
+        site: The layer.
+    """
+
+    factor: Factor | None
+    weights: list[float]
+    shapes: list[tuple[int, ...]] | None
+    num_blocks: int
+    width: int
+    site: Site
+
+
+class Processes:
+    """The processes that share a mini-batch.
+
+    Args:
+        group: Their process group.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+
+    def place(self, num_examples: int, device: torch.device) -> tuple[int, int]:
+        """Return how many examples the processes before this one have, and how many all of them have."""
+        own = torch.tensor([num_examples], device=device)
+        counts = [int(count) for count in torch.cat(self._gather(own)).tolist()]
+        return sum(counts[: self.rank]), sum(counts)
+
+    def join(self, measured: Sequence[LayerFactors | None], sites: Sequence[Site]) -> list[LayerFactors | None]:
+        """Return the factors of the whole mini-batch.
+
+        Args:
+            measured: What this process measured, per layer; ``None`` where the loss did not reach the layer.
+            sites: The layers, in the same order.
+
+        Returns:
+            The same on every process; ``None`` where the loss reached the layer nowhere.
+        """
+        if not sites:
+            return []
+        header = torch.tensor([_description(factors) for factors in measured], device=sites[0].like.device)
+        described = torch.stack(self._gather(header)).tolist()  # [processes, layers, numbers]
+        sides = [
+            side
+            for layer, (factors, site) in enumerate(zip(measured, sites, strict=True))
+            for side in _sides(factors, site, [process[layer] for process in described])
+        ]
+        joined = [*self._exchange(sides)]
+        result: list[LayerFactors | None] = []
+        for layer in range(len(sites)):
+            num_rows, num_examples = (sum(process[layer][i] for process in described) for i in range(2))
+            pair = joined[2 * layer], joined[2 * layer + 1]
+            scale = num_rows / num_examples if num_examples else 0.0
+            result.append(LayerFactors(*pair, scale=scale, num_rows=num_rows) if num_rows else None)
+        return result
+
+    def _exchange(self, sides: Sequence[_Side]) -> Iterator[Factor]:
+        rows, moments = self._exchange_rows(sides), self._exchange_moments(sides)
+        for side in sides:
+            yield next(moments) if side.shapes is None else next(rows)
+
+    def _exchange_rows(self, sides: Sequence[_Side]) -> Iterator[Factor]:
+        """Send all rows to all processes, scaled so that their Gram matrices add up to the average."""
+        kept = [side for side in sides if side.shapes is not None]
+        if not kept:
+            return
+        longest = max(sum(_numel(side.shapes[rank]) for side in kept if side.shapes) for rank in range(self.size))
+        own = kept[0].site.like.new_zeros(longest)
+        parts = [_scaled_rows(side, self.rank).flatten() for side in kept]
+        sent = torch.cat(parts)
+        own[: len(sent)] = sent
+        received = [list(self._split(flat, kept, rank)) for rank, flat in enumerate(self._gather(own))]
+        for index, side in enumerate(kept):
+            values = torch.cat([parts[index] for parts in received], dim=-2)
+            is_patches = values.dim() == 4
+            yield Factor(patches=PatchRows(values, side.site.geometry)) if is_patches else Factor(rows=values)
+
+    def _split(self, flat: Tensor, kept: Sequence[_Side], rank: int) -> Iterator[Tensor]:
+        start = 0
+        for side in kept:
+            assert side.shapes is not None
+            size = _numel(side.shapes[rank])
+            yield flat[start : start + size].view(side.shapes[rank])
+            start += size
+
+    def _exchange_moments(self, sides: Sequence[_Side]) -> Iterator[Factor]:
+        """Average dense blocks, in one call over the upper triangles of all of them."""
+        dense = [side for side in sides if side.shapes is None]
+        if not dense:
+            return
+        blocks = []
+        for side in dense:
+            if side.factor is None:
+                blocks.append(side.site.like.new_zeros(side.num_blocks, side.width, side.width))
+            else:
+                blocks.append(side.factor.dense() * side.weights[self.rank])
+        packed = [list(_triangle(block)) for block in blocks]
+        flat = torch.cat([piece.flatten() for pieces in packed for piece in pieces])
+        dist.all_reduce(flat, group=self._group)
+        start = 0
+        for block, pieces in zip(blocks, packed, strict=True):
+            for piece in pieces:
+                piece.copy_(flat[start : start + piece.numel()].view(piece.shape))
+                start += piece.numel()
+            yield Factor(blocks=_mirrored_(block))
+
+    def _gather(self, values: Tensor) -> list[Tensor]:
+        received = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(received, values.contiguous(), group=self._group)
+        return received
+
+
+def default_processes() -> Processes | None:
+    """Return the processes of the default group, or ``None`` if there is no group of more than one."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return None
+    assert dist.group.WORLD is not None
+    return Processes(dist.group.WORLD)
+
+
+def _description(factors: LayerFactors | None) -> list[int]:
+    """Return rows, examples, and of both sides form and shape: what the other processes need to know."""
+    if factors is None:
+        return [0] * 12
+    num_examples = round(factors.num_rows / factors.scale)
+    return [factors.num_rows, num_examples, *_form(factors.activation), *_form(factors.gradient)]
+
+
+def _form(factor: Factor) -> list[int]:
+    """Return the form, and the four sizes that the shape of its rows or pixels can have."""
+    if factor.blocks is not None:
+        return [_DENSE, 0, 0, 0, 0]
+    shape = list(factor.values.shape)
+    return [_PATCHES if factor.patches is not None else _ROWS, *shape, *[0] * (4 - len(shape))]
+
+
+def _sides(factors: LayerFactors | None, site: Site, described: list[list[int]]) -> Iterator[_Side]:
+    """Yield the activation and the gradient side of a layer, from what all processes say of it."""
+    total = sum(process[0] for process in described)
+    weights = [process[0] / total if total else 0.0 for process in described]
+    own = (None, None) if factors is None else (factors.activation, factors.gradient)
+    blocks = (site.layout.activation_blocks, site.layout.gradient_blocks)
+    for index, (factor, (num_blocks, width)) in enumerate(zip(own, blocks, strict=True)):
+        forms = [process[2 + 5 * index : 7 + 5 * index] for process in described]
+        present = [form for form, process in zip(forms, described, strict=True) if process[0]]
+        shapes = _shapes(forms, present, site, index)
+        yield _Side(factor, weights, shapes, num_blocks, width, site)
+
+
+def _shapes(forms: list[list[int]], present: list[list[int]], site: Site, index: int) -> list[tuple[int, ...]] | None:
+    """Return the shape of every process's rows or pixels, if all have such, alike, and not too many in all."""
+    if not present or any(form[0] == _DENSE or form[0] != present[0][0] for form in present):
+        return None
+    is_patches = present[0][0] == _PATCHES
+    dims = 4 if is_patches else 3
+    rest = {(*form[1 : dims - 1], form[dims]) for form in present}  # all sizes but the examples or rows
+    num_rows = sum(_num_rows(form, site) for form in present)
+    if len(rest) > 1 or num_rows > site.max_rows[index]:
+        return None
+    template = present[0][1 : dims + 1]
+    return [tuple(form[1 : dims + 1]) if form in present else (*template[:-2], 0, template[-1]) for form in forms]
+
+
+def _num_rows(form: list[int], site: Site) -> int:
+    if form[0] == _ROWS:
+        return form[2]
+    pixels = torch.empty(form[1:5], device="meta")
+    return PatchRows(pixels, site.geometry).num_rows
+
+
+def _scaled_rows(side: _Side, rank: int) -> Tensor:
+    if side.factor is None:
+        return side.site.like.new_empty(0)
+    return side.factor.values * side.weights[rank] ** 0.5
+
+
+def _triangle(block: Tensor) -> Iterator[Tensor]:
+    """Yield views that cover the upper triangles of ``[num_blocks, d, d]``, and little more."""
+    width = block.shape[-1]
+    if width <= PACKED_WIDTH:
+        yield block
+        return
+    half = width // 2
+    yield from _triangle(block[:, :half, :half])
+    yield block[:, :half, half:]
+    yield from _triangle(block[:, half:, half:])
+
+
+def _mirrored_(block: Tensor) -> Tensor:
+    """Fill what :func:`_triangle` leaves out from its mirror image."""
+    width = block.shape[-1]
+    if width > PACKED_WIDTH:
+        half = width // 2
+        _mirrored_(block[:, :half, :half])
+        _mirrored_(block[:, half:, half:])
+        block[:, half:, :half] = block[:, :half, half:].mT
+    return block
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
