@@ -54,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _carry_out(options)
     except (ConfigError, RecordError) as error:
         return _say(str(error), BAD_INPUT)
+    except BrokenPipeError:
+        return _say("Nobody reads the tables; with --json they are in the file.", FAILED)
     except OSError as error:
         return _say(f"Cannot use {error.filename or 'a file'}: {error.strerror or error}.", BAD_INPUT)
     except (RuntimeError, MemoryError) as error:
@@ -72,9 +74,9 @@ def _carry_out(options: argparse.Namespace) -> int:
     if options.json:
         _refuse_unwritable(options.json)
     record = carry_out(plan)
-    print("\n\n".join(_tables(record, plan.precision)))
-    if options.json:
+    if options.json:  # before anything is printed: a pipe that is closed must not cost minutes of measuring
         write_record(options.json, record)
+    print("\n\n".join(_tables(record, plan.precision)))
     return 0 if old is None else _compare(old, record, options.tolerance)
 
 

@@ -14,7 +14,8 @@ class SideCost:
         inverse_period: Applications per refresh.
         correlated_rows: Kernel rows, where statistics come from correlations between image rows: these save all but
             one of them (see ``correlations``).
-        patch_taps: Kernel taps, where rows are patches that are never formed (see ``patch_rows``); 0 where they are.
+        patch_width: Width of the products between patches that are never formed (see ``patch_rows``): channels, or all
+            features where strides leave fewer patches than pixels; 0 where rows are no such patches.
     """
 
     num_blocks: int
@@ -22,7 +23,7 @@ class SideCost:
     vectors: int
     inverse_period: int
     correlated_rows: int = 1
-    patch_taps: int = 0
+    patch_width: int = 0
 
     def dense_inverse(self) -> int:
         """Cholesky factorisation (d³/3) and inverse from it (2 d³/3), all blocks."""
@@ -43,13 +44,13 @@ class SideCost:
     def low_rank_inverse(self, rows: int) -> int:
         """Gram matrix and its Cholesky factorisation, and the triangular solve unless rows are patches, all blocks."""
         factorisation = rows**3 // 3
-        if self.patch_taps:
-            return self.num_blocks * (2 * rows**2 * (self.width // self.patch_taps) + factorisation)
+        if self.patch_width:
+            return self.num_blocks * (2 * rows**2 * self.patch_width + factorisation)
         return self.num_blocks * (2 * rows**2 * self.width + factorisation + rows**2 * self.width)
 
     def low_rank_apply(self, rows: int) -> int:
         """One application of the Woodbury form; for patches, of taps that all read a pixel."""
-        solve = 2 * rows**2 if self.patch_taps else 0
+        solve = 2 * rows**2 if self.patch_width else 0
         return self.num_blocks * self.vectors * (4 * self.width * rows + solve)
 
     def dense_total(self, rows: int) -> int:

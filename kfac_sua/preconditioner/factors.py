@@ -13,7 +13,6 @@ Every function returns rows ``[blocks, rows, d]`` whose Gram matrix over rows is
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,7 @@ from torch import Tensor
 from kfac_sua.preconditioner.grouping import BiasBlock, BlockLayout
 from kfac_sua.preconditioner.layers import LayerGeometry
 from kfac_sua.preconditioner.patch_rows import PatchRows
-from kfac_sua.preconditioner.pixels import output_size, pad, patches, pixel_read_counts, split_channels
+from kfac_sua.preconditioner.pixels import cached_read_counts, output_size, pad, patches, split_channels
 
 MAX_PATCH_ELEMENTS = 2**25
 """Numbers in the patches formed at once (128 MiB in float32); larger batches are taken in chunks of examples."""
@@ -175,9 +174,10 @@ def sampled_activation_rows(
         yield rows[:, chosen] * (rows.shape[1] / len(chosen)) ** 0.5
         return
     windows = patches(pad(inputs, geometry), geometry)
+    height, width = windows.shape[1:3]
     total = windows.shape[:3].numel()
     chosen = _spread(total, most, inputs.device)
-    example, row, column = torch.unravel_index(chosen, windows.shape[:3])
+    example, row, column = chosen // (height * width), chosen // width % height, chosen % width
     yield _patch_rows(windows[example, row, column], layout) * (total / len(chosen)) ** 0.5
 
 
@@ -206,24 +206,18 @@ def _spread(total: int, most: int, device: torch.device) -> Tensor:
     """Return at most ``most`` of the numbers below ``total``, increasing, one from each of as many equal stretches."""
     if total <= most:
         return torch.arange(total, device=device)
-    stretch = torch.arange(most, dtype=torch.float64, device=device)
-    offset = torch.frac(stretch * ((5**0.5 - 1) / 2))
-    return ((stretch + offset) * (total / most)).long().clamp_(max=total - 1)
+    stretch = torch.arange(most, device=device)
+    start, stop = stretch * total // most, (stretch + 1) * total // most
+    offset = torch.frac(stretch.double() * ((5**0.5 - 1) / 2))
+    return start + (offset * (stop - start)).long()
 
 
 def _weighted_pixels(inputs: Tensor, geometry: LayerGeometry, layout: BlockLayout) -> Tensor:
     if geometry.padding_mode != "zeros":
         inputs = pad(inputs, geometry)
-    weights = _root_read_counts(geometry, inputs.shape[1], inputs.shape[2], inputs.device, inputs.dtype)  # [h, w, 1]
-    pixels = (inputs * weights).flatten(0, 2)  # [rows, channels]
+    counts = cached_read_counts(geometry, inputs.shape[1], inputs.shape[2], inputs.device, inputs.dtype)  # [h, w]
+    pixels = (inputs * counts.sqrt().unsqueeze(-1)).flatten(0, 2)  # [rows, channels]
     return split_channels(pixels.unsqueeze(1), layout.conv_groups, layout.activation)
-
-
-@lru_cache(maxsize=256)
-def _root_read_counts(
-    geometry: LayerGeometry, height: int, width: int, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    return pixel_read_counts(geometry, height, width).unsqueeze(-1).to(device, dtype).sqrt()
 
 
 def _with_bias_coordinate(rows: Tensor, layout: BlockLayout, value: float) -> Tensor:

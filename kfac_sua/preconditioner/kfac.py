@@ -202,8 +202,11 @@ class KroneckerPreconditioner:
         return self._recording(True)
 
     def paused(self) -> AbstractContextManager[None]:
-        """Record nothing inside: for passes that are not the training step's, such as adversarial ones or logging."""
-        return self._recording(False)
+        """Neither record nor precondition inside: for passes that are not the training step's.
+
+        Such as adversarial ones, or for logging. Gradients of forward passes made inside are plain.
+        """
+        return self._paused()
 
     def discard(self) -> None:
         """Forget the passes since the last step, as when a mini-batch is abandoned after its backward.
@@ -401,6 +404,16 @@ class KroneckerPreconditioner:
             if factors is not None:
                 layer.examples_per_process = math.ceil(factors.num_rows / factors.scale / processes.size)
         return dict(zip(measured, joined, strict=True))
+
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
+        inverses = [layer.swap_backward_inverse(None) for layer in self._layers.values()]
+        try:
+            with self._recording(False):
+                yield
+        finally:
+            for layer, inverse in zip(self._layers.values(), inverses, strict=True):
+                layer.swap_backward_inverse(inverse)
 
     def _begin_step(self) -> None:
         """Record statistics if they are due; otherwise let layers apply their inverses in the backward pass."""

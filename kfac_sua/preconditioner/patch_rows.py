@@ -91,7 +91,8 @@ class PatchRows:
 
     def trace(self) -> Tensor:
         """Return tr(UᵀU), the sum of squares over all patches, as a 0-d tensor."""
-        counts = reading.pixel_read_counts(self.geometry, *self.pixels.shape[:2]).to(self.pixels)
+        height, width = self.pixels.shape[:2]
+        counts = reading.cached_read_counts(self.geometry, height, width, self.pixels.device, self.pixels.dtype)
         return (self.pixels.square().sum((2, 3)) * counts).sum()
 
     def rows(self) -> Tensor:
@@ -111,7 +112,7 @@ class PatchRows:
     def cross(self, other: "PatchRows") -> Tensor:
         """Return U Wᵀ, with W the patches of another mini-batch of images of the same size.
 
-        Products of all pixels, added up over taps.
+        Products of all pixels, added up over taps; of the patches formed, where strides leave fewer of these.
 
         Args:
             other: W.
@@ -120,6 +121,8 @@ class PatchRows:
             ``[rows of U, rows of W]``.
         """
         sizes = [*self.pixels.shape[:3], *other.pixels.shape[:3]]
+        if math.prod(sizes) > self.geometry.num_taps * self.num_rows * other.num_rows:
+            return self.rows() @ other.rows().mT
         products = (self.pixels.flatten(0, 2) @ other.pixels.flatten(0, 2).mT).view(sizes)
         height, width = self.output_size
         total = self.pixels.new_zeros(height, width, sizes[2], height, width, sizes[5])

@@ -1,5 +1,7 @@
 """Reading layer inputs: locations, padding, the patch under a kernel, and channel groups. Views wherever possible."""
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -72,6 +74,14 @@ def pixel_read_counts(geometry: LayerGeometry, height: int, width: int) -> Tenso
     rows = read_counts(height + top + bottom, kh, sh, dh)[top : top + height]
     columns = read_counts(width + left + right, kw, sw, dw)[left : left + width]
     return torch.outer(rows, columns)
+
+
+@lru_cache(maxsize=256)
+def cached_read_counts(
+    geometry: LayerGeometry, height: int, width: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Return :func:`pixel_read_counts` on a device, copied there once: a copy makes the host wait."""
+    return pixel_read_counts(geometry, height, width).to(device, dtype)
 
 
 def output_size(geometry: LayerGeometry, height: int, width: int) -> tuple[int, int]:

@@ -93,6 +93,13 @@ class PreconditionedLayer:
             self.two_sided.inverse = self.inverse if is_usable else None  # type: ignore[assignment]
             self.two_sided.num_examples = self.examples_per_process
 
+    def swap_backward_inverse(self, inverse: LayerInverse | None) -> LayerInverse | None:
+        """Set what coming forward passes apply in their backward pass, and return what it was."""
+        if self.two_sided is None:
+            return None
+        before, self.two_sided.inverse = self.two_sided.inverse, inverse
+        return before
+
     def measured(self, factors: LayerFactors) -> None:
         """Take in the factors of a mini-batch."""
         self.average.update(factors)

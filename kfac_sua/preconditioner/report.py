@@ -14,14 +14,16 @@ from kfac_sua.preconditioner.settings import DampingRule, InverseMethod, Kroneck
 def activation_cost(geometry: LayerGeometry, layout: BlockLayout, settings: KroneckerSettings) -> SideCost:
     """Return the work on the activation side: a vector per output channel and identity tap."""
     num_blocks, width = layout.activation_blocks
-    is_expanded = settings.weight_sharing is WeightSharing.expand
+    # A sample of the rows is formed, and multiplied as it is.
+    is_whole = settings.weight_sharing is WeightSharing.expand and settings.activation_rows is None
+    patch_width = geometry.in_channels if geometry.stride == (1, 1) else width
     return SideCost(
         num_blocks,
         width,
         layout.gradient.num_channels * layout.identity_taps,
         settings.inverse_period,
-        correlated_rows=geometry.kernel_size[0] if is_expanded and can_correlate(geometry, layout) else 1,
-        patch_taps=geometry.num_taps if is_expanded and can_be_patch_rows(geometry, layout) else 0,
+        correlated_rows=geometry.kernel_size[0] if is_whole and can_correlate(geometry, layout) else 1,
+        patch_width=patch_width if is_whole and can_be_patch_rows(geometry, layout) else 0,
     )
 
 

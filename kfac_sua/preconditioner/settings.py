@@ -85,7 +85,8 @@ class Application(Choice):
     """To the weight gradient, in ``step()``: until then ``.grad`` is the plain gradient."""
     auto = "auto"
     """Per layer and side where it needs fewer FLOPs: to the weight gradient, or to inputs and output gradients inside
-    the backward pass, after which ``.grad`` is already preconditioned (so do not clip before ``step()``)."""
+    the backward pass, after which ``.grad`` is already preconditioned: so do not clip before ``step()``, and leave
+    weight decay to the optimizer, as the gradient of a loss term on the weights themselves would stay plain."""
 
 
 @dataclass(kw_only=True)
@@ -105,8 +106,8 @@ class KroneckerSettings:
         factor_period: Mini-batches between two measurements of the statistics; ``None`` for ``inverse_period``.
         ema_decay: Decay of the running average of the factors per measurement, in [0, 1); 0 uses the statistics of
             the refresh's own mini-batch alone.
-        activation_rows: An approximation: measure activation factors from at most so many of a mini-batch's rows
-            (output locations; under SUA, input pixels), spread evenly over it, ≥ 1. ``None`` measures all of them.
+        activation_rows: An approximation: measure activation factors from at most so many rows (output locations;
+            under SUA, input pixels) per call of a layer, spread evenly over its examples, ≥ 1. ``None`` measures all.
         inverse_method: ``auto``, ``cholesky`` or ``low_rank``.
         application: ``weight`` or ``auto``; the result is the same to rounding.
         skip: Names of layers to leave to the plain gradient; shell-style wildcards such as ``features.*``.

@@ -173,6 +173,17 @@ def test_sampled_rows_are_rows_of_the_mini_batch_spread_over_it(structure, bias)
     torch.testing.assert_close(trace, whole, rtol=0.2, atol=0)  # an estimate at the same scale
 
 
+@pytest.mark.parametrize(("total", "most"), [(1600, 1599), (1600, 1200), (87, 83), (5, 5), (7, 1)])
+def test_no_row_is_sampled_twice(total, most):
+    """As many distinct rows as were asked for, also where that is nearly all of them."""
+    module = nn.Conv2d(1, 1, 1, bias=False).double()
+    inputs = torch.arange(1.0, total + 1, dtype=torch.float64).view(1, 1, 1, total)
+    geometry, layout = LayerGeometry.of(module), layout_of(module, "kfac")
+    (sample,) = sampled_activation_rows(to_locations(inputs, geometry), geometry, layout, most)
+    values = sample.flatten() / (total / most) ** 0.5
+    assert len(values.round().unique()) == most
+
+
 @given(width=st.sampled_from([255, 256, 511, 513]), num_blocks=st.integers(1, 2))
 @settings(max_examples=8, deadline=None)
 def test_gram_matrices_of_wide_rows_are_symmetric_and_right(width, num_blocks):

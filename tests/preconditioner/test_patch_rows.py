@@ -7,6 +7,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from oracles import patches_by_loop
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from kfac_sua.preconditioner import KroneckerPreconditioner, KroneckerSettings
 from kfac_sua.preconditioner.factors import Factor
@@ -57,6 +58,15 @@ def test_products_with_other_patches_and_with_matrices(case, group_size):
     counts = pixel_read_counts(LayerGeometry.of(module), *inputs.shape[2:])
     num_locations = patches.num_rows // len(inputs)
     assert patches.read_share == pytest.approx(int(counts.sum()) / (num_locations * patches.geometry.num_taps))
+
+
+def test_strides_that_leave_few_patches_do_not_multiply_all_pixels():
+    """With an 8×8 kernel at stride 8, four patches stand for 256 pixels: products are of the patches."""
+    module = nn.Conv2d(4, 2, 8, stride=8, bias=False)
+    patches = read(module, torch.randn(1, 4, 16, 16))
+    with FlopCounterMode(display=False) as counter:
+        patches.gram()
+    assert counter.get_total_flops() == 2 * patches.num_rows**2 * 4 * 64
 
 
 @pytest.mark.parametrize("size", [2, 4])

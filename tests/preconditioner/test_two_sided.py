@@ -196,3 +196,25 @@ def test_double_backward_is_refused():
     (grad,) = torch.autograd.grad(net(inputs).sum(), inputs, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.square().sum().backward()
+
+
+def test_passes_that_are_paused_are_plain_and_leave_no_trace():
+    """Inside paused() a weight gradient is the plain one, and passes of other sizes do not disturb the next step."""
+    net = make_net("plain")
+    inputs = torch.randn(2, 6, 5, 5, dtype=torch.float64)
+    net(inputs)
+    preconditioner = KroneckerPreconditioner(net, structure="sua", application="auto", inverse_period=10)
+    net(inputs).square().sum(1).mean().backward()
+    preconditioner.step()
+    weight = net[2].weight
+    with preconditioner.paused():
+        (inside,) = torch.autograd.grad(net(inputs).square().sum(1).mean(), weight)
+        adversarial = torch.randn(200, 6, 5, 5, dtype=torch.float64, requires_grad=True)
+        torch.autograd.grad(net(adversarial).square().sum(1).mean(), adversarial)
+    preconditioner_free = copy.deepcopy(net)
+    (want,) = torch.autograd.grad(preconditioner_free(inputs).square().sum(1).mean(), preconditioner_free[2].weight)
+    torch.testing.assert_close(inside, want, rtol=1e-12, atol=1e-12)
+    net.zero_grad()
+    net(inputs).square().sum(1).mean().backward()
+    assert not torch.allclose(weight.grad, want)  # the backward pass preconditions again
+    preconditioner.step()

@@ -25,7 +25,7 @@ from kfac_sua.build import choose_device
 from kfac_sua.config import ConfigError, Device
 from kfac_sua.figures.scaling import draw_scaling
 from kfac_sua.runs.lock import RunBusyError, exclusive
-from kfac_sua.runs.record import environment
+from kfac_sua.runs.record import environment, failure_reason
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -51,8 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _say(error, FAILED)
     except RunBusyError as error:
         return _say(str(error).replace("trained", "measured"), FAILED)
-    except torch.OutOfMemoryError:
-        return _say("The device is out of memory; lower --memory-limit-gib or --largest-width.", FAILED)
+    except (RuntimeError, MemoryError) as error:  # on a CPU, PyTorch's allocator raises a plain RuntimeError
+        return _say(f"{failure_reason(error)} (Lower --memory-limit-gib or --largest-width?)", FAILED)
     except OSError as error:
         return _say(f"Cannot use {error.filename or options.out}: {error.strerror or error}.", FAILED)
     except KeyboardInterrupt:
