@@ -1,5 +1,19 @@
 """Structured Fisher preconditioners (K-FAC, SUA, channel groups) for PyTorch."""
 
-from kfac_sua.preconditioner import KroneckerPreconditioner, KroneckerSettings
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kfac_sua.preconditioner import KroneckerPreconditioner, KroneckerSettings
 
 __all__ = ["KroneckerPreconditioner", "KroneckerSettings"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the preconditioner, and with it PyTorch, when it is first asked for.
+
+    A command imports this file before its own first line, and has to be able to take Ctrl-C from then on.
+    """
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.preconditioner"), name)

@@ -3,7 +3,7 @@
 Everything here needs neither data nor a device, so that a sweep is checked as a whole before its first run starts.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from operator import attrgetter
 from typing import Any
 
@@ -72,7 +72,7 @@ TWO_BETAS = "two numbers in [0, 1) such as [0.9,0.99]"
 # preconditioner's own settings check themselves.
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda seed: 0 <= seed < 2**32, "between 0 and 4294967295"),
-    "epochs": (_at_least_one, "≥ 1"),
+    "epochs": (lambda epochs: 1 <= epochs <= 10**6, "≥ 1 and at most 1000000"),
     "batch_size": (_at_least_one, "≥ 1"),
     "evaluation_batch_size": (_at_least_one, "≥ 1"),
     "checkpoint_interval_s": (
@@ -120,6 +120,21 @@ def check(config: Config) -> None:
             raise ConfigError(f"{key} must be {expected}, got {shown(value)}.")
     for problem in _contradictions(config):
         raise ConfigError(problem)
+
+
+def check_environment(variables: Mapping[str, str]) -> None:
+    """Refuse environment variables that libraries would pass over with a warning, and time something else.
+
+    Args:
+        variables: The process's environment.
+
+    Raises:
+        ConfigError: Naming the variable, its value, and what it may be.
+    """
+    text = variables.get("OMP_NUM_THREADS", "1")
+    numbers = [part.strip() for part in text.split(",")]  # one per level of nesting
+    if not all(number.isascii() and number.isdecimal() and int(number) >= 1 for number in numbers):
+        raise ConfigError(f"The environment variable OMP_NUM_THREADS must be a whole number ≥ 1, got '{text}'.")
 
 
 def _contradictions(config: Config) -> Iterator[str]:

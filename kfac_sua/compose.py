@@ -2,13 +2,14 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, RangeSweep
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -17,6 +18,13 @@ from omegaconf.errors import OmegaConfBaseException
 from kfac_sua.checks import check
 from kfac_sua.config import CONFIG_DIR, CONFIG_NAME, VERSION_BASE, Config, ConfigError, settings_error
 from kfac_sua.explain import explain, explain_unknown_key, shown
+
+# Every cell of a sweep is composed before the first one runs; a typing error such as seed=range(1000000000) must not
+# fill the memory first.
+MAX_CELLS = 10_000
+
+# Groups whose option fills a node of the configuration.
+_ONE_OPTION = ("model", "dataset", "preconditioner", "optimizer", "schedule")
 
 
 def compose_config(overrides: Sequence[str] = ()) -> Config:
@@ -107,18 +115,34 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
     except HydraException as error:
         raise ConfigError(explain(error)) from error
     for override in parsed:
-        key = override.get_key_element()
-        if not key:
-            raise ConfigError(f"{override.input_line} names no key; give key=value.")
-        if key.endswith(".name"):
-            group = key.removesuffix(".name")
-            raise ConfigError(f"{key} comes with its file of configs/{group}; give {group}=… instead.")
-        options = loader.get_group_options(key)
-        if options and not override.is_sweep_override() and not isinstance(override.value(), str | list):
-            raise ConfigError(f"{key} must be one of {', '.join(options)}, got {shown(override.value())}.")
-        if key == "sweep" and override.is_sweep_override():
-            raise ConfigError(f"{override.input_line} names several grids; run them one after the other.")
+        _refuse_key(override)
+        _refuse_option(override, loader.get_group_options(override.get_key_element()))
     return parsed
+
+
+def _refuse_key(override: Override) -> None:
+    """Refuse what is not the key of a setting."""
+    key = override.get_key_element()
+    if not key:
+        raise ConfigError(f"{override.input_line} names no key; give key=value.")
+    if "_target_" in key.split("."):
+        raise ConfigError(f"{key} names code to run, which no setting does; leave it out.")
+    if key.endswith(".name"):
+        group = key.removesuffix(".name")
+        raise ConfigError(f"{key} comes with its file of configs/{group}; give {group}=… instead.")
+
+
+def _refuse_option(override: Override, options: Sequence[str]) -> None:
+    """Refuse what is not one option of a group, where the key is that of a group."""
+    key = override.get_key_element()
+    if key == "sweep" and (override.is_sweep_override() or isinstance(override.value(), list)):
+        raise ConfigError(f"{override.input_line} names several grids; run them one after the other.")
+    if not options or override.is_sweep_override():
+        return
+    # Hydra merges a list of options; of an experiment that makes sense, of a network or an optimizer it does not.
+    admitted: tuple[type, ...] = (str,) if key in _ONE_OPTION else (str, list)
+    if not isinstance(override.value(), admitted) and not override.is_delete():
+        raise ConfigError(f"{key} must be one of {', '.join(options)}, got {shown(override.value())}.")
 
 
 def _cells(overrides: Sequence[Override]) -> list[list[str]]:
@@ -129,11 +153,25 @@ def _cells(overrides: Sequence[Override]) -> list[list[str]]:
             axes[override.get_key_element()] = [str(override.input_line)]
         elif override.is_discrete_sweep():
             key = override.get_key_element()
-            axes[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+            axes[key] = [f"{key}={value}" for value in _swept_values(override)]
             if not axes[key]:
                 raise ConfigError(f"{override.input_line} matches nothing, so there is no run to start.")
         # An interval is drawn from by a sweeper of the user's choice, which no one can check beforehand.
+    if math.prod(map(len, axes.values())) > MAX_CELLS:
+        raise ConfigError(f"The sweep has more than {MAX_CELLS} runs; split it into several.")
     return [list(cell) for cell in itertools.product(*axes.values())]
+
+
+def _swept_values(override: Override) -> list[str]:
+    """Return all values of an axis, which Hydra would otherwise go through however many there are."""
+    sweep = override.value()
+    if isinstance(sweep, RangeSweep):
+        start, stop, step = (float(value or 0) for value in (sweep.start, sweep.stop, sweep.step))
+        if step == 0 or not all(map(math.isfinite, (start, stop, step))):
+            raise ConfigError(f"{override.input_line} is no range; give range(start,stop,step) with a step ≠ 0.")
+        if (stop - start) / step > MAX_CELLS:
+            raise ConfigError(f"{override.input_line} has more than {MAX_CELLS} values; split the sweep into several.")
+    return list(override.sweep_string_iterator())
 
 
 def _refuse_several_values(overrides: Sequence[Override]) -> None:

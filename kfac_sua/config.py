@@ -20,7 +20,14 @@ VERSION_BASE = "1.3"
 
 
 class ConfigError(Exception):
-    """A configuration that cannot be run; the message is one sentence naming key, value and cure."""
+    """A configuration that cannot be run; the message is one sentence naming key, value and cure.
+
+    Args:
+        sentence: The message, put on one line: what it quotes of a user's may hold several.
+    """
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(" ".join(sentence.split()))
 
 
 class Device(Choice):

@@ -146,7 +146,8 @@ def _in_words(hint: Any) -> str:
     if origin is list:
         return f"a list such as [{'0.5,0.9' if get_args(hint) == (float,) else 'a,b'}]"
     if isinstance(hint, type) and issubclass(hint, Enum):
-        return f"one of {', '.join(str(member.value) for member in hint)}"
+        texts = (str(member.value if isinstance(member.value, str) else member.name) for member in hint)
+        return f"one of {', '.join(texts)}"
     return _IN_WORDS.get(hint, f"the keys of {getattr(hint, '__name__', hint)}")
 
 

@@ -4,12 +4,22 @@ It carries out whatever is missing: the grid of every curve, the selection, the 
 report. Interrupted at any point, the same command goes on.
 """
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from kfac_sua.startup import leave_on_interrupt
+
+    leave_on_interrupt()
+
 import argparse
 import contextlib
+import os
 import shlex
+import signal
 import sys
+import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 
 from kfac_sua.build import choose_device
 from kfac_sua.campaign.conduct import CampaignError, conduct, num_cores
@@ -24,31 +34,44 @@ from kfac_sua.data import DataError
 from kfac_sua.figures.curves import FigureError
 from kfac_sua.runs.collect import CollectError
 from kfac_sua.runs.lock import RunBusyError, exclusive
-from kfac_sua.runs.record import RecordError
+from kfac_sua.runs.record import RecordError, failure_reason
+from kfac_sua.startup import raise_on_interrupt
+from kfac_sua.training.signals import Interrupted
 
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+FAILED, BAD_INPUT = 1, 2
+INPUT_ERRORS = (ConfigError, DataError)
+RUN_ERRORS = (
+    *(CampaignError, SelectionError, CollectError, RecordError, FigureError, RunBusyError),
+    *(OSError, MemoryError),
+)
+_INTERRUPTED = "interrupted; the same command goes on where this one stopped."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Carry out the command line and return the exit code.
 
+    What a user can cause ends with one sentence on stderr; with ``--debug`` with a traceback.
+
     Args:
         arguments: Command line without the program's name; None reads it from the process.
 
     Returns:
-        0 if everything is done, 1 if a run failed, 2 for bad input, 130 after Ctrl-C.
+        0 if everything is done, 1 if a run failed, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM.
     """
+    raise_on_interrupt()
     options = _parser().parse_intermixed_args(arguments)
     try:
-        _carry_out(options, shlex.join(["python", "-m", "kfac_sua.reproduce", *(arguments or sys.argv[1:])]))
-    except (ConfigError, DataError) as error:
-        return _say(error, BAD_INPUT)
-    except (CampaignError, SelectionError, CollectError, RecordError, FigureError, RunBusyError) as error:
-        return _say(error, FAILED)
-    except OSError as error:
-        return _say(f"Cannot use {error.filename or 'a file'}: {error.strerror or error}.", FAILED)
-    except KeyboardInterrupt:
-        return _say("interrupted; the same command goes on where this one stopped.", INTERRUPTED)
+        with _interrupted_by_sigterm():
+            _carry_out(options, shlex.join(["python", "-m", "kfac_sua.reproduce", *(arguments or sys.argv[1:])]))
+    except (*INPUT_ERRORS, *RUN_ERRORS) as error:
+        if options.debug or os.environ.get("HYDRA_FULL_ERROR") == "1":
+            traceback.print_exc()
+        else:
+            _say(failure_reason(error))
+        return BAD_INPUT if isinstance(error, INPUT_ERRORS) else FAILED
+    except KeyboardInterrupt as interrupt:
+        _say(_INTERRUPTED)
+        return 128 + getattr(interrupt, "signal_number", signal.SIGINT)
     return 0
 
 
@@ -69,6 +92,24 @@ def _carry_out(options: argparse.Namespace, command: str) -> None:
             plan, scale=options.scale, device=device, rule=options.select_by, results=results, command=command
         )
     print(f"Wrote {', '.join(map(str, paths))}.")
+
+
+@contextlib.contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """Make SIGTERM end the campaign as Ctrl-C does: its workers write their checkpoints."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        del frame
+        raise Interrupted(_INTERRUPTED, number)
+
+    if threading.current_thread() is not threading.main_thread():  # which alone receives signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _device(overrides: Sequence[str]) -> str:
@@ -117,6 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="directory (outputs/<campaign>-<scale>-<device>)")
     parser.add_argument("--dry-run", action="store_true", help="print the runs to come, what is done, and the time")
+    parser.add_argument("--debug", action="store_true", help="show where an error arises, as HYDRA_FULL_ERROR=1 does")
     return parser
 
 
@@ -130,9 +172,8 @@ def _names(text: str) -> list[str]:
     return [name for name in text.split(",") if name]
 
 
-def _say(sentence: object, code: int) -> int:
+def _say(sentence: str) -> None:
     print(sentence, file=sys.stderr, flush=True)
-    return code
 
 
 if __name__ == "__main__":

@@ -1,9 +1,16 @@
 """The training command: ``python -m kfac_sua.train preconditioner=sua model=vgg11``."""
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from kfac_sua.startup import leave_on_interrupt
+
+    leave_on_interrupt()
+
+import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -12,12 +19,14 @@ from hydra.types import RunMode, TaskFunction
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from kfac_sua.checks import check_environment
 from kfac_sua.compose import compose_cells, to_config
 from kfac_sua.config import CONFIG_DIR, CONFIG_NAME, VERSION_BASE, ConfigError
 from kfac_sua.data import DataError
 from kfac_sua.explain import explain
 from kfac_sua.runs.lock import RunBusyError
 from kfac_sua.runs.record import RecordError
+from kfac_sua.startup import raise_on_interrupt
 from kfac_sua.training.checkpoint import CheckpointError
 from kfac_sua.training.loop import run
 
@@ -30,11 +39,12 @@ RUN_ERRORS = (RecordError, CheckpointError, RunBusyError, OSError, MemoryError, 
 
 MULTIRUN_FLAGS = {"-m", "--multirun"}
 RUN_FLAGS = MULTIRUN_FLAGS | {"-r", "--run"}
-# Hydra's flags that show something instead of running, and that change where configurations are found.
+DEBUG_FLAG = "--debug"  # the same as HYDRA_FULL_ERROR=1
+# Hydra's flags that show something instead of running, and that change where configurations are found. The one that is
+# missing, --experimental-rerun, unpickles a file, which may run any code.
 OTHER_FLAGS = {
     *("-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "--resolve", "-p", "--package", "-i", "--info"),
     *("-sc", "--shell-completion", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir"),
-    "--experimental-rerun",
 }
 
 
@@ -45,17 +55,41 @@ class SweepCellError(Exception):
 def main() -> int:
     """Carry out the command line and return the exit code.
 
-    What a user can cause ends with one sentence on stderr; with ``HYDRA_FULL_ERROR=1`` in the environment, with a
-    traceback.
+    What a user can cause ends with one sentence on stderr; with ``--debug``, or ``HYDRA_FULL_ERROR=1`` in the
+    environment, with a traceback.
 
     Returns:
         0 if every run finished or is recorded as diverged, 1 if one failed, 2 for bad input, 130 after Ctrl-C, 143
         after SIGTERM.
     """
-    if os.environ.get("HYDRA_FULL_ERROR") == "1":
-        _with_hydra(train)()
-        return 0
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors instead of printing them
+    is_debug = DEBUG_FLAG in sys.argv or os.environ.get("HYDRA_FULL_ERROR") == "1"
+    sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != DEBUG_FLAG]
+    with _raised_errors():
+        return _debug() if is_debug else _carry_out()
+
+
+@contextlib.contextmanager
+def _raised_errors() -> Iterator[None]:
+    """Make Hydra raise its errors instead of printing them."""
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["HYDRA_FULL_ERROR"]
+        if before is not None:
+            os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def _debug() -> int:
+    """Carry out the command line, whose errors all come through."""
+    sys.argv[1:] = _checked_arguments(sys.argv[1:])
+    _with_hydra(train)()
+    return 0
+
+
+def _carry_out() -> int:
+    """Carry out the command line, say in one sentence what a user can cause, and return the exit code."""
     try:
         sys.argv[1:] = _checked_arguments(sys.argv[1:])
         _with_hydra(train_and_report)()
@@ -67,8 +101,10 @@ def main() -> int:
         return _report(_sentence(error))
     except KeyboardInterrupt as interrupt:
         return _report(str(interrupt) or "interrupted.", 128 + getattr(interrupt, "signal_number", signal.SIGINT))
-    finally:
-        os.environ.pop("HYDRA_FULL_ERROR", None)
+    except Exception as error:
+        if _is_from_run(error):
+            raise
+        return _report(f"Hydra cannot carry this out: {_one_line(error)}. (--debug shows where.)", BAD_INPUT)
     return 0
 
 
@@ -93,11 +129,22 @@ def train_and_report(raw: DictConfig) -> None:
     """
     try:
         train(raw)
+        return
     except (*INPUT_ERRORS, *RUN_ERRORS) as error:
         code = _report(_sentence(error), BAD_INPUT if isinstance(error, INPUT_ERRORS) else FAILED)
-        if HydraConfig.get().mode is RunMode.MULTIRUN:
-            raise SweepCellError(str(error)) from error
-        raise SystemExit(code) from error
+        sentence = str(error)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is said and done; another one could only tear the report
+        raise
+    # Outside of the handler: Hydra keeps the error of every cell, and its context would keep the cell's network.
+    if HydraConfig.get().mode is RunMode.MULTIRUN:
+        raise SweepCellError(sentence)
+    raise SystemExit(code)
+
+
+def _is_from_run(error: BaseException) -> bool:
+    """Tell a run's own exception from those that Hydra raises on its way there, which are of any type."""
+    return any(frame.f_code is train_and_report.__code__ for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def _with_hydra(task: TaskFunction) -> Callable[[], None]:
@@ -110,6 +157,7 @@ def _checked_arguments(arguments: list[str]) -> list[str]:
     Returns:
         The arguments with ``-m`` in front: Hydra does not take overrides on both sides of it.
     """
+    check_environment(os.environ)
     flags = [argument for argument in arguments if argument.startswith("-")]
     for flag in flags:
         if flag.partition("=")[0] not in RUN_FLAGS | OTHER_FLAGS:
@@ -132,10 +180,16 @@ def _sentence(error: BaseException) -> str:
         return explain(error)
     if isinstance(error, OSError):
         return f"Cannot use {error.filename or 'a file'}: {error.strerror or error}."
-    text = " ".join(str(error).split()) or f"{type(error).__name__}."
+    text = f"{_one_line(error)}."
     # RecordError and CheckpointError are not RuntimeErrors, and their sentences need no traceback.
-    return f"{text} (HYDRA_FULL_ERROR=1 shows where.)" if isinstance(error, RuntimeError) else text
+    return f"{text} (--debug shows where.)" if isinstance(error, RuntimeError) else text
+
+
+def _one_line(error: BaseException) -> str:
+    """Return the message of an error without line breaks and full stop."""
+    return " ".join(str(error).split()).removesuffix(".") or type(error).__name__
 
 
 if __name__ == "__main__":
+    raise_on_interrupt()
     sys.exit(main())

@@ -13,7 +13,7 @@ from kfac_sua.bench.progress import Announcer
 from kfac_sua.bench.rates import measure_rates
 from kfac_sua.bench.record import Arguments, BenchRecord, Cost, Memory
 from kfac_sua.bench.settings import Setting
-from kfac_sua.runs.record import environment
+from kfac_sua.runs.environment import environment
 
 # The first step of a setting refreshes; the second refresh, with inverses at hand, is the one that needs most.
 MEMORY_STEPS = (StepKind.refresh, StepKind.plain, StepKind.plain, StepKind.refresh, StepKind.plain)

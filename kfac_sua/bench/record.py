@@ -9,7 +9,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 from kfac_sua.bench.costs import TimeCost
 from kfac_sua.bench.layers import LayerWork, StepWork
 from kfac_sua.bench.rates import Rate
-from kfac_sua.runs.record import Environment, RecordError
+from kfac_sua.runs.environment import Environment
+from kfac_sua.runs.record import RecordError
 
 FORMAT = 2
 

@@ -1,5 +1,6 @@
 """One run of a campaign: its configuration, its command, and what is on disk of it."""
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -13,7 +14,17 @@ from kfac_sua.checks import check
 from kfac_sua.compose import compose_config
 from kfac_sua.config import Config, ConfigError, KroneckerConfig
 from kfac_sua.runs.directory import RunDirectory, run_directory
-from kfac_sua.runs.record import RecordError, RunInfo, read_records, read_run_info
+from kfac_sua.runs.lock import RunBusyError, exclusive
+from kfac_sua.runs.record import (
+    ENDED,
+    UNENDED,
+    EpochRecord,
+    RecordError,
+    RunInfo,
+    read_records,
+    read_run_info,
+    write_run_info,
+)
 
 
 class Stage(StrEnum):
@@ -62,17 +73,19 @@ class CellState:
     """What is on disk of a run.
 
     Attributes:
-        status: ``missing`` before its first start, then as in run.json.
+        status: ``missing`` before its first start, then as in run.json; ``failed`` also if its records are damaged.
         epochs: Completed epochs.
+        failure: Why it failed, in one sentence.
     """
 
     status: str
     epochs: int
+    failure: str | None = None
 
     @property
     def has_ended(self) -> bool:
         """Whether nothing of it is left to do."""
-        return self.status in ("finished", "diverged")
+        return self.status in ENDED
 
 
 def make_cell(
@@ -106,20 +119,48 @@ def make_cell(
 def read_state(cell: Cell) -> CellState:
     """Return what is on disk of a run.
 
-    Raises:
-        RecordError: If its records are damaged, or incomplete although it has finished.
+    Records that are damaged, or incomplete although the run has finished, make it a failed one: it is tried again,
+    which says what to do about them, and the other runs of the campaign go on.
     """
     if not cell.directory.info.exists():
         return CellState("missing", 0)
-    records = read_records(cell.directory.metrics) if cell.directory.metrics.exists() else []
+    try:
+        info, records = read_cell_info(cell), _records(cell)
+    except RecordError as error:
+        return CellState("failed", 0, str(error))
     epochs = [record.epoch for record in records]
-    status = read_cell_info(cell).status
-    if status == "finished" and epochs != list(range(cell.config.epochs + 1)):
-        raise RecordError(
+    if info.status == "finished" and epochs != list(range(cell.config.epochs + 1)):
+        reason = (
             f"{cell.directory.info} says that the run has finished, but metrics.csv lacks epochs; move "
             f"{cell.directory.path} away, and the same command carries it out again."
         )
-    return CellState(status, epochs[-1] if epochs else 0)
+        return CellState("failed", 0, reason)
+    return CellState(info.status, epochs[-1] if epochs else 0, info.failure)
+
+
+def sound_records(cell: Cell) -> list[EpochRecord]:
+    """Return the epochs of a run, for display: none if there are none or they are damaged."""
+    try:
+        return _records(cell)
+    except RecordError:  # ``read_state`` says so
+        return []
+
+
+def mark_failed(cell: Cell, reason: str) -> None:
+    """Write into run.json that a run has failed, if it has not ended and no process holds it.
+
+    Where that cannot be written, as on a full disk, the campaign's own output has the reason.
+
+    Args:
+        cell: The run, maybe one that has never started.
+        reason: Why it failed, in one sentence.
+    """
+    if not cell.directory.info.exists():
+        return
+    with contextlib.suppress(OSError, RecordError, RunBusyError), exclusive(cell.directory.path):
+        info = read_cell_info(cell)
+        if info.status in UNENDED and info.failure != reason:
+            write_run_info(cell.directory.info, dataclasses.replace(info, status="failed", failure=reason))
 
 
 def read_cell_info(cell: Cell) -> RunInfo:
@@ -130,6 +171,10 @@ def read_cell_info(cell: Cell) -> RunInfo:
 def log_path(cell: Cell) -> Path:
     """Return the file that holds what a run printed."""
     return cell.directory.path / "log.txt"
+
+
+def _records(cell: Cell) -> list[EpochRecord]:
+    return read_records(cell.directory.metrics) if cell.directory.metrics.exists() else []
 
 
 @functools.cache

@@ -176,7 +176,7 @@ def judge(claim: str, finals: pd.DataFrame) -> Verdict:
 
     Seeds are resampled per method and independently, although equal seeds share their initial weights: without that
     pairing the intervals are rather too wide, with few seeds rather too narrow (see ``bootstrap.interval``). Seeds
-    that diverged or still run are left out of the means and counted in the note.
+    that diverged, failed or still run are left out of the means and counted in the note.
 
     Args:
         claim: Its identifier, a key of ``CLAIMS``.
@@ -236,13 +236,14 @@ def _conjunction(parts: tuple[Part, ...]) -> Outcome:
 
 
 def _run_notes(finals: pd.DataFrame, claim: Claim) -> Iterator[str]:
-    """Yield a sentence per method whose runs are missing, single, diverged or still running."""
+    """Yield a sentence per method whose runs are missing, single, diverged, failed or still running."""
     runs = finals[finals["panel"] == claim.panel].drop_duplicates(["method", "run"])
     for method in claim.methods:
         counts = runs.loc[runs["method"] == method, "status"].value_counts()
-        finished, diverged, running = (int(counts.get(name, 0)) for name in ("finished", "diverged", "running"))
-        others = [f"{diverged} diverged"] * (diverged > 0) + [f"{running} still running"] * (running > 0)
-        left_out = f"of {finished + diverged + running} seeds {' and '.join(others)}"
+        finished = int(counts.get("finished", 0))
+        words = {"diverged": "diverged", "failed": "failed", "running": "still running"}
+        others = [f"{counts[status]} {text}" for status, text in words.items() if counts.get(status, 0)]
+        left_out = f"of {counts.sum()} seeds {' and '.join(others)}"
         if not finished:
             yield f"No finished run of {method}{f' ({left_out})' if others else ''}."
             continue

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from kfac_sua.build import build_splits
-from kfac_sua.campaign.cell import Cell, log_path, read_state
+from kfac_sua.campaign.cell import Cell, log_path, mark_failed, read_state
 from kfac_sua.campaign.estimate import Estimator, shown_seconds
 from kfac_sua.campaign.frames import collect_cells
 from kfac_sua.campaign.grid import Grid
@@ -120,6 +120,10 @@ def _run(title: str, cells: Sequence[Cell], plan: Plan, *, jobs: int, reuse: boo
     progress = CampaignProgress(title, unique, estimator, jobs)
 
     def end(cell: Cell, reason: str | None) -> None:
+        if reason is None:
+            reason = _why_not_ended(cell)
+        else:
+            mark_failed(cell, reason)
         progress.end(cell, reason)
         if reason is not None:
             failures[cell.name] = f"{reason.rstrip('.')} (log: {log_path(cell)})"
@@ -130,6 +134,12 @@ def _run(title: str, cells: Sequence[Cell], plan: Plan, *, jobs: int, reuse: boo
         progress.close()
     if failures:
         raise CampaignError(_failure_sentence(failures, len(waiting)))
+
+
+def _why_not_ended(cell: Cell) -> str | None:
+    """Return what is wrong with a run that came to its end, if something is: without that it would run for ever."""
+    state = read_state(cell)
+    return None if state.has_ended else state.failure or f"{cell.directory.info} does not say how the run ended."
 
 
 def _failure_sentence(failures: Mapping[str, str], num_runs: int) -> str:

@@ -49,6 +49,8 @@ def _line(cell: Cell, state: CellState, estimator: Estimator) -> str:
 def _status(cell: Cell, state: CellState) -> str:
     if state.has_ended:
         return state.status
+    if state.failure is not None:
+        return f"failed: {state.failure.rstrip('.')}, will be retried"
     return f"epoch {state.epochs} of {cell.config.epochs} done" if state.epochs else "to do"
 
 

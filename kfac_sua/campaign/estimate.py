@@ -4,10 +4,9 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from kfac_sua.campaign.cell import Cell, CellState
+from kfac_sua.campaign.cell import Cell, CellState, sound_records
 from kfac_sua.campaign.plan import CurveKey
 from kfac_sua.config import Config, DatasetName
-from kfac_sua.runs.record import read_records
 
 # Images of a whole data set's training and test split.
 NUM_IMAGES = {
@@ -35,7 +34,7 @@ class Estimator:
 
     def learn(self, cell: Cell) -> None:
         """Take the seconds per step of a run into account, if it has completed an epoch."""
-        records = read_records(cell.directory.metrics) if cell.directory.metrics.exists() else []
+        records = sound_records(cell)
         if records and records[-1].step:
             per_step = records[-1].train_time_s / records[-1].step
             self._measured.setdefault((cell.panel, cell.method), {})[cell.directory.path] = per_step

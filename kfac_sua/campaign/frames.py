@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from kfac_sua.campaign.cell import Cell, read_state
+from kfac_sua.campaign.cell import Cell, CellState, read_state
 from kfac_sua.runs.collect import RUN_COLUMNS, CollectError, run_rows
 from kfac_sua.runs.record import COLUMNS
 
@@ -25,9 +25,9 @@ def collect_cells(root: Path, cells: Sequence[Cell]) -> pd.DataFrame:
 
     Raises:
         CollectError: If one of the runs is missing or has not ended; the message names all of these.
-        RecordError: If a record is damaged.
     """
-    open_cells = [f"{cell.name} ({state.status})" for cell in cells if not (state := read_state(cell)).has_ended]
+    states = [(cell, read_state(cell)) for cell in cells]
+    open_cells = [f"{cell.name} ({_why_open(state)})" for cell, state in states if not state.has_ended]
     if open_cells:
         raise CollectError(
             f"Of {len(cells)} runs, {len(open_cells)} have not ended: {'; '.join(open_cells)}; "
@@ -39,3 +39,7 @@ def collect_cells(root: Path, cells: Sequence[Cell]) -> pd.DataFrame:
         for row in run_rows(root, cell.directory.info)
     ]
     return pd.DataFrame(rows, columns=["panel", "method", *RUN_COLUMNS, *COLUMNS])
+
+
+def _why_open(state: CellState) -> str:
+    return state.status if state.failure is None else f"{state.status}: {state.failure.rstrip('.')}"

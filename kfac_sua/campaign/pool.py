@@ -4,7 +4,9 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,12 +16,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kfac_sua.config import Config
+from kfac_sua.runs.atomic import named_in_errors
+from kfac_sua.runs.lock import RunBusyError
+from kfac_sua.runs.record import failure_reason
 
 if TYPE_CHECKING:
     from kfac_sua.campaign.cell import Cell
 
 POLL_PERIOD_S = 1.0
-LEAVING_TIME_S = 10.0
+# How long a worker that is told to stop may take for its current step and its checkpoint.
+LEAVING_TIME_S = 30.0
+# How long a run may still be held by a worker whose parent was killed, which leaves in the same way.
+BUSY_TIME_S = LEAVING_TIME_S + 5.0
+BUSY_PERIOD_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -78,8 +87,8 @@ def run_all(
                 if worker.connection in ready:
                     cell, reason = _receive(worker)
                     if not reuse or not worker.process.is_alive():
-                        _stop(worker)
                         workers.remove(worker)
+                        _stop([worker])
                     on_end(cell, reason)
             on_tick([worker.cell for worker in workers if worker.cell is not None])
 
@@ -91,8 +100,7 @@ def _workers() -> "Iterator[list[_Worker]]":
     try:
         yield workers
     finally:
-        for worker in workers:
-            _stop(worker)
+        _stop(workers)
 
 
 def _idle(workers: list[_Worker]) -> _Worker:
@@ -126,17 +134,35 @@ def _receive(worker: _Worker) -> "tuple[Cell, str | None]":
     except (EOFError, ConnectionResetError):
         worker.process.join()
         code = worker.process.exitcode
-        how = f"was killed by signal {-code} (out of memory?)" if code is not None and code < 0 else f"left with {code}"
-        return cell, f"its process {how}"
+        return cell, f"its process {_how_it_went(code)}"
 
 
-def _stop(worker: _Worker) -> None:
-    """Let a worker without a run leave by itself, which tidies up what libraries hold; stop one with a run."""
-    worker.connection.close()
-    if worker.cell is None:
-        worker.process.join(LEAVING_TIME_S)
-    worker.process.terminate()
-    worker.process.join()
+def _how_it_went(exit_code: int | None) -> str:
+    """Return in words how a process ended that should not have."""
+    if exit_code == 128 + signal.SIGTERM:
+        return f"was stopped by signal {signal.SIGTERM:d}, after a checkpoint"
+    if exit_code is not None and exit_code < 0:
+        return f"was killed by signal {-exit_code}{' (out of memory?)' if exit_code == -signal.SIGKILL else ''}"
+    return f"left with {exit_code}"
+
+
+def _stop(workers: list[_Worker]) -> None:
+    """Let workers without a run leave by themselves, which tidies up what libraries hold; stop those with a run.
+
+    These first write a checkpoint. Who does not leave in time is killed, and so are all on a second Ctrl-C.
+    """
+    try:
+        for worker in workers:
+            worker.connection.close()
+            if worker.cell is not None:
+                worker.process.terminate()
+        deadline = time.monotonic() + LEAVING_TIME_S
+        for worker in workers:
+            worker.process.join(max(0.0, deadline - time.monotonic()))
+    finally:
+        for worker in workers:
+            worker.process.kill()
+            worker.process.join()
 
 
 def _work(connection: Connection) -> None:
@@ -148,32 +174,75 @@ def _work(connection: Connection) -> None:
             task = connection.recv()
         except (EOFError, ConnectionResetError):
             return
-        connection.send(_carry_out(task))
+        reason = _carry_out(task)
+        try:
+            connection.send(reason)
+        except OSError:  # the parent has gone meanwhile
+            return
 
 
 def _leave_with_parent() -> None:
-    """End this process as soon as its parent is gone, even by SIGKILL: no one would see the end of the run."""
+    """End this process when its parent is gone, even by SIGKILL: no one would see the end of the run."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)  # a run writes a checkpoint
+    time.sleep(LEAVING_TIME_S)
     os._exit(1)
 
 
 def _carry_out(task: Task) -> str | None:
-    """Carry out a run and return None, or in one sentence why it failed; its log holds the rest."""
+    """Carry out a run and return None, or in one sentence why it failed; its log holds the rest.
+
+    One run that fails, for whatever reason, does not stop the others; the campaign ends with its name.
+
+    Raises:
+        SystemExit: If this process is told to stop.
+    """
+    reason = None
+    try:
+        with _output_to(task.log):
+            try:
+                _run(task)
+            except KeyboardInterrupt as interrupt:
+                print(interrupt, flush=True)
+                sys.exit(128 + getattr(interrupt, "signal_number", signal.SIGINT))
+            except Exception as error:
+                reason = failure_reason(error)
+                traceback.print_exc()
+    except OSError as error:  # the log itself: a full disk, a directory that is read-only or not one
+        reason = reason or failure_reason(error)
+    return reason
+
+
+@contextlib.contextmanager
+def _output_to(path: Path) -> Iterator[None]:
+    """Append what is printed to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        named_in_errors(path),
+        path.open("a", encoding="utf-8") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        yield
+
+
+def _run(task: Task) -> None:
+    """Carry out a run, once a worker that holds it has left."""
     # Imported here, in the worker: the process that waits needs neither PyTorch's memory nor its time.
     import torch
 
     from kfac_sua.training.loop import run
 
-    task.log.parent.mkdir(parents=True, exist_ok=True)
-    with task.log.open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        if task.config.num_threads is None and task.num_threads is not None:
-            torch.set_num_threads(task.num_threads)
+    if task.config.num_threads is None and task.num_threads is not None:
+        torch.set_num_threads(task.num_threads)
+    deadline = time.monotonic() + BUSY_TIME_S
+    while True:
         try:
             run(task.config)
-        except Exception as error:
-            # One run that fails, for whatever reason, does not stop the others; the campaign ends with its name.
-            traceback.print_exc(file=log)
-            return " ".join(str(error).split()) or type(error).__name__
-    return None
+            return
+        except RunBusyError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(BUSY_PERIOD_S)

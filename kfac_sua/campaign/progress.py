@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from kfac_sua.campaign.cell import Cell, CellState, read_state
+from kfac_sua.campaign.cell import Cell, CellState, read_state, sound_records
 from kfac_sua.campaign.estimate import Estimator, shown_seconds
-from kfac_sua.runs.record import read_records
 
 # Seconds between two looks at the records of the runs in progress.
 LOOK_PERIOD_S = 2.0
@@ -103,7 +102,7 @@ class CampaignProgress:
 
 def _outcome(cell: Cell, state: CellState) -> str:
     """Return in a few words what a run came to."""
-    records = read_records(cell.directory.metrics) if cell.directory.metrics.exists() else []
+    records = sound_records(cell)
     if state.status == "diverged" or not records:
         return f"{state.status} after epoch {state.epochs}"
     last = records[-1]

@@ -20,7 +20,7 @@ from kfac_sua.figures.grid_map import draw_grid_map
 from kfac_sua.figures.style import MethodStyle, method_styles
 from kfac_sua.figures.time_split import draw_time_split
 from kfac_sua.figures.time_to_target import draw_time_to_target
-from kfac_sua.runs.record import environment
+from kfac_sua.runs.environment import environment
 
 _WRITTEN = (".csv", ".png", ".svg", ".md", ".html")
 

@@ -13,7 +13,6 @@ import pickle
 import socket
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,8 +30,6 @@ Array = NDArray[Any]
 REQUIRED_ARRAYS = ("train_images", "train_labels", "test_images", "test_labels", "classes")
 NETWORK_TIMEOUT_S = 30.0
 
-# What reading a damaged or hostile zip member raises, from zipfile, zlib and NumPy's header parser.
-_READ_ERRORS = (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, RuntimeError, MemoryError)
 # What torchvision's download, extraction and unpickling raise; RuntimeError is its own checksum failure.
 _FETCH_ERRORS = (
     OSError,
@@ -204,7 +201,9 @@ def _read_arrays(path: Path) -> dict[str, Array]:
                 raise _damaged(path, f"has no array {', '.join(missing)} (it holds {found})")
             for key in REQUIRED_ARRAYS:
                 arrays[key] = archive[key]
-    except _READ_ERRORS as error:
+    except DataError:
+        raise
+    except Exception as error:  # zipfile, its decompressors and NumPy's header parser raise a dozen types
         culprit = f"array '{REQUIRED_ARRAYS[len(arrays)]}'"
         raise _damaged(path, f"cannot be read at {culprit} ({_one_line(error)})") from error
     return arrays

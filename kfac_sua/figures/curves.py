@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from kfac_sua.runs.record import ENDED, UNENDED
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -39,7 +41,7 @@ class Method:
 
     Attributes:
         name: Name of the method.
-        counts: Number of runs per status, in the order finished, diverged, running; none is zero.
+        counts: Number of runs per status, in the order finished, diverged, running, failed; none is zero.
         setting: What the plotted runs have in common, for the CSV.
         loss: Training loss in nats against epochs.
         val_error: Validation error in percent against training seconds.
@@ -113,8 +115,8 @@ def method_curves(name: str, rows: pd.DataFrame) -> Method:
     if settings != 1:
         raise FigureError(f"Method {name!r} has {settings} settings; keep one, for example by select_best.")
     numbers = rows.drop_duplicates("run")["status"].value_counts()
-    counts = {status: int(numbers[status]) for status in ("finished", "diverged", "running") if status in numbers}
-    if set(counts) == {"running"}:
+    counts: dict[str, int] = {status: int(numbers[status]) for status in (*ENDED, *UNENDED) if status in numbers}
+    if not counts.keys() & set(ENDED):
         raise FigureError(f"No run of method {name!r} has ended; let them finish, or leave the method out.")
     runs = rows[rows["status"] == next(iter(counts))]
     keys = ("dataset", "model", "base_lr", "damping", "fingerprint", "status")

@@ -5,7 +5,7 @@ Command line: ``python -m kfac_sua.figures.fig1 RUNS_ROOT --out DIR [--title T] 
 Lines are means over seeds and bands run from the lowest to the highest seed, which with the usual three to
 five seeds says more than an estimated standard deviation. Only runs of equal outcome are averaged: a method's
 finished seeds, or, if all of its seeds diverged, these, up to their last common finite epoch, which a cross
-marks. The legend counts the seeds that diverged or are still running.
+marks. The legend counts the seeds that diverged, failed or are still running.
 """
 
 import argparse

@@ -13,6 +13,7 @@ from kfac_sua.figures.files import write_figure
 from kfac_sua.figures.grid_layout import CELL_HEIGHT, MARGIN, GridMap, Page, Place, lay_out
 from kfac_sua.figures.panels import method_names, panel_titles, with_names
 from kfac_sua.figures.style import METHODS, MethodStyle, short_number
+from kfac_sua.runs.record import UNENDED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -210,7 +211,7 @@ def _key(cells: pd.DataFrame) -> list[dict[str, Any]]:
     entries = {
         "Chosen": (cells["is_chosen"].any(), {"facecolor": "white", "edgecolor": "black", "linewidth": 1.6}),
         "Diverged (×)": ((cells["status"] == "diverged").any(), _DIVERGED),
-        "Not finished": ((cells["status"] == "running").any(), _EMPTY),
+        "Not finished": (cells["status"].isin(UNENDED).any(), _EMPTY),
     }
     return [{"label": label, **look} for label, (is_used, look) in entries.items() if is_used]
 

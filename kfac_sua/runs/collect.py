@@ -15,7 +15,16 @@ from typing import Any
 import pandas as pd
 
 from kfac_sua.config import PreconditionerName
-from kfac_sua.runs.record import COLUMNS, EpochRecord, RecordError, RunInfo, read_records, read_run_info
+from kfac_sua.runs.record import (
+    COLUMNS,
+    ENDED,
+    UNENDED,
+    EpochRecord,
+    RecordError,
+    RunInfo,
+    read_ended_records,
+    read_run_info,
+)
 
 SETTING_COLUMNS = ("dataset", "model", "preconditioner", "base_lr", "damping", "fingerprint")
 RUN_COLUMNS = ("run", *SETTING_COLUMNS, "seed", "status", "test_error")
@@ -73,7 +82,7 @@ def run_rows(root: Path, path: Path) -> list[dict[str, Any]]:
         RecordError: If one of its files cannot be read.
     """
     info, metrics = read_run_info(path), path.with_name("metrics.csv")
-    records = read_records(metrics) if metrics.exists() else []
+    records = read_ended_records(metrics, info) if metrics.exists() else []
     epochs = [record.epoch for record in records]
     if epochs != sorted(set(epochs)):
         raise CollectError(f"{metrics} does not hold each epoch once, in order; remove the run and start it again.")
@@ -93,15 +102,22 @@ def require_runs(frame: pd.DataFrame, names: Sequence[str]) -> None:
     Raises:
         CollectError: If one has none; the message names all of these.
     """
-    ended = set(frame.loc[frame["status"] != "running", "preconditioner"])
+    ended = set(frame.loc[frame["status"].isin(ENDED), "preconditioner"])
     missing = [name for name in names if name not in ended]
     if missing:
-        running = sorted(set(frame["preconditioner"]) & set(missing))
-        note = f" ({', '.join(running)} still marked as running)" if running else ""
+        note = _unended_note(frame[frame["preconditioner"].isin(missing)])
         raise CollectError(
             f"Of {len(names)} preconditioners needed, {len(missing)} have no finished run:"
             f" {', '.join(missing)}{note}; start the missing runs, the same command resumes an interrupted one."
         )
+
+
+def _unended_note(runs: pd.DataFrame) -> str:
+    """Return in brackets which methods have runs that failed or still run, empty if there are none."""
+    names = {status: sorted(set(runs.loc[runs["status"] == status, "preconditioner"])) for status in UNENDED}
+    words = {"running": "still marked as running", "failed": "failed"}
+    notes = [f"{', '.join(names[status])} {words[status]}" for status in UNENDED if names[status]]
+    return f" ({'; '.join(notes)})" if notes else ""
 
 
 def final_table(frame: pd.DataFrame) -> pd.DataFrame:
@@ -111,7 +127,7 @@ def final_table(frame: pd.DataFrame) -> pd.DataFrame:
         frame: Result of ``collect_runs``.
 
     Returns:
-        ``SETTING_COLUMNS``, the counts ``finished``, ``diverged`` and ``running``, then per name in
+        ``SETTING_COLUMNS``, the counts ``finished``, ``diverged``, ``running`` and ``failed``, then per name in
         ``QUANTITIES`` ``<name>_mean`` and ``<name>_std`` over the finished seeds: NaN without one, and the
         sample standard deviation is NaN with one. Losses and ``final_val_error`` are those of the last epoch.
     """
@@ -119,7 +135,7 @@ def final_table(frame: pd.DataFrame) -> pd.DataFrame:
     summaries = pd.DataFrame([_summary(run) for _, run in frame.groupby("run", sort=False)])
     # dropna=False keeps the baseline, whose damping is NaN.
     counts = summaries.groupby([*setting, "status"], dropna=False).size().unstack("status", fill_value=0)
-    counts = counts.reindex(columns=["finished", "diverged", "running"], fill_value=0)
+    counts = counts.reindex(columns=[*ENDED, *UNENDED], fill_value=0)
     is_finished = summaries["status"] == "finished"
     measured = summaries[setting].join(summaries[list(QUANTITIES)].astype(float).where(is_finished))
     numbers = measured.groupby(setting, dropna=False).agg(["mean", "std"])
@@ -133,7 +149,7 @@ def select_best(frame: pd.DataFrame, by: str = "best_val_error") -> pd.DataFrame
 
     The paper reports "the best performing curves" without a criterion; here it is the lowest mean over seeds
     on the held-out split (never the test set). A setting with a diverged seed comes after all without one,
-    and a setting whose runs are all still running is no candidate.
+    and a setting none of whose runs has ended is no candidate.
 
     Args:
         frame: Result of ``collect_runs``.
@@ -142,7 +158,7 @@ def select_best(frame: pd.DataFrame, by: str = "best_val_error") -> pd.DataFrame
     Returns:
         The rows of ``frame`` that belong to the chosen settings.
     """
-    ended = final_table(frame[frame["status"] != "running"])
+    ended = final_table(frame[frame["status"].isin(ENDED)])
     ranked = ended.sort_values(["diverged", f"{by}_mean", "train_loss_mean"], kind="stable")
     best = ranked.drop_duplicates(["dataset", "model", "preconditioner"])
     return frame[frame["fingerprint"].isin(best["fingerprint"])].reset_index(drop=True)
@@ -248,7 +264,7 @@ def _in_paper_order(column: "pd.Series[Any]") -> "pd.Series[Any]":
 
 def _count_text(row: "pd.Series[Any]") -> str:
     """Return how many runs ended how, such as ``3`` or ``2 +1 diverged``."""
-    others = [f" +{row[name]} {name}" for name in ("diverged", "running") if row[name]]
+    others = [f" +{row[name]} {name}" for name in ("diverged", *UNENDED) if row[name]]
     return f"{row['finished']}{''.join(others)}"
 
 

@@ -5,6 +5,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
+
+from kfac_sua.runs.atomic import named_in_errors
 
 
 class RunBusyError(Exception):
@@ -20,16 +23,42 @@ def exclusive(directory: Path) -> Iterator[None]:
 
     Raises:
         RunBusyError: If another process holds it.
+        OSError: If it cannot be made or written to.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("a+", encoding="ascii") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            raise RunBusyError(f"{directory} is being trained by process {holder}; wait for it or stop it.") from error
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+    path = directory / ".lock"
+    with _locked(path) as file:
+        with named_in_errors(path):
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
         yield
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[TextIO]:
+    """Open and lock a file that is still the one at its path: a directory may be removed between the two."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+", encoding="ascii") as file:
+            _lock(file, path)
+            if _is_at(path, file):
+                yield file
+                return
+
+
+def _lock(file: TextIO, path: Path) -> None:
+    try:
+        with named_in_errors(path):  # some network file systems have no locks
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        holder = file.read().strip()  # empty for the instant between its lock and its number
+        who = f"process {holder}" if holder else "another process"
+        raise RunBusyError(f"{path.parent} is being trained by {who}; wait for it or stop it.") from error
+
+
+def _is_at(path: Path, file: TextIO) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False

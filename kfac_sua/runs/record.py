@@ -6,19 +6,16 @@ one is torn, and everything else is written to a temporary file and renamed.
 
 import dataclasses
 import errno
-import importlib.metadata
+import hashlib
 import json
 import os
-import platform
 import re
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from kfac_sua.runs.atomic import named_in_errors, write_atomically
-
 
 Status = Literal["running", "finished", "diverged", "failed"]
 # Of these nothing is left to do; a run of any other status goes on by the same command.
@@ -124,6 +121,31 @@ def read_records(path: Path) -> list[EpochRecord]:
     return [_parse(path, number, line, num_columns) for number, line in enumerate(lines, start=2)]
 
 
+def records_digest(records: Sequence[EpochRecord]) -> str:
+    """Return the SHA-256 of rows: what is kept elsewhere to see that none of them has been changed.
+
+    Args:
+        records: The rows, in order.
+    """
+    return hashlib.sha256(b"".join(_format(record) for record in records)).hexdigest()
+
+
+def read_ended_records(path: Path, info: "RunInfo") -> list[EpochRecord]:
+    """Return the rows of a run, which must be those that run.json speaks of if the run has ended.
+
+    Args:
+        path: The metrics.csv file.
+        info: Content of the run.json beside it.
+
+    Raises:
+        RecordError: If the file cannot be read, or was changed after the run's end.
+    """
+    records = read_records(path)
+    if info.records_digest is not None and records_digest(records) != info.records_digest:
+        raise RecordError(f"{path} is not as it was at the end of the run; restore it, or delete the run's directory.")
+    return records
+
+
 def rewrite_records(path: Path, records: list[EpochRecord]) -> None:
     """Replace metrics.csv by these rows, atomically: a crash leaves either the old file or the new one.
 
@@ -147,6 +169,8 @@ def _parse(path: Path, number: int, line: bytes, num_columns: int) -> EpochRecor
     """Return the record of one line, or say which line of which file is not one."""
     try:
         texts, kinds = line.decode("ascii").split(","), list(COLUMN_TYPES.values())[:num_columns]
+        if re.search(r"[_\s]", line.decode("ascii")):  # which Python takes in a number, and no program writes
+            raise ValueError("a blank or an underscore")
         values = [kind(text) for kind, text in zip(kinds, texts, strict=True)]
     except ValueError as error:
         raise RecordError(
@@ -196,6 +220,7 @@ class RunInfo:
         diverged_at_epoch: Epoch of the first non-finite loss.
         failure: Why the last attempt failed, in one sentence.
         skipped_steps: Mini-batches that took no step, as something in them was not finite.
+        records_digest: Of a run that has ended, what :func:`records_digest` returned for its rows.
     """
 
     status: Status
@@ -214,6 +239,7 @@ class RunInfo:
     diverged_at_epoch: int | None = None
     failure: str | None = None
     skipped_steps: int = 0
+    records_digest: str | None = None
 
     def __post_init__(self) -> None:
         """Check the type of every field, since run.json may come from elsewhere.
@@ -240,7 +266,7 @@ def failure_reason(error: BaseException) -> str:
     """
     text = " ".join(str(error).split()) or "no details"
     if _is_out_of_memory(error, text):
-        wanted = re.search(r"(?:tried|[Uu]nable) to allocate ([\d.]+ \w+)", text)
+        wanted = re.search(r"(?:[Tt]ried|[Uu]nable) to allocate ([\d.]+ \w+)", text)
         return f"Out of memory{f' (asked for {wanted[1]})' if wanted else ''}; lower batch_size or model.width."
     if isinstance(error, OSError):
         return f"Cannot use {error.filename or 'a file'}: {error.strerror or text}."
@@ -267,7 +293,8 @@ def write_run_info(path: Path, info: RunInfo) -> None:
         OSError: If the file cannot be written; it is then as before.
     """
     try:
-        text = json.dumps(dataclasses.asdict(info), indent=2)
+        values = dataclasses.asdict(info)
+        text = json.dumps(values | {"digest": _digest(values)}, indent=2)
     except TypeError as error:
         raise RecordError(f"Cannot write {path}: {error}; resolve the configuration to plain types first.") from error
     write_atomically(path, (text + "\n").encode())
@@ -283,19 +310,23 @@ def read_run_info(path: Path) -> RunInfo:
         The content, with every field checked.
 
     Raises:
-        RecordError: If the file is missing, is not JSON, or does not hold exactly the fields of ``RunInfo``.
+        RecordError: If the file is missing or not JSON, does not hold exactly the fields of ``RunInfo``, or was changed
+            after it was written.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecordError(f"Cannot read {path}: {error.strerror}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RecordError(
             f"{path} is not valid JSON ({error}); delete the run's directory and run it again."
         ) from error
     names = {field.name for field in dataclasses.fields(RunInfo)}
     if isinstance(content, dict):
-        content = {"failure": None, "skipped_steps": 0} | content  # files of before these were recorded lack them
+        digest = content.pop("digest", None)  # files of before these were recorded lack them
+        if digest is not None and digest != _digest(content):
+            raise RecordError(f"{path} is not as it was written; restore it, or delete the run's directory.")
+        content = {"failure": None, "skipped_steps": 0, "records_digest": None} | content
     if not isinstance(content, dict) or content.keys() != names:
         got = ", ".join(sorted(names ^ content.keys())) if isinstance(content, dict) else type(content).__name__
         raise RecordError(f"{path} was not written by this version: missing or unknown fields ({got}); move it away.")
@@ -305,9 +336,16 @@ def read_run_info(path: Path) -> RunInfo:
         raise RecordError(f"{path}: {error}") from error
 
 
+def _digest(values: dict[str, Any]) -> str:
+    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
 def _matches(value: object, hint: Any) -> bool:
     """Say whether a value read from JSON fits the annotation of a field."""
     origin = get_origin(hint)
+    if isinstance(value, bool):
+        return hint is Any  # to Python a bool is an int
     if origin is Literal:
         return value in get_args(hint)
     if origin is UnionType:
@@ -315,68 +353,3 @@ def _matches(value: object, hint: Any) -> bool:
     if hint is float:
         return isinstance(value, int | float)
     return isinstance(value, origin or hint)
-
-
-@dataclasses.dataclass(frozen=True)
-class Environment:
-    """What a run ran on: fields of ``RunInfo`` that do not follow from the configuration."""
-
-    versions: dict[str, str | None]
-    commit: str | None
-    device_name: str
-
-
-def environment(device: str = "auto") -> Environment:
-    """Return versions, commit and device name for run.json.
-
-    Args:
-        device: ``cpu``, ``cuda`` (optionally with an index), or ``auto``: CUDA where there is a device.
-
-    Returns:
-        Versions of Python and the packages that decide numbers (None where not installed), the commit with
-        ``+dirty`` where the checkout has changes (None outside one), and the name of the device.
-    """
-    root = Path(__file__).resolve().parents[2]
-    return Environment(versions=_versions(), commit=_commit(root), device_name=_device_name(device))
-
-
-def _versions() -> dict[str, str | None]:
-    """Return versions without imports, but for torch, whose own version alone names its CUDA build."""
-    import torch  # here, because reading and writing records does not need it
-
-    versions: dict[str, str | None] = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    for name in ("torchvision", "numpy", "hydra-core", "kfac_sua"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    return versions
-
-
-def _commit(root: Path) -> str | None:
-    """Return the commit of the checkout at root; a repository around site-packages is not one."""
-    toplevel, head = _git(root, "rev-parse", "--show-toplevel"), _git(root, "rev-parse", "HEAD")
-    if not toplevel or not head or Path(toplevel).resolve() != root:
-        return None
-    return head if _git(root, "status", "--porcelain") == "" else f"{head}+dirty"
-
-
-def _git(root: Path, *arguments: str) -> str | None:
-    """Return what git prints, or None where there is no git, no repository or no commit."""
-    try:
-        result = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return result.stdout.strip()
-
-
-def _device_name(device: str) -> str:
-    """Return the name of the GPU or, from the kernel's list where there is one, of the processor."""
-    import torch
-
-    if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
-        return torch.cuda.get_device_name(None if device in ("auto", "cuda") else device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from kfac_sua.runs.atomic import written_beside
+
 MAGIC = b"KFACSUA2"
 FORMAT_VERSION = 2
 _DIGEST_SIZE = hashlib.sha256().digest_size
@@ -32,6 +34,7 @@ class Checkpoint:
         fingerprint: Digest of the configuration it belongs to.
         seed: Seed of the run, which the fingerprint leaves out.
         data_digest: Digest of the images and labels it was trained and evaluated on.
+        records_digest: Digest of the rows of metrics.csv up to it.
         epoch: Completed epochs.
         batch: Mini-batches of the epoch after these that have been taken.
         step: Completed optimisation steps.
@@ -46,6 +49,7 @@ class Checkpoint:
     fingerprint: str
     seed: int
     data_digest: str
+    records_digest: str
     epoch: int
     batch: int
     step: int
@@ -77,21 +81,13 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     buffer = io.BytesIO()
     torch.save({"format_version": FORMAT_VERSION, **values}, buffer)
     payload = buffer.getbuffer()
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(MAGIC + hashlib.sha256(payload).digest())
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
+    digest = hashlib.sha256(payload).digest()
+    with written_beside(path, MAGIC, digest, payload) as temporary:
         if _payload(temporary) != payload:
             raise CheckpointError(f"{temporary} does not hold what was written to it; check the disk.")
-    except BaseException:
-        temporary.unlink(missing_ok=True)  # of a full disk, not even the torn file may stay
-        raise
-    if path.exists():
-        path.replace(previous_path(path))
-    temporary.replace(path)
+        if path.exists():
+            path.replace(previous_path(path))
+        temporary.replace(path)
     _sync_directory(path.parent)
 
 
@@ -117,6 +113,8 @@ def load_checkpoint(
     for candidate in (path, previous_path(path)):
         if not candidate.exists():
             continue
+        if not candidate.is_file():  # what is to be replaced later must be a file
+            raise CheckpointError(f"{candidate} is not a file; {_CURE}.")
         try:
             checkpoint = _read(candidate, device)
             _check_run(checkpoint, candidate, fingerprint, seed)

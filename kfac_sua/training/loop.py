@@ -14,16 +14,18 @@ from kfac_sua.build import choose_device
 from kfac_sua.config import Config
 from kfac_sua.data import BatchLoader
 from kfac_sua.runs.directory import RunDirectory, resolved, run_directory
+from kfac_sua.runs.environment import environment
 from kfac_sua.runs.lock import exclusive
 from kfac_sua.runs.record import (
     EpochRecord,
     RecordError,
     RunInfo,
     append_record,
-    environment,
     failure_reason,
+    read_ended_records,
     read_records,
     read_run_info,
+    records_digest,
     rewrite_records,
     write_run_info,
 )
@@ -132,19 +134,20 @@ def _train(training: Training, directory: RunDirectory, info: RunInfo, records: 
     log = _open_tensorboard(directory, info, records)
     progress = _open_progress(training)
     with StopRequest() as stop:
-        saver = Saver(training, directory, stop)
+        saver = Saver(training, directory, stop, records)
         try:
             if not records:  # the untrained network, so that curves against time begin at zero seconds
-                _log_untrained(training, directory, log, saver)
+                records.append(_log_untrained(training, directory, log, saver))
             while training.epoch < training.config.epochs:
                 record = _train_epoch(training, progress, saver)
                 if record is None:
-                    return _end(training, directory, info, status="diverged", diverged_at_epoch=training.epoch + 1)
+                    return _end(saver, info, status="diverged", diverged_at_epoch=training.epoch + 1)
                 _log(training, directory, log, record)
+                records.append(record)
                 saver.save()
                 progress.epoch(record)
             test = _evaluate(training, training.evaluation_loader(training.splits.test), saver.between)
-            return _end(training, directory, info, status="finished", test_loss=test.loss, test_error=test.error)
+            return _end(saver, info, status="finished", test_loss=test.loss, test_error=test.error)
         except Interrupted:
             raise
         except KeyboardInterrupt as interrupt:
@@ -154,15 +157,17 @@ def _train(training: Training, directory: RunDirectory, info: RunInfo, records: 
             log.close()
 
 
-def _log_untrained(training: Training, directory: RunDirectory, log: TensorBoardLog, saver: Saver) -> None:
-    """Write the row of epoch 0; a run that is stopped meanwhile has nothing to save."""
+def _log_untrained(training: Training, directory: RunDirectory, log: TensorBoardLog, saver: Saver) -> EpochRecord:
+    """Write and return the row of epoch 0; a run that is stopped meanwhile has nothing to save."""
 
     def stop_if_asked() -> None:
         if saver.is_asked_to_stop:
             raise saver.interrupted()
 
     train_eval, val = _evaluate_epoch(training, stop_if_asked)
-    _log(training, directory, log, _record(training, train_eval, train_eval, val))
+    record = _record(training, train_eval, train_eval, val)
+    _log(training, directory, log, record)
+    return record
 
 
 def _train_epoch(training: Training, progress: Progress, saver: Saver) -> EpochRecord | None:
@@ -226,7 +231,13 @@ def _resume(training: Training, directory: RunDirectory) -> tuple[bool, list[Epo
     training.restore(checkpoint)
     # A row is written before its checkpoint, so that a crash between the two leaves a row too many.
     records = [record for record in read_records(directory.metrics) if record.epoch <= checkpoint.epoch]
-    if [record.epoch for record in records] != list(range(checkpoint.epoch + 1)):
+    is_complete = [record.epoch for record in records] == list(range(checkpoint.epoch + 1))
+    if is_complete and records_digest(records) != checkpoint.records_digest:
+        raise RecordError(
+            f"{directory.metrics} is not as it was when {directory.checkpoint.name} was written; restore it, or move "
+            "the directory away to start this run from the beginning."
+        )
+    if not is_complete:
         raise RecordError(
             f"{directory.metrics} lacks epochs that {directory.checkpoint.name} has completed ({checkpoint.epoch}); "
             "restore it, or move the directory away to start this run from the beginning."
@@ -258,9 +269,16 @@ def _prepare_directory(directory: RunDirectory, info: RunInfo, records: list[Epo
     rewrite_records(directory.metrics, records)
 
 
-def _end(training: Training, directory: RunDirectory, info: RunInfo, **outcome: Any) -> RunInfo:
+def _end(saver: Saver, info: RunInfo, **outcome: Any) -> RunInfo:
     """Write how the run ended, after which the checkpoint before the last is of no use."""
-    ended = dataclasses.replace(info, finished=_now(), skipped_steps=training.skipped_steps, **outcome)
+    directory = saver.directory
+    ended = dataclasses.replace(
+        info,
+        finished=_now(),
+        skipped_steps=saver.training.skipped_steps,
+        records_digest=records_digest(saver.records),
+        **outcome,
+    )
     write_run_info(directory.info, ended)
     previous_path(directory.checkpoint).unlink(missing_ok=True)
     return ended
@@ -277,7 +295,7 @@ def _summary(directory: RunDirectory, info: RunInfo) -> str:
     """Return one line: how the run ended, its numbers, and where it lies."""
     if info.status == "diverged":
         return f"diverged in epoch {info.diverged_at_epoch} (the loss is not finite): {directory.path}"
-    records = read_records(directory.metrics) if directory.metrics.exists() else []
+    records = read_ended_records(directory.metrics, info) if directory.metrics.exists() else []
     if not records or records[-1].epoch != info.config.get("epochs") or info.test_error is None:
         raise RecordError(
             f"{directory.info} says that the run has finished, but its records are incomplete; move {directory.path} "

@@ -1,9 +1,10 @@
 """When a run is saved: now and then, at the end of every epoch, and when it is asked to stop."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from kfac_sua.runs.directory import RunDirectory
+from kfac_sua.runs.record import EpochRecord, records_digest
 from kfac_sua.training.checkpoint import save_checkpoint
 from kfac_sua.training.signals import Interrupted, StopRequest
 from kfac_sua.training.state import Training
@@ -16,6 +17,7 @@ class Saver:
         training: The state to save.
         directory: Where to.
         stop: Whether the run has been asked to stop.
+        records: The rows written so far; whoever writes another one appends it.
         clock: Seconds of a monotonic clock.
     """
 
@@ -24,10 +26,12 @@ class Saver:
         training: Training,
         directory: RunDirectory,
         stop: StopRequest,
+        records: Sequence[EpochRecord],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._training = training
-        self._directory = directory
+        self.training = training
+        self.directory = directory
+        self.records = records
         self._stop = stop
         self._clock = clock
         self._saved_at = clock()
@@ -40,10 +44,11 @@ class Saver:
 
     def save(self) -> None:
         """Write a checkpoint."""
-        with self._training.watch.phase("writing"):
-            save_checkpoint(self._directory.checkpoint, self._training.checkpoint(self._directory.fingerprint))
+        with self.training.watch.phase("writing"):
+            checkpoint = self.training.checkpoint(self.directory.fingerprint, records_digest(self.records))
+            save_checkpoint(self.directory.checkpoint, checkpoint)
         self._saved_at = self._clock()
-        self._position = _position(self._training)
+        self._position = _position(self.training)
 
     def between(self) -> None:
         """Called between two mini-batches: save if it is time to, or if the run is to stop.
@@ -51,7 +56,7 @@ class Saver:
         Raises:
             Interrupted: If the run has been asked to stop, after it has been saved.
         """
-        interval = self._training.config.checkpoint_interval_s
+        interval = self.training.config.checkpoint_interval_s
         if self.is_asked_to_stop:
             self.save()
             raise self.interrupted()

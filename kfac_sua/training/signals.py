@@ -23,10 +23,11 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopRequest:
-    """While entered, remembers the first SIGINT or SIGTERM; the second one raises where it arrives.
+    """While entered, remembers the first SIGINT or SIGTERM; a SIGINT after it raises where it arrives.
 
-    A signal that is ignored stays ignored: the workers of a campaign leave Ctrl-C to their parent. Outside the main
-    thread, which alone receives signals, entering does nothing.
+    A further SIGTERM is no impatient user: a scheduler may send one to the process and another to its group. A signal
+    that is ignored stays ignored: the workers of a campaign leave Ctrl-C to their parent. Outside the main thread,
+    which alone receives signals, entering does nothing.
     """
 
     def __init__(self) -> None:
@@ -49,7 +50,8 @@ class StopRequest:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if self.signal_number is not None:
+        if self.signal_number is None:
+            self.signal_number = number
+            print("stopping after this step; Ctrl-C stops at once.", file=sys.stderr, flush=True)
+        elif number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal_number = number
-        print("stopping after this step; once more to stop at once.", file=sys.stderr, flush=True)

@@ -115,12 +115,13 @@ class Training:
         """Count an epoch whose mini-batches have all been taken."""
         self.epoch, self.batch, self.sums = self.epoch + 1, 0, ErrorCounter(self.device)
 
-    def checkpoint(self, fingerprint: str) -> Checkpoint:
+    def checkpoint(self, fingerprint: str, records_digest: str) -> Checkpoint:
         """Return the state as it is between two mini-batches."""
         return Checkpoint(
             fingerprint=fingerprint,
             seed=self.config.seed,
             data_digest=self.data_digest,
+            records_digest=records_digest,
             epoch=self.epoch,
             batch=self.batch,
             step=self.step,

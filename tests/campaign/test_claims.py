@@ -247,13 +247,14 @@ def test_diverged_and_running_seeds_are_counted_and_left_out():
     others = [
         _rows("vgg11", "sua", 7, [2.0, math.nan], [0.8, math.nan], 1, "diverged"),
         _rows("vgg11", "sua", 8, [2.0, 9.0], [0.8, 0.9], 1, "running"),
+        _rows("vgg11", "sua", 9, [2.0, 9.0], [0.8, 0.9], 1, "failed"),
         _rows("vgg11", "kfac", 7, [math.nan], [math.nan], 1, "diverged"),
     ]
     verdict = judge("C1", pd.concat([finals, *others]))
     assert verdict.parts == judge("C1", finals).parts
     assert verdict.seeds == 3
     assert verdict.note == (
-        "sua: of 5 seeds 1 diverged and 1 still running, left out of its mean."
+        "sua: of 6 seeds 1 diverged and 1 failed and 1 still running, left out of its mean."
         " kfac: of 4 seeds 1 diverged, left out of its mean."
     )
 

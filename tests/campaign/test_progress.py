@@ -61,6 +61,27 @@ def test_several_at_a_time_take_as_long_as_the_longest(tmp_path):
     assert estimator.total([(cell, NOTHING)], jobs=8) == pytest.approx(work)
 
 
+def test_damaged_records_make_a_run_a_failed_one(tmp_path):
+    """Its reason is what cannot be read, nothing is learnt from it, and the other runs are not disturbed."""
+    cell = make_cell(tmp_path, 0.1)
+    leave(cell, 10, "finished")
+    cell.directory.metrics.write_text("not,a,record\n")
+    state = read_state(cell)
+    assert (state.status, state.epochs, state.has_ended) == ("failed", 0, False)
+    assert "expected the header of metrics.csv" in str(state.failure)
+    assert Estimator([cell], {"baseline": 1.0}).seconds(cell, state) == pytest.approx(num_steps(cell.config))
+    cell.directory.info.write_text("{")
+    assert "run.json is not valid JSON" in str(read_state(cell).failure)
+
+
+def test_a_finished_run_that_lacks_epochs_is_a_failed_one(tmp_path):
+    """Means over fewer epochs than were trained would be wrong numbers."""
+    cell = make_cell(tmp_path, 0.1)
+    leave(cell, 9, "finished")
+    assert "says that the run has finished, but metrics.csv lacks epochs" in str(read_state(cell).failure)
+    assert not read_state(cell).has_ended
+
+
 def test_half_a_run_takes_half_the_time(tmp_path):
     """What a checkpoint has saved is not counted again."""
     cell = make_cell(tmp_path, 0.1)

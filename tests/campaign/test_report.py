@@ -13,6 +13,7 @@ from campaign.report_inputs import (
     report_input,
     rows,
     run_frame,
+    run_infos,
     section,
     written,
 )
@@ -177,12 +178,14 @@ def test_unfinished_and_missing_runs_are_named(tmp_path):
     definition = campaign(claims=[])
     finals = final_frame(definition)
     finals.loc[(finals["method"] == "sua") & (finals["seed"] == 2), "status"] = "running"
+    finals.loc[(finals["method"] == "sua") & (finals["seed"] == 1), "status"] = "failed"
     finals = finals[finals["method"] != "kfac"]
     finals = finals[(finals["method"] != "grouped") | (finals["seed"] == 0)]
-    markdown, _ = written(report_input(definition, finals), tmp_path)
-    assert "**Of 15 final runs, 1 did not finish and 5 are missing**" in markdown
+    infos = run_infos(finals, failure="Cannot use a_file: No space left on device.")
+    markdown, _ = written(report_input(definition, finals, infos=infos), tmp_path)
+    assert "**Of 15 final runs, 2 did not finish and 5 are missing**" in markdown
     text = section(markdown, "Final numbers")
-    assert "SUA: seed 2 has not finished." in text
+    assert "SUA: seed 1 failed: Cannot use a\\_file: No space left on device and seed 2 has not finished." in text
     assert "K-FAC: 3 runs missing." in text
     assert "K-FAC, groups: 2 runs missing." in text
     assert rows(text, "K-FAC")[0][1] == "0 of 3"

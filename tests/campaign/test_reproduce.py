@@ -124,7 +124,8 @@ def test_a_finished_run_that_lost_epochs_is_refused(campaigns):
     result = call(killed)
     metrics.write_text(intact)
     assert result.returncode == 1
-    assert "metrics.csv lacks epochs" in result.stderr
+    assert "1 of 1 runs failed" in result.stderr
+    assert "records are incomplete" in result.stderr
     assert str(metrics.parent) in result.stderr
 
 
@@ -155,6 +156,16 @@ def test_bad_input_is_one_sentence(tmp_path, capsys, arguments, message):
     assert message in error
     assert error.count("\n") == 1
     assert not out.exists()
+
+
+@pytest.mark.parametrize(("arguments", "environment"), [(["--debug"], "0"), ([], "1")], ids=["option", "environment"])
+def test_debug_shows_where_an_error_arises(tmp_path, capsys, monkeypatch, arguments, environment):
+    """The traceback instead of the sentence, and the same exit code."""
+    monkeypatch.setenv("HYDRA_FULL_ERROR", environment)
+    assert main(["fig1", "--scale", "smoke", "--out", str(tmp_path / "out"), "epochs=0", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("Traceback")
+    assert "ConfigError: epochs must be" in error
 
 
 def test_failed_runs_end_with_their_names(tmp_path, capsys):

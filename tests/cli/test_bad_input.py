@@ -1,150 +1,71 @@
-"""Bad input: exit code 2, one sentence on stderr that names key, value and choices, and nothing on disk."""
+"""Bad input: an exit code, one sentence on stderr that names key, value and cure, and nothing on disk."""
 
+import importlib
 import re
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from bad_inputs import (
+    BAD_ARCHIVES,
+    BAD_CHECKPOINTS,
+    BAD_COMMANDS,
+    BAD_ENVIRONMENTS,
+    BAD_OTHER_COMMANDS,
+    BAD_OUTPUT_DIRS,
+    BAD_RECORDS,
+    MARK,
+)
 
 from kfac_sua import train
 from kfac_sua.compose import compose_config
 from kfac_sua.config import ConfigError
+from kfac_sua.data import DataError
+from kfac_sua.runs.record import RecordError
+from kfac_sua.training import loop
+from kfac_sua.training.checkpoint import CheckpointError
 
 TINY = ["model=tiny", "dataset=digits", "device=cpu", "epochs=1"]
+RESUMABLE = [
+    "model=tiny",
+    "dataset=digits",
+    "device=cpu",
+    "preconditioner=baseline",
+    "dataset.train_size=100",
+    "epochs=2",
+]
+BASELINE = ["preconditioner=baseline", "dataset.train_size=100", "dataset.train_eval_size=100"]
 
-# Command line -> what the sentence must say (a regular expression).
-BAD_COMMANDS = {
-    # misspelt keys, groups and options
-    "optimizer.lrr=0.1": r"no key 'optimizer.lrr' \(did you mean 'optimizer.lr'\?\); the keys of optimizer=sgd are",
-    "lr=0.1": r"no key 'lr' \(did you mean 'optimizer.lr'\?\); the keys of the configuration are seed, device, epochs,",
-    "preconditoner=sua": r"no key 'preconditoner' \(did you mean 'preconditioner'\?\)",
-    "preconditioner=suaa": r"no preconditioner=suaa \(did you mean 'sua'\?\); choose one of baseline, grouped, kfac,",
-    "model=resnet": r"no model=resnet.*; choose one of preact_resnet50, tiny, vgg11\.",
-    "optimizer=adam": r"no optimizer=adam \(did you mean 'adamw'\?\); choose one of adamw, muon, sgd\.",
-    "dataset=mnist": r"no dataset=mnist; choose one of cifar10, cifar100, digits\.",
-    "schedule=linear": r"no schedule=linear; choose one of constant, cosine, step\.",
-    "experiment=quickstrat_sua": r"no experiment=quickstrat_sua \(did you mean 'quickstart_sua'\?\)",
-    "sweep=grid": r"no sweep=grid; choose one of lr, lr_damping",
-    "+foo=1": r"no key 'foo'",
-    "+optimizer.foo=1": r"no key 'optimizer.foo' with optimizer=sgd; the keys of optimizer=sgd are",
-    "~seed": r"'seed' was removed but is needed; leave out '~seed'\.",
-    "preconditioner=baseline preconditioner.damping=0.1": (
-        r"no key 'preconditioner.damping' with preconditioner=baseline; the keys of preconditioner=baseline are name\."
-    ),
-    "schedule.gamma=0.1": r"no key 'schedule.gamma' with schedule=constant or cosine",
-    "optimizer=adamw optimizer.momentum=0.9": (
-        r"no key 'optimizer.momentum' with optimizer=adamw; the keys of optimizer=adamw are name, lr, weight_decay, bet"
-    ),
-    "optimizer.betas=[0.9,0.99]": r"no key 'optimizer.betas' with optimizer=sgd; the keys of optimizer=sgd are",
-    "optimizer=muon optimizer.ns_step=3": r"no key 'optimizer.ns_step' \(did you mean 'optimizer.ns_steps'\?\)",
-    "batch_norm=false": r"no key 'batch_norm' \(did you mean 'model.batch_norm'\?\)",
-    "model=preact_resnet50 model.batch_norm=false": (
-        r"no key 'model.batch_norm' with model=preact_resnet50; the keys of model=preact_resnet50 are name, width\."
-    ),
-    # wrong types
-    "preconditioner.damping=abc": r"preconditioner.damping must be a number, got 'abc'\.",
-    "preconditioner.damping=null": r"preconditioner.damping must be a number, got null\.",
-    "preconditioner.group_size=2.5": r"preconditioner.group_size must be an integer or null, got 2.5\.",
-    "preconditioner.skip=classifier": r"preconditioner.skip must be a list such as \[a,b\], got 'classifier'\.",
-    "preconditioner.fisher_type=true_fisher": (
-        r"preconditioner.fisher_type must be one of empirical, mc, exact, got 'true_fisher'\."
-    ),
-    "model.batch_norm=maybe": r"model.batch_norm must be true or false, got 'maybe'\.",
-    "optimizer=adamw optimizer.betas=0.9": r"optimizer.betas must be a list such as \[0.5,0.9\], got 0.9\.",
-    "schedule=step schedule.milestones=half": r"schedule.milestones must be a list such as \[0.5,0.9\], got 'half'\.",
-    "device=gpu": r"device must be one of auto, cpu, cuda, got 'gpu'\.",
-    "epochs=2.5": r"epochs must be an integer, got 2.5\.",
-    "channels_last=maybe": r"channels_last must be true or false, got 'maybe'\.",
-    "model=null": r"model must be one of preact_resnet50, tiny, vgg11, got null\.",
-    "seed=???": r"seed must be given a value\.",
-    # out of range
-    "preconditioner.damping=-1": r"preconditioner.damping must be a number > 0 within the range of float32, got -1",
-    "preconditioner.damping=inf": r"preconditioner.damping must be a number > 0 within the range of float32, got inf\.",
-    "preconditioner=grouped preconditioner.group_size=0": r"preconditioner.group_size must be ≥ 1 .*, got 0\.",
-    "preconditioner.inverse_period=0": r"preconditioner.inverse_period must be ≥ 1 mini-batch, got 0\.",
-    "preconditioner.activation_rows=0": r"preconditioner.activation_rows must be ≥ 1 or null \(all of them\), got 0\.",
-    "preconditioner.activation_rows=9 preconditioner.weight_sharing=reduce": (
-        r"preconditioner.activation_rows=9 takes some of a mini-batch's locations"
-    ),
-    "preconditioner.ema_decay=1": r"preconditioner.ema_decay must be in \[0, 1\), got 1.0\.",
-    "optimizer.lr=0": r"optimizer.lr must be a number > 0 within the range of float32, got 0.0\.",
-    "optimizer.lr=nan": r"optimizer.lr must be a number > 0 within the range of float32, got nan\.",
-    "optimizer.momentum=1": r"optimizer.momentum must be in \[0, 1\), got 1.0\.",
-    "optimizer.weight_decay=-1e-4": r"optimizer.weight_decay must be a number ≥ 0 within the range of float32",
-    "optimizer=adamw optimizer.betas=[0.9]": r"optimizer.betas must be two numbers in \[0, 1\) .*, got \[0.9\]\.",
-    "optimizer=adamw optimizer.eps=0": r"optimizer.eps must be a number > 0 within the range of float32, got 0.0\.",
-    "optimizer=muon optimizer.ns_steps=100": r"optimizer.ns_steps must be between 1 and 99, got 100\.",
-    "optimizer=muon optimizer.adamw_lr_ratio=0": r"optimizer.adamw_lr_ratio must be a number > 0 .*, got 0.0\.",
-    "optimizer=muon optimizer.adamw_betas=[0.9,1]": (
-        r"optimizer.adamw_betas must be two numbers in \[0, 1\) such as \[0.9,0.99\], got \[0.9, 1.0\]\."
-    ),
-    "epochs=0": r"epochs must be ≥ 1, got 0\.",
-    "batch_size=-5": r"batch_size must be ≥ 1, got -5\.",
-    "seed=-1": r"seed must be between 0 and 4294967295, got -1\.",
-    "num_threads=0": r"num_threads must be between 1 and 1024, or null \(PyTorch's choice\), got 0\.",
-    "model.width=0": r"model.width must be > 0 and at most 64, got 0.0\.",
-    "dataset.train_size=0": r"dataset.train_size must be ≥ 1 or null \(all images\), got 0\.",
-    "output_dir=''": r"output_dir must be the path of a directory, got ''\.",
-    "epochs=9 schedule=step schedule.gamma=0": r"schedule.gamma must be in \(0, 1\], got 0.0\.",
-    # contradictions
-    "preconditioner.damping_rule=exact preconditioner.inverse_method=low_rank": (
-        r"preconditioner.inverse_method=low_rank cannot be combined with damping_rule=exact"
-    ),
-    "preconditioner.ema_decay=0.9 preconditioner.inverse_method=low_rank": (
-        r"preconditioner.inverse_method=low_rank needs the rows of one mini-batch, but ema_decay=0.9"
-    ),
-    "preconditioner.factor_period=7": r"preconditioner.factor_period must be a divisor of inverse_period=50, .* 7\.",
-    "preconditioner.group_size=8": r"group_size=8 is called sua_grouped .*; give preconditioner=sua_grouped\.",
-    "preconditioner.structure=kfac": r"structure=kfac .* is called kfac .*, not sua; give preconditioner=kfac\.",
-    "preconditioner.name=baseline": r"comes with its file of configs/preconditioner; give preconditioner=… instead\.",
-    "preconditioner=baseline preconditioner.name=sua": r"preconditioner.name comes with its file",
-    "schedule.name=step": r"schedule.name comes with its file of configs/schedule",
-    "dataset.name=cifar10": r"dataset.name comes with its file of configs/dataset; give dataset=… instead\.",
-    "=1": r"=1 names no key; give key=value\.",
-    "optimizer.lr=1e300": r"optimizer.lr must be a number > 0 within the range of float32, got 1e\+300\.",
-    "dataset.split_seed=99999999999999999999": r"dataset.split_seed must be between 0 and 4294967295",
-    "num_threads=100000": r"num_threads must be between 1 and 1024",
-    "dataset=cifar100 preconditioner.fisher_type=exact": (
-        r"preconditioner.fisher_type=exact takes 100 backward passes .* preconditioner.allow_exact_fisher=true\."
-    ),
-    "preconditioner.likelihood=gaussian": r"preconditioner.likelihood must be categorical .* got gaussian\.",
-    "preconditioner.loss_reduction=sum": r"preconditioner.loss_reduction must be mean, .* got sum\.",
-    "optimizer.momentum=0 optimizer.nesterov=true": r"optimizer.nesterov=true needs optimizer.momentum > 0, got 0.0\.",
-    "schedule=step schedule.milestones=[5,8]": (
-        r"schedule.milestones must be increasing fractions of the run between 0 and 1, .*, got \[5,8\]\."
-    ),
-    "schedule=step schedule.milestones=[0,0.5]": r"schedule.milestones must be increasing fractions .* got \[0,0.5\]\.",
-    "schedule=step schedule.milestones=[0.5,0.3]": r"schedule.milestones must be increasing .* got \[0.5,0.3\]\.",
-    "schedule=step schedule.milestones=[0.5,nan]": r"schedule.milestones must be increasing .* got \[0.5,nan\]\.",
-    "optimizer=adamw": (
-        r"optimizer=adamw scales the gradient by itself and cannot be combined with preconditioner=sua; give "
-        r"preconditioner=baseline, or optimizer=sgd\."
-    ),
-    "optimizer=muon preconditioner=kfac": r"optimizer=muon .* cannot be combined with preconditioner=kfac;",
-    # not key=value, or several values without -m
-    "--lr 0.1": r"no flag '--lr'; give settings as key=value",
-    "-x": r"no flag '-x'",
-    "preconditioner": r"argument 'preconditioner' cannot be read as key=value",
-    "optimizer.lr==1": r"argument 'optimizer.lr==1' cannot be read as key=value",
-    "schedule.milestones=[1,2": r"argument 'schedule.milestones=\[1,2' cannot be read as key=value",
-    "optimizer.lr=0.1,0.3": r"optimizer.lr=0.1,0.3 has several values; add -m to run them all",
-    "optimizer.lr=${nothing}": r"cannot be composed: Interpolation key 'nothing' not found\.",
-    # a sweep is checked as a whole before its first run
-    "-m preconditioner=sua,suaa": r"no preconditioner=suaa",
-    "-m preconditioner.damping=0.1,-1": r"preconditioner.damping must be a number > 0 within the range of float32",
-    "-m preconditioner=sua,baseline preconditioner.damping=1": r"'preconditioner.damping' with preconditioner=baseline",
-    "-m experiment=glob(fig9_*)": r"experiment=glob\(fig9_\*\) matches nothing",
-    "-m sweep=lr,lr_damping": r"sweep=lr,lr_damping names several grids",
-    "sweep=lr_damping preconditioner=baseline": r"no key 'preconditioner.damping' with preconditioner=baseline",
-    # flags that start no run
-    "--cfg job optimizer.lrr=0.1": r"no key 'optimizer.lrr'",
-    # only data, model or device can tell
-    "dataset=cifar10 dataset.data_dir=nowhere": r"nowhere/cifar10.npz does not exist; run `make data`",
-    "batch_size=5000": r"batch_size must be between 1 and 1300,.* got 5000",
-    "dataset.validation_size=1500": r"dataset.validation_size must be between 1 and 1499 .*, got 1500\.",
-    "dataset.train_size=1400": r"dataset.train_size must be between 1 and 1300 .*, got 1400\.",
-    "preconditioner.skip=[fc]": r"preconditioner.skip entry 'fc' matches no layer .* its layers are features.0,",
-    "preconditioner.skip=['*']": r"No layer of the model can be preconditioned",
-}
+
+@pytest.fixture(autouse=True)
+def own_directory(tmp_path, monkeypatch):
+    """Run in a directory of its own, without debugging."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+
+
+def call_main(monkeypatch, *arguments: str) -> int:
+    """Return the exit code of ``python -m kfac_sua.train`` with these arguments."""
+    monkeypatch.setattr(sys, "argv", ["train", *arguments])
+    try:
+        return train.main()
+    except SystemExit as stop:
+        return int(str(stop.code))
+
+
+def assert_one_sentence(captured, sentence: str) -> None:
+    """What was said is one line, without a traceback, and says what it must."""
+    assert re.search(sentence, captured.err), captured.err
+    assert captured.err.count("\n") == 1, captured.err
+    assert captured.err.endswith((".\n", ".)\n"))
+
+
+def test_there_are_as_many_cases_as_promised():
+    """The tables hold at least sixty ways to be wrong."""
+    tables = (BAD_COMMANDS, BAD_ARCHIVES, BAD_CHECKPOINTS, BAD_ENVIRONMENTS, BAD_OUTPUT_DIRS, BAD_OTHER_COMMANDS)
+    assert sum(map(len, (*tables, *BAD_RECORDS.values()))) >= 60
 
 
 @pytest.mark.parametrize("command", BAD_COMMANDS)
@@ -153,34 +74,128 @@ def test_bad_input_is_one_sentence(command, tmp_path, monkeypatch, capsys):
     arguments = command.split()
     given = {argument.partition("=")[0] for argument in arguments if "." not in argument.partition("=")[0]}
     tiny = [argument for argument in TINY if argument.partition("=")[0] not in given]
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-    monkeypatch.setattr(sys, "argv", ["train", *arguments, *tiny])
-    code = call_main()
+    assert call_main(monkeypatch, *arguments, *tiny) == 2
     captured = capsys.readouterr()
-    assert code == 2
-    assert re.search(BAD_COMMANDS[command], captured.err), captured.err
-    assert captured.err.count("\n") == 1
-    assert captured.err.endswith((".\n", ".)\n"))
+    assert_one_sentence(captured, BAD_COMMANDS[command])
     assert captured.out == ""
     assert list(tmp_path.iterdir()) == []
 
 
-def call_main() -> int:
-    """Return the exit code of the command line in ``sys.argv``."""
+@pytest.mark.parametrize("argument", ["\n", "seed=\n1", "model='a\nb'", "optimizer.lr='a\nb'", "output_dir=${a\nb}"])
+def test_line_breaks_in_an_argument_do_not_break_the_sentence(argument, monkeypatch, capsys):
+    """What is quoted of the command line stays on the line of the sentence."""
+    assert call_main(monkeypatch, argument) == 2
+    assert_one_sentence(capsys.readouterr(), r"\.$")
+
+
+@pytest.mark.parametrize("case", BAD_ARCHIVES)
+def test_bad_archive_is_one_sentence(case, tmp_path, monkeypatch, capsys):
+    """A data file that cannot be used is named with its cure, runs no code, and leaves no run behind."""
+    path = tmp_path / "cifar10.npz"
+    BAD_ARCHIVES[case].write(path)
+    arguments = ["model=tiny", "device=cpu", "epochs=1", "dataset=cifar10", "dataset.data_dir=."]
+    assert call_main(monkeypatch, *arguments) == 2
+    assert_one_sentence(capsys.readouterr(), BAD_ARCHIVES[case].sentence)
+    assert [file.name for file in tmp_path.iterdir()] == ["cifar10.npz"]
+
+
+@pytest.fixture(scope="module")
+def interrupted_run(tmp_path_factory) -> Path:
+    """Train one of two epochs, and return the working directory of the run."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+        train_epoch = loop.train_epoch
+
+        def stop_in_second_epoch(training, *rest):
+            if training.epoch == 1:
+                raise KeyboardInterrupt
+            return train_epoch(training, *rest)
+
+        monkeypatch.setattr(loop, "train_epoch", stop_in_second_epoch)
+        assert call_main(monkeypatch, *RESUMABLE) == 130
+    return folder
+
+
+@pytest.fixture
+def run_directory(interrupted_run, tmp_path) -> Path:
+    """Copy the interrupted run into the working directory and return the run's own."""
+    shutil.copytree(interrupted_run / "outputs", tmp_path / "outputs")
+    (info,) = tmp_path.rglob("run.json")
+    return info.parent
+
+
+def test_interrupted_run_goes_on_where_nothing_is_damaged(run_directory, monkeypatch, capsys):
+    """The run that the next tests damage is one that resumes."""
+    assert call_main(monkeypatch, *RESUMABLE) == 0
+    assert "resumed on cpu" in capsys.readouterr().out
+    assert run_directory.is_dir()
+
+
+@pytest.mark.parametrize("case", BAD_CHECKPOINTS)
+def test_bad_checkpoint_is_one_sentence(case, run_directory, monkeypatch, capsys):
+    """Without a sound checkpoint the run fails (1) with a sentence; no code in the file runs."""
+    for path in run_directory.glob("checkpoint.previous*"):
+        path.unlink()
+    BAD_CHECKPOINTS[case].write(run_directory / "checkpoint.pt")
+    assert call_main(monkeypatch, *RESUMABLE) == 1
+    assert_one_sentence(capsys.readouterr(), BAD_CHECKPOINTS[case].sentence)
+    assert not (run_directory / MARK).exists()
+
+
+@pytest.mark.parametrize(("name", "case"), [(name, case) for name, cases in BAD_RECORDS.items() for case in cases])
+def test_bad_record_is_one_sentence(name, case, run_directory, monkeypatch, capsys):
+    """A damaged record is named, and the run fails (1) instead of starting over."""
+    before = (run_directory / "checkpoint.pt").read_bytes()
+    BAD_RECORDS[name][case].write(run_directory / name)
+    assert call_main(monkeypatch, *RESUMABLE) == 1
+    assert_one_sentence(capsys.readouterr(), BAD_RECORDS[name][case].sentence)
+    assert (run_directory / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("setting", BAD_ENVIRONMENTS)
+def test_bad_environment_is_one_sentence(setting, tmp_path, monkeypatch, capsys):
+    """A variable that libraries would pass over is refused before anything is written."""
+    monkeypatch.setenv(*setting.split("="))
+    assert call_main(monkeypatch, *TINY) == 2
+    assert_one_sentence(capsys.readouterr(), BAD_ENVIRONMENTS[setting])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("output_dir", BAD_OUTPUT_DIRS)
+def test_bad_output_directory_is_one_sentence(output_dir, tmp_path, monkeypatch, capsys):
+    """A directory that cannot be made is a failure (1), named in one sentence."""
+    (tmp_path / "occupied").write_text("a file")
+    assert call_main(monkeypatch, *TINY, *BASELINE, f"output_dir={output_dir}") == 1
+    assert_one_sentence(capsys.readouterr(), BAD_OUTPUT_DIRS[output_dir])
+
+
+@pytest.mark.parametrize("command", BAD_OTHER_COMMANDS)
+def test_other_commands_refuse_bad_input(command, tmp_path, monkeypatch, capsys):
+    """What is not right ends with a sentence, after the usage where it is an option, and never with a traceback."""
+    (tmp_path / "occupied").write_text("a file")
+    (tmp_path / "garbage").write_bytes(bytes(range(256)))
+    for folder, name in (("garbage_runs", "run.json"), ("garbage_scaling", "scaling.csv")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_bytes(b"\x00\xff no records")
+    module, *arguments = command.split()
+    module += ".__main__" if module.startswith("kfac_sua.bench") else ""
     try:
-        return train.main()
-    except SystemExit as stop:
-        return int(str(stop.code))
+        code = importlib.import_module(module).main(arguments)
+    except SystemExit as stop:  # argparse's code, or the sentence itself
+        code = stop.code
+    err = code if isinstance(code, str) else capsys.readouterr().err
+    assert code not in (0, None)
+    assert re.search(BAD_OTHER_COMMANDS[command], err), err
+    assert len([line for line in err.splitlines() if not line.startswith(("usage:", " "))]) == 1, err
 
 
 def test_missing_cuda_device_is_named(tmp_path, monkeypatch, capsys):
     """device=cuda on a machine without one is refused before anything is written."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["train", "model=tiny", "dataset=digits", "device=cuda"])
-    assert call_main() == 2
-    assert "device=cuda, but PyTorch finds no usable CUDA device" in capsys.readouterr().err
+    assert call_main(monkeypatch, "model=tiny", "dataset=digits", "device=cuda") == 2
+    assert_one_sentence(capsys.readouterr(), "device=cuda, but PyTorch finds no usable CUDA device")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -191,37 +206,82 @@ def test_missing_muon_is_named_with_the_version(monkeypatch):
         compose_config(["optimizer=muon", "preconditioner=baseline"])
 
 
-def test_failure_that_is_not_bad_input_has_another_code(tmp_path, monkeypatch, capsys):
-    """A directory that cannot be made is a failure (1), named in one sentence."""
-    (tmp_path / "occupied").write_text("a file")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train", *TINY, "preconditioner=baseline", "output_dir=occupied"])
-    assert call_main() == 1
-    assert re.fullmatch(r"Cannot use occupied/.*: Not a directory\.\n", capsys.readouterr().err)
-
-
-def test_failed_factorisation_is_one_sentence(tmp_path, monkeypatch, capsys):
+def test_failed_factorisation_is_one_sentence(monkeypatch, capsys):
     """A RuntimeError of PyTorch or the preconditioner keeps its message and says how to see where."""
 
     def fail(config):
         raise RuntimeError("Factors of layer 'x'\nare not positive definite; raise the damping.")
 
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "run", fail)
-    monkeypatch.setattr(sys, "argv", ["train", *TINY])
-    assert call_main() == 1
+    assert call_main(monkeypatch, *TINY) == 1
     assert capsys.readouterr().err == (
-        "Factors of layer 'x' are not positive definite; raise the damping. (HYDRA_FULL_ERROR=1 shows where.)\n"
+        "Factors of layer 'x' are not positive definite; raise the damping. (--debug shows where.)\n"
     )
 
 
-def test_full_error_shows_the_traceback(tmp_path, monkeypatch):
-    """With HYDRA_FULL_ERROR=1, the exception comes through as it is."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    monkeypatch.setattr(sys, "argv", ["train", *TINY, "batch_size=5000"])
-    with pytest.raises(Exception, match="batch_size must be between 1 and 1300"):
-        train.main()
+def test_bug_keeps_its_traceback(monkeypatch):
+    """What no user can cause is not passed off as Hydra's fault."""
+
+    def fail(config):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(train, "run", fail)
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        call_main(monkeypatch, *TINY)
+
+
+@pytest.mark.parametrize("is_flag", [True, False])
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (["optimizer.lrr=1"], ConfigError, "no key 'optimizer.lrr'"),
+        (["epochs=0"], ConfigError, "epochs must be ≥ 1"),
+        (["optimizer=adamw"], ConfigError, "cannot be combined"),
+        (["--lr"], ConfigError, "no flag '--lr'"),
+        (["batch_size=5000"], DataError, "batch_size must be between 1 and 1300"),
+        (["dataset=cifar10"], DataError, "does not exist"),
+        (["output_dir=/dev/null"], OSError, "Not a directory"),
+        (["--resolve"], ValueError, "--resolve"),
+    ],
+)
+def test_debugging_shows_the_traceback(is_flag, arguments, error, message, monkeypatch):
+    """With --debug, anywhere, or HYDRA_FULL_ERROR=1, the exception comes through as it is."""
+    given = {argument.partition("=")[0] for argument in arguments}
+    tiny = [argument for argument in TINY if argument.partition("=")[0] not in given]
+    if not is_flag:
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(error, match=message):
+        call_main(monkeypatch, *arguments, *(["--debug"] if is_flag else []), *tiny)
+
+
+def test_debugging_shows_the_traceback_of_damaged_files(run_directory, monkeypatch):
+    """The same for a checkpoint and a record."""
+    (run_directory / "checkpoint.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        call_main(monkeypatch, "--debug", *RESUMABLE)
+    (run_directory / "run.json").write_text("")
+    with pytest.raises(RecordError, match="not valid JSON"):
+        call_main(monkeypatch, "--debug", *RESUMABLE)
+
+
+def test_debugging_does_not_change_a_run_that_goes_well(monkeypatch, capsys):
+    """--debug is no setting of the run, and is not handed on."""
+    assert call_main(monkeypatch, "--debug", *TINY, *BASELINE) == 0
+    assert call_main(monkeypatch, *TINY, *BASELINE) == 0
+    assert "already finished" in capsys.readouterr().out
+
+
+def test_traceback_is_printed_in_a_real_process(tmp_path):
+    """--debug ends in Python's own traceback, and without it there is none."""
+    command = [sys.executable, "-m", "kfac_sua.train", "optimizer.lrr=1"]
+    plain, debug = (
+        subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
+        for more in ([], ["--debug"])
+    )
+    assert "Traceback" not in plain.stderr
+    assert "Traceback (most recent call last)" in debug.stderr
+    assert "no key 'optimizer.lrr'" in debug.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_exact_fisher_on_many_classes_can_be_asked_for():

@@ -187,8 +187,9 @@ def test_interrupt_and_resume_in_real_processes(tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err.startswith("interrupted; the same command resumes from epoch ")
-    assert err.count("\n") == 1
+    stopping, interrupted = err.splitlines()
+    assert stopping.startswith("stopping after this step; ")
+    assert interrupted.startswith("interrupted; the same command resumes ")
     code, out, err = call(*arguments, cwd=tmp_path)
     assert (code, err) == (0, "")
     assert "resumed on cpu" in out

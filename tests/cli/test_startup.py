@@ -1,8 +1,12 @@
-"""What showing the help costs: importing PyTorch and Hydra, and none of the packages that only some runs need."""
+"""What starting costs: PyTorch and Hydra, and none of the packages that only some runs need; Ctrl-C meanwhile."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
+
+import pytest
 
 # Each takes from a tenth of a second to several; `torch._dynamo` is the compiler.
 HEAVY = {
@@ -42,3 +46,32 @@ def test_help_imports_no_heavy_package(tmp_path):
     assert "Train one network" in help_text
     assert {"kfac_sua.training.loop", "kfac_sua.runs.tensorboard", "kfac_sua.data.digits", "hydra"} <= imported
     assert imported & HEAVY == set()
+
+
+def test_command_imports_pytorch_after_it_can_take_an_interrupt(tmp_path):
+    """What Python imports before the first line of a command is next to nothing."""
+    code = "import sys, kfac_sua, kfac_sua.startup; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False).returncode == 0
+
+
+# Seconds after the process has begun: within the imports of PyTorch, within those after it, and within Hydra.
+@pytest.mark.parametrize("module", ["kfac_sua.train", "kfac_sua.reproduce"])
+@pytest.mark.parametrize("delay_s", [0.3, 0.8, 1.6])
+def test_interrupt_while_importing_shows_no_traceback(tmp_path, module, delay_s):
+    """Ctrl-C at any moment of the start leaves one line and code 130."""
+    arguments = ["optimizer.lr=0.1"] if module == "kfac_sua.train" else ["fig1", "--scale", "smoke", "--dry-run"]
+    # Python itself takes a moment until it can be told anything: a line from the process says that it has.
+    command = [sys.executable, "-X", "importtime", "-m", module, *arguments]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    lines = iter(process.stderr.readline, "")
+    assert any("kfac_sua.startup" in line for line in lines), "the command was not started"
+    time.sleep(delay_s)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    said = [line for line in err.splitlines() if not line.startswith("import time:")]
+    assert "Traceback" not in err
+    if process.returncode != 130:  # had ended before
+        pytest.skip(f"the command had ended after {delay_s} s")
+    assert len(said) == 1
+    assert said[0].startswith("interrupted")

@@ -100,9 +100,10 @@ def test_diverged_seed_is_left_out_of_the_mean_and_counted_in_the_legend(tmp_pat
     _two_seeds(tmp_path)
     write_run(tmp_path, _epochs([9.0, np.inf], [0.9, 0.9], [10, 20]), seed=2, status="diverged")
     write_run(tmp_path, _epochs([9.0], [0.9], [10]), seed=3, status="running")
+    write_run(tmp_path, _epochs([9.0], [0.9], [10]), seed=4, status="failed", failure="Out of memory.")
     _, svg, _ = draw_figure1(collect_runs(tmp_path), tmp_path / "out")
     assert _points(tmp_path / "out", "sua", LOSS)["high"].tolist() == [4.0, 2.0, 0.7]
-    assert "SUA (2 finished, 1 diverged, 1 running)" in svg.read_text()
+    assert "SUA (2 finished, 1 diverged, 1 running, 1 failed)" in svg.read_text()
 
 
 def test_method_that_only_diverged_is_drawn_to_its_last_common_finite_epoch(tmp_path):

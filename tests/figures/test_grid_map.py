@@ -66,11 +66,12 @@ def test_values_are_those_of_the_last_and_of_the_best_epoch(tmp_path):
     assert (row["train_loss"], row["val_error_percent"]) == (0.6, 25.0)
 
 
-def test_diverged_missing_unfinished_and_chosen_cells_look_different(drawn, tmp_path):
-    """Diverged is hatched, running is empty, missing is not there, chosen is framed."""
+@pytest.mark.parametrize("unended", ["running", "failed"])
+def test_diverged_missing_unfinished_and_chosen_cells_look_different(drawn, tmp_path, unended):
+    """Diverged is hatched, running and failed are empty, missing is not there, chosen is framed."""
     grid = _grid(["sua"])
     grid = grid[grid["run"] != "vgg11/sua-0.003-1/seed=0"]
-    grid.loc[grid["run"] == "vgg11/sua-0.003-0.1/seed=0", "status"] = "running"
+    grid.loc[grid["run"] == "vgg11/sua-0.003-0.1/seed=0", "status"] = unended
     draw_grid_map(grid, tmp_path, chosen=CHOSEN)
     axes = _maps(drawn[0])["SUA"]
     places = {(patch.get_x(), patch.get_y()): patch for patch in _cells(axes)}

@@ -1,9 +1,9 @@
 """Run directories with known numbers, written by the package's own record functions."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from kfac_sua.runs.record import EpochRecord, RunInfo, rewrite_records, write_run_info
+from kfac_sua.runs.record import EpochRecord, RunInfo, Status, rewrite_records, write_run_info
 
 STARTED = "2026-01-02T03:04:05+00:00"
 
@@ -63,7 +63,7 @@ def write_run(
     preconditioner: str = "sua",
     seed: int = 0,
     lr: float = 0.1,
-    status: Literal["running", "finished", "diverged"] = "finished",
+    status: Status = "finished",
     **values: Any,
 ) -> Path:
     """Write a run directory below root and return it."""

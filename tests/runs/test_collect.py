@@ -106,6 +106,22 @@ def test_require_runs_names_what_is_missing(tmp_path):
         require_runs(frame, ["baseline", "sua", "kfac", "grouped"])
 
 
+def test_failed_runs_have_not_ended(tmp_path):
+    """Neither needed nor chosen nor averaged, but counted and named: the same command tries them again."""
+    write_run(tmp_path, _epochs(0.5), "sua", seed=0)
+    write_run(tmp_path, _epochs(0.1), "sua", seed=1, status="failed", failure="Out of memory.")
+    write_run(tmp_path, _epochs(0.1), "sua", lr=0.3, status="failed", failure="Out of memory.")
+    write_run(tmp_path, _epochs(0.5), "kfac", status="failed", failure="Out of memory.")
+    write_run(tmp_path, _epochs(0.5), "grouped", status="running")
+    frame = collect_runs(tmp_path)
+    with pytest.raises(CollectError, match=r"kfac, grouped \(grouped still marked as running; kfac failed\); start"):
+        require_runs(frame, ["sua", "kfac", "grouped"])
+    row = final_table(frame).set_index(["preconditioner", "base_lr"]).loc[("sua", 0.1)]
+    assert (row["finished"], row["failed"], row["best_val_error_mean"]) == (1, 1, 0.5)
+    assert "1 +1 failed" in format_table(final_table(frame))
+    assert set(select_best(frame)["fingerprint"]) == {"sua-0.1"}
+
+
 def test_final_table_has_mean_and_deviation_over_finished_seeds(tmp_path):
     """Best and last errors, test errors and seconds per epoch equal those computed by hand."""
     write_run(tmp_path, _epochs(0.50, 0.20, 0.30), seed=0, test_error=0.25)

@@ -1,21 +1,27 @@
 """metrics.csv and run.json survive crashes and say what is wrong with foreign files."""
 
 import dataclasses
+import errno
 import json
 import math
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from full_disk import fill, largest_file, small_disk
 from runs.synthetic_runs import epoch_record, run_info
 
 from kfac_sua.runs import record as record_module
+from kfac_sua.runs.lock import RunBusyError
 from kfac_sua.runs.record import (
     COLUMNS,
+    EpochRecord,
     RecordError,
     append_record,
     environment,
+    failure_reason,
     read_records,
     read_run_info,
     rewrite_records,
@@ -187,6 +193,59 @@ def test_failed_rewrite_keeps_the_old_rows(metrics, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         rewrite_records(metrics, [])
     assert read_records(metrics) == [epoch_record(1), epoch_record(2), epoch_record(3)]
+    assert [path.name for path in metrics.parent.iterdir()] == ["metrics.csv"]
+
+
+def _append_all(path: Path, rows: list[EpochRecord], written: list[EpochRecord]) -> None:
+    """Append rows, and keep those that have been."""
+    for row in rows:
+        append_record(path, row)
+        written.append(row)
+
+
+def test_full_disk_keeps_the_old_files_and_names_them(tmp_path):
+    """ENOSPC of a real file system: every file is as before, but for a torn last line that the next row repairs."""
+    with small_disk(tmp_path / "disk", 64):
+        path, info = tmp_path / "disk" / "metrics.csv", tmp_path / "disk" / "run.json"
+        rows = [epoch_record(epoch) for epoch in range(1, 5)]
+        rewrite_records(path, rows)
+        write_run_info(info, run_info(status="running"))
+        ballast = fill(tmp_path / "disk")
+        for write in (lambda: rewrite_records(path, rows * 20), lambda: write_run_info(info, run_info())):
+            with pytest.raises(OSError, match="No space left") as caught:
+                write()
+            assert str(caught.value.filename).startswith(str(tmp_path / "disk"))
+            assert not list((tmp_path / "disk").glob("*.tmp"))
+        with pytest.raises(OSError, match=r"No space left.*metrics\.csv"):
+            _append_all(path, [epoch_record(epoch) for epoch in range(5, 1000)], rows)
+        assert read_records(path) == rows
+        assert read_run_info(info).status == "running"
+        ballast.unlink()
+        rows.append(epoch_record(len(rows) + 1))
+        append_record(path, rows[-1])
+        assert read_records(path) == rows
+
+
+def test_a_row_that_does_not_fit_is_torn_and_repaired(tmp_path):
+    """Half a row, as a limit on the size of files leaves it, is no row, and the next one takes its place."""
+    path = tmp_path / "metrics.csv"
+    append_record(path, epoch_record(1))
+    with largest_file(path.stat().st_size + 20), pytest.raises(OSError, match=r"File too large.*metrics\.csv"):
+        append_record(path, epoch_record(2))
+    assert not path.read_bytes().endswith(b"\n")
+    assert read_records(path) == [epoch_record(1)]
+    append_record(path, epoch_record(2))
+    assert read_records(path) == [epoch_record(1), epoch_record(2)]
+
+
+@pytest.mark.parametrize("text", ["1_0", " 10", "10 ", "1\t0"])
+def test_numbers_that_no_program_writes_are_refused(metrics, text):
+    """Python would read an underscore or a blank inside a number; in a record it is damage."""
+    lines = metrics.read_text().splitlines(keepends=True)
+    lines[1] = text + lines[1][1:]
+    metrics.write_text("".join(lines))
+    with pytest.raises(RecordError, match=r"metrics\.csv, line 2"):
+        read_records(metrics)
 
 
 @pytest.mark.parametrize("info", [run_info(), run_info(status="diverged", diverged_at_epoch=3, test_error=None)])
@@ -203,7 +262,54 @@ def test_run_info_has_the_fields_of_the_contract(tmp_path):
     names = json.loads((tmp_path / "run.json").read_text()).keys()
     run = {"config", "fingerprint", "seed", "status", "started", "finished", "diverged_at_epoch"}
     machine = {"commit", "versions", "device", "device_name", "num_threads"}
-    assert set(names) == run | machine | {"test_loss", "test_error"}
+    assert set(names) == run | machine | {"test_loss", "test_error", "failure", "skipped_steps"}
+
+
+def test_run_info_of_before_failures_were_recorded(tmp_path):
+    """Without the fields that came later their defaults are meant; any other missing or new one is refused."""
+    content = dataclasses.asdict(run_info())
+    path = tmp_path / "run.json"
+    for kept in ({}, {"failure": "Out of memory."}, {"skipped_steps": 2}):
+        older = {name: value for name, value in content.items() if name not in ("failure", "skipped_steps")}
+        path.write_text(json.dumps(older | kept))
+        assert read_run_info(path) == run_info(**kept)
+    path.write_text(json.dumps(content | {"retries": 1}))
+    with pytest.raises(RecordError, match=r"unknown fields \(retries\)"):
+        read_run_info(path)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "a/run.json"), "Cannot use a/run.json: No space left on de"),
+        (OSError(errno.ENOSPC, "No space left on device"), "Cannot use a file: No space left on device."),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "Out of memory; lower batch_size or model.width."),
+        (MemoryError(), "Out of memory; lower batch_size or model.width."),
+        (np._core._exceptions._ArrayMemoryError((2**40,), np.dtype("u1")), "Out of memory (asked for 1.00 TiB); lower"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of"),
+            "Out of memory (asked for 2.00 GiB); lower",
+        ),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "Out of memory; lower"),
+        (RuntimeError("shape '[2]' is\n  invalid"), "RuntimeError: shape '[2]' is invalid"),
+        (KeyError("width"), "KeyError: 'width'"),
+        (ValueError(), "ValueError: no details"),
+        (RunBusyError("x is being trained by process 3; wait for it or stop it."), "x is being trained by process 3;"),
+    ],
+)
+def test_reasons_of_failures_are_one_sentence(error, reason):
+    """Ours as they are, the system's with the file, memory with the cure, and of anything else the type."""
+    assert failure_reason(error).startswith(reason)
+    assert "\n" not in failure_reason(error)
+
+
+def test_reason_of_a_real_allocation_that_fails():
+    """PyTorch's own error on the CPU names the bytes, and so does the reason."""
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert failure_reason(caught.value) == (
+        "Out of memory (asked for 1152921504606846976 bytes); lower batch_size or model.width."
+    )
 
 
 @pytest.mark.parametrize(
@@ -211,6 +317,7 @@ def test_run_info_has_the_fields_of_the_contract(tmp_path):
     [
         ("", "not valid JSON"),
         ('{"status": "fin', "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
         ("[1, 2]", r"not written by this version.*\(list\)"),
         ('{"status": "finished"}', "missing or unknown fields .*commit, config"),
     ],
@@ -225,8 +332,10 @@ def test_foreign_run_info_is_one_sentence(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("field", "value", "wanted"),
     [
-        ("status", "done", r"Literal\['running', 'finished', 'diverged'\]"),
+        ("status", "done", r"Literal\['running', 'finished', 'diverged', 'failed'\]"),
         ("seed", "0", "int"),
+        ("seed", True, "int"),
+        ("failure", 3, r"str \| None"),
         ("config", None, "dict"),
         ("test_error", "0.1", r"float \| None"),
     ],

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from full_disk import largest_file
 from runs.synthetic_runs import epoch_record
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -53,6 +54,30 @@ def test_reopening_leaves_no_duplicate_point(tmp_path):
     _write(tmp_path, range(1, 3), range(3, 6))
     assert [event.step for event in _read(tmp_path).Scalars("val/error")] == [1, 2, 3, 4, 5]
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("resumed_after", range(6))
+@pytest.mark.parametrize("logged_before", range(6))
+def test_resuming_anywhere_shows_every_epoch_once(tmp_path, resumed_after, logged_before):
+    """Whatever the first attempt logged and its records kept, all epochs are there once, with their values."""
+    _write(tmp_path, range(1, 1), range(1, logged_before + 1))
+    _write(tmp_path, range(1, resumed_after + 1), range(resumed_after + 1, 6))
+    events = _read(tmp_path).Scalars("val/loss")
+    assert [event.step for event in events] == [1, 2, 3, 4, 5]
+    assert [event.value for event in events] == pytest.approx([epoch_record(e).val_loss for e in (1, 2, 3, 4, 5)])
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
+    """It comes back to the caller, once, and what was logged before is still there."""
+    log = TensorBoardLog(tmp_path, STARTED_UNIX_S, HYPER_PARAMETERS, [epoch_record(1)])
+    (path,) = tmp_path.iterdir()
+    with largest_file(path.stat().st_size + 100), pytest.raises(OSError, match=r"File too large.*tfevents"):
+        log.log(epoch_record(2))
+    log.close()
+    assert [event.step for event in _read(tmp_path).Scalars("train/loss")][:1] == [1]
+    with largest_file(100), pytest.raises(OSError, match=r"File too large.*tfevents"):
+        TensorBoardLog(tmp_path, STARTED_UNIX_S, HYPER_PARAMETERS, [epoch_record(1)])
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_only_event_files_are_removed(tmp_path):

@@ -22,6 +22,7 @@ def checkpoint() -> Checkpoint:
         fingerprint="a" * 64,
         seed=3,
         data_digest="d" * 64,
+        records_digest="e" * 64,
         epoch=2,
         batch=3,
         step=11,

@@ -125,10 +125,11 @@ def test_messages_name_the_mini_batch(tmp_path, monkeypatch):
             run(config)
 
 
-def test_the_second_signal_stops_at_once():
-    """The first one is remembered, the second raises where it arrives; afterwards the handlers are the old ones."""
+def test_ctrl_c_after_a_first_signal_stops_at_once():
+    """The first one is remembered, as is a SIGTERM after it; a SIGINT then raises; at last the handlers are the old."""
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.signal_number == signal.SIGTERM
         with pytest.raises(KeyboardInterrupt):
@@ -160,7 +161,7 @@ def test_the_command_finishes_its_step_saves_and_leaves(tmp_path, number, code):
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == code, stderr
-    assert "stopping after this step; once more to stop at once." in stderr
+    assert "stopping after this step; Ctrl-C stops at once." in stderr
     assert "interrupted; the same command resumes" in stderr
     assert "Traceback" not in stderr
     assert final_state(config).step > 0

@@ -63,7 +63,7 @@ def test_a_skipped_mini_batch_leaves_no_trace(tmp_path, setting, bad_step, value
             assert take_step(with_bad, spoiled, labels)
         for training in (with_bad, without):
             assert take_step(training, inputs, labels)
-    got, want = (vars(training.checkpoint("f" * 64)) for training in (with_bad, without))
+    got, want = (vars(training.checkpoint("f" * 64, "e" * 64)) for training in (with_bad, without))
     assert (got.pop("skipped_steps"), want.pop("skipped_steps")) == (1, 0)
     for state in (got, want):
         del state["times"]

@@ -24,8 +24,9 @@ from kfac_sua.bench.scaling.study import StudySettings, measure_missing
 from kfac_sua.build import choose_device
 from kfac_sua.config import ConfigError, Device
 from kfac_sua.figures.scaling import draw_scaling
+from kfac_sua.runs.environment import environment
 from kfac_sua.runs.lock import RunBusyError, exclusive
-from kfac_sua.runs.record import environment, failure_reason
+from kfac_sua.runs.record import failure_reason
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 

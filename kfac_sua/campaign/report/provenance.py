@@ -9,7 +9,7 @@ import pandas as pd
 
 from kfac_sua.campaign.definition import Campaign, Scale
 from kfac_sua.campaign.report.text import bullets, code, code_block, count, escape, join, listed, number
-from kfac_sua.runs.record import RunInfo
+from kfac_sua.runs.record import UNENDED, RunInfo
 
 _NOT_RECORDED = "not recorded"
 
@@ -146,7 +146,7 @@ def _minute(time: str) -> str:
 def _cost(stage: str, frame: pd.DataFrame) -> str:
     """Return how many runs of a stage there are, how they ended, and the training seconds of all together."""
     runs = frame.groupby(["panel", "method", "run"], sort=False).agg({"status": "last", "train_time_s": "max"})
-    others = [f"{int((runs['status'] == name).sum())} {name}" for name in ("diverged", "running")]
+    others = [f"{int((runs['status'] == name).sum())} {name}" for name in ("diverged", *UNENDED)]
     others = [text for text in others if not text.startswith("0 ")]
     hours = float(runs["train_time_s"].sum()) / 3600
     ended = f" ({', '.join(others)})" if others else ""

@@ -14,6 +14,7 @@ from kfac_sua.campaign.report.text import (
     bounds,
     bullets,
     count,
+    escape,
     join,
     listed,
     number,
@@ -24,7 +25,7 @@ from kfac_sua.campaign.report.text import (
 )
 from kfac_sua.campaign.targets import BASELINE
 from kfac_sua.runs.collect import QUANTITIES, CollectError, final_table
-from kfac_sua.runs.record import RunInfo
+from kfac_sua.runs.record import UNENDED, RunInfo
 
 _DIGITS = 3  # of ratios and times, whose spread over seeds is seldom below a percent
 
@@ -51,7 +52,7 @@ def final_section(campaign: Campaign, finals: pd.DataFrame, seeds: int, infos: S
         campaign: Panels and methods, in their order.
         finals: Rows of ``collect_runs`` with ``panel`` and ``method``, one setting for each pair of these.
         seeds: Seeds wanted per method.
-        infos: run.json of these runs, for the epochs in which they diverged.
+        infos: run.json of these runs, for the epochs in which they diverged and the reasons why they failed.
 
     Raises:
         CollectError: If a method has several settings in a panel.
@@ -75,11 +76,11 @@ def final_problems(campaign: Campaign, finals: pd.DataFrame, seeds: int) -> str:
     """Return a sentence on how many final runs are not there, or have not finished; empty if all have."""
     wanted = seeds * sum(len(panel.curves) for panel in campaign.panels)
     statuses = finals.drop_duplicates(["panel", "method", "run"])["status"].value_counts()
-    finished, diverged, running = (int(statuses.get(name, 0)) for name in ("finished", "diverged", "running"))
-    missing = wanted - finished - diverged - running
+    diverged, missing = int(statuses.get("diverged", 0)), wanted - int(statuses.sum())
+    unended = sum(int(statuses.get(name, 0)) for name in UNENDED)
     problems = [
         f"{amount} {what}"
-        for amount, what in ((diverged, "diverged"), (running, "did not finish"), (missing, "are missing"))
+        for amount, what in ((diverged, "diverged"), (unended, "did not finish"), (missing, "are missing"))
         if amount > 0
     ]
     return f"**Of {count(wanted, 'final run')}, {listed(problems)}**, named below." if problems else ""
@@ -152,12 +153,12 @@ def _run_notes(
     campaign: Campaign, panel: Panel, finals: pd.DataFrame, seeds: int, infos: Sequence[RunInfo]
 ) -> list[str]:
     """Return a sentence per method whose seeds have not all finished, naming these."""
-    epochs = {(info.fingerprint, info.seed): info.diverged_at_epoch for info in infos}
+    found = {(info.fingerprint, info.seed): info for info in infos}
     notes = []
     for curve in panel.curves:
         runs = curve_rows(finals, panel.name, curve.method).drop_duplicates("run").sort_values("seed")
         texts = [
-            _ending(run, epochs.get((run["fingerprint"], run["seed"])))
+            _ending(run, found.get((run["fingerprint"], run["seed"])))
             for _, run in runs[runs["status"] != "finished"].iterrows()
         ]
         if len(runs) < seeds:
@@ -167,11 +168,16 @@ def _run_notes(
     return notes
 
 
-def _ending(run: "pd.Series[Any]", diverged_at: int | None) -> str:
+def _ending(run: "pd.Series[Any]", info: RunInfo | None) -> str:
     """Return how a seed ended that has not finished."""
-    if run["status"] != "diverged":
-        return f"seed {run['seed']} has not finished"
-    return f"seed {run['seed']} diverged" + ("" if diverged_at is None else f" in epoch {diverged_at}")
+    seed = f"seed {run['seed']}"
+    if run["status"] == "diverged":
+        epoch = None if info is None else info.diverged_at_epoch
+        return f"{seed} diverged" + ("" if epoch is None else f" in epoch {epoch}")
+    if run["status"] == "failed":
+        reason = None if info is None else info.failure
+        return f"{seed} failed" + ("" if reason is None else f": {escape(reason.rstrip('.'))}")
+    return f"{seed} has not finished"
 
 
 def _target_table(campaign: Campaign, panel: Panel, rows: pd.DataFrame) -> str:

@@ -140,11 +140,11 @@ def _edge_notes(campaign: Campaign, panel: Panel, chosen: Mapping[tuple[str, str
 
 
 def _failure_notes(campaign: Campaign, panel: Panel, grid: pd.DataFrame) -> list[str]:
-    """Name the cells that diverged or have not finished."""
+    """Name the cells that diverged, failed or have not finished."""
     notes = []
     for curve in panel.curves:
         runs = curve_rows(grid, panel.name, curve.method).drop_duplicates("run").sort_values(["base_lr", "damping"])
-        for status, words in (("diverged", "diverged at"), ("running", "has not finished at")):
+        for status, words in (("diverged", "diverged at"), ("failed", "failed at"), ("running", "has not finished at")):
             cells = [
                 f"lr {lr:g}" if math.isnan(damping) else f"lr {lr:g}, damping {damping:g}"
                 for lr, damping in runs.loc[runs["status"] == status, ["base_lr", "damping"]].to_numpy()

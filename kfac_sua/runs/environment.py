@@ -1,0 +1,72 @@
+"""What a run ran on: versions, commit and device, as run.json and reports name them."""
+
+import dataclasses
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Environment:
+    """What a run ran on: fields of ``RunInfo`` that do not follow from the configuration."""
+
+    versions: dict[str, str | None]
+    commit: str | None
+    device_name: str
+
+
+def environment(device: str = "auto") -> Environment:
+    """Return versions, commit and device name for run.json.
+
+    Args:
+        device: ``cpu``, ``cuda`` (optionally with an index), or ``auto``: CUDA where there is a device.
+
+    Returns:
+        Versions of Python and the packages that decide numbers (None where not installed), the commit with
+        ``+dirty`` where the checkout has changes (None outside one), and the name of the device.
+    """
+    root = Path(__file__).resolve().parents[2]
+    return Environment(versions=_versions(), commit=_commit(root), device_name=_device_name(device))
+
+
+def _versions() -> dict[str, str | None]:
+    """Return versions without imports, but for torch, whose own version alone names its CUDA build."""
+    import torch  # here, because reading and writing records does not need it
+
+    versions: dict[str, str | None] = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    for name in ("torchvision", "numpy", "hydra-core", "kfac_sua"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def _commit(root: Path) -> str | None:
+    """Return the commit of the checkout at root; a repository around site-packages is not one."""
+    toplevel, head = _git(root, "rev-parse", "--show-toplevel"), _git(root, "rev-parse", "HEAD")
+    if not toplevel or not head or Path(toplevel).resolve() != root:
+        return None
+    return head if _git(root, "status", "--porcelain") == "" else f"{head}+dirty"
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    """Return what git prints, or None where there is no git, no repository or no commit."""
+    try:
+        result = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return result.stdout.strip()
+
+
+def _device_name(device: str) -> str:
+    """Return the name of the GPU or, from the kernel's list where there is one, of the processor."""
+    import torch
+
+    if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
+        return torch.cuda.get_device_name(None if device in ("auto", "cuda") else device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

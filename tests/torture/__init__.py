@@ -1,0 +1,1 @@
+"""Campaigns of faults against the training command: kills, corruption, injected faults, and long runs."""
