@@ -1,6 +1,6 @@
 # Everything runs in .venv, which `make install` (or any target that needs it) makes once.
 .DEFAULT_GOAL := help
-.PHONY: help install data train quickstart reproduce-fig1 reproduce-fig2 bench scaling test test-slow test-gpu lint format
+.PHONY: help install data train quickstart reproduce-fig1 reproduce-fig2 bench scaling torture test test-slow test-gpu lint format
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,6 +17,8 @@ SEEDS ?=
 JOBS ?=
 WITH ?=
 DRY_RUN ?=
+# How long to try to break runs.
+MINUTES ?= 15
 REPRODUCE = $(RUN) -m kfac_sua.reproduce $(1) --scale $(SCALE) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(JOBS),--jobs $(JOBS)) \
 	$(if $(DRY_RUN),--dry-run) $(if $(WITH),--with "$(WITH)") $(ARGS)
 
@@ -55,6 +57,9 @@ bench: $(INSTALLED) ## Cost of each setting beside plain SGD: make bench ARGS="-
 
 scaling: $(INSTALLED) ## Cost against width, kernel, group size and mini-batch, with the fitted exponents
 	$(RUN) -m kfac_sua.bench.scaling --out outputs/scaling $(ARGS)
+
+torture: $(INSTALLED) ## Kill, corrupt, starve and exhaust small runs, one table (MINUTES=15; 2 is the short cut)
+	$(TEST_ENV) $(RUN) scripts/torture.py --minutes $(MINUTES) $(ARGS)
 
 test: $(INSTALLED) ## Tests without a GPU and without a download, six minutes on 2 cores
 	$(TEST_ENV) $(RUN) -m pytest -n $(TEST_JOBS) --dist worksteal -m "not slow and not gpu"

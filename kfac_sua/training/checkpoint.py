@@ -123,7 +123,7 @@ def load_checkpoint(
             first_error = first_error or error
             continue
         if candidate != path:
-            reason = first_error or f"{path} is missing"
+            reason = first_error or f"{path} is missing."
             print(f"{reason} Going on from {candidate.name}.", file=sys.stderr, flush=True)
         return checkpoint
     if first_error is not None:

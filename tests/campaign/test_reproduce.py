@@ -125,7 +125,7 @@ def test_a_finished_run_that_lost_epochs_is_refused(campaigns):
     metrics.write_text(intact)
     assert result.returncode == 1
     assert "1 of 1 runs failed" in result.stderr
-    assert "records are incomplete" in result.stderr
+    assert "is not as it was at the end of the run" in result.stderr
     assert str(metrics.parent) in result.stderr
 
 

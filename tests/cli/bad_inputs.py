@@ -346,7 +346,7 @@ BAD_CHECKPOINTS = {
     "hostile pickle alone": BadFile(
         lambda path: path.write_bytes(pickle.dumps(MakesFolder(path.parent / MARK))), r"is damaged or not a checkpoint"
     ),
-    "directory": BadFile(lambda path: (path.unlink(), path.mkdir()), r"Cannot read .*checkpoint.pt: Is a directory\."),
+    "directory": BadFile(lambda path: (path.unlink(), path.mkdir()), r"checkpoint.pt is not a file; move it away"),
 }
 
 # The records of a finished or interrupted run, damaged.
@@ -361,11 +361,11 @@ BAD_RECORDS = {
             lambda path: path.write_text(
                 path.read_text().replace('"seed": 0,\n  "commit"', '"seed": "0",\n  "commit"')
             ),
-            r"run.json: seed must be int, got '0'\.",
+            r"run.json is not as it was written; restore it, or delete the run's directory\.",
         ),
         "unknown field": BadFile(
             lambda path: path.write_text(path.read_text().replace("{", '{"own": 1,', 1)),
-            r"missing or unknown fields \(own\)",
+            r"run.json is not as it was written",
         ),
     },
     "metrics.csv": {

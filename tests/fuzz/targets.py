@@ -288,6 +288,7 @@ def _checkpoint() -> Checkpoint:
         fingerprint="f" * 64,
         seed=0,
         data_digest="d" * 64,
+        records_digest="e" * 64,
         epoch=1,
         batch=2,
         step=6,

@@ -13,14 +13,15 @@ import torch
 from full_disk import fill, largest_file, small_disk
 from runs.synthetic_runs import epoch_record, run_info
 
+from kfac_sua.runs import environment as environment_module
 from kfac_sua.runs import record as record_module
+from kfac_sua.runs.environment import environment
 from kfac_sua.runs.lock import RunBusyError
 from kfac_sua.runs.record import (
     COLUMNS,
     EpochRecord,
     RecordError,
     append_record,
-    environment,
     failure_reason,
     read_records,
     read_run_info,
@@ -262,7 +263,14 @@ def test_run_info_has_the_fields_of_the_contract(tmp_path):
     names = json.loads((tmp_path / "run.json").read_text()).keys()
     run = {"config", "fingerprint", "seed", "status", "started", "finished", "diverged_at_epoch"}
     machine = {"commit", "versions", "device", "device_name", "num_threads"}
-    assert set(names) == run | machine | {"test_loss", "test_error", "failure", "skipped_steps"}
+    assert set(names) == run | machine | {
+        "test_loss",
+        "test_error",
+        "failure",
+        "skipped_steps",
+        "records_digest",
+        "digest",
+    }
 
 
 def test_run_info_of_before_failures_were_recorded(tmp_path):
@@ -371,12 +379,24 @@ def test_commit_marks_changes_and_ignores_surrounding_repositories(tmp_path):
         command = ["git", "-C", str(tmp_path), *identity, *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
-    assert record_module._commit(tmp_path) is None
+    assert environment_module._commit(tmp_path) is None
     git("init", "--quiet")
-    assert record_module._commit(tmp_path) is None
+    assert environment_module._commit(tmp_path) is None
     (tmp_path / "inner").mkdir()
     git("commit", "--quiet", "--allow-empty", "-m", "x")
-    assert record_module._commit(tmp_path) == git("rev-parse", "HEAD")
+    assert environment_module._commit(tmp_path) == git("rev-parse", "HEAD")
     (tmp_path / "inner" / "file").write_text("x")
-    assert record_module._commit(tmp_path) == git("rev-parse", "HEAD") + "+dirty"
-    assert record_module._commit(tmp_path / "inner") is None
+    assert environment_module._commit(tmp_path) == git("rev-parse", "HEAD") + "+dirty"
+    assert environment_module._commit(tmp_path / "inner") is None
+
+
+def test_a_changed_run_json_is_refused(tmp_path):
+    """A flipped digit of a result is noticed; a file of before there were digests is read."""
+    path = tmp_path / "run.json"
+    write_run_info(path, dataclasses.replace(run_info(), test_error=0.25))
+    intact = path.read_text()
+    path.write_text(intact.replace("0.25", "0.15"))
+    with pytest.raises(RecordError, match=r"run.json is not as it was written; restore it"):
+        read_run_info(path)
+    path.write_text(json.dumps({key: value for key, value in json.loads(intact).items() if "digest" not in key}))
+    assert read_run_info(path).test_error == 0.25

@@ -228,6 +228,7 @@ def test_what_a_run_leaves_on_disk(tmp_path):
     assert names[:2] + names[3:] == ["checkpoint.pt", "config.yaml", "metrics.csv", "run.json"]
     assert names[2].startswith("events.out.tfevents.")
     saved = json.loads(directory.info.read_text())
+    assert len(saved.pop("digest")) == 64
     assert saved == dataclasses.asdict(info)
     assert saved["config"]["device"] == "cpu"
     assert saved["config"]["preconditioner"]["structure"] == "sua"
