@@ -28,6 +28,7 @@ from kfac_sua.campaign.dry_run import describe
 from kfac_sua.campaign.plan import Plan
 from kfac_sua.campaign.publish import publish
 from kfac_sua.campaign.selection import RULE_SENTENCES, Rule, SelectionError
+from kfac_sua.command_line import BAD_INPUT, FAILED, count, say
 from kfac_sua.compose import compose_config
 from kfac_sua.config import ConfigError
 from kfac_sua.data import DataError
@@ -38,7 +39,6 @@ from kfac_sua.runs.record import RecordError, failure_reason
 from kfac_sua.startup import raise_on_interrupt
 from kfac_sua.training.signals import Interrupted
 
-FAILED, BAD_INPUT = 1, 2
 INPUT_ERRORS = (ConfigError, DataError)
 RUN_ERRORS = (
     *(CampaignError, SelectionError, CollectError, RecordError, FigureError, RunBusyError),
@@ -67,10 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.debug or os.environ.get("HYDRA_FULL_ERROR") == "1":
             traceback.print_exc()
         else:
-            _say(failure_reason(error))
+            say(failure_reason(error))
         return BAD_INPUT if isinstance(error, INPUT_ERRORS) else FAILED
     except KeyboardInterrupt as interrupt:
-        _say(_INTERRUPTED)
+        say(_INTERRUPTED)
         return 128 + getattr(interrupt, "signal_number", signal.SIGINT)
     return 0
 
@@ -141,9 +141,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--scale", choices=scale_names(), default="full", help="full: the paper; small: a CPU; smoke: a test (full)"
     )
-    parser.add_argument("--seeds", type=_count, default=3, metavar="N", help="final runs per curve (3)")
+    parser.add_argument("--seeds", type=count, default=3, metavar="N", help="final runs per curve (3)")
     parser.add_argument(
-        "--jobs", type=_count, metavar="N", help="runs of the grid at the same time (one per core; on a GPU 1)"
+        "--jobs", type=count, metavar="N", help="runs of the grid at the same time (one per core; on a GPU 1)"
     )
     parser.add_argument(
         "--select-by",
@@ -162,18 +162,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got '{text}'")
-    return int(text)
-
-
 def _names(text: str) -> list[str]:
     return [name for name in text.split(",") if name]
-
-
-def _say(sentence: str) -> None:
-    print(sentence, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

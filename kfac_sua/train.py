@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from kfac_sua.checks import check_environment
+from kfac_sua.command_line import BAD_INPUT, FAILED, say
 from kfac_sua.compose import compose_cells, to_config
 from kfac_sua.config import CONFIG_DIR, CONFIG_NAME, VERSION_BASE, ConfigError
 from kfac_sua.data import DataError
@@ -29,8 +30,6 @@ from kfac_sua.runs.record import RecordError
 from kfac_sua.startup import raise_on_interrupt
 from kfac_sua.training.checkpoint import CheckpointError
 from kfac_sua.training.loop import run
-
-FAILED, BAD_INPUT = 1, 2
 
 # What a user can cause. PyTorch and the preconditioner raise RuntimeError for what cannot be done (out of memory, a
 # factor that is not positive definite); any other exception is a bug and keeps its traceback.
@@ -94,17 +93,17 @@ def _carry_out() -> int:
         sys.argv[1:] = _checked_arguments(sys.argv[1:])
         _with_hydra(train_and_report)()
     except SweepCellError:
-        return _report("Some runs of the sweep failed as said above; the same command starts only what is missing.")
+        return say("Some runs of the sweep failed as said above; the same command starts only what is missing.")
     except INPUT_ERRORS as error:
-        return _report(_sentence(error), BAD_INPUT)
+        return say(_sentence(error), BAD_INPUT)
     except OSError as error:  # Hydra's own files of a sweep; those of a run are reported where it ends
-        return _report(_sentence(error))
+        return say(_sentence(error))
     except KeyboardInterrupt as interrupt:
-        return _report(str(interrupt) or "interrupted.", 128 + getattr(interrupt, "signal_number", signal.SIGINT))
+        return say(str(interrupt) or "interrupted.", 128 + getattr(interrupt, "signal_number", signal.SIGINT))
     except Exception as error:
         if _is_from_run(error):
             raise
-        return _report(f"Hydra cannot carry this out: {_one_line(error)}. (--debug shows where.)", BAD_INPUT)
+        return say(f"Hydra cannot carry this out: {_one_line(error)}. (--debug shows where.)", BAD_INPUT)
     return 0
 
 
@@ -131,7 +130,7 @@ def train_and_report(raw: DictConfig) -> None:
         train(raw)
         return
     except (*INPUT_ERRORS, *RUN_ERRORS) as error:
-        code = _report(_sentence(error), BAD_INPUT if isinstance(error, INPUT_ERRORS) else FAILED)
+        code = say(_sentence(error), BAD_INPUT if isinstance(error, INPUT_ERRORS) else FAILED)
         sentence = str(error)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is said and done; another one could only tear the report
@@ -167,11 +166,6 @@ def _checked_arguments(arguments: list[str]) -> list[str]:
     overrides = [argument for argument in arguments if argument not in flags]
     compose_cells(overrides, multirun=not MULTIRUN_FLAGS.isdisjoint(flags))
     return [*flags, *overrides]
-
-
-def _report(sentence: str, code: int = FAILED) -> int:
-    print(sentence, file=sys.stderr, flush=True)
-    return code
 
 
 def _sentence(error: BaseException) -> str:

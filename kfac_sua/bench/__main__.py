@@ -32,11 +32,12 @@ from kfac_sua.bench.tables import (
     steps_table,
 )
 from kfac_sua.build import choose_device
+from kfac_sua.command_line import BAD_INPUT, FAILED, INTERRUPTED, count, say
 from kfac_sua.config import ConfigError, KroneckerConfig
 from kfac_sua.preconditioner import FisherType
 from kfac_sua.runs.record import RecordError
 
-SLOWER, FAILED, BAD_INPUT, INTERRUPTED = 1, 1, 2, 130
+SLOWER = 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,15 +54,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _carry_out(options)
     except (ConfigError, RecordError) as error:
-        return _say(str(error), BAD_INPUT)
+        return say(str(error), BAD_INPUT)
     except BrokenPipeError:
-        return _say("Nobody reads the tables; with --json they are in the file.", FAILED)
+        return say("Nobody reads the tables; with --json they are in the file.", FAILED)
     except OSError as error:
-        return _say(f"Cannot use {error.filename or 'a file'}: {error.strerror or error}.", BAD_INPUT)
+        return say(f"Cannot use {error.filename or 'a file'}: {error.strerror or error}.", BAD_INPUT)
     except (RuntimeError, MemoryError) as error:
-        return _say(" ".join(str(error).split()) or "MemoryError.", FAILED)
+        return say(" ".join(str(error).split()) or "MemoryError.", FAILED)
     except KeyboardInterrupt:
-        return _say("interrupted; nothing was written.", INTERRUPTED)
+        return say("interrupted; nothing was written.", INTERRUPTED)
 
 
 def _carry_out(options: argparse.Namespace) -> int:
@@ -181,12 +182,12 @@ def _parser() -> argparse.ArgumentParser:
         help=f"of {', '.join(DEFAULT_SETTINGS)}, each with keys of its own such as kfac:damping=0.3,ema_decay=0.9; "
         "baseline is always measured (all five)",
     )
-    parser.add_argument("--rounds", type=_count, default=9, metavar="N", help="plain steps per setting (%(default)s)")
+    parser.add_argument("--rounds", type=count, default=9, metavar="N", help="plain steps per setting (%(default)s)")
     parser.add_argument(
-        "--refresh-rounds", type=_count, default=3, metavar="N", help="steps of each other kind (%(default)s)"
+        "--refresh-rounds", type=count, default=3, metavar="N", help="steps of each other kind (%(default)s)"
     )
     parser.add_argument(
-        "--repeats", type=_count, default=1, metavar="N", help="measure it all so often: median (low to high) (1)"
+        "--repeats", type=count, default=1, metavar="N", help="measure it all so often: median (low to high) (1)"
     )
     parser.add_argument("--layers", action="store_true", help="also FLOPs and seconds per part of a step and per layer")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the numbers here")
@@ -197,12 +198,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got '{text}'")
-    return int(text)
-
-
 def _fraction(text: str) -> float:
     try:
         value = float(text)
@@ -211,11 +206,6 @@ def _fraction(text: str) -> float:
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number ≥ 0 such as 0.03, got '{text}'")
     return value
-
-
-def _say(sentence: str, code: int) -> int:
-    print(sentence, file=sys.stderr, flush=True)
-    return code
 
 
 if __name__ == "__main__":

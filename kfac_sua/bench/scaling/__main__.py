@@ -22,13 +22,12 @@ from kfac_sua.bench.scaling.record import Machine, ScalingError, from_frame, rea
 from kfac_sua.bench.scaling.report import describe_study
 from kfac_sua.bench.scaling.study import StudySettings, measure_missing
 from kfac_sua.build import choose_device
+from kfac_sua.command_line import BAD_INPUT, FAILED, INTERRUPTED, count, say
 from kfac_sua.config import ConfigError, Device
 from kfac_sua.figures.scaling import draw_scaling
 from kfac_sua.runs.environment import environment
 from kfac_sua.runs.lock import RunBusyError, exclusive
 from kfac_sua.runs.record import failure_reason
-
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 # Largest sizes with --quick.
 _QUICK = {"width": 128, "kernel": 3, "group": 32, "batch": 100}
@@ -47,17 +46,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _carry_out(options)
     except ConfigError as error:
-        return _say(error, BAD_INPUT)
+        return say(error, BAD_INPUT)
     except ScalingError as error:
-        return _say(error, FAILED)
+        return say(error, FAILED)
     except RunBusyError as error:
-        return _say(str(error).replace("trained", "measured"), FAILED)
+        return say(str(error).replace("trained", "measured"), FAILED)
     except (RuntimeError, MemoryError) as error:  # on a CPU, PyTorch's allocator raises a plain RuntimeError
-        return _say(f"{failure_reason(error)} (Lower --memory-limit-gib or --largest-width?)", FAILED)
+        return say(f"{failure_reason(error)} (Lower --memory-limit-gib or --largest-width?)", FAILED)
     except OSError as error:
-        return _say(f"Cannot use {error.filename or options.out}: {error.strerror or error}.", FAILED)
+        return say(f"Cannot use {error.filename or options.out}: {error.strerror or error}.", FAILED)
     except KeyboardInterrupt:
-        return _say("interrupted; the same command goes on where this one stopped.", INTERRUPTED)
+        return say("interrupted; the same command goes on where this one stopped.", INTERRUPTED)
     return 0
 
 
@@ -135,19 +134,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--largest-width", type=_width, default=1024, metavar="C", help="channels of the widest layer (%(default)s)"
     )
-    parser.add_argument("--repeats", type=_count, default=3, metavar="N", help="fewest turns per case (%(default)s)")
-    parser.add_argument("--threads", type=_count, default=1, metavar="N", help="on a CPU (%(default)s)")
+    parser.add_argument("--repeats", type=count, default=3, metavar="N", help="fewest turns per case (%(default)s)")
+    parser.add_argument("--threads", type=count, default=1, metavar="N", help="on a CPU (%(default)s)")
     parser.add_argument(
         "--memory-limit-gib", type=_gib, default=6.0, metavar="GIB", help="leave out cases beyond it (%(default)s)"
     )
     parser.add_argument("--quick", action="store_true", help="small sizes only, few turns: under a minute")
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got '{text}'")
-    return int(text)
 
 
 def _width(text: str) -> int:
@@ -165,11 +158,6 @@ def _gib(text: str) -> float:
     if not limit > 0:
         raise argparse.ArgumentTypeError(f"must be a number of GiB above 0, got '{text}'")
     return limit
-
-
-def _say(sentence: object, code: int) -> int:
-    print(sentence, file=sys.stderr, flush=True)
-    return code
 
 
 if __name__ == "__main__":

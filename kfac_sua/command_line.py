@@ -1,0 +1,31 @@
+"""What the commands share: their exit codes, and how they say what is wrong."""
+
+import argparse
+import sys
+
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+
+
+def say(sentence: object, code: int = FAILED) -> int:
+    """Print a sentence to stderr and return the exit code that goes with it.
+
+    Args:
+        sentence: What happened.
+        code: The exit code.
+    """
+    print(sentence, file=sys.stderr, flush=True)
+    return code
+
+
+def count(text: str) -> int:
+    """Return the value of an option that counts something.
+
+    Args:
+        text: As it stands on the command line.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is not a whole number of at least 1.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got '{text}'")
+    return int(text)
