@@ -64,7 +64,10 @@ def main() -> int:
     is_debug = DEBUG_FLAG in sys.argv or os.environ.get("HYDRA_FULL_ERROR") == "1"
     sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != DEBUG_FLAG]
     with _raised_errors():
-        return _debug() if is_debug else _carry_out()
+        try:
+            return _debug() if is_debug else _carry_out()
+        except KeyboardInterrupt as interrupt:
+            return say(str(interrupt) or "interrupted.", 128 + getattr(interrupt, "signal_number", signal.SIGINT))
 
 
 @contextlib.contextmanager
@@ -98,8 +101,6 @@ def _carry_out() -> int:
         return say(_sentence(error), BAD_INPUT)
     except OSError as error:  # Hydra's own files of a sweep; those of a run are reported where it ends
         return say(_sentence(error))
-    except KeyboardInterrupt as interrupt:
-        return say(str(interrupt) or "interrupted.", 128 + getattr(interrupt, "signal_number", signal.SIGINT))
     except Exception as error:
         if _is_from_run(error):
             raise

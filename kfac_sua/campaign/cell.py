@@ -21,6 +21,7 @@ from kfac_sua.runs.record import (
     EpochRecord,
     RecordError,
     RunInfo,
+    read_ended_records,
     read_records,
     read_run_info,
     write_run_info,
@@ -125,7 +126,8 @@ def read_state(cell: Cell) -> CellState:
     if not cell.directory.info.exists():
         return CellState("missing", 0)
     try:
-        info, records = read_cell_info(cell), _records(cell)
+        info = read_cell_info(cell)
+        records = read_ended_records(cell.directory.metrics, info) if cell.directory.metrics.exists() else []
     except RecordError as error:
         return CellState("failed", 0, str(error))
     epochs = [record.epoch for record in records]

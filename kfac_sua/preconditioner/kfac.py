@@ -239,14 +239,14 @@ class KroneckerPreconditioner:
         cotangents = fisher_cotangents(outputs, self.settings.fisher_type, self.settings.likelihood, generator, place)
         self._capture.backward(outputs, cotangents)
 
-    def step(self, *, loss_scale: float = 1.0) -> bool:
+    def step(self, *, loss_scale: float | None = None) -> bool:
         """Precondition the gradients in place, first measuring and refreshing what is due.
 
         Call it after ``loss.backward()`` and before ``optimizer.step()``, once per optimisation step; with a
         ``GradScaler`` between ``scaler.unscale_(optimizer)`` and ``scaler.step(optimizer)``.
 
         Args:
-            loss_scale: What the loss was multiplied with, a ``GradScaler``'s ``get_scale()``, > 0. If it is not 1, a
+            loss_scale: What the loss was multiplied with, a ``GradScaler``'s ``get_scale()``, > 0. If it is given, a
                 mini-batch with a gradient of the model that is not finite is skipped whole, as the scaler does; to see
                 that waits for the device once.
 
@@ -257,12 +257,13 @@ class KroneckerPreconditioner:
             ValueError: If ``loss_scale`` is not a finite number > 0.
             RuntimeError: If statistics are due but none were recorded, or an inverse fails that has no predecessor.
         """
-        _validate_loss_scale(loss_scale)
-        if loss_scale != 1 and not self._has_finite_gradients():
-            self.discard()
-            return False
+        if loss_scale is not None:
+            _validate_loss_scale(loss_scale)
+            if not self._has_finite_gradients():
+                self.discard()
+                return False
         if self.statistics_due:
-            self.update_factors(loss_scale=loss_scale)
+            self.update_factors(loss_scale=1.0 if loss_scale is None else loss_scale)
         if self.inverses_due:
             self.update_inverses()
         self.precondition_()

@@ -12,12 +12,17 @@ from kfac_sua.config import Config, KroneckerConfig, to_plain
 _NOT_IN_FINGERPRINT = ("seed", "output_dir", "progress", "num_threads", "checkpoint_interval_s")
 
 
+# Keys that came after the first runs, with the value that says what these did: node, key, value.
+_ADDED_LATER = (("", "non_finite", "stop"), ("preconditioner", "activation_rows", None))
+
+
 @dataclass(frozen=True)
 class RunDirectory:
     """The paths of one run; nothing is created by making this object."""
 
     path: Path
     fingerprint: str
+    seed: int
 
     @property
     def config(self) -> Path:
@@ -53,7 +58,7 @@ def run_directory(config: Config, device: str) -> RunDirectory:
     digest = fingerprint(config, device)
     setting = f"{config.dataset.name}-{config.model.name}-{config.preconditioner.name}"
     cell = f"{_cell_name(config)}-{digest[:8]}"
-    return RunDirectory(Path(config.output_dir) / setting / cell / f"seed={config.seed}", digest)
+    return RunDirectory(Path(config.output_dir) / setting / cell / f"seed={config.seed}", digest, config.seed)
 
 
 def fingerprint(config: Config, device: str) -> str:
@@ -69,6 +74,10 @@ def fingerprint(config: Config, device: str) -> str:
     values = resolved(config, device)
     for key in _NOT_IN_FINGERPRINT:
         del values[key]
+    for node, key, default in _ADDED_LATER:
+        part = values[node] if node else values
+        if part.get(key) == default:
+            part.pop(key, None)
     del values["dataset"]["data_dir"]
     canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()

@@ -4,6 +4,7 @@ import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -14,12 +15,37 @@ class RunBusyError(Exception):
     """A run that another process is carrying out; the message is one sentence."""
 
 
+class RunLostError(RunBusyError):
+    """A run whose directory is no longer the one that was locked."""
+
+
+@dataclass(frozen=True)
+class Hold:
+    """A lock that is held.
+
+    Args:
+        path: The lock's file.
+        file: The same, open.
+    """
+
+    path: Path
+    file: TextIO
+
+    def check(self) -> None:
+        """Raise :class:`RunLostError` if the directory was removed or replaced: what is there may be another's."""
+        if not _is_at(self.path, self.file):
+            raise RunLostError(f"{self.path.parent} was removed or replaced; this process writes nothing more.")
+
+
 @contextmanager
-def exclusive(directory: Path) -> Iterator[None]:
+def exclusive(directory: Path) -> Iterator[Hold]:
     """Hold a run directory for this process; the lock goes with the process, however it ends.
 
     Args:
         directory: The run directory, made if missing.
+
+    Yields:
+        The lock, to be checked before each write.
 
     Raises:
         RunBusyError: If another process holds it.
@@ -31,7 +57,7 @@ def exclusive(directory: Path) -> Iterator[None]:
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
-        yield
+        yield Hold(path, file)
 
 
 @contextmanager

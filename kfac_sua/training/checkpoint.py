@@ -11,7 +11,8 @@ import io
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -123,6 +124,8 @@ def load_checkpoint(
             first_error = first_error or error
             continue
         if candidate != path:
+            if path.exists():  # or the next checkpoint would put it in the place of the sound one
+                path.replace(path.with_name(f"{path.stem}.damaged{path.suffix}"))
             reason = first_error or f"{path} is missing."
             print(f"{reason} Going on from {candidate.name}.", file=sys.stderr, flush=True)
         return checkpoint
@@ -136,17 +139,25 @@ def _read(path: Path, device: torch.device) -> Checkpoint:
     try:
         # weights_only: a checkpoint from elsewhere must not run code.
         values = torch.load(io.BytesIO(_payload(path)), map_location=device, weights_only=True)
-    except OSError as error:
-        raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
-    except CheckpointError:
-        raise
+    except (CheckpointError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise  # the last three say nothing against the file
     except Exception as error:  # whatever bytes that match their digest may still make torch.load raise
         raise CheckpointError(f"{path} is not a checkpoint ({type(error).__name__}); {_CURE}.") from error
     names = {field.name for field in dataclasses.fields(Checkpoint)}
     version = values.pop("format_version", None) if isinstance(values, dict) else None
     if version != FORMAT_VERSION or values.keys() != names:
         raise CheckpointError(f"{path} is not a checkpoint of format {FORMAT_VERSION}, got {version!r}; {_CURE}.")
-    return Checkpoint(**values)
+    checkpoint = Checkpoint(**values)
+    _check_types(checkpoint, path)
+    return checkpoint
+
+
+def _check_types(checkpoint: Checkpoint, path: Path) -> None:
+    for name, hint in get_type_hints(Checkpoint).items():
+        value = getattr(checkpoint, name)
+        kinds = tuple(get_origin(kind) or kind for kind in (get_args(hint) if isinstance(hint, UnionType) else (hint,)))
+        if not isinstance(value, kinds) or (hint is int and value < 0):
+            raise CheckpointError(f"{path} is not a checkpoint ({name} is {type(value).__name__}); {_CURE}.")
 
 
 def _payload(path: Path) -> bytes:

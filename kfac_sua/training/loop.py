@@ -15,8 +15,9 @@ from kfac_sua.config import Config
 from kfac_sua.data import BatchLoader
 from kfac_sua.runs.directory import RunDirectory, resolved, run_directory
 from kfac_sua.runs.environment import environment
-from kfac_sua.runs.lock import exclusive
+from kfac_sua.runs.lock import Hold, RunBusyError, RunLostError, exclusive
 from kfac_sua.runs.record import (
+    ENDED,
     EpochRecord,
     RecordError,
     RunInfo,
@@ -30,7 +31,7 @@ from kfac_sua.runs.record import (
     write_run_info,
 )
 from kfac_sua.runs.tensorboard import TensorBoardLog
-from kfac_sua.training.checkpoint import load_checkpoint, previous_path
+from kfac_sua.training.checkpoint import CheckpointError, load_checkpoint, previous_path
 from kfac_sua.training.evaluate import Evaluation, evaluate
 from kfac_sua.training.progress import Progress, print_once
 from kfac_sua.training.saving import Saver
@@ -65,40 +66,56 @@ def run(config: Config) -> RunInfo:
     info = _ended(directory)
     if info is not None:
         return info
-    training = Training.start(config, device)
-    with exclusive(directory.path):
+    try:
+        training = Training.start(config, device)
+    except Exception as error:  # of a run that has begun; otherwise, nothing of it is on disk
+        with contextlib.suppress(RunBusyError):
+            _record_early_failure(directory, error)
+        raise
+    with exclusive(directory.path) as hold:
         info = _ended(directory)
         if info is not None:
             return info
         try:
-            return _carry_out(training, directory)
+            info = _carry_out(training, directory, hold)
+        except RunLostError:
+            raise
         except Exception as error:
             _record_failure(directory, error)
             raise
+    print(_summary(directory, info), flush=True)
+    return info
 
 
 def _ended(directory: RunDirectory) -> RunInfo | None:
     """Say so if the run has finished or diverged, and return what it left."""
-    info = read_run_info(directory.info) if directory.info.exists() else None
-    if info is None or info.status in ("running", "failed"):
+    info = _read_own_info(directory)
+    if info is None or info.status not in ENDED:
         return None
     print(f"already {_summary(directory, info)}", flush=True)
     return info
 
 
-def _carry_out(training: Training, directory: RunDirectory) -> RunInfo:
+def _read_own_info(directory: RunDirectory) -> RunInfo | None:
+    """Return what run.json says of the run, if there is one."""
+    info = read_run_info(directory.info) if directory.info.exists() else None
+    if info is not None and (info.fingerprint != directory.fingerprint or info.seed != directory.seed):
+        raise RecordError(f"{directory.info} belongs to another run; restore it, or move {directory.path} away.")
+    return info
+
+
+def _carry_out(training: Training, directory: RunDirectory, hold: Hold) -> RunInfo:
     """Train what is left of a run, from its checkpoint if there is one."""
     info = _new_info(training, directory.fingerprint)
-    if directory.info.exists():
-        info = dataclasses.replace(read_run_info(directory.info), status="running", failure=None)
+    begun = _read_own_info(directory)
+    if begun is not None:
+        info = dataclasses.replace(begun, status="running", failure=None)
     is_resumed, records = _resume(training, directory)
     _prepare_directory(directory, info, records)
     if training.preconditioner is not None:
         print_once(str(training.preconditioner.describe()))
     print(f"{'resumed' if is_resumed else 'started'} on {training.device.type}: {directory.path}", flush=True)
-    info = _train(training, directory, info, records)
-    print(_summary(directory, info), flush=True)
-    return info
+    return _train(training, directory, info, records, hold)
 
 
 def train_epoch(training: Training, progress: Progress, after_batch: Callable[[], None] = lambda: None) -> Evaluation:
@@ -129,20 +146,22 @@ def train_epoch(training: Training, progress: Progress, after_batch: Callable[[]
     return training.sums.result()
 
 
-def _train(training: Training, directory: RunDirectory, info: RunInfo, records: list[EpochRecord]) -> RunInfo:
+def _train(
+    training: Training, directory: RunDirectory, info: RunInfo, records: list[EpochRecord], hold: Hold
+) -> RunInfo:
     """Train what is left, stopping between two mini-batches when asked to; then evaluate on the test set."""
     log = _open_tensorboard(directory, info, records)
     progress = _open_progress(training)
     with StopRequest() as stop:
-        saver = Saver(training, directory, stop, records)
+        saver = Saver(training, directory, stop, hold, records)
         try:
             if not records:  # the untrained network, so that curves against time begin at zero seconds
-                records.append(_log_untrained(training, directory, log, saver))
+                records.append(_log_untrained(training, log, saver))
             while training.epoch < training.config.epochs:
                 record = _train_epoch(training, progress, saver)
                 if record is None:
                     return _end(saver, info, status="diverged", diverged_at_epoch=training.epoch + 1)
-                _log(training, directory, log, record)
+                _log(saver, log, record)
                 records.append(record)
                 saver.save()
                 progress.epoch(record)
@@ -157,7 +176,7 @@ def _train(training: Training, directory: RunDirectory, info: RunInfo, records: 
             log.close()
 
 
-def _log_untrained(training: Training, directory: RunDirectory, log: TensorBoardLog, saver: Saver) -> EpochRecord:
+def _log_untrained(training: Training, log: TensorBoardLog, saver: Saver) -> EpochRecord:
     """Write and return the row of epoch 0; a run that is stopped meanwhile has nothing to save."""
 
     def stop_if_asked() -> None:
@@ -166,7 +185,7 @@ def _log_untrained(training: Training, directory: RunDirectory, log: TensorBoard
 
     train_eval, val = _evaluate_epoch(training, stop_if_asked)
     record = _record(training, train_eval, train_eval, val)
-    _log(training, directory, log, record)
+    _log(saver, log, record)
     return record
 
 
@@ -188,9 +207,10 @@ def _evaluate_epoch(training: Training, after_batch: Callable[[], None]) -> tupl
     return train_eval, _evaluate(training, training.validation, after_batch)
 
 
-def _log(training: Training, directory: RunDirectory, log: TensorBoardLog, record: EpochRecord) -> None:
-    with training.watch.phase("writing"):
-        append_record(directory.metrics, record)
+def _log(saver: Saver, log: TensorBoardLog, record: EpochRecord) -> None:
+    saver.hold.check()
+    with saver.training.watch.phase("writing"):
+        append_record(saver.directory.metrics, record)
         log.log(record)
 
 
@@ -228,7 +248,15 @@ def _resume(training: Training, directory: RunDirectory) -> tuple[bool, list[Epo
     )
     if checkpoint is None:
         return False, []
-    training.restore(checkpoint)
+    try:
+        training.restore(checkpoint)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise CheckpointError(
+            f"{directory.checkpoint} does not fit this network ({type(error).__name__}); move it away to start this "
+            "run from the beginning."
+        ) from error
     # A row is written before its checkpoint, so that a crash between the two leaves a row too many.
     records = [record for record in read_records(directory.metrics) if record.epoch <= checkpoint.epoch]
     is_complete = [record.epoch for record in records] == list(range(checkpoint.epoch + 1))
@@ -272,6 +300,7 @@ def _prepare_directory(directory: RunDirectory, info: RunInfo, records: list[Epo
 def _end(saver: Saver, info: RunInfo, **outcome: Any) -> RunInfo:
     """Write how the run ended, after which the checkpoint before the last is of no use."""
     directory = saver.directory
+    saver.hold.check()
     ended = dataclasses.replace(
         info,
         finished=_now(),
@@ -280,7 +309,10 @@ def _end(saver: Saver, info: RunInfo, **outcome: Any) -> RunInfo:
         **outcome,
     )
     write_run_info(directory.info, ended)
-    previous_path(directory.checkpoint).unlink(missing_ok=True)
+    for leftover in (previous_path(directory.checkpoint), directory.checkpoint.with_name("checkpoint.pt.tmp")):
+        leftover.unlink(missing_ok=True)
+    if saver.is_asked_to_stop:  # the runs of a sweep that would come next must not begin
+        raise Interrupted("interrupted; this run has ended.", saver.signal_number)
     return ended
 
 
@@ -288,7 +320,15 @@ def _record_failure(directory: RunDirectory, error: Exception) -> None:
     """Write into run.json why this attempt failed, where it can be written: who started the run is told anyway."""
     with contextlib.suppress(OSError, RecordError):
         info = read_run_info(directory.info)
-        write_run_info(directory.info, dataclasses.replace(info, status="failed", failure=failure_reason(error)))
+        if info.status not in ENDED:
+            write_run_info(directory.info, dataclasses.replace(info, status="failed", failure=failure_reason(error)))
+
+
+def _record_early_failure(directory: RunDirectory, error: Exception) -> None:
+    """Do so for an error before the directory was locked, if the run has begun in an earlier attempt."""
+    if directory.info.exists():
+        with exclusive(directory.path):
+            _record_failure(directory, error)
 
 
 def _summary(directory: RunDirectory, info: RunInfo) -> str:

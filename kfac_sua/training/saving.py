@@ -1,9 +1,11 @@
 """When a run is saved: now and then, at the end of every epoch, and when it is asked to stop."""
 
+import signal
 import time
 from collections.abc import Callable, Sequence
 
 from kfac_sua.runs.directory import RunDirectory
+from kfac_sua.runs.lock import Hold
 from kfac_sua.runs.record import EpochRecord, records_digest
 from kfac_sua.training.checkpoint import save_checkpoint
 from kfac_sua.training.signals import Interrupted, StopRequest
@@ -17,6 +19,7 @@ class Saver:
         training: The state to save.
         directory: Where to.
         stop: Whether the run has been asked to stop.
+        hold: The lock of the directory.
         records: The rows written so far; whoever writes another one appends it.
         clock: Seconds of a monotonic clock.
     """
@@ -26,6 +29,7 @@ class Saver:
         training: Training,
         directory: RunDirectory,
         stop: StopRequest,
+        hold: Hold,
         records: Sequence[EpochRecord],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -33,6 +37,7 @@ class Saver:
         self.directory = directory
         self.records = records
         self._stop = stop
+        self.hold = hold
         self._clock = clock
         self._saved_at = clock()
         self._position = _position(training)
@@ -42,8 +47,14 @@ class Saver:
         """Whether a signal has come."""
         return self._stop.signal_number is not None
 
+    @property
+    def signal_number(self) -> int:
+        """The signal that has come, SIGINT if none has."""
+        return self._stop.signal_number or signal.SIGINT
+
     def save(self) -> None:
         """Write a checkpoint."""
+        self.hold.check()
         with self.training.watch.phase("writing"):
             checkpoint = self.training.checkpoint(self.directory.fingerprint, records_digest(self.records))
             save_checkpoint(self.directory.checkpoint, checkpoint)
@@ -65,8 +76,7 @@ class Saver:
 
     def interrupted(self) -> Interrupted:
         """Return what to raise when the run stops here."""
-        message = f"interrupted; the same command resumes {self._position}."
-        return Interrupted(message, *([] if self._stop.signal_number is None else [self._stop.signal_number]))
+        return Interrupted(f"interrupted; the same command resumes {self._position}.", self.signal_number)
 
 
 def _position(training: Training) -> str:

@@ -1,7 +1,8 @@
 """Ctrl-C and SIGTERM as requests: the current step is finished and saved before the process ends."""
 
+import contextlib
+import os
 import signal
-import sys
 import threading
 from types import FrameType, TracebackType
 from typing import Any
@@ -52,6 +53,7 @@ class StopRequest:
         del frame
         if self.signal_number is None:
             self.signal_number = number
-            print("stopping after this step; Ctrl-C stops at once.", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # of a terminal or a pipe that is gone; print() is not re-entrant
+                os.write(2, b"stopping after this step; Ctrl-C stops at once.\n")
         elif number == signal.SIGINT:
             raise KeyboardInterrupt

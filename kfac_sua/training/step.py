@@ -1,5 +1,7 @@
 """One mini-batch: forward, backward, preconditioner, optimizer; and what to do if something in it is not finite."""
 
+import math
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -73,7 +75,7 @@ def _is_finite(loss: Tensor, model: nn.Module) -> bool:
     """
     tensors = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     tensors += [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-    return bool((loss.detach() + nn.utils.get_total_norm(tensors)).isfinite())
+    return bool((loss.detach() + nn.utils.get_total_norm(tensors, norm_type=math.inf)).isfinite())
 
 
 def check_is_due(training: Training) -> bool:

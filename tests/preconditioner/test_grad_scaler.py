@@ -178,9 +178,9 @@ def test_without_a_scale_gradients_are_not_looked_at(monkeypatch):
     )
     net = make_net()
     preconditioner = start(net, {})
-    for loss_scale, expected in ((1.0, 0), (4.0, 1), (1, 1)):
+    for loss_scale, expected in ((None, 0), (4.0, 1), (1.0, 2)):
         inputs, labels = batch(0)
-        (nn.functional.cross_entropy(net(inputs), labels) * loss_scale).backward()
+        (nn.functional.cross_entropy(net(inputs), labels) * (loss_scale or 1)).backward()
         assert preconditioner.step(loss_scale=loss_scale) is True
         assert len(looks) == expected
 

@@ -93,9 +93,10 @@ def test_the_one_before_stays_and_is_used_if_the_last_is_damaged(tmp_path, check
     assert load(path).step == 13
     path.write_bytes(path.read_bytes()[:-1])
     assert load(path).step == 12
+    assert (tmp_path / "checkpoint.damaged.pt").exists()
     assert "checkpoint.pt is damaged" in (shown := capsys.readouterr().err)
     assert shown.endswith("Going on from checkpoint.previous.pt.\n")
-    path.unlink()  # as after a crash between two renames
+    # Now the last one is missing, as after a crash between two renames.
     assert load(path).step == 12
     assert "checkpoint.pt is missing" in capsys.readouterr().err
     previous_path(path).write_bytes(b"")
@@ -167,6 +168,31 @@ def test_other_format_is_refused(tmp_path, values):
     write(path, values)
     with pytest.raises(CheckpointError, match="is not a checkpoint of format 2"):
         load(path)
+
+
+@pytest.mark.parametrize(("name", "value"), [("epoch", "x"), ("batch", -5), ("model", []), ("times", None)])
+def test_values_of_another_type_are_refused(tmp_path, checkpoint, name, value):
+    """A file with a sound digest but wrong types or negative counts is no checkpoint."""
+    path = tmp_path / "checkpoint.pt"
+    values = {**vars(checkpoint), "format_version": 2, name: value}
+    write(path, values)
+    with pytest.raises(CheckpointError, match=rf"is not a checkpoint \({name} is "):
+        load(path)
+
+
+def test_lack_of_memory_says_nothing_against_a_checkpoint(tmp_path, checkpoint, monkeypatch):
+    """The error comes through, so that the run fails and is tried again, from this very file."""
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, checkpoint)
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(checkpoint_module.torch, "load", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        load(path)
+    monkeypatch.undo()
+    assert load(path).step == 11
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path):

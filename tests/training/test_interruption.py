@@ -12,6 +12,7 @@ import torch
 from identical import assert_identical
 from tiny_runs import TINY, TINY_PERIOD, directory_of, metrics_without_times, tiny_config
 
+from kfac_sua.runs.lock import RunLostError
 from kfac_sua.training import loop, saving
 from kfac_sua.training.checkpoint import load_checkpoint
 from kfac_sua.training.loop import run
@@ -165,3 +166,71 @@ def test_the_command_finishes_its_step_saves_and_leaves(tmp_path, number, code):
     assert "interrupted; the same command resumes" in stderr
     assert "Traceback" not in stderr
     assert final_state(config).step > 0
+
+
+def test_a_signal_at_the_end_of_a_run_stops_the_sweep(tmp_path, monkeypatch):
+    """Asked to stop while its last lines are written, a run ends as finished, and none comes after it."""
+    config = tiny_config(tmp_path, "preconditioner=baseline", "epochs=1")
+    write = loop.write_run_info
+
+    def signalling(path, info):
+        write(path, info)
+        if info.status == "finished":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop, "write_run_info", signalling)
+    with pytest.raises(Interrupted, match=r"^interrupted; this run has ended\.$") as caught:
+        run(config)
+    assert caught.value.signal_number == signal.SIGTERM
+    monkeypatch.undo()
+    assert run(config).status == "finished"
+
+
+def test_a_run_whose_directory_was_replaced_writes_nothing_more(tmp_path, monkeypatch):
+    """Moved away, and begun anew by another process: the first one leaves with a sentence and touches neither."""
+    config = tiny_config(tmp_path, "preconditioner=baseline", "epochs=3")
+    path = directory_of(config).path
+    train_epoch = loop.train_epoch
+
+    def moving(training, *arguments):
+        if training.epoch == 1:
+            path.rename(tmp_path / "moved")
+            path.mkdir()
+            (path / "metrics.csv").write_text("another's")
+        return train_epoch(training, *arguments)
+
+    monkeypatch.setattr(loop, "train_epoch", moving)
+    with pytest.raises(RunLostError, match=r"was removed or replaced; this process writes nothing more"):
+        run(config)
+    assert [file.name for file in path.iterdir()] == ["metrics.csv"]
+    assert (path / "metrics.csv").read_text() == "another's"
+
+
+def test_what_goes_wrong_after_the_end_does_not_undo_it(tmp_path, monkeypatch):
+    """A finished run stays finished if its last sentence cannot be printed."""
+    config = tiny_config(tmp_path, "preconditioner=baseline", "epochs=1")
+
+    def closed(directory, info):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    with monkeypatch.context() as context:
+        context.setattr(loop, "_summary", closed)
+        with pytest.raises(BrokenPipeError):
+            run(config)
+    assert run(config).status == "finished"
+
+
+def test_a_signal_is_taken_though_nobody_reads_stderr(capfd):
+    """The line that a signal prints may fail; the request is remembered all the same."""
+    read, write = os.pipe()
+    before = os.dup(2)
+    os.dup2(write, 2)
+    os.close(write)
+    os.close(read)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.signal_number == signal.SIGTERM
+    finally:
+        os.dup2(before, 2)
+        os.close(before)

@@ -3,6 +3,7 @@
 import pytest
 from tiny_runs import tiny_config
 
+from kfac_sua.compose import compose_config
 from kfac_sua.runs.directory import run_directory
 
 
@@ -65,3 +66,14 @@ def test_spelling_of_a_number_does_not_matter(tmp_path):
     """0.10, 1e-1 and 0.1 are one learning rate."""
     paths = {run_directory(tiny_config(tmp_path, f"optimizer.lr={lr}"), "cpu") for lr in ("0.10", "1e-1", "0.1")}
     assert len(paths) == 1
+
+
+def test_runs_of_before_a_key_was_added_are_found_again(tmp_path):
+    """A key that came later changes no run's place while it says what runs did before: these digits are of then."""
+    digests = [
+        run_directory(compose_config(["model=tiny", "dataset=digits", f"preconditioner={name}"]), "cpu").fingerprint[:8]
+        for name in ("baseline", "sua")
+    ]
+    assert digests == ["4a336409", "dfe15960"]
+    skipping = compose_config(["model=tiny", "dataset=digits", "preconditioner=baseline", "non_finite=skip"])
+    assert run_directory(skipping, "cpu").fingerprint[:8] != "4a336409"
