@@ -181,7 +181,7 @@ def test_two_processes_do_not_share_a_run(tmp_path):
 
 def test_interrupt_and_resume_in_real_processes(tmp_path):
     """Ctrl-C ends a run with code 130 and a sentence; the same command goes on to the end."""
-    arguments = ("preconditioner=sua", "epochs=60")
+    arguments = ("preconditioner=sua", "epochs=200")
     process = start(*arguments, cwd=tmp_path)
     wait_for("checkpoint.pt", tmp_path)
     process.send_signal(signal.SIGINT)
@@ -194,4 +194,4 @@ def test_interrupt_and_resume_in_real_processes(tmp_path):
     assert (code, err) == (0, "")
     assert "resumed on cpu" in out
     (metrics,) = tmp_path.rglob("metrics.csv")
-    assert [record.epoch for record in read_records(metrics)] == list(range(61))
+    assert [record.epoch for record in read_records(metrics)] == list(range(201))

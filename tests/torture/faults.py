@@ -127,7 +127,7 @@ def _directory_removed(bench: Bench, *, setting: str) -> Verdict:
             shutil.rmtree(path)
 
     ended = call(arguments, bench.log_dir, lambda: after_each_step(remove))
-    problem = failure_problem(ended, path, "No such file or directory", must_be_recorded=False)
+    problem = failure_problem(ended, path, "was removed or replaced", must_be_recorded=False)
     return Verdict(problem=problem) if problem else finish(bench, setting, arguments)
 
 
