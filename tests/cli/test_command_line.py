@@ -22,7 +22,8 @@ def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
     """Start ``python -m kfac_sua.train`` with a tiny model in ``cwd``."""
     environment = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
     return subprocess.Popen(
-        [sys.executable, "-W", "error::UserWarning:kfac_sua", "-m", "kfac_sua.train", *TINY, *arguments],
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell ignores it
+        args=[sys.executable, "-W", "error::UserWarning:kfac_sua", "-m", "kfac_sua.train", *TINY, *arguments],
         cwd=cwd,
         env=environment | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,

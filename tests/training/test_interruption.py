@@ -154,7 +154,13 @@ def test_the_command_finishes_its_step_saves_and_leaves(tmp_path, number, code):
     """The real command, signalled in the middle of a long epoch, leaves with the conventional code and resumes."""
     arguments = [*TINY, "preconditioner=sua", "epochs=400", f"output_dir={tmp_path}", "progress=lines"]
     command = [sys.executable, "-m", "kfac_sua.train", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell ignores it
+        args=command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     config = tiny_config(tmp_path, "preconditioner=sua", "epochs=400")
     deadline = time.monotonic() + 120
     while not directory_of(config).checkpoint.exists() and time.monotonic() < deadline:
