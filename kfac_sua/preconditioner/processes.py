@@ -4,6 +4,7 @@ Where a factor is kept as rows, or as patches, all processes get all of them; a 
 symmetric blocks about one triangle travels. Three collective calls per measurement: what there is, rows, moments.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from kfac_sua.preconditioner.factors import Factor
 from kfac_sua.preconditioner.grouping import BlockLayout
 from kfac_sua.preconditioner.layers import LayerGeometry
 from kfac_sua.preconditioner.patch_rows import PatchRows
+from kfac_sua.preconditioner.pixels import output_size
 from kfac_sua.preconditioner.statistics import LayerFactors
 
 _DENSE, _ROWS, _PATCHES = range(3)
@@ -89,8 +91,6 @@ class Processes:
         Returns:
             The same on every process; ``None`` where the loss reached the layer nowhere.
         """
-        if not sites:
-            return []
         header = torch.tensor([_description(factors) for factors in measured], device=sites[0].like.device)
         described = torch.stack(self._gather(header)).tolist()  # [processes, layers, numbers]
         sides = [
@@ -117,7 +117,7 @@ class Processes:
         kept = [side for side in sides if side.shapes is not None]
         if not kept:
             return
-        longest = max(sum(_numel(side.shapes[rank]) for side in kept if side.shapes) for rank in range(self.size))
+        longest = max(sum(math.prod(side.shapes[rank]) for side in kept if side.shapes) for rank in range(self.size))
         own = kept[0].site.like.new_zeros(longest)
         parts = [_scaled_rows(side, self.rank).flatten() for side in kept]
         sent = torch.cat(parts)
@@ -132,7 +132,7 @@ class Processes:
         start = 0
         for side in kept:
             assert side.shapes is not None
-            size = _numel(side.shapes[rank])
+            size = math.prod(side.shapes[rank])
             yield flat[start : start + size].view(side.shapes[rank])
             start += size
 
@@ -217,8 +217,8 @@ def _shapes(forms: list[list[int]], present: list[list[int]], site: Site, index:
 def _num_rows(form: list[int], site: Site) -> int:
     if form[0] == _ROWS:
         return form[2]
-    pixels = torch.empty(form[1:5], device="meta")
-    return PatchRows(pixels, site.geometry).num_rows
+    height, width, num_examples, _ = form[1:5]
+    return math.prod(output_size(site.geometry, height, width)) * num_examples
 
 
 def _scaled_rows(side: _Side, rank: int) -> Tensor:
@@ -248,7 +248,3 @@ def _mirrored_(block: Tensor) -> Tensor:
         _mirrored_(block[:, half:, half:])
         block[:, half:, :half] = block[:, :half, half:].mT
     return block
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
