@@ -109,13 +109,16 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
     return _make_sgd(config, model)
 
 
-def build_preconditioner(config: PreconditionerConfig, model: nn.Module, seed: int) -> KroneckerPreconditioner | None:
+def build_preconditioner(
+    config: PreconditionerConfig, model: nn.Module, seed: int, *, distributed: bool = False
+) -> KroneckerPreconditioner | None:
     """Return the preconditioner, or None for the baseline.
 
     Args:
         config: Its settings.
         model: The network, already on its device.
         seed: Seed of sampled labels.
+        distributed: Whether several processes share every mini-batch.
 
     Returns:
         The preconditioner, hooked into the network.
@@ -126,7 +129,7 @@ def build_preconditioner(config: PreconditionerConfig, model: nn.Module, seed: i
     if not isinstance(config, KroneckerConfig):
         return None
     try:
-        return KroneckerPreconditioner(model, settings=config.settings(), seed=seed)
+        return KroneckerPreconditioner(model, settings=config.settings(), seed=seed, distributed=distributed)
     except ValueError as error:
         raise settings_error(error) from error
 

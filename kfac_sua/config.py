@@ -212,6 +212,7 @@ class Config:
     batch_size: int
     evaluation_batch_size: int
     channels_last: bool
+    sync_batch_norm: bool
     num_threads: int | None
     non_finite: NonFinite
     checkpoint_interval_s: float | None

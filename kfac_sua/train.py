@@ -29,12 +29,19 @@ from kfac_sua.runs.lock import RunBusyError
 from kfac_sua.runs.record import RecordError
 from kfac_sua.startup import raise_on_interrupt
 from kfac_sua.training.checkpoint import CheckpointError
+from kfac_sua.training.launch import Launch, read_launch
 from kfac_sua.training.loop import run
+from kfac_sua.training.world import FirstProcessError, LostContactError
 
 # What a user can cause. PyTorch and the preconditioner raise RuntimeError for what cannot be done (out of memory, a
 # factor that is not positive definite); any other exception is a bug and keeps its traceback.
 INPUT_ERRORS = (ConfigError, DataError, HydraException, OmegaConfBaseException)
-RUN_ERRORS = (RecordError, CheckpointError, RunBusyError, OSError, MemoryError, RuntimeError)
+RUN_ERRORS = (
+    *(RecordError, CheckpointError, RunBusyError, LostContactError, FirstProcessError),
+    *(OSError, MemoryError, RuntimeError),
+)
+# Of several processes that carry out a run, what the first one finds wrong as well.
+SAID_BY_FIRST = (ConfigError, HydraException, OmegaConfBaseException, FirstProcessError)
 
 MULTIRUN_FLAGS = {"-m", "--multirun"}
 RUN_FLAGS = MULTIRUN_FLAGS | {"-r", "--run"}
@@ -67,7 +74,8 @@ def main() -> int:
         try:
             return _debug() if is_debug else _carry_out()
         except KeyboardInterrupt as interrupt:
-            return say(str(interrupt) or "interrupted.", 128 + getattr(interrupt, "signal_number", signal.SIGINT))
+            code = 128 + getattr(interrupt, "signal_number", signal.SIGINT)
+            return code if _launch().rank else say(str(interrupt) or "interrupted.", code)
 
 
 @contextlib.contextmanager
@@ -98,9 +106,9 @@ def _carry_out() -> int:
     except SweepCellError:
         return say("Some runs of the sweep failed as said above; the same command starts only what is missing.")
     except INPUT_ERRORS as error:
-        return say(_sentence(error), BAD_INPUT)
+        return _say_why(error)
     except OSError as error:  # Hydra's own files of a sweep; those of a run are reported where it ends
-        return say(_sentence(error))
+        return _say_why(error)
     except Exception as error:
         if _is_from_run(error):
             raise
@@ -114,7 +122,7 @@ def train(raw: DictConfig) -> None:
     Args:
         raw: The composed configuration.
     """
-    run(to_config(raw))
+    run(to_config(raw), read_launch(os.environ))
 
 
 def train_and_report(raw: DictConfig) -> None:
@@ -131,7 +139,7 @@ def train_and_report(raw: DictConfig) -> None:
         train(raw)
         return
     except (*INPUT_ERRORS, *RUN_ERRORS) as error:
-        code = say(_sentence(error), BAD_INPUT if isinstance(error, INPUT_ERRORS) else FAILED)
+        code = _say_why(error)
         sentence = str(error)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is said and done; another one could only tear the report
@@ -158,6 +166,7 @@ def _checked_arguments(arguments: list[str]) -> list[str]:
         The arguments with ``-m`` in front: Hydra does not take overrides on both sides of it.
     """
     check_environment(os.environ)
+    launch = read_launch(os.environ)
     flags = [argument for argument in arguments if argument.startswith("-")]
     for flag in flags:
         if flag.partition("=")[0] not in RUN_FLAGS | OTHER_FLAGS:
@@ -165,8 +174,30 @@ def _checked_arguments(arguments: list[str]) -> list[str]:
     if not RUN_FLAGS.issuperset(flags):
         return arguments  # shows something, or takes its configuration from elsewhere
     overrides = [argument for argument in arguments if argument not in flags]
-    compose_cells(overrides, multirun=not MULTIRUN_FLAGS.isdisjoint(flags))
+    cells = compose_cells(overrides, multirun=not MULTIRUN_FLAGS.isdisjoint(flags))
+    if launch.size > 1 and len(cells) > 1:
+        raise ConfigError(
+            f"{len(cells)} runs by {launch.size} processes together: give torchrun one run, or start the sweep "
+            f"without it, whose runs a launcher can spread over machines."
+        )
     return [*flags, *overrides]
+
+
+def _say_why(error: BaseException) -> int:
+    """Say in one sentence why a run fails, if no other of its processes says the same, and return the exit code."""
+    code, launch = BAD_INPUT if isinstance(error, INPUT_ERRORS) else FAILED, _launch()
+    if launch.rank > 0 and isinstance(error, SAID_BY_FIRST):
+        return code
+    is_placed = launch.size > 1 and not isinstance(error, LostContactError)
+    return say(f"process {launch.rank} of {launch.size}: {_sentence(error)}" if is_placed else _sentence(error), code)
+
+
+def _launch() -> Launch:
+    """Return this process's place among those of the run; alone if the environment makes no sense."""
+    try:
+        return read_launch(os.environ)
+    except ConfigError:
+        return Launch()
 
 
 def _sentence(error: BaseException) -> str:

@@ -89,9 +89,11 @@ class BatchLoader:
         augmentation: ``"none"``, or ``"flip_crop"`` for random horizontal flips and 4-pixel shifts while
             training.
         memory_format: Layout of the batches.
+        part: Number of this process, from 0, and number of processes: each is served its part of every mini-batch.
 
     Raises:
-        DataError: If the set is empty or smaller than ``batch_size``, or the augmentation is unknown.
+        DataError: If the set is empty or smaller than ``batch_size``, this is smaller than the number of processes, or
+            the augmentation is unknown.
 
     Reference: Laurent et al. (2018), Sec. 3: mini-batches of 100, augmentation not stated (here none by
         default).
@@ -106,11 +108,13 @@ class BatchLoader:
         device: torch.device | str = "cpu",
         augmentation: str = "none",
         memory_format: torch.memory_format = torch.contiguous_format,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         if augmentation not in AUGMENTATIONS:
             raise DataError(f"dataset.augmentation must be one of {', '.join(AUGMENTATIONS)}, got '{augmentation}'.")
-        _check_batch_size(batch_size, len(images))
+        _check_batch_size(batch_size, len(images), part[1])
         self.batch_size = batch_size
+        self._part = part
         self.augmentation = augmentation
         self.memory_format = memory_format
         self._images = images.images.to(device).contiguous(memory_format=memory_format)
@@ -142,7 +146,7 @@ class BatchLoader:
             flips, offsets = draw_flip_crop(len(order), epoch_generator(seed, epoch, "augmentation"))
             flips, offsets = flips.to(device), offsets.to(device)
         for start in range(first * batch_size, len(self) * batch_size, batch_size):
-            batch = slice(start, start + batch_size)
+            batch = self._own_part(start, start + batch_size)
             inputs = self._normalised(self._images[order[batch]])
             if self.augmentation == "flip_crop":
                 inputs = flip_crop(inputs, flips[batch], offsets[batch])
@@ -150,6 +154,8 @@ class BatchLoader:
 
     def sequential(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield all images once, in order and without augmentation; the last mini-batch may be smaller.
+
+        Of several processes, one may be served empty mini-batches, but all are served equally many.
 
         Args:
             batch_size: Images per mini-batch, at least 1; may exceed the number of images.
@@ -163,7 +169,7 @@ class BatchLoader:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         for start in range(0, len(self._labels), batch_size):
-            batch = slice(start, start + batch_size)
+            batch = self._own_part(start, min(start + batch_size, len(self._labels)))
             inputs = self._normalised(self._images[batch])
             yield inputs.contiguous(memory_format=self.memory_format), self._labels[batch]
 
@@ -177,8 +183,15 @@ class BatchLoader:
         return image.contiguous(memory_format=self.memory_format)
 
     def _normalised(self, images: Tensor) -> Tensor:
-        """Convert grey levels to float32 with zero mean and unit variance per channel."""
-        return images.float().sub_(self._mean).div_(self._std)
+        """Convert grey levels to PyTorch's default dtype, with zero mean and unit variance per channel."""
+        return images.to(torch.get_default_dtype()).sub_(self._mean).div_(self._std)
+
+    def _own_part(self, start: int, stop: int) -> slice:
+        """Return this process's part of a range, of which the first processes have one more if need be."""
+        index, count = self._part
+        share, rest = divmod(stop - start, count)
+        begin = start + index * share + min(index, rest)
+        return slice(begin, begin + share + (index < rest))
 
     def _training_batch_size(self) -> int:
         """Return the size of training mini-batches, which a loader for evaluation does not have."""
@@ -187,12 +200,17 @@ class BatchLoader:
         return self.batch_size
 
 
-def _check_batch_size(batch_size: int | None, num_images: int) -> None:
-    """Refuse an empty set, and training mini-batches that the set cannot fill."""
+def _check_batch_size(batch_size: int | None, num_images: int, num_processes: int) -> None:
+    """Refuse an empty set, and training mini-batches that the set, or which the processes, cannot fill."""
     if num_images == 0:
         raise DataError("The image set is empty; raise dataset.train_size or dataset.validation_size.")
     if batch_size is not None and not 1 <= batch_size <= num_images:
         raise DataError(
             f"batch_size must be between 1 and {num_images}, the number of images, got {batch_size}; "
             "lower batch_size or raise dataset.train_size."
+        )
+    if batch_size is not None and batch_size < num_processes:
+        raise DataError(
+            f"batch_size={batch_size} is the mini-batch that all {num_processes} processes share, and leaves some "
+            f"without an image; raise batch_size or start fewer processes."
         )

@@ -34,7 +34,7 @@ from kfac_sua.preconditioner.settings import (
 )
 from kfac_sua.preconditioner.statistics import LayerFactors, finite_layers
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 
 class KroneckerPreconditioner:
@@ -148,8 +148,9 @@ class KroneckerPreconditioner:
         self._phases = PhaseSource(_no_phase)
         self._discovered = discover_layers(model, self.settings.skip)
         log_plain_layers(self._discovered)
+        num_processes = self._processes.size if self._processes else 1
         self._layers = {
-            name: PreconditionedLayer.make(name, module, geometry, self.settings, self._phases)
+            name: PreconditionedLayer.make(name, module, geometry, self.settings, self._phases, num_processes)
             for name, module, geometry in preconditioned(self._discovered)
         }
         self._capture = Capture(
@@ -239,7 +240,7 @@ class KroneckerPreconditioner:
         cotangents = fisher_cotangents(outputs, self.settings.fisher_type, self.settings.likelihood, generator, place)
         self._capture.backward(outputs, cotangents)
 
-    def step(self, *, loss_scale: float | None = None) -> bool:
+    def step(self, *, loss_scale: float | None = None, loss_weight: float = 1.0) -> bool:
         """Precondition the gradients in place, first measuring and refreshing what is due.
 
         Call it after ``loss.backward()`` and before ``optimizer.step()``, once per optimisation step; with a
@@ -249,21 +250,23 @@ class KroneckerPreconditioner:
             loss_scale: What the loss was multiplied with, a ``GradScaler``'s ``get_scale()``, > 0. If it is given, a
                 mini-batch with a gradient of the model that is not finite is skipped whole, as the scaler does; to see
                 that waits for the device once.
+            loss_weight: What else the loss was multiplied with, > 0: where processes have parts of different sizes of a
+                mini-batch, ``num_processes · part / whole``, so that averaging the gradients over processes is right.
 
         Returns:
             False if the mini-batch was skipped: then it leaves no trace, and the next one takes its place.
 
         Raises:
-            ValueError: If ``loss_scale`` is not a finite number > 0.
+            ValueError: If ``loss_scale`` or ``loss_weight`` is not a finite number > 0.
             RuntimeError: If statistics are due but none were recorded, or an inverse fails that has no predecessor.
         """
         if loss_scale is not None:
-            _validate_loss_scale(loss_scale)
+            _validate_loss_scale("loss_scale", loss_scale)
             if not self._has_finite_gradients():
                 self.discard()
                 return False
         if self.statistics_due:
-            self.update_factors(loss_scale=1.0 if loss_scale is None else loss_scale)
+            self.update_factors(loss_scale=1.0 if loss_scale is None else loss_scale, loss_weight=loss_weight)
         if self.inverses_due:
             self.update_inverses()
         self.precondition_()
@@ -272,21 +275,23 @@ class KroneckerPreconditioner:
         return True
 
     @torch.no_grad()
-    def update_factors(self, *, loss_scale: float = 1.0) -> None:
+    def update_factors(self, *, loss_scale: float = 1.0, loss_weight: float = 1.0) -> None:
         """Turn what was recorded into factors, or into the running average of factors.
 
         Args:
             loss_scale: As in :meth:`step`; the output gradients of the training loss are divided by it.
+            loss_weight: As in :meth:`step`; the same.
 
         Raises:
-            ValueError: If ``loss_scale`` is not a finite number > 0.
+            ValueError: If ``loss_scale`` or ``loss_weight`` is not a finite number > 0.
             RuntimeError: If nothing was recorded, or not all of it can be used.
         """
-        _validate_loss_scale(loss_scale)
+        _validate_loss_scale("loss_scale", loss_scale)
+        _validate_loss_scale("loss_weight", loss_weight)
         with self._phases.phase("statistics"), factor_precision():
             is_empirical = self.settings.fisher_type is FisherType.empirical
             mean_loss = is_empirical and self.settings.loss_reduction is LossReduction.mean
-            scale = loss_scale if is_empirical else 1.0  # fisher_backward() does not send the scaled loss
+            scale = loss_scale * loss_weight if is_empirical else 1.0  # fisher_backward() does not send the scaled loss
             try:
                 measured = {
                     name: layer.statistics.factors(grads_of_mean_loss=mean_loss, loss_scale=scale)
@@ -401,9 +406,6 @@ class KroneckerPreconditioner:
     ) -> dict[str, LayerFactors | None]:
         """Return the factors of all processes' mini-batches."""
         joined = processes.join([*measured.values()], [layer.site for layer in self._layers.values()])
-        for layer, factors in zip(self._layers.values(), joined, strict=True):
-            if factors is not None:
-                layer.examples_per_process = math.ceil(factors.num_rows / factors.scale / processes.size)
         return dict(zip(measured, joined, strict=True))
 
     @contextmanager
@@ -478,12 +480,10 @@ def _release(capture: Capture, layers: Sequence[PreconditionedLayer]) -> None:
         layer.remove()
 
 
-def _validate_loss_scale(loss_scale: float) -> None:
-    if not (math.isfinite(loss_scale) and loss_scale > 0):
-        raise ValueError(
-            f"loss_scale must be the finite number > 0 that the loss was multiplied with, got {loss_scale}; pass "
-            f"scaler.get_scale(), read before scaler.update()."
-        )
+def _validate_loss_scale(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        cure = "; pass scaler.get_scale(), read before scaler.update()" if name == "loss_scale" else ""
+        raise ValueError(f"{name} must be the finite number > 0 that the loss was multiplied with, got {value}{cure}.")
 
 
 def _no_phase(name: str) -> AbstractContextManager[None]:

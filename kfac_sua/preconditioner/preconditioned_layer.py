@@ -1,5 +1,6 @@
 """One preconditioned layer: its module, block layout, statistics, running average and inverse."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,8 @@ class PreconditionedLayer:
         two_sided: Its replaced forward, where its inverse may be applied in the backward pass.
         inverse: Inverse of its damped block; ``None`` before the first refresh.
         is_fresh: Whether factors have been measured since the last refresh.
-        examples_per_process: Of the last measurement, where processes share a mini-batch.
+        num_examples: Of the last measurement, over all processes; ``None`` before the first.
+        num_processes: Processes that share a mini-batch.
     """
 
     name: str
@@ -50,7 +52,8 @@ class PreconditionedLayer:
     two_sided: TwoSidedForward | None = None
     inverse: LayerInverse | LayerEigenbasis | None = None
     is_fresh: bool = False
-    examples_per_process: int | None = None
+    num_examples: int | None = None
+    num_processes: int = 1
 
     @classmethod
     def make(
@@ -60,6 +63,7 @@ class PreconditionedLayer:
         geometry: LayerGeometry,
         settings: KroneckerSettings,
         phases: PhaseSource,
+        num_processes: int = 1,
     ) -> "PreconditionedLayer":
         """Lay out a discovered layer as the settings say."""
         layout = BlockLayout.of(geometry, settings.structure, settings.group_size)
@@ -72,7 +76,7 @@ class PreconditionedLayer:
             max_gradient_rows=max_low_rank_rows(gradient_cost(layout, settings), settings),
             sampled_rows=settings.activation_rows,
         )
-        layer = cls(name, module, layout, statistics, RunningAverage(settings.ema_decay))
+        layer = cls(name, module, layout, statistics, RunningAverage(settings.ema_decay), num_processes=num_processes)
         if settings.application is Application.auto and can_be_two_sided(module, geometry):
             assert isinstance(module, nn.Conv2d)
             layer.two_sided = TwoSidedForward(name, module, geometry, layout, phases)
@@ -91,7 +95,11 @@ class PreconditionedLayer:
         if self.two_sided is not None:
             is_usable = not statistics_due and isinstance(self.inverse, LayerInverse)
             self.two_sided.inverse = self.inverse if is_usable else None  # type: ignore[assignment]
-            self.two_sided.num_examples = self.examples_per_process
+            # Alone, a layer goes by the mini-batch at hand.
+            is_shared = self.num_processes > 1
+            self.two_sided.num_examples = (
+                math.ceil((self.num_examples or 0) / self.num_processes) if is_shared else None
+            )
 
     def swap_backward_inverse(self, inverse: LayerInverse | None) -> LayerInverse | None:
         """Set what coming forward passes apply in their backward pass, and return what it was."""
@@ -103,6 +111,7 @@ class PreconditionedLayer:
     def measured(self, factors: LayerFactors) -> None:
         """Take in the factors of a mini-batch."""
         self.average.update(factors)
+        self.num_examples = round(factors.num_rows / factors.scale)
         self.is_fresh = True
 
     def refreshed(self) -> None:
@@ -132,7 +141,7 @@ class PreconditionedLayer:
         return {
             "average": average_to_state(self.average),
             "is_fresh": self.is_fresh,
-            "examples_per_process": self.examples_per_process,
+            "num_examples": self.num_examples,
             "inverse": inverse_to_state(self.inverse),
         }
 
@@ -143,7 +152,7 @@ class PreconditionedLayer:
         state = tensors_like(state, at_least_float32(weight.detach()))
         self.average = average_from_state(state["average"], self.average.decay, self.statistics.geometry)
         self.is_fresh = state["is_fresh"]
-        self.examples_per_process = state["examples_per_process"]
+        self.num_examples = state["num_examples"]
         self.inverse = inverse_from_state(state["inverse"], self.statistics.geometry)
 
     def remove(self) -> None:

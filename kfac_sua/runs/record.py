@@ -221,6 +221,7 @@ class RunInfo:
         failure: Why the last attempt failed, in one sentence.
         skipped_steps: Mini-batches that took no step, as something in them was not finite.
         records_digest: Of a run that has ended, what :func:`records_digest` returned for its rows.
+        num_processes: Processes that carried out the last attempt together.
     """
 
     status: Status
@@ -240,6 +241,7 @@ class RunInfo:
     failure: str | None = None
     skipped_steps: int = 0
     records_digest: str | None = None
+    num_processes: int = 1
 
     def __post_init__(self) -> None:
         """Check the type of every field, since run.json may come from elsewhere.
@@ -326,7 +328,7 @@ def read_run_info(path: Path) -> RunInfo:
         digest = content.pop("digest", None)  # files of before these were recorded lack them
         if digest is not None and digest != _digest(content):
             raise RecordError(f"{path} is not as it was written; restore it, or delete the run's directory.")
-        content = {"failure": None, "skipped_steps": 0, "records_digest": None} | content
+        content = {"failure": None, "skipped_steps": 0, "records_digest": None, "num_processes": 1} | content
     if not isinstance(content, dict) or content.keys() != names:
         got = ", ".join(sorted(names ^ content.keys())) if isinstance(content, dict) else type(content).__name__
         raise RecordError(f"{path} was not written by this version: missing or unknown fields ({got}); move it away.")

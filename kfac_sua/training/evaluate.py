@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kfac_sua.training.world import World
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -21,11 +23,15 @@ class Evaluation:
 class ErrorCounter:
     """Sums losses and errors over mini-batches on the device, so that nothing waits for it until the end.
 
+    Of several processes each adds its own part; whatever is asked for is over all of them, and all have to ask.
+
     Args:
         device: Device of the logits that will come.
+        world: The processes.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, world: World | None = None) -> None:
+        self._world = world or World()
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self._num_errors = torch.zeros((), dtype=torch.int64, device=device)
         self._num_images = 0
@@ -45,22 +51,37 @@ class ErrorCounter:
 
     def is_finite(self) -> bool:
         """Say whether all losses so far were finite; waits for the device."""
-        return bool(self._loss_sum.isfinite())
+        return bool(self._world.add_up(self._loss_sum).isfinite())
 
     def result(self) -> Evaluation:
         """Return the means over all images, NaN if there were none; waits for the device."""
-        if self._num_images == 0:
+        loss_sum, num_errors, num_images = self._totals()
+        if num_images == 0:
             return Evaluation(math.nan, math.nan)
-        return Evaluation(self._loss_sum.item() / self._num_images, self._num_errors.item() / self._num_images)
+        return Evaluation(loss_sum.item() / num_images, num_errors.item() / num_images)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums, as a checkpoint keeps them."""
-        return {"loss_sum": self._loss_sum, "num_errors": self._num_errors, "num_images": self._num_images}
+        loss_sum, num_errors, num_images = self._totals()
+        return {"loss_sum": loss_sum, "num_errors": num_errors, "num_images": num_images}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from the sums of an earlier process."""
-        self._loss_sum, self._num_errors = state["loss_sum"].clone(), state["num_errors"].clone()
-        self._num_images = state["num_images"]
+        """Go on from the sums of an earlier run, which the first process takes over."""
+        if self._world.is_first:
+            self._loss_sum, self._num_errors = (
+                state[name].to(own.device, copy=True)
+                for name, own in (("loss_sum", self._loss_sum), ("num_errors", self._num_errors))
+            )
+            self._num_images = state["num_images"]
+
+    def _totals(self) -> tuple[Tensor, Tensor, int]:
+        """Return the sums over all processes."""
+        if self._world.size == 1:
+            return self._loss_sum, self._num_errors, self._num_images
+        # Counts of images are whole numbers far below 2**53.
+        counts = [self._num_errors.double(), self._loss_sum.new_tensor(self._num_images)]
+        loss_sum, num_errors, num_images = self._world.add_up(torch.stack([self._loss_sum, *counts])).unbind()
+        return loss_sum, num_errors.long(), int(num_images)
 
 
 @torch.no_grad()
@@ -69,6 +90,7 @@ def evaluate(
     batches: Iterable[tuple[Tensor, Tensor]],
     device: torch.device,
     after_batch: Callable[[], None] = lambda: None,
+    world: World | None = None,
 ) -> Evaluation:
     """Return loss and error of a model in evaluation mode, which is left in the mode it came in.
 
@@ -77,17 +99,19 @@ def evaluate(
         batches: Inputs and labels; mini-batches may differ in size, every image counts the same.
         device: Device of model and batches.
         after_batch: Called after each mini-batch; it may raise.
+        world: The processes, each with its part of every mini-batch, which may be empty.
 
     Returns:
         Means over all images.
     """
     was_training = model.training
     model.eval()
-    counter = ErrorCounter(device)
+    counter = ErrorCounter(device, world)
     try:
         for inputs, labels in batches:
-            logits = model(inputs)
-            counter.add(logits, labels, F.cross_entropy(logits, labels))
+            if len(inputs):
+                logits = model(inputs)
+                counter.add(logits, labels, F.cross_entropy(logits, labels))
             after_batch()
     finally:
         model.train(was_training)

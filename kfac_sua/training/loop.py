@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 
 from kfac_sua.build import choose_device
-from kfac_sua.config import Config
+from kfac_sua.config import Config, ProgressStyle
 from kfac_sua.data import BatchLoader
 from kfac_sua.runs.directory import RunDirectory, resolved, run_directory
 from kfac_sua.runs.environment import environment
@@ -31,8 +31,9 @@ from kfac_sua.runs.record import (
     write_run_info,
 )
 from kfac_sua.runs.tensorboard import TensorBoardLog
-from kfac_sua.training.checkpoint import CheckpointError, load_checkpoint, previous_path
+from kfac_sua.training.checkpoint import Checkpoint, CheckpointError, load_checkpoint, previous_path
 from kfac_sua.training.evaluate import Evaluation, evaluate
+from kfac_sua.training.launch import Launch
 from kfac_sua.training.progress import Progress, print_once
 from kfac_sua.training.saving import Saver
 from kfac_sua.training.schedule import learning_rate
@@ -40,15 +41,17 @@ from kfac_sua.training.signals import Interrupted, StopRequest
 from kfac_sua.training.state import Training
 from kfac_sua.training.step import take_step
 from kfac_sua.training.timing import TRAINING_PHASES
+from kfac_sua.training.world import World, named_losses, open_world
 
 
-def run(config: Config) -> RunInfo:
+def run(config: Config, launch: Launch | None = None) -> RunInfo:
     """Carry out the run that a configuration defines, or what is left of it.
 
     A run that has finished or diverged is not repeated: its directory says so, and so does this function.
 
     Args:
         config: The checked configuration.
+        launch: This process's place among those that carry out the run together; ``None`` for this one alone.
 
     Returns:
         What run.json holds at the end.
@@ -59,32 +62,48 @@ def run(config: Config) -> RunInfo:
         CheckpointError: If the run's checkpoint is damaged or belongs to another run.
         RecordError: If the run's records are damaged.
         RunBusyError: If another process is carrying the run out.
+        LostContactError: If one of several processes has gone.
+        FirstProcessError: On the others, if the first of several processes fails; that one says why.
         Interrupted: On SIGINT and SIGTERM, after which the same command resumes.
     """
     device = choose_device(config.device)
     directory = run_directory(config, device.type)
-    info = _ended(directory)
-    if info is not None:
-        return info
-    try:
-        training = Training.start(config, device)
-    except Exception as error:  # of a run that has begun; otherwise, nothing of it is on disk
-        with contextlib.suppress(RunBusyError):
-            _record_early_failure(directory, error)
-        raise
-    with exclusive(directory.path) as hold:
-        info = _ended(directory)
+    with open_world(launch or Launch(), device) as world:
+        info = world.from_first(lambda: _ended(directory))
         if info is not None:
             return info
         try:
-            info = _carry_out(training, directory, hold)
-        except RunLostError:
+            training = Training.start(config, device, world)
+        except Exception as error:  # of a run that has begun; otherwise, nothing of it is on disk
+            if world.is_first:
+                with contextlib.suppress(RunBusyError):
+                    _record_early_failure(directory, error)
             raise
-        except Exception as error:
-            _record_failure(directory, error)
-            raise
-    print(_summary(directory, info), flush=True)
-    return info
+        with _held_by_first(directory, world) as hold:
+            info = world.from_first(lambda: _ended(directory))
+            if info is not None:
+                return info
+            try:
+                with named_losses(world.rank, world.size):
+                    info = _carry_out(training, directory, hold)
+            except RunLostError:
+                raise
+            except Exception as error:
+                if world.is_first:
+                    _record_failure(directory, error)
+                raise
+        if world.is_first:
+            world.say(_summary(directory, info))
+        return info
+
+
+@contextlib.contextmanager
+def _held_by_first(directory: RunDirectory, world: World) -> Iterator[Hold | None]:
+    """Hold the run's directory on the first process, and none on the others, which leave if that cannot be."""
+    with contextlib.ExitStack() as stack:
+        holds: list[Hold] = []
+        world.from_first(lambda: holds.append(stack.enter_context(exclusive(directory.path))))
+        yield holds[0] if holds else None
 
 
 def _ended(directory: RunDirectory) -> RunInfo | None:
@@ -104,17 +123,20 @@ def _read_own_info(directory: RunDirectory) -> RunInfo | None:
     return info
 
 
-def _carry_out(training: Training, directory: RunDirectory, hold: Hold) -> RunInfo:
+def _carry_out(training: Training, directory: RunDirectory, hold: Hold | None) -> RunInfo:
     """Train what is left of a run, from its checkpoint if there is one."""
-    info = _new_info(training, directory.fingerprint)
-    begun = _read_own_info(directory)
-    if begun is not None:
-        info = dataclasses.replace(begun, status="running", failure=None)
+    world = training.world
+    begun = world.from_first(lambda: _read_own_info(directory))
+    if begun is None:
+        info = _new_info(training, directory.fingerprint)
+    else:
+        info = dataclasses.replace(begun, status="running", failure=None, num_processes=world.size)
     is_resumed, records = _resume(training, directory)
-    _prepare_directory(directory, info, records)
-    if training.preconditioner is not None:
+    world.from_first(lambda: _prepare_directory(directory, info, records))
+    if training.preconditioner is not None and world.is_first:
         print_once(str(training.preconditioner.describe()))
-    print(f"{'resumed' if is_resumed else 'started'} on {training.device.type}: {directory.path}", flush=True)
+    where = f"{world.size} processes, {training.device.type}" if world.size > 1 else training.device.type
+    world.say(f"{'resumed' if is_resumed else 'started'} on {where}: {directory.path}")
     return _train(training, directory, info, records, hold)
 
 
@@ -147,10 +169,10 @@ def train_epoch(training: Training, progress: Progress, after_batch: Callable[[]
 
 
 def _train(
-    training: Training, directory: RunDirectory, info: RunInfo, records: list[EpochRecord], hold: Hold
+    training: Training, directory: RunDirectory, info: RunInfo, records: list[EpochRecord], hold: Hold | None
 ) -> RunInfo:
     """Train what is left, stopping between two mini-batches when asked to; then evaluate on the test set."""
-    log = _open_tensorboard(directory, info, records)
+    log = _open_tensorboard(directory, info, records) if training.world.is_first else None
     progress = _open_progress(training)
     with StopRequest() as stop:
         saver = Saver(training, directory, stop, hold, records)
@@ -173,17 +195,13 @@ def _train(
             raise saver.interrupted() from interrupt
         finally:
             progress.close()
-            log.close()
+            if log is not None:
+                log.close()
 
 
-def _log_untrained(training: Training, log: TensorBoardLog, saver: Saver) -> EpochRecord:
+def _log_untrained(training: Training, log: TensorBoardLog | None, saver: Saver) -> EpochRecord:
     """Write and return the row of epoch 0; a run that is stopped meanwhile has nothing to save."""
-
-    def stop_if_asked() -> None:
-        if saver.is_asked_to_stop:
-            raise saver.interrupted()
-
-    train_eval, val = _evaluate_epoch(training, stop_if_asked)
+    train_eval, val = _evaluate_epoch(training, saver.stop_if_asked)
     record = _record(training, train_eval, train_eval, val)
     _log(saver, log, record)
     return record
@@ -207,7 +225,9 @@ def _evaluate_epoch(training: Training, after_batch: Callable[[], None]) -> tupl
     return train_eval, _evaluate(training, training.validation, after_batch)
 
 
-def _log(saver: Saver, log: TensorBoardLog, record: EpochRecord) -> None:
+def _log(saver: Saver, log: TensorBoardLog | None, record: EpochRecord) -> None:
+    if log is None or saver.hold is None:  # the first process writes it
+        return
     saver.hold.check()
     with saver.training.watch.phase("writing"):
         append_record(saver.directory.metrics, record)
@@ -217,7 +237,7 @@ def _log(saver: Saver, log: TensorBoardLog, record: EpochRecord) -> None:
 def _evaluate(training: Training, loader: BatchLoader, after_batch: Callable[[], None]) -> Evaluation:
     batches = loader.sequential(training.config.evaluation_batch_size)
     with training.watch.phase("evaluation"):
-        return evaluate(training.model, batches, training.device, after_batch)
+        return evaluate(training.model, batches, training.device, after_batch, training.world)
 
 
 def _record(training: Training, train: Evaluation, train_eval: Evaluation, val: Evaluation) -> EpochRecord:
@@ -239,13 +259,7 @@ def _record(training: Training, train: Evaluation, train_eval: Evaluation, val: 
 
 def _resume(training: Training, directory: RunDirectory) -> tuple[bool, list[EpochRecord]]:
     """Load the last checkpoint, if there is one, and return whether there was and the records up to it."""
-    checkpoint = load_checkpoint(
-        directory.checkpoint,
-        fingerprint=directory.fingerprint,
-        seed=training.config.seed,
-        device=training.device,
-        data_digest=training.data_digest,
-    )
+    checkpoint, records = training.world.from_first(lambda: _read_checkpoint(training, directory))
     if checkpoint is None:
         return False, []
     try:
@@ -257,6 +271,21 @@ def _resume(training: Training, directory: RunDirectory) -> tuple[bool, list[Epo
             f"{directory.checkpoint} does not fit this network ({type(error).__name__}); move it away to start this "
             "run from the beginning."
         ) from error
+    return True, records
+
+
+def _read_checkpoint(training: Training, directory: RunDirectory) -> tuple[Checkpoint | None, list[EpochRecord]]:
+    """Return the last checkpoint, if there is one, and the records up to it."""
+    checkpoint = load_checkpoint(
+        directory.checkpoint,
+        fingerprint=directory.fingerprint,
+        seed=training.config.seed,
+        # What is told to other processes must not lie on this one's GPU.
+        device=training.device if training.world.size == 1 else torch.device("cpu"),
+        data_digest=training.data_digest,
+    )
+    if checkpoint is None:
+        return None, []
     # A row is written before its checkpoint, so that a crash between the two leaves a row too many.
     records = [record for record in read_records(directory.metrics) if record.epoch <= checkpoint.epoch]
     is_complete = [record.epoch for record in records] == list(range(checkpoint.epoch + 1))
@@ -270,7 +299,7 @@ def _resume(training: Training, directory: RunDirectory) -> tuple[bool, list[Epo
             f"{directory.metrics} lacks epochs that {directory.checkpoint.name} has completed ({checkpoint.epoch}); "
             "restore it, or move the directory away to start this run from the beginning."
         )
-    return True, records
+    return checkpoint, records
 
 
 def _new_info(training: Training, fingerprint: str) -> RunInfo:
@@ -286,6 +315,7 @@ def _new_info(training: Training, fingerprint: str) -> RunInfo:
         device=device.type,
         device_name=surroundings.device_name,
         num_threads=torch.get_num_threads(),
+        num_processes=training.world.size,
         started=_now(),
     )
 
@@ -299,7 +329,18 @@ def _prepare_directory(directory: RunDirectory, info: RunInfo, records: list[Epo
 
 def _end(saver: Saver, info: RunInfo, **outcome: Any) -> RunInfo:
     """Write how the run ended, after which the checkpoint before the last is of no use."""
+    world = saver.training.world
+    world.forget_wishes()
+    ended = world.from_first(lambda: _write_end(saver, info, outcome))
+    wish = world.largest(saver.signal_number if saver.is_asked_to_stop else 0)
+    if wish:  # the runs of a sweep that would come next must not begin
+        raise Interrupted("interrupted; this run has ended.", wish)
+    return ended
+
+
+def _write_end(saver: Saver, info: RunInfo, outcome: dict[str, Any]) -> RunInfo:
     directory = saver.directory
+    assert saver.hold is not None
     saver.hold.check()
     ended = dataclasses.replace(
         info,
@@ -311,8 +352,6 @@ def _end(saver: Saver, info: RunInfo, **outcome: Any) -> RunInfo:
     write_run_info(directory.info, ended)
     for leftover in (previous_path(directory.checkpoint), directory.checkpoint.with_name("checkpoint.pt.tmp")):
         leftover.unlink(missing_ok=True)
-    if saver.is_asked_to_stop:  # the runs of a sweep that would come next must not begin
-        raise Interrupted("interrupted; this run has ended.", saver.signal_number)
     return ended
 
 
@@ -365,7 +404,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, int |
 def _open_progress(training: Training) -> Progress:
     config, num_batches = training.config, len(training.loader)
     return Progress(
-        config.progress,
+        config.progress if training.world.is_first else ProgressStyle.none,
         f"{config.preconditioner.name} seed {config.seed}",
         total_steps=config.epochs * num_batches,
         done_steps=training.epoch * num_batches + training.batch,

@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from kfac_sua.runs.directory import RunDirectory
 from kfac_sua.runs.lock import Hold
 from kfac_sua.runs.record import EpochRecord, records_digest
-from kfac_sua.training.checkpoint import save_checkpoint
+from kfac_sua.training.checkpoint import Checkpoint, save_checkpoint
 from kfac_sua.training.signals import Interrupted, StopRequest
 from kfac_sua.training.state import Training
+
+_SAVE = 1
 
 
 class Saver:
@@ -19,9 +21,11 @@ class Saver:
         training: The state to save.
         directory: Where to.
         stop: Whether the run has been asked to stop.
-        hold: The lock of the directory.
+        hold: The lock of the directory; ``None`` on a process that writes nothing.
         records: The rows written so far; whoever writes another one appends it.
         clock: Seconds of a monotonic clock.
+
+    Where several processes carry out a run, all of them make the same calls; the first one writes.
     """
 
     def __init__(
@@ -29,7 +33,7 @@ class Saver:
         training: Training,
         directory: RunDirectory,
         stop: StopRequest,
-        hold: Hold,
+        hold: Hold | None,
         records: Sequence[EpochRecord],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -54,12 +58,13 @@ class Saver:
 
     def save(self) -> None:
         """Write a checkpoint."""
-        self.hold.check()
-        with self.training.watch.phase("writing"):
-            checkpoint = self.training.checkpoint(self.directory.fingerprint, records_digest(self.records))
-            save_checkpoint(self.directory.checkpoint, checkpoint)
+        training = self.training
+        training.world.forget_wishes()
+        with training.watch.phase("writing"):
+            checkpoint = training.checkpoint(self.directory.fingerprint, records_digest(self.records))
+            training.world.from_first(lambda: self._write(checkpoint))
         self._saved_at = self._clock()
-        self._position = _position(self.training)
+        self._position = _position(training)
 
     def between(self) -> None:
         """Called between two mini-batches: save if it is time to, or if the run is to stop.
@@ -67,16 +72,40 @@ class Saver:
         Raises:
             Interrupted: If the run has been asked to stop, after it has been saved.
         """
-        interval = self.training.config.checkpoint_interval_s
-        if self.is_asked_to_stop:
+        wish = self.training.world.agree(self._wish())
+        if wish:
             self.save()
-            raise self.interrupted()
-        if interval is not None and self._clock() - self._saved_at >= interval:
-            self.save()
+        if wish > _SAVE:
+            raise self.interrupted(wish - _SAVE)
 
-    def interrupted(self) -> Interrupted:
-        """Return what to raise when the run stops here."""
-        return Interrupted(f"interrupted; the same command resumes {self._position}.", self.signal_number)
+    def stop_if_asked(self) -> None:
+        """Called where there is nothing to save yet.
+
+        Raises:
+            Interrupted: If the run has been asked to stop.
+        """
+        wish = self.training.world.agree(self._wish())
+        if wish > _SAVE:
+            raise self.interrupted(wish - _SAVE)
+
+    def interrupted(self, signal_number: int | None = None) -> Interrupted:
+        """Return what to raise when the run stops here, by a signal that another process may have got."""
+        self.training.world.forget_wishes()
+        number = signal_number or self.signal_number
+        return Interrupted(f"interrupted; the same command resumes {self._position}.", number)
+
+    def _wish(self) -> int:
+        """Return 0 to go on, ``_SAVE`` to save, and more to stop as well, by the signal that the excess numbers."""
+        interval = self.training.config.checkpoint_interval_s
+        if self._stop.signal_number is not None:
+            return _SAVE + self._stop.signal_number
+        is_due = interval is not None and self._clock() - self._saved_at >= interval
+        return _SAVE if is_due and self.training.world.is_first else 0
+
+    def _write(self, checkpoint: Checkpoint) -> None:
+        assert self.hold is not None
+        self.hold.check()
+        save_checkpoint(self.directory.checkpoint, checkpoint)
 
 
 def _position(training: Training) -> str:

@@ -10,11 +10,13 @@ from torch import nn
 from kfac_sua.build import build_model, build_optimizer, build_preconditioner, build_splits, memory_format
 from kfac_sua.config import Config
 from kfac_sua.data import BatchLoader, ImageSet, Splits, epoch_generator
+from kfac_sua.models.sync_batch_norm import synchronise_batch_norm
 from kfac_sua.preconditioner import KroneckerPreconditioner
 from kfac_sua.training.checkpoint import Checkpoint
 from kfac_sua.training.evaluate import ErrorCounter
 from kfac_sua.training.seeding import seed_everything
 from kfac_sua.training.timing import Stopwatch
+from kfac_sua.training.world import World
 
 # In the parameter groups of PyTorch's optimizers: how a step is computed, not what.
 IMPLEMENTATION_KEYS = {"foreach", "fused"}
@@ -31,6 +33,8 @@ class Training:
         step: Completed optimisation steps.
         skipped_steps: Mini-batches that took no step, as something in them was not finite.
         sums: Losses and errors of the epoch's mini-batches.
+        world: The processes that carry out the run.
+        forward: What mini-batches are sent through: the network, wrapped where gradients are averaged over processes.
     """
 
     config: Config
@@ -43,23 +47,27 @@ class Training:
     watch: Stopwatch
     sums: ErrorCounter
     data_digest: str
+    world: World
+    forward: nn.Module
     epoch: int = 0
     batch: int = 0
     step: int = 0
     skipped_steps: int = 0
 
     @classmethod
-    def start(cls, config: Config, device: torch.device) -> "Training":
+    def start(cls, config: Config, device: torch.device, world: World | None = None) -> "Training":
         """Return the state before the first step, without touching the disk but to read the data set.
 
         Args:
             config: The checked configuration.
             device: Where to train.
+            world: The processes that carry out the run, which all have to call this; ``None`` for this one alone.
 
         Raises:
             ConfigError: If the preconditioner's settings do not fit the network.
-            DataError: If the data set is missing, damaged or too small.
+            DataError: If the data set is missing, damaged or too small, or the mini-batch for so many processes.
         """
+        world = world or World()
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         splits = build_splits(config.dataset)
@@ -71,10 +79,14 @@ class Training:
             device,
             config.dataset.augmentation.value,
             memory_format(config),
+            (world.rank, world.size),
         )
         seed_everything(config.seed)
         model = build_model(config, splits.num_classes, device)
-        preconditioner = build_preconditioner(config.preconditioner, model, config.seed)
+        if world.size > 1 and config.sync_batch_norm:
+            model = synchronise_batch_norm(model, device)
+        forward = world.averaging(model)
+        preconditioner = build_preconditioner(config.preconditioner, model, config.seed, distributed=world.size > 1)
         watch = Stopwatch(device)
         if preconditioner is not None:
             preconditioner.phase = watch.phase
@@ -88,8 +100,10 @@ class Training:
             optimizer,
             preconditioner,
             watch,
-            ErrorCounter(device),
+            ErrorCounter(device, world),
             splits.digest(),
+            world,
+            forward,
         )
 
     @functools.cached_property
@@ -109,14 +123,29 @@ class Training:
     def evaluation_loader(self, images: ImageSet) -> BatchLoader:
         """Return a loader that serves images in order, normalised like those that are trained on."""
         layout = memory_format(self.config)
-        return BatchLoader(images, self.splits.mean, self.splits.std, device=self.device, memory_format=layout)
+        return BatchLoader(
+            images,
+            self.splits.mean,
+            self.splits.std,
+            device=self.device,
+            memory_format=layout,
+            part=(self.world.rank, self.world.size),
+        )
+
+    def loss_weight(self, num_examples: int) -> float:
+        """Return what to multiply the mean loss of this process's part with, so that averages over processes are right.
+
+        Args:
+            num_examples: Examples of the part; parts may differ by one.
+        """
+        return self.world.size * num_examples / self.config.batch_size if self.world.size > 1 else 1.0
 
     def end_epoch(self) -> None:
         """Count an epoch whose mini-batches have all been taken."""
-        self.epoch, self.batch, self.sums = self.epoch + 1, 0, ErrorCounter(self.device)
+        self.epoch, self.batch, self.sums = self.epoch + 1, 0, ErrorCounter(self.device, self.world)
 
     def checkpoint(self, fingerprint: str, records_digest: str) -> Checkpoint:
-        """Return the state as it is between two mini-batches."""
+        """Return the state as it is between two mini-batches; all processes have to ask, and get the same."""
         return Checkpoint(
             fingerprint=fingerprint,
             seed=self.config.seed,

@@ -26,10 +26,11 @@ def take_step(training: Training, inputs: Tensor, labels: Tensor) -> bool:
     Returns:
         False if the loss was seen not to be finite and the run must end as diverged.
     """
+    weight = training.loss_weight(len(labels))
     may_skip = training.config.non_finite is NonFinite.skip
     buffers = [(buffer, buffer.clone()) for buffer in training.model.buffers()] if may_skip else []
     with training.watch.phase("forward_backward"):
-        logits = training.model(inputs)
+        logits = training.forward(inputs)
         loss = F.cross_entropy(logits, labels)
     if not may_skip:
         training.sums.add(logits, labels, loss)
@@ -39,20 +40,20 @@ def take_step(training: Training, inputs: Tensor, labels: Tensor) -> bool:
         training.optimizer.zero_grad(set_to_none=True)
         if training.preconditioner is not None:
             training.preconditioner.fisher_backward(logits)
-        loss.backward()
+        (loss if weight == 1 else loss * weight).backward()
     if may_skip:
-        if not _is_finite(loss, training.model):
+        if training.world.any(not _is_finite(loss, training.model)):
             _skip(training, buffers)
             return True
         training.sums.add(logits, labels, loss)
-    _update(training)
+    _update(training, weight)
     return True
 
 
-def _update(training: Training) -> None:
+def _update(training: Training, loss_weight: float) -> None:
     if training.preconditioner is not None:
         with training.watch.phase("application"):
-            training.preconditioner.step()
+            training.preconditioner.step(loss_weight=loss_weight)
     with training.watch.phase("optimizer"):
         training.optimizer.step()
     training.step += 1

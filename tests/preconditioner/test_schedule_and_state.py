@@ -82,7 +82,7 @@ def test_state_of_another_model_or_version_is_refused():
     other = KroneckerPreconditioner(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(ValueError, match=r"another model; layers that differ: 2, 4"):
         other.load_state_dict(state)
-    with pytest.raises(ValueError, match=r"version 99, this release reads 2"):
+    with pytest.raises(ValueError, match=r"version 99, this release reads 3"):
         preconditioner.load_state_dict({**state, "version": 99})
 
 
