@@ -4,6 +4,7 @@ On the CPU, by gloo. Any number of processes trains as one process does, to roun
 the processes like the gradients.
 """
 
+import gc
 import os
 import sys
 
@@ -16,12 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from kfac_sua import KroneckerPreconditioner
 
 
-def main() -> None:
+def train(rank: int, num_processes: int) -> None:
     """Train three epochs on this process's parts of the mini-batches."""
-    if "RANK" not in os.environ:
-        sys.exit("Start this with torchrun --standalone --nproc_per_node=2 examples/ddp.py.")
-    dist.init_process_group("gloo")
-    rank, num_processes = dist.get_rank(), dist.get_world_size()
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16  # [1797, 1, 8, 8]
     labels = torch.tensor(digits.target)
@@ -52,6 +49,16 @@ def main() -> None:
         dist.all_reduce(total)
         if rank == 0:
             print(f"epoch {epoch + 1}: loss {total / len(images):.5f}, {num_processes} processes", flush=True)
+
+
+def main() -> None:
+    """Join the other processes, train, and leave them."""
+    if "RANK" not in os.environ:
+        sys.exit("Start this with torchrun --standalone --nproc_per_node=2 examples/ddp.py.")
+    dist.init_process_group("gloo")
+    train(dist.get_rank(), dist.get_world_size())
+    # Model and preconditioner, which know the group, are gone by now: its threads can end before Python does.
+    gc.collect()
     dist.destroy_process_group()
 
 

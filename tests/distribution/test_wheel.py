@@ -87,7 +87,7 @@ def test_source_distribution_builds_the_same_wheel(wheel, tmp_path):
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path / "source", filter="data")
     (source,) = (tmp_path / "source").iterdir()
-    assert {"README.md", "LICENSE", "Makefile", "configs", "examples", "tests"} <= {
+    assert {"README.md", "LICENSE", "Makefile", "configs", "docs", "examples", "outputs", "tests"} <= {
         path.name for path in source.iterdir()
     }
     assert names(build(source, "wheel", tmp_path / "wheel")) == names(wheel)
