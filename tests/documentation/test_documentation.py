@@ -4,6 +4,7 @@ import functools
 import importlib
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 import yaml
 from torch import nn
 
-from kfac_sua.compose import compose_config
+from kfac_sua.compose import compose_cells, compose_config
 from kfac_sua.config import CONFIG_DIR, to_plain
 from kfac_sua.preconditioner import KroneckerPreconditioner, KroneckerSettings
 
@@ -128,6 +129,18 @@ def test_training_steps_of_the_pages_run(fisher_type):
         alone = trained(names["in_all_train_step"], images, labels, 12, 1)
         torch.testing.assert_close(alone, whole, rtol=1e-5, atol=1e-7)
     assert whole.isfinite().all()
+
+
+def test_training_commands_of_the_pages_are_valid():
+    """Every ``python -m kfac_sua.train`` in a block of a page, and in README.md, composes and passes the checks."""
+    text = "\n".join([*pages().values(), (ROOT / "README.md").read_text(encoding="utf-8")])
+    blocks = re.findall(r"^```bash\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    commands = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+    trained = [command[3:] for command in commands if command[:3] == ["python", "-m", "kfac_sua.train"]]
+    assert len(trained) > 5
+    for arguments in trained:
+        if "--help" not in arguments:
+            assert compose_cells([one for one in arguments if one != "-m"], multirun="-m" in arguments), arguments
 
 
 # --- generated parts --------------------------------------------------------------------------------------------------
