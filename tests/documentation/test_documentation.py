@@ -1,5 +1,6 @@
 """The documentation's pages: links lead somewhere, code runs, every key is named, numbers are those of the records."""
 
+import argparse
 import functools
 import importlib
 import re
@@ -131,16 +132,42 @@ def test_training_steps_of_the_pages_run(fisher_type):
     assert whole.isfinite().all()
 
 
-def test_training_commands_of_the_pages_are_valid():
-    """Every ``python -m kfac_sua.train`` in a block of a page, and in README.md, composes and passes the checks."""
+def commands(module: str) -> list[list[str]]:
+    """Return the arguments of every ``python -m <module>`` in a block of a page or of README.md."""
     text = "\n".join([*pages().values(), (ROOT / "README.md").read_text(encoding="utf-8")])
     blocks = re.findall(r"^```bash\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
-    commands = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
-    trained = [command[3:] for command in commands if command[:3] == ["python", "-m", "kfac_sua.train"]]
-    assert len(trained) > 5
-    for arguments in trained:
+    lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+    found = [line[3:] for line in lines if line[:3] == ["python", "-m", module]]
+    assert found, module
+    return found
+
+
+def test_training_commands_of_the_pages_are_valid():
+    """They compose and pass the checks."""
+    for arguments in commands("kfac_sua.train"):
         if "--help" not in arguments:
             assert compose_cells([one for one in arguments if one != "-m"], multirun="-m" in arguments), arguments
+
+
+class Parsed(Exception):
+    """The arguments of a command are valid; it goes no further."""
+
+
+@pytest.mark.parametrize("module", ["runs.collect", "reproduce", "bench.__main__", "data.download"])
+def test_other_commands_of_the_pages_are_valid(module, monkeypatch):
+    """Their parsers take the arguments."""
+    for name in ("parse_args", "parse_intermixed_args"):
+        original = getattr(argparse.ArgumentParser, name)
+
+        def parse_and_stop(parser: Any, arguments: Any, original: Any = original) -> None:
+            original(parser, arguments)
+            raise Parsed
+
+        monkeypatch.setattr(argparse.ArgumentParser, name, parse_and_stop)
+    main = importlib.import_module(f"kfac_sua.{module}").main
+    for arguments in commands(f"kfac_sua.{module.removesuffix('.__main__')}"):
+        with pytest.raises(Parsed):
+            main(arguments)
 
 
 # --- generated parts --------------------------------------------------------------------------------------------------
