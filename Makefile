@@ -1,6 +1,6 @@
 # Everything runs in .venv, which `make install` (or any target that needs it) makes once.
 .DEFAULT_GOAL := help
-.PHONY: help install data train quickstart reproduce-fig1 reproduce-fig2 bench scaling torture test test-slow test-gpu lint format
+.PHONY: help install data train quickstart reproduce-fig1 reproduce-fig2 bench scaling torture test test-slow test-gpu lint format docs
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -69,6 +69,9 @@ test-slow: $(INSTALLED) ## The tests that `make test` leaves out because they ta
 
 test-gpu: $(INSTALLED) ## Tests that need a CUDA device
 	$(RUN) -m pytest -m gpu
+
+docs: $(INSTALLED) ## The documentation as a site, site/index.html, without a network
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict $(ARGS)
 
 lint: $(INSTALLED) ## Check style and types
 	$(RUN) -m ruff check

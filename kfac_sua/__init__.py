@@ -8,6 +8,8 @@ if TYPE_CHECKING:
 
 __all__ = ["KroneckerPreconditioner", "KroneckerSettings"]
 
+__version__ = "0.1.0"  # the only place: the build reads it here
+
 
 def __getattr__(name: str) -> Any:
     """Import the preconditioner, and with it PyTorch, when it is first asked for.

@@ -30,6 +30,8 @@ Array = NDArray[Any]
 REQUIRED_ARRAYS = ("train_images", "train_labels", "test_images", "test_labels", "classes")
 NETWORK_TIMEOUT_S = 30.0
 
+_FETCH = "`make data` or `python -m kfac_sua.data.download`"  # in a checkout, and everywhere
+
 # What torchvision's download, extraction and unpickling raise; RuntimeError is its own checksum failure.
 _FETCH_ERRORS = (
     OSError,
@@ -94,7 +96,7 @@ def load_archive(name: str, data_dir: str | Path = "data") -> tuple[ImageSet, Im
     if not path.exists():
         if source is None or not (path.parent / source.folder).is_dir():
             raise DataError(
-                f"{path} does not exist; run `make data` where there is a network, put the file there, "
+                f"{path} does not exist; run {_FETCH} where there is a network, put the file there, "
                 "or use dataset=digits."
             )
         _write_from_torchvision(name, path.parent, download=False)
@@ -146,7 +148,7 @@ def _write_from_torchvision(name: str, data_dir: Path, *, download: bool) -> Pat
         action = "downloaded into" if download else f"read from {source.folder} in"
         raise DataError(
             f"{name} could not be {action} {data_dir} ({_one_line(error)}); "
-            f"run `make data` where there is a network, put {path.name} there, or use dataset=digits."
+            f"run {_FETCH} where there is a network, put {path.name} there, or use dataset=digits."
         ) from error
     _save_atomically(
         path,
@@ -247,7 +249,7 @@ def _described(value: Any) -> str:
 def _damaged(path: Path, problem: str) -> DataError:
     """Return the error for an archive that is there but unusable."""
     return DataError(
-        f"{path} {problem}; delete it and run `make data` where there is a network, "
+        f"{path} {problem}; delete it and run {_FETCH} where there is a network, "
         f"put a whole {path.name} there, or use dataset=digits."
     )
 

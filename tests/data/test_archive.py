@@ -22,7 +22,8 @@ import torch
 from kfac_sua.data import DataError, fetch_cifar, load_archive
 
 Arrays = dict[str, Any]
-CURE = "; delete it and run `make data` where there is a network, put a whole cifar10.npz there, or use dataset=digits."
+FETCH = "run `make data` or `python -m kfac_sua.data.download` where there is a network"
+CURE = f"; delete it and {FETCH}, put a whole cifar10.npz there, or use dataset=digits."
 
 
 def load_error(path: Path, name: str = "cifar10") -> str:
@@ -73,9 +74,7 @@ def test_archive_of_another_name_is_read_when_it_is_there(tmp_path: Path, tiny_a
 def test_missing_archive_names_the_file_and_the_cure(tmp_path: Path, name: str) -> None:
     """Without archive and without torchvision's folder there is one sentence and no attempt to download."""
     path = tmp_path / f"{name}.npz"
-    assert load_error(path, name) == (
-        f"{path} does not exist; run `make data` where there is a network, put the file there, or use dataset=digits."
-    )
+    assert load_error(path, name) == (f"{path} does not exist; {FETCH}, put the file there, or use dataset=digits.")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -271,7 +270,7 @@ def test_damaged_torchvision_folder_is_refused(torchvision_folder: Path) -> None
     data_dir = torchvision_folder.parent
     assert load_error(data_dir / "cifar10.npz") == (
         f"cifar10 could not be read from cifar-10-batches-py in {data_dir} "
-        "(RuntimeError: Dataset not found or corrupted); run `make data` where there is a network, "
+        f"(RuntimeError: Dataset not found or corrupted); {FETCH}, "
         "put cifar10.npz there, or use dataset=digits."
     )
     assert [path.name for path in data_dir.iterdir()] == ["cifar-10-batches-py"]
@@ -293,7 +292,7 @@ def test_fetch_without_network_is_one_sentence(tmp_path: Path, name: str, no_net
     assert str(caught.value) == (
         f"{name} could not be downloaded into {tmp_path / 'new'} "
         "(URLError: <urlopen error [Errno -2] Name or service not known>); "
-        f"run `make data` where there is a network, put {name}.npz there, or use dataset=digits."
+        f"{FETCH}, put {name}.npz there, or use dataset=digits."
     )
     assert no_network
     assert set(no_network) == {30.0}

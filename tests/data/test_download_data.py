@@ -1,35 +1,24 @@
-"""The download script: what it prints and how it ends."""
+"""The download command: what it prints and how it ends."""
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from kfac_sua.data.download import main
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "download_data.py"
-
-
-@pytest.fixture
-def main() -> Callable[[list[str]], None]:
-    """Load the script's entry point."""
-    specification = importlib.util.spec_from_file_location("download_data", SCRIPT)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module.main
+COMMANDS = [[str(SCRIPT)], ["-m", "kfac_sua.data.download"]]
 
 
 def test_complete_archive_is_checked_and_not_fetched(
-    main: Callable[[list[str]], None],
     tmp_path: Path,
     tiny_arrays: dict[str, Any],
     capsys: pytest.CaptureFixture[str],
@@ -40,9 +29,7 @@ def test_complete_archive_is_checked_and_not_fetched(
     assert capsys.readouterr().out == (f"{tmp_path / 'cifar10.npz'}: 40 training and 20 test images, 10 classes\n")
 
 
-def test_without_network_it_ends_with_one_sentence(
-    main: Callable[[list[str]], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_network_it_ends_with_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A missing network is not worth a traceback; sys.exit with a text is exit code 1."""
 
     def unreachable(*args: Any, **kwargs: Any) -> None:
@@ -53,14 +40,16 @@ def test_without_network_it_ends_with_one_sentence(
         main(["--data-dir", str(tmp_path)])
     assert str(caught.value.code) == (
         f"Error: cifar10 could not be downloaded into {tmp_path} (URLError: <urlopen error no network>); "
-        "run `make data` where there is a network, put cifar10.npz there, or use dataset=digits."
+        "run `make data` or `python -m kfac_sua.data.download` where there is a network, put cifar10.npz there, or use "
+        "dataset=digits."
     )
 
 
-def test_damaged_archive_gives_exit_code_one_and_no_traceback(tmp_path: Path) -> None:
-    """As a process, it must print the sentence to stderr, nothing else, and fail."""
+@pytest.mark.parametrize("arguments", COMMANDS, ids=["script", "module"])
+def test_damaged_archive_gives_exit_code_one_and_no_traceback(arguments: list[str], tmp_path: Path) -> None:
+    """As a process, in a checkout and without one, it must print the sentence to stderr, nothing else, and fail."""
     (tmp_path / "cifar10.npz").write_text("not an archive")
-    command = [sys.executable, str(SCRIPT), "cifar10", "--data-dir", str(tmp_path)]
+    command = [sys.executable, *arguments, "cifar10", "--data-dir", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert result.stdout == ""

@@ -1,0 +1,99 @@
+"""What the documentation's pages need besides Markdown: measured figures and tables, docstrings without Sphinx's roles.
+
+A hook of MkDocs. Tables stand in pages as ``{{ name }}`` and are made from the records in ``outputs/reference``.
+"""
+
+import csv
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+REFERENCE = ROOT / "outputs" / "reference"
+FIGURES = (
+    "fig1-small-cpu/fig1.png",
+    "fig1-small-cpu/grid.png",
+    "fig1-small-cpu/time_split.png",
+    "fig1-small-cpu/time_to_target.png",
+    "fig2-small-cpu/fig2.png",
+    "scaling/scaling.png",
+)
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the measured figures to the site, as ``reference/...``."""
+    from mkdocs.structure.files import File
+
+    for name in FIGURES:
+        files.append(File.generated(config, f"reference/{name}", abs_src_path=str(REFERENCE / name)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Fill in the tables of a page (a hook of MkDocs)."""
+    del page, config, files
+    return with_tables(markdown)
+
+
+def with_tables(markdown: str) -> str:
+    """Replace ``{{ name }}`` by the table of that name."""
+    return re.sub(r"^\{\{ (\w+) \}\}$", lambda match: TABLES[match[1]](), markdown, flags=re.MULTILINE)
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """Return a page without what only Sphinx reads in docstrings (a hook of MkDocs)."""
+    del page, config, files
+    return without_roles(html)
+
+
+def without_roles(html: str) -> str:
+    """Remove roles such as ``:class:`` in front of names, and the second colon before blocks of code."""
+    html = re.sub(r":(?:class|meth|func|attr|mod):<code>~?", "<code>", html)
+    return html.replace("::</p>", ":</p>")
+
+
+METHODS = {"kfac": "K-FAC", "grouped": "K-FAC, groups of 32", "sua": "SUA", "sua_grouped": "SUA, groups of 32"}
+
+
+def best_lr_by_damping() -> str:
+    """Return, per structure and damping, the best learning rate by training loss and by validation error."""
+    with (REFERENCE / "fig1-small-cpu" / "grid.csv").open(newline="", encoding="utf-8") as file:
+        cells = [row for row in csv.DictReader(file) if row["damping"]]
+    dampings = sorted({float(row["damping"]) for row in cells})
+    lines = [
+        "| lowest | structure | " + " | ".join(f"damping {damping:g}" for damping in dampings) + " |",
+        "|---|---|" + "---|" * len(dampings),
+    ]
+    for column, said, style in (
+        ("train_loss", "training loss", "{:.3f}"),
+        ("val_error_percent", "validation error", "{:.1f} %"),
+    ):
+        for method, label in METHODS.items():
+            row = [
+                f"lr {best[0]:g} ({style.format(best[1])})" if best else "–" for best in _best(cells, method, column)
+            ]
+            lines.append(f"| {said} | {label} | " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def _best(cells: list[dict[str, str]], method: str, column: str) -> list[tuple[float, float] | None]:
+    """Return learning rate and value of the best cell of a method, per damping."""
+    dampings = sorted({float(row["damping"]) for row in cells})
+    own = [row for row in cells if row["method"] == method]
+    result: list[tuple[float, float] | None] = []
+    for damping in dampings:
+        values = [(float(row[column]), float(row["lr"])) for row in own if float(row["damping"]) == damping]
+        result.append((min(values)[1], min(values)[0]) if values else None)
+    return result
+
+
+def bench_vgg11() -> str:
+    """Return the cost of each setting beside plain SGD."""
+    text = (REFERENCE / "bench-vgg11.txt").read_text(encoding="utf-8")
+    ratios = re.findall(r"^(\S+) +(\S+×) \(.*?\) +(\S+×) \(.*?\) +(\S+×) \(", text, flags=re.MULTILINE)
+    lines = ["| setting | plain step | refresh step | amortised |", "|---|---|---|---|"]
+    return "\n".join(lines + [f"| `{name}` | {plain} | {refresh} | {mean} |" for name, plain, refresh, mean in ratios])
+
+
+TABLES: dict[str, Callable[[], str]] = {"best_lr_by_damping": best_lr_by_damping, "bench_vgg11": bench_vgg11}
