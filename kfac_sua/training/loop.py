@@ -67,34 +67,39 @@ def run(config: Config, launch: Launch | None = None) -> RunInfo:
         Interrupted: On SIGINT and SIGTERM, after which the same command resumes.
     """
     device = choose_device(config.device)
-    directory = run_directory(config, device.type)
     with open_world(launch or Launch(), device) as world:
+        return _run_together(config, device, world)
+
+
+def _run_together(config: Config, device: torch.device, world: World) -> RunInfo:
+    """Carry out a run, together with the other processes if there are any."""
+    directory = run_directory(config, device.type)
+    info = world.from_first(lambda: _ended(directory))
+    if info is not None:
+        return info
+    try:
+        training = Training.start(config, device, world)
+    except Exception as error:  # of a run that has begun; otherwise, nothing of it is on disk
+        if world.is_first:
+            with contextlib.suppress(RunBusyError):
+                _record_early_failure(directory, error)
+        raise
+    with _held_by_first(directory, world) as hold:
         info = world.from_first(lambda: _ended(directory))
         if info is not None:
             return info
         try:
-            training = Training.start(config, device, world)
-        except Exception as error:  # of a run that has begun; otherwise, nothing of it is on disk
-            if world.is_first:
-                with contextlib.suppress(RunBusyError):
-                    _record_early_failure(directory, error)
+            with named_losses(world.rank, world.size):
+                info = _carry_out(training, directory, hold)
+        except RunLostError:
             raise
-        with _held_by_first(directory, world) as hold:
-            info = world.from_first(lambda: _ended(directory))
-            if info is not None:
-                return info
-            try:
-                with named_losses(world.rank, world.size):
-                    info = _carry_out(training, directory, hold)
-            except RunLostError:
-                raise
-            except Exception as error:
-                if world.is_first:
-                    _record_failure(directory, error)
-                raise
-        if world.is_first:
-            world.say(_summary(directory, info))
-        return info
+        except Exception as error:
+            if world.is_first:
+                _record_failure(directory, error)
+            raise
+    if world.is_first:
+        world.say(_summary(directory, info))
+    return info
 
 
 @contextlib.contextmanager
@@ -237,6 +242,7 @@ def _log(saver: Saver, log: TensorBoardLog | None, record: EpochRecord) -> None:
 def _evaluate(training: Training, loader: BatchLoader, after_batch: Callable[[], None]) -> Evaluation:
     batches = loader.sequential(training.config.evaluation_batch_size)
     with training.watch.phase("evaluation"):
+        training.world.share_buffers(training.model)
         return evaluate(training.model, batches, training.device, after_batch, training.world)
 
 

@@ -5,6 +5,7 @@ they need to know; whatever decides where a run goes next is agreed upon.
 """
 
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -102,6 +103,12 @@ class World:
             return model
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give all processes the first one's running statistics of batch normalisation, so that all evaluate alike."""
+        if self._control is not None:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
+
     def any(self, flag: bool) -> bool:
         """Say whether the flag is up on any process; all have to ask."""
         return self.largest(int(flag)) > 0
@@ -179,6 +186,7 @@ def open_world(launch: Launch, device: torch.device) -> Iterator[World]:
             assert isinstance(control, dist.ProcessGroup)
             yield World(launch.rank, launch.size, control)
         finally:
+            gc.collect()  # what still refers to the group would outlive its threads
             dist.destroy_process_group()
 
 
