@@ -186,9 +186,10 @@ def _checked_arguments(arguments: list[str]) -> list[str]:
 def _say_why(error: BaseException) -> int:
     """Say in one sentence why a run fails, if no other of its processes says the same, and return the exit code."""
     code, launch = BAD_INPUT if isinstance(error, INPUT_ERRORS) else FAILED, _launch()
-    if launch.rank > 0 and isinstance(error, SAID_BY_FIRST):
+    is_shared = isinstance(error, SAID_BY_FIRST)
+    if launch.rank > 0 and is_shared:
         return code
-    is_placed = launch.size > 1 and not isinstance(error, LostContactError)
+    is_placed = launch.size > 1 and not is_shared and not isinstance(error, LostContactError)
     return say(f"process {launch.rank} of {launch.size}: {_sentence(error)}" if is_placed else _sentence(error), code)
 
 
