@@ -43,7 +43,7 @@ def train(rank: int, num_processes: int) -> None:
             # The gradients are averaged over processes; this weight makes that the mean over all examples.
             weight = num_processes * len(part) / len(batch)
             (loss * weight).backward()
-            preconditioner.step(loss_scale=weight)
+            preconditioner.step(loss_weight=weight)
             optimizer.step()
             total += loss.detach() * len(part)
         dist.all_reduce(total)

@@ -74,7 +74,7 @@ class PreconditionedLayer:
             reduce=settings.weight_sharing is WeightSharing.reduce,
             max_activation_rows=max_low_rank_rows(activation_cost(geometry, layout, settings), settings),
             max_gradient_rows=max_low_rank_rows(gradient_cost(layout, settings), settings),
-            sampled_rows=settings.activation_rows,
+            sampled_rows=math.ceil(settings.activation_rows / num_processes) if settings.activation_rows else None,
         )
         layer = cls(name, module, layout, statistics, RunningAverage(settings.ema_decay), num_processes=num_processes)
         if settings.application is Application.auto and can_be_two_sided(module, geometry):

@@ -108,6 +108,8 @@ class KroneckerSettings:
             the refresh's own mini-batch alone.
         activation_rows: An approximation: measure activation factors from at most so many rows (output locations;
             under SUA, input pixels) per call of a layer, spread evenly over its examples, ≥ 1. ``None`` measures all.
+            Processes that share a mini-batch take equal parts of them, each from its own examples: the one setting
+            in which they do not choose as one process would.
         inverse_method: ``auto``, ``cholesky`` or ``low_rank``.
         application: ``weight`` or ``auto``; the result is the same to rounding.
         skip: Names of layers to leave to the plain gradient; shell-style wildcards such as ``features.*``.

@@ -58,9 +58,9 @@ def train(settings: dict, rank: int, size: int) -> dict[str, torch.Tensor]:
         logits = model(inputs)
         preconditioner.fisher_backward(logits)
         # DistributedDataParallel averages over processes, whose parts differ in size.
-        loss_scale = size * len(labels) / NUM_EXAMPLES
-        (nn.functional.cross_entropy(logits, labels) * loss_scale).backward()
-        preconditioner.step(loss_scale=loss_scale)
+        weight = size * len(labels) / NUM_EXAMPLES
+        (nn.functional.cross_entropy(logits, labels) * weight).backward()
+        preconditioner.step(loss_weight=weight)
         optimizer.step()
     return {name: parameter.detach() for name, parameter in net.named_parameters()}
 
