@@ -106,11 +106,10 @@ def _read_own_info(directory: RunDirectory) -> RunInfo | None:
 
 def _carry_out(training: Training, directory: RunDirectory, hold: Hold) -> RunInfo:
     """Train what is left of a run, from its checkpoint if there is one."""
-    info = _new_info(training, directory.fingerprint)
-    begun = _read_own_info(directory)
-    if begun is not None:
-        info = dataclasses.replace(begun, status="running", failure=None)
+    begun, info = _read_own_info(directory), _new_info(training, directory.fingerprint)
     is_resumed, records = _resume(training, directory)
+    if begun is not None:
+        info = _continued(begun, info, is_resumed)
     _prepare_directory(directory, info, records)
     if training.preconditioner is not None:
         print_once(str(training.preconditioner.describe()))
@@ -285,9 +284,17 @@ def _new_info(training: Training, fingerprint: str) -> RunInfo:
         versions=surroundings.versions,
         device=device.type,
         device_name=surroundings.device_name,
+        machines=[surroundings.machine],
         num_threads=torch.get_num_threads(),
         started=_now(),
     )
+
+
+def _continued(begun: RunInfo, now: RunInfo, is_resumed: bool) -> RunInfo:
+    """Return what a run is from here on that an earlier attempt has begun, maybe on another machine."""
+    device_name = begun.device_name if is_resumed else now.device_name
+    machines = list(dict.fromkeys([*(begun.machines if is_resumed else []), *now.machines]))
+    return dataclasses.replace(begun, status="running", failure=None, device_name=device_name, machines=machines)
 
 
 def _prepare_directory(directory: RunDirectory, info: RunInfo, records: list[EpochRecord]) -> None:

@@ -71,7 +71,9 @@ class Saver:
         if self.is_asked_to_stop:
             self.save()
             raise self.interrupted()
-        if interval is not None and self._clock() - self._saved_at >= interval:
+        is_due = interval is not None and self._clock() - self._saved_at >= interval
+        if is_due or self._stop.is_to_save:
+            self._stop.is_to_save = False
             self.save()
 
     def interrupted(self) -> Interrupted:
