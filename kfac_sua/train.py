@@ -114,8 +114,8 @@ def _carry_out() -> int:
         sys.argv[1:] = _checked_arguments(sys.argv[1:])
         _with_hydra(train_and_report)()
     except SweepCellError as error:
-        said = "as said above" if error.is_said else f"the first of them so: {error}"
-        return say(f"Some runs of the sweep failed {said.rstrip('.')}; the same command starts only what is missing.")
+        said = " as said above" if error.is_said else f", the first of them so: {str(error).rstrip('.')}"
+        return say(f"Some runs of the sweep failed{said}; the same command starts only what is missing.")
     except INPUT_ERRORS as error:
         return say(_sentence(error), BAD_INPUT)
     except OSError as error:  # Hydra's own files of a sweep; those of a run are reported where it ends
