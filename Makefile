@@ -17,10 +17,14 @@ SEEDS ?=
 JOBS ?=
 WITH ?=
 DRY_RUN ?=
+# Who carries out its runs (local, joblib, slurm), and settings of that such as hydra.launcher.partition=gpu.
+LAUNCHER ?=
+LAUNCHER_ARGS ?=
 # How long to try to break runs.
 MINUTES ?= 15
 REPRODUCE = $(RUN) -m kfac_sua.reproduce $(1) --scale $(SCALE) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(JOBS),--jobs $(JOBS)) \
-	$(if $(DRY_RUN),--dry-run) $(if $(WITH),--with "$(WITH)") $(ARGS)
+	$(if $(DRY_RUN),--dry-run) $(if $(WITH),--with "$(WITH)") \
+	$(if $(LAUNCHER),--launcher $(LAUNCHER)) $(LAUNCHER_ARGS) $(ARGS)
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9%-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,7 +47,7 @@ quickstart: $(INSTALLED) ## The main job on the embedded digits: five settings, 
 	$(RUN) -m kfac_sua.figures.fig1 "$(QUICKSTART_OUT)/runs" --out "$(QUICKSTART_OUT)" --title "VGG11 on digits"
 	@echo "TensorBoard: $(RUN) -m tensorboard.main --logdir $(QUICKSTART_OUT)/runs"
 
-reproduce-fig1: $(INSTALLED) ## Figure 1 with grid and report: SCALE=full|small|smoke SEEDS=3 JOBS= WITH=adamw,muon,sgd_no_bn DRY_RUN=1
+reproduce-fig1: $(INSTALLED) ## Figure 1 with grid and report: SCALE=full|small|smoke SEEDS=3 JOBS= WITH=adamw,muon DRY_RUN=1 LAUNCHER=joblib|slurm
 	$(call REPRODUCE,fig1)
 
 reproduce-fig2: $(INSTALLED) ## Figure 2, the same way

@@ -47,6 +47,15 @@ def choose_device(device: Device) -> torch.device:
     return torch.device("cuda" if has_cuda and device is not Device.cpu else "cpu")
 
 
+def device_type(device: Device) -> str:
+    """Return ``cpu`` or ``cuda``: what ``auto`` comes to here, or what is asked for, be it of another machine.
+
+    Args:
+        device: As configured.
+    """
+    return choose_device(device).type if device is Device.auto else device.value
+
+
 def build_splits(config: DatasetConfig) -> Splits:
     """Load a data set and split it.
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from hydra import compose, initialize_config_dir
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, RangeSweep
@@ -18,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from kfac_sua.checks import check
 from kfac_sua.config import CONFIG_DIR, CONFIG_NAME, VERSION_BASE, Config, ConfigError, settings_error
 from kfac_sua.explain import explain, explain_unknown_key, shown
+from kfac_sua.launchers import missing_plugin
 
 # Every cell of a sweep is composed before the first one runs; a typing error such as seed=range(1000000000) must not
 # fill the memory first.
@@ -69,6 +71,24 @@ def compose_cells(overrides: Sequence[str], *, multirun: bool = False) -> list[C
         params = hydra_config.sweeper.get("params") or {}
         cells = _cells(_parse([*(f"{key}={values}" for key, values in params.items()), *overrides]))
         return [to_config(_compose(cell)) for cell in cells]
+
+
+@contextmanager
+def composed_hydra(overrides: Sequence[str]) -> Iterator[tuple[DictConfig, ConfigLoader]]:
+    """Compose a configuration together with Hydra's own node.
+
+    Args:
+        overrides: Arguments such as ``"hydra/launcher=slurm"`` and ``"hydra.launcher.partition=gpu"``.
+
+    Yields:
+        The configuration, and what composes others from the same files, as a launcher does.
+
+    Raises:
+        ConfigError: If it cannot be composed, names code to run, or needs a plugin that is not installed.
+    """
+    with _initialized_hydra():
+        _parse(overrides)
+        yield _compose(overrides, with_hydra=True), GlobalHydra.instance().config_loader()
 
 
 def to_config(raw: DictConfig) -> Config:
@@ -125,7 +145,7 @@ def _refuse_key(override: Override) -> None:
     key = override.get_key_element()
     if not key:
         raise ConfigError(f"{override.input_line} names no key; give key=value.")
-    if "_target_" in key.split("."):
+    if "_target_" in key.split(".") or (key.startswith("hydra.launcher") and "_target_" in str(override.input_line)):
         raise ConfigError(f"{key} names code to run, which no setting does; leave it out.")
     if key.endswith(".name"):
         group = key.removesuffix(".name")
@@ -135,6 +155,8 @@ def _refuse_key(override: Override) -> None:
 def _refuse_option(override: Override, options: Sequence[str]) -> None:
     """Refuse what is not one option of a group, where the key is that of a group."""
     key = override.get_key_element()
+    if key == "hydra/launcher" and not override.is_sweep_override():
+        _refuse_missing_plugin(str(override.value()))
     if key == "sweep" and (override.is_sweep_override() or isinstance(override.value(), list)):
         raise ConfigError(f"{override.input_line} names several grids; run them one after the other.")
     if not options or override.is_sweep_override():
@@ -143,6 +165,12 @@ def _refuse_option(override: Override, options: Sequence[str]) -> None:
     admitted: tuple[type, ...] = (str,) if key in _ONE_OPTION else (str, list)
     if not isinstance(override.value(), admitted) and not override.is_delete():
         raise ConfigError(f"{key} must be one of {', '.join(options)}, got {shown(override.value())}.")
+
+
+def _refuse_missing_plugin(launcher: str) -> None:
+    sentence = missing_plugin(launcher)
+    if sentence:
+        raise ConfigError(sentence)
 
 
 def _cells(overrides: Sequence[Override]) -> list[list[str]]:

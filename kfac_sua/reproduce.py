@@ -21,10 +21,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
-from kfac_sua.build import choose_device
-from kfac_sua.campaign.conduct import CampaignError, conduct, num_cores
+from kfac_sua.build import choose_device, device_type
+from kfac_sua.campaign.conduct import CampaignError, conduct
 from kfac_sua.campaign.definition import campaign_names, keep_methods, load_campaign, load_scale, scale_names
 from kfac_sua.campaign.dry_run import describe
+from kfac_sua.campaign.engine import Engine, Jobs, Workers, num_cores
+from kfac_sua.campaign.jobs import LaunchError
+from kfac_sua.campaign.launcher import LAUNCHERS, SLURM, Launcher, load_launcher, require_cluster, with_device
 from kfac_sua.campaign.plan import Plan
 from kfac_sua.campaign.publish import publish
 from kfac_sua.campaign.selection import RULE_SENTENCES, Rule, SelectionError
@@ -33,6 +36,7 @@ from kfac_sua.compose import compose_config
 from kfac_sua.config import ConfigError
 from kfac_sua.data import DataError
 from kfac_sua.figures.curves import FigureError
+from kfac_sua.launchers import launcher_overrides
 from kfac_sua.runs.collect import CollectError
 from kfac_sua.runs.lock import RunBusyError, exclusive
 from kfac_sua.runs.record import RecordError, failure_reason
@@ -41,9 +45,10 @@ from kfac_sua.training.signals import Interrupted
 
 INPUT_ERRORS = (ConfigError, DataError)
 RUN_ERRORS = (
-    *(CampaignError, SelectionError, CollectError, RecordError, FigureError, RunBusyError),
+    *(CampaignError, LaunchError, SelectionError, CollectError, RecordError, FigureError, RunBusyError),
     *(OSError, MemoryError),
 )
+LOCAL = "local"
 _INTERRUPTED = "interrupted; the same command goes on where this one stopped."
 
 
@@ -78,16 +83,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _carry_out(options: argparse.Namespace, command: str) -> None:
     campaign = keep_methods(load_campaign(options.campaign), options.only, options.extra)
     scale = load_scale(campaign, options.scale)
-    device = _device(options.overrides)
+    device, overrides, launcher = _resources(options)
     root = options.out or Path("outputs") / f"{campaign.name}-{options.scale}-{device}"
-    plan = Plan(campaign, scale, root, options.seeds, tuple(options.overrides))
+    plan = Plan(campaign, scale, root, options.seeds, tuple(overrides))
     plan.check()
-    jobs = options.jobs or (num_cores() if device == "cpu" else 1)
+    engine: Engine = Jobs(launcher, root) if launcher else Workers(options.jobs or _default_jobs(device))
     if options.dry_run:
-        print(describe(plan, options.select_by, jobs))
+        print(describe(plan, options.select_by, engine))
         return
+    if launcher is not None:
+        require_cluster(launcher)
     with _only_one(root):
-        results = conduct(plan, options.select_by, jobs)
+        results = conduct(plan, options.select_by, engine)
         paths = publish(
             plan, scale=options.scale, device=device, rule=options.select_by, results=results, command=command
         )
@@ -112,9 +119,31 @@ def _interrupted_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _resources(options: argparse.Namespace) -> tuple[str, list[str], Launcher | None]:
+    """Return the device, the overrides of every run, and the launcher if it is not this command itself."""
+    of_launcher, overrides = launcher_overrides(options.overrides)
+    if options.launcher == LOCAL:
+        if of_launcher:
+            raise ConfigError(f"{of_launcher[0]} means nothing to --launcher local; give {' or '.join(LAUNCHERS)}.")
+        return _device(overrides), overrides, None
+    if options.launcher == SLURM:  # whose machines this one knows nothing about
+        launcher = load_launcher(SLURM, of_launcher, options.jobs)
+    else:
+        launcher = load_launcher(options.launcher, of_launcher, options.jobs, _default_jobs(_device(overrides)))
+    launcher, overrides = with_device(launcher, overrides)
+    return device_type(compose_config(_device_overrides(overrides)).device), overrides, launcher
+
+
+def _default_jobs(device: str) -> int:
+    return num_cores() if device == "cpu" else 1
+
+
 def _device(overrides: Sequence[str]) -> str:
-    given = [override for override in overrides if override.startswith("device=")]
-    return choose_device(compose_config(given).device).type
+    return choose_device(compose_config(_device_overrides(overrides)).device).type
+
+
+def _device_overrides(overrides: Sequence[str]) -> list[str]:
+    return [override for override in overrides if override.startswith("device=")]
 
 
 @contextlib.contextmanager
@@ -144,6 +173,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=count, default=3, metavar="N", help="final runs per curve (3)")
     parser.add_argument(
         "--jobs", type=count, metavar="N", help="runs of the grid at the same time (one per core; on a GPU 1)"
+    )
+    parser.add_argument(
+        "--launcher",
+        choices=[LOCAL, *LAUNCHERS],
+        default=LOCAL,
+        help="who carries out the runs: this command, or one of Hydra's launchers, set by hydra.launcher.<key>=value "
+        "(%(default)s)",
     )
     parser.add_argument(
         "--select-by",

@@ -25,6 +25,7 @@ from kfac_sua.compose import compose_cells, to_config
 from kfac_sua.config import CONFIG_DIR, CONFIG_NAME, VERSION_BASE, ConfigError
 from kfac_sua.data import DataError
 from kfac_sua.explain import explain
+from kfac_sua.launchers import killed_sentence, was_killed
 from kfac_sua.runs.lock import RunBusyError
 from kfac_sua.runs.record import RecordError
 from kfac_sua.startup import raise_on_interrupt
@@ -55,7 +56,24 @@ OTHER_FLAGS = {
 
 
 class SweepCellError(Exception):
-    """A run of a sweep that failed and has already said why."""
+    """A run of a sweep that failed and has said why: on this process's stderr, or on that of a launcher's job.
+
+    Args:
+        sentence: Why.
+        process: The process that said it.
+    """
+
+    def __init__(self, sentence: str, process: int) -> None:
+        super().__init__(sentence, process)
+        self._sentence, self._process = sentence, process
+
+    def __str__(self) -> str:
+        return self._sentence
+
+    @property
+    def is_said(self) -> bool:
+        """Whether whoever reads this process's stderr has read it."""
+        return self._process == os.getpid()
 
 
 def main() -> int:
@@ -103,13 +121,16 @@ def _carry_out() -> int:
     try:
         sys.argv[1:] = _checked_arguments(sys.argv[1:])
         _with_hydra(train_and_report)()
-    except SweepCellError:
-        return say("Some runs of the sweep failed as said above; the same command starts only what is missing.")
+    except SweepCellError as error:
+        said = " as said above" if error.is_said else f", the first of them so: {str(error).rstrip('.')}"
+        return say(f"Some runs of the sweep failed{said}; the same command starts only what is missing.")
     except INPUT_ERRORS as error:
         return _say_why(error)
     except OSError as error:  # Hydra's own files of a sweep; those of a run are reported where it ends
         return _say_why(error)
     except Exception as error:
+        if was_killed(error):
+            return say(killed_sentence(error))
         if _is_from_run(error):
             raise
         return say(f"Hydra cannot carry this out: {_one_line(error)}. (--debug shows where.)", BAD_INPUT)
@@ -146,7 +167,7 @@ def train_and_report(raw: DictConfig) -> None:
         raise
     # Outside of the handler: Hydra keeps the error of every cell, and its context would keep the cell's network.
     if HydraConfig.get().mode is RunMode.MULTIRUN:
-        raise SweepCellError(sentence)
+        raise SweepCellError(sentence, os.getpid())
     raise SystemExit(code)
 
 

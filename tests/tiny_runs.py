@@ -29,6 +29,11 @@ def directory_of(config: Config) -> RunDirectory:
     return run_directory(config, "cpu")
 
 
+def lock_holder(path: Path) -> int:
+    """Return the process that wrote a lock's file."""
+    return int(path.read_text().split()[0])
+
+
 def metrics_without_times(config: Config) -> list[dict[str, float]]:
     """Return the rows of metrics.csv but for the measured seconds, which differ from run to run."""
     return [_without_times(record) for record in read_records(directory_of(config).metrics)]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 
-from kfac_sua.build import choose_device
+from kfac_sua.build import device_type
 from kfac_sua.checks import check
 from kfac_sua.compose import compose_config
 from kfac_sua.config import Config, ConfigError, KroneckerConfig
@@ -113,7 +113,7 @@ def make_cell(
     config.optimizer.lr, config.seed = lr, seed
     _set_damping(config, damping)
     check(config)
-    directory = run_directory(config, choose_device(config.device).type)
+    directory = run_directory(config, device_type(config.device))
     return Cell(stage, *curve, overrides, config, directory)
 
 
@@ -172,7 +172,12 @@ def read_cell_info(cell: Cell) -> RunInfo:
 
 def log_path(cell: Cell) -> Path:
     """Return the file that holds what a run printed."""
-    return cell.directory.path / "log.txt"
+    return run_log(cell.directory)
+
+
+def run_log(directory: RunDirectory) -> Path:
+    """Return the same for the run of a directory."""
+    return directory.path / "log.txt"
 
 
 def _records(cell: Cell) -> list[EpochRecord]:

@@ -1,7 +1,6 @@
 """The stages of a campaign: the grid with its growth, the selection, and the final runs alone on the device."""
 
 import itertools
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,11 +8,11 @@ import pandas as pd
 
 from kfac_sua.build import build_splits
 from kfac_sua.campaign.cell import Cell, log_path, mark_failed, read_state
+from kfac_sua.campaign.engine import Engine
 from kfac_sua.campaign.estimate import Estimator, shown_seconds
 from kfac_sua.campaign.frames import collect_cells
 from kfac_sua.campaign.grid import Grid
 from kfac_sua.campaign.plan import CurveKey, Plan
-from kfac_sua.campaign.pool import Task, run_all
 from kfac_sua.campaign.progress import CampaignProgress
 from kfac_sua.campaign.selection import Choice, Rule, select
 from kfac_sua.config import DatasetConfig
@@ -45,16 +44,17 @@ class Results:
     choices: list[Choice]
 
 
-def conduct(plan: Plan, rule: Rule, jobs: int) -> Results:
+def conduct(plan: Plan, rule: Rule, engine: Engine) -> Results:
     """Carry out everything of a campaign that has not been carried out yet.
 
     Args:
         plan: The campaign.
         rule: How the best cell of a grid is chosen.
-        jobs: Runs of the grid at the same time; final runs are alone on the device.
+        engine: Who carries out the runs.
 
     Raises:
         CampaignError: If runs failed; the others have been carried out.
+        LaunchError: If a launcher did not take them.
         SelectionError: If all cells of a grid diverged.
         ConfigError: If a run cannot be configured.
         DataError: If the images are missing.
@@ -62,14 +62,14 @@ def conduct(plan: Plan, rule: Rule, jobs: int) -> Results:
     """
     grids, choices = settled(plan, rule)
     while choices is None:
-        _run(f"{plan.campaign.name} grid", plan.all_grid_cells(grids), plan, jobs=jobs, reuse=True)
+        _run(f"{plan.campaign.name} grid", plan.all_grid_cells(grids), plan, engine)
         grids, choices = settled(plan, rule)
     grid_cells = plan.all_grid_cells(grids)
     for choice in choices:
         print(_choice_line(choice), flush=True)
     chosen = {(choice.panel, choice.method): (choice.lr, choice.damping) for choice in choices}
     final_cells = plan.final_cells(chosen)
-    _run(f"{plan.campaign.name} final runs", final_cells, plan, jobs=1, reuse=False, like=grid_cells)
+    _run(f"{plan.campaign.name} final runs", final_cells, plan, engine, is_final=True, like=grid_cells)
     grid, finals = collect_cells(plan.root, grid_cells), collect_cells(plan.root, final_cells)
     return Results(grid_cells, final_cells, grid, finals, choices)
 
@@ -104,18 +104,27 @@ def _choose(plan: Plan, key: CurveKey, grids: tuple[Grid, Grid], rule: Rule) -> 
     return select(collect_cells(plan.root, cells), key, grids, rule, cells[0].config.dataset.validation_size)
 
 
-def _run(title: str, cells: Sequence[Cell], plan: Plan, *, jobs: int, reuse: bool, like: Sequence[Cell] = ()) -> None:
+def _run(
+    title: str,
+    cells: Sequence[Cell],
+    plan: Plan,
+    engine: Engine,
+    *,
+    is_final: bool = False,
+    like: Sequence[Cell] = (),
+) -> None:
     """Carry out what has not ended of some runs; others like them tell how long that will take."""
     unique = list({cell.directory.path: cell for cell in cells}.values())  # two curves may share a run
     to_do = [(cell, state) for cell in unique if not (state := read_state(cell)).has_ended]
     if not to_do:
         print(f"{title}: all {len(unique)} runs are done", flush=True)
         return
-    waiting = [cell for cell, _ in to_do]
+    waiting, jobs = [cell for cell, _ in to_do], engine.final_jobs if is_final else engine.jobs
     _check_data(waiting)
     estimator = Estimator([*unique, *like], plan.scale.seconds_per_step)
     left = shown_seconds(estimator.total(to_do, jobs))
     print(f"{title}: {len(waiting)} of {len(unique)} runs to do, {jobs} at a time, {left}", flush=True)
+    ended: list[str] = []
     failures: dict[str, str] = {}
     progress = CampaignProgress(title, unique, estimator, jobs)
 
@@ -125,15 +134,16 @@ def _run(title: str, cells: Sequence[Cell], plan: Plan, *, jobs: int, reuse: boo
         else:
             mark_failed(cell, reason)
         progress.end(cell, reason)
+        ended.append(cell.name)
         if reason is not None:
             failures[cell.name] = f"{reason.rstrip('.')} (log: {log_path(cell)})"
 
     try:
-        run_all(waiting, lambda cell: _task(cell, jobs), jobs=jobs, reuse=reuse, on_end=end, on_tick=progress.tick)
+        engine.carry_out(waiting, is_final=is_final, on_end=end, on_tick=progress.tick)
     finally:
         progress.close()
-    if failures:
-        raise CampaignError(_failure_sentence(failures, len(waiting)))
+    if failures or len(ended) < len(waiting):
+        raise CampaignError(_failure_sentence(failures, len(waiting), len(waiting) - len(ended)))
 
 
 def _why_not_ended(cell: Cell) -> str | None:
@@ -142,15 +152,15 @@ def _why_not_ended(cell: Cell) -> str | None:
     return None if state.has_ended else state.failure or f"{cell.directory.info} does not say how the run ended."
 
 
-def _failure_sentence(failures: Mapping[str, str], num_runs: int) -> str:
-    """Name every run that failed, and say of the first few why."""
+def _failure_sentence(failures: Mapping[str, str], num_runs: int, num_left: int) -> str:
+    """Name every run that failed, and say of the first few why, and how many were not begun."""
     reasons = [f"{name}: {reason}" for name, reason in list(failures.items())[:MAX_REASONS]]
     others = ", ".join(list(failures)[MAX_REASONS:])
     also = f"; and {others}" if others else ""
-    return (
-        f"{len(failures)} of {num_runs} runs failed: {'; '.join(reasons)}{also}. The same command tries these again, "
-        "and no other."
-    )
+    failed = f"{len(failures)} of {num_runs} runs failed{': ' if reasons else ''}{'; '.join(reasons)}{also}."
+    if num_left:
+        return f"{failed} {num_left} were not begun. The same command tries the former again and begins the latter."
+    return f"{failed} The same command tries these again, and no other."
 
 
 def _check_data(cells: Sequence[Cell]) -> None:
@@ -160,17 +170,6 @@ def _check_data(cells: Sequence[Cell]) -> None:
         if cell.config.dataset not in checked:
             checked.append(cell.config.dataset)
             build_splits(cell.config.dataset)
-
-
-def _task(cell: Cell, jobs: int) -> Task:
-    """Share the cores among the runs at the same time, or they would wait for each other's threads."""
-    num_threads = max(1, num_cores() // jobs) if jobs > 1 else None
-    return Task(cell.config, log_path(cell), num_threads)
-
-
-def num_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _choice_line(choice: Choice) -> str:

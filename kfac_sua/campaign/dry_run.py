@@ -2,18 +2,19 @@
 
 from kfac_sua.campaign.cell import Cell, CellState, read_state
 from kfac_sua.campaign.conduct import settled
+from kfac_sua.campaign.engine import Engine
 from kfac_sua.campaign.estimate import Estimator, shown_seconds
 from kfac_sua.campaign.plan import Plan
 from kfac_sua.campaign.selection import Rule
 
 
-def describe(plan: Plan, rule: Rule, jobs: int) -> str:
+def describe(plan: Plan, rule: Rule, engine: Engine) -> str:
     """Return a line per run with its state and the seconds it will take, and the sums.
 
     Args:
         plan: The campaign.
         rule: How the best cell of a grid is chosen.
-        jobs: Runs of the grid at the same time.
+        engine: Who would carry out the runs.
     """
     grids, choices = settled(plan, rule)
     grid_cells = plan.all_grid_cells(grids)
@@ -22,13 +23,14 @@ def describe(plan: Plan, rule: Rule, jobs: int) -> str:
     finals = plan.final_cells(chosen or {key: next(grid.points()) for key, grid in grids.items()})
     estimator = Estimator([*grid_cells, *finals], plan.scale.seconds_per_step)
     grid_states, final_states = ([(cell, read_state(cell)) for cell in cells] for cells in (grid_cells, finals))
-    grid_s, final_s = estimator.total(grid_states, jobs), estimator.total(final_states)
+    grid_s, final_s = estimator.total(grid_states, engine.jobs), estimator.total(final_states, engine.final_jobs)
     both = None if grid_s is None or final_s is None else grid_s + final_s
     lines = [
         f"{plan.campaign.title}, in {plan.root}",
+        *([f"Launcher: {engine.description}"] if engine.description else []),
         *(_line(*each, estimator) for each in [*grid_states, *(final_states if chosen else [])]),
-        _sum("grid", grid_states, grid_s, f", {jobs} at a time"),
-        _sum("final runs", final_states, final_s, ", alone on the device"),
+        _sum("grid", grid_states, grid_s, f", {engine.jobs} at a time"),
+        _sum("final runs", final_states, final_s, _how_final(engine)),
         f"together {shown_seconds(both)}",
     ]
     if not chosen:
@@ -39,6 +41,12 @@ def describe(plan: Plan, rule: Rule, jobs: int) -> str:
     if plan.scale.measured_on:
         lines.append(f"The time of curves that have not run here is that of {plan.scale.measured_on}.")
     return "\n".join(lines)
+
+
+def _how_final(engine: Engine) -> str:
+    if engine.final_jobs == 1:
+        return ", alone on the device"
+    return f", {engine.final_jobs} at a time, each in a job of its own with the same resources"
 
 
 def _line(cell: Cell, state: CellState, estimator: Estimator) -> str:

@@ -106,7 +106,7 @@ class Plan:
 
     def _overrides(self, key: CurveKey, stage: Stage) -> Sequence[str]:
         by_stage = [*self.scale.run, *(self.scale.grid if stage is Stage.grid else [])]
-        output_dir = f"output_dir={_quoted(str(self.root / stage))}"
+        output_dir = f"output_dir={quoted(str(self.root / stage))}"
         return _last_of_each([*self.curves()[key].overrides, *by_stage, *self.overrides, output_dir, "progress=lines"])
 
     def _sweep(self, curve: Curve) -> str:
@@ -116,7 +116,7 @@ class Plan:
         return self.scale.sweeps[curve.tuning]
 
 
-def _quoted(path: str) -> str:
+def quoted(path: str) -> str:
     """Return a path as Hydra reads it back, whatever characters it has."""
     if re.fullmatch(r"[\w./-]+", path):
         return path

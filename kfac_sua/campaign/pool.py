@@ -192,12 +192,27 @@ def _leave_with_parent() -> None:
 
 
 def _carry_out(task: Task) -> str | None:
+    """Carry out a run as :func:`run_into_log`.
+
+    Raises:
+        SystemExit: If this process is told to stop.
+    """
+    try:
+        return run_into_log(task)
+    except KeyboardInterrupt as interrupt:
+        sys.exit(128 + getattr(interrupt, "signal_number", signal.SIGINT))
+
+
+def run_into_log(task: Task) -> str | None:
     """Carry out a run and return None, or in one sentence why it failed; its log holds the rest.
 
     One run that fails, for whatever reason, does not stop the others; the campaign ends with its name.
 
+    Args:
+        task: The run.
+
     Raises:
-        SystemExit: If this process is told to stop.
+        KeyboardInterrupt: If this process is told to stop.
     """
     reason = None
     try:
@@ -206,7 +221,7 @@ def _carry_out(task: Task) -> str | None:
                 _run(task)
             except KeyboardInterrupt as interrupt:
                 print(interrupt, flush=True)
-                sys.exit(128 + getattr(interrupt, "signal_number", signal.SIGINT))
+                raise
             except Exception as error:
                 reason = failure_reason(error)
                 traceback.print_exc()

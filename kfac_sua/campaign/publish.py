@@ -20,7 +20,7 @@ from kfac_sua.figures.grid_map import draw_grid_map
 from kfac_sua.figures.style import MethodStyle, method_styles
 from kfac_sua.figures.time_split import draw_time_split
 from kfac_sua.figures.time_to_target import draw_time_to_target
-from kfac_sua.runs.environment import environment
+from kfac_sua.runs.environment import source_commit
 
 _WRITTEN = (".csv", ".png", ".svg", ".md", ".html")
 
@@ -67,7 +67,7 @@ def publish(plan: Plan, *, scale: str, device: str, rule: Rule, results: Results
         figures=_draw(plan.campaign, scale, results, targets, out_dir),
         infos=[read_cell_info(cell) for cell in (*results.grid_cells, *results.final_cells)],
         by_rule=rule_table(results.grid, claims, results.grid_cells[0].config.dataset.validation_size),
-        source_commit=environment(device).commit,
+        source_commit=source_commit(),
         final_infos=[read_cell_info(cell) for cell in results.final_cells],
         overrides=plan.overrides,
     )

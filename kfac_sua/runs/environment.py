@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import platform
+import socket
 import subprocess
 from pathlib import Path
 
@@ -15,6 +16,11 @@ class Environment:
     commit: str | None
     device_name: str
 
+    @property
+    def machine(self) -> str:
+        """The host and its device, which decide what seconds mean."""
+        return f"{socket.gethostname()} ({self.device_name})"
+
 
 def environment(device: str = "auto") -> Environment:
     """Return versions, commit and device name for run.json.
@@ -26,8 +32,12 @@ def environment(device: str = "auto") -> Environment:
         Versions of Python and the packages that decide numbers (None where not installed), the commit with
         ``+dirty`` where the checkout has changes (None outside one), and the name of the device.
     """
-    root = Path(__file__).resolve().parents[2]
-    return Environment(versions=_versions(), commit=_commit(root), device_name=_device_name(device))
+    return Environment(versions=_versions(), commit=source_commit(), device_name=_device_name(device))
+
+
+def source_commit() -> str | None:
+    """Return the commit of the source, with ``+dirty`` where it has changes; None outside a checkout."""
+    return _commit(Path(__file__).resolve().parents[2])
 
 
 def _versions() -> dict[str, str | None]:

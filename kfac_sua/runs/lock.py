@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ def exclusive(directory: Path) -> Iterator[Hold]:
     with _locked(path) as file:
         with named_in_errors(path):
             file.truncate(0)
-            file.write(str(os.getpid()))
+            file.write(f"{os.getpid()} {socket.gethostname()}")
             file.flush()
         yield Hold(path, file)
 
@@ -78,9 +79,16 @@ def _lock(file: TextIO, path: Path) -> None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.seek(0)
-        holder = file.read().strip()  # empty for the instant between its lock and its number
-        who = f"process {holder}" if holder else "another process"
+        who = _holder(file.read())
         raise RunBusyError(f"{path.parent} is being trained by {who}; wait for it or stop it.") from error
+
+
+def _holder(content: str) -> str:
+    """Return who holds a lock, whose file is empty for the instant between the lock and the number of its process."""
+    pid, _, host = content.strip().partition(" ")
+    if not pid:
+        return "another process"
+    return f"process {pid}" if host in ("", socket.gethostname()) else f"process {pid} on {host}"
 
 
 def _is_at(path: Path, file: TextIO) -> bool:

@@ -222,6 +222,7 @@ class RunInfo:
         skipped_steps: Mini-batches that took no step, as something in them was not finite.
         records_digest: Of a run that has ended, what :func:`records_digest` returned for its rows.
         num_processes: Processes that carried out the last attempt together.
+        machines: Every machine that its seconds come from, as ``host (device)``; several if it was resumed elsewhere.
     """
 
     status: Status
@@ -242,6 +243,7 @@ class RunInfo:
     skipped_steps: int = 0
     records_digest: str | None = None
     num_processes: int = 1
+    machines: list[str] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Check the type of every field, since run.json may come from elsewhere.
@@ -328,7 +330,13 @@ def read_run_info(path: Path) -> RunInfo:
         digest = content.pop("digest", None)  # files of before these were recorded lack them
         if digest is not None and digest != _digest(content):
             raise RecordError(f"{path} is not as it was written; restore it, or delete the run's directory.")
-        content = {"failure": None, "skipped_steps": 0, "records_digest": None, "num_processes": 1} | content
+        content = {
+            "failure": None,
+            "skipped_steps": 0,
+            "records_digest": None,
+            "num_processes": 1,
+            "machines": [],
+        } | content
     if not isinstance(content, dict) or content.keys() != names:
         got = ", ".join(sorted(names ^ content.keys())) if isinstance(content, dict) else type(content).__name__
         raise RecordError(f"{path} was not written by this version: missing or unknown fields ({got}); move it away.")
@@ -354,4 +362,6 @@ def _matches(value: object, hint: Any) -> bool:
         return any(_matches(value, option) for option in get_args(hint))
     if hint is float:
         return isinstance(value, int | float)
+    if origin is list:
+        return isinstance(value, list) and all(_matches(item, get_args(hint)[0]) for item in value)
     return isinstance(value, origin or hint)

@@ -131,12 +131,10 @@ def _read_own_info(directory: RunDirectory) -> RunInfo | None:
 def _carry_out(training: Training, directory: RunDirectory, hold: Hold | None) -> RunInfo:
     """Train what is left of a run, from its checkpoint if there is one."""
     world = training.world
-    begun = world.from_first(lambda: _read_own_info(directory))
-    if begun is None:
-        info = _new_info(training, directory.fingerprint)
-    else:
-        info = dataclasses.replace(begun, status="running", failure=None, num_processes=world.size)
+    begun, info = world.from_first(lambda: _read_own_info(directory)), _new_info(training, directory.fingerprint)
     is_resumed, records = _resume(training, directory)
+    if begun is not None:
+        info = _continued(begun, info, is_resumed)
     world.from_first(lambda: _prepare_directory(directory, info, records))
     if training.preconditioner is not None and world.is_first:
         print_once(str(training.preconditioner.describe()))
@@ -320,9 +318,24 @@ def _new_info(training: Training, fingerprint: str) -> RunInfo:
         versions=surroundings.versions,
         device=device.type,
         device_name=surroundings.device_name,
+        machines=list(dict.fromkeys(training.world.gather(surroundings.machine))),
         num_threads=torch.get_num_threads(),
         num_processes=training.world.size,
         started=_now(),
+    )
+
+
+def _continued(begun: RunInfo, now: RunInfo, is_resumed: bool) -> RunInfo:
+    """Return what a run is from here on that an earlier attempt has begun, maybe on another machine."""
+    device_name = begun.device_name if is_resumed else now.device_name
+    machines = list(dict.fromkeys([*(begun.machines if is_resumed else []), *now.machines]))
+    return dataclasses.replace(
+        begun,
+        status="running",
+        failure=None,
+        device_name=device_name,
+        machines=machines,
+        num_processes=now.num_processes,
     )
 
 

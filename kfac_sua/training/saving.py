@@ -64,6 +64,7 @@ class Saver:
             checkpoint = training.checkpoint(self.directory.fingerprint, records_digest(self.records))
             training.world.from_first(lambda: self._write(checkpoint))
         self._saved_at = self._clock()
+        self._stop.is_to_save = False
         self._position = _position(training)
 
     def between(self) -> None:
@@ -100,7 +101,7 @@ class Saver:
         if self._stop.signal_number is not None:
             return _SAVE + self._stop.signal_number
         is_due = interval is not None and self._clock() - self._saved_at >= interval
-        return _SAVE if is_due and self.training.world.is_first else 0
+        return _SAVE if self._stop.is_to_save or (is_due and self.training.world.is_first) else 0
 
     def _write(self, checkpoint: Checkpoint) -> None:
         assert self.hold is not None

@@ -89,6 +89,14 @@ class World:
             raise FirstProcessError(reason)
         return result
 
+    def gather(self, value: Result) -> list[Result]:
+        """Return what each process gives, by rank; it must be picklable where there are several."""
+        if self._control is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._control)
+        return values
+
     def add_up(self, values: Tensor) -> Tensor:
         """Return the sum over all processes, of a tensor on the device that is trained on."""
         if self._control is None:

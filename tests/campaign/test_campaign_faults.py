@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from campaign.test_pool import ROOT, carry_out, make_cell
 from full_disk import fill, largest_file, small_disk
-from tiny_runs import metrics_without_times
+from tiny_runs import lock_holder, metrics_without_times
 
 from kfac_sua.campaign.cell import Cell, log_path, mark_failed, read_state
 from kfac_sua.runs.lock import exclusive
@@ -72,7 +72,7 @@ def test_out_of_memory_fails_one_run(tmp_path):
     large = make_cell(tmp_path, 0.2, "epochs=1", "model.width=64", "batch_size=400")
 
     def limit() -> None:
-        pid = int((first.directory.path / ".lock").read_text())
+        pid = lock_holder(first.directory.path / ".lock")
         size = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
         resource.prlimit(pid, resource.RLIMIT_AS, (size + 300 * 2**20, resource.RLIM_INFINITY))
 
@@ -120,7 +120,7 @@ def test_directory_removed_while_training_fails_the_run(tmp_path):
 def test_killed_worker_leaves_a_failed_run_with_its_reason(tmp_path):
     """SIGKILL gives a run no time to say why it ended: the parent writes it, and the same command goes on."""
     long = make_cell(tmp_path, 0.1, "epochs=5000")
-    kill = once(long, lambda: os.kill(int((long.directory.path / ".lock").read_text()), signal.SIGKILL))
+    kill = once(long, lambda: os.kill(lock_holder(long.directory.path / ".lock"), signal.SIGKILL))
     ends = carry_out([long], jobs=1, on_tick=kill)
     assert read_state(long).status == "running"
     mark_failed(long, str(ends[long.name]))
@@ -132,7 +132,7 @@ def test_killed_worker_leaves_a_failed_run_with_its_reason(tmp_path):
 def test_stopped_worker_writes_a_checkpoint(tmp_path):
     """SIGTERM from anywhere: the run stops after a step, says where it goes on, and no traceback is printed."""
     long = make_cell(tmp_path, 0.1, "epochs=5000")
-    stop = once(long, lambda: os.kill(int((long.directory.path / ".lock").read_text()), signal.SIGTERM))
+    stop = once(long, lambda: os.kill(lock_holder(long.directory.path / ".lock"), signal.SIGTERM))
     ends = carry_out([long], jobs=1, on_tick=stop)
     assert ends == {long.name: "its process was stopped by signal 15, after a checkpoint"}
     log = log_path(long).read_text()

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_runs import tiny_config
+from tiny_runs import lock_holder, tiny_config
 
 from kfac_sua.campaign.cell import Cell, Stage, log_path, read_state
 from kfac_sua.campaign.pool import Task, run_all
@@ -54,8 +54,7 @@ def test_a_worker_that_is_killed_is_named_and_replaced(tmp_path):
 
     def kill_once_begun(running: list[Cell]) -> None:
         if long in running and read_state(long).epochs > 0:
-            lock = (long.directory.path / ".lock").read_text()
-            os.kill(int(lock), signal.SIGKILL)
+            os.kill(lock_holder(long.directory.path / ".lock"), signal.SIGKILL)
 
     ends = carry_out([long, after], jobs=1, on_tick=kill_once_begun)
     assert "killed by signal 9" in str(ends[long.name])
@@ -86,7 +85,7 @@ def test_workers_go_with_their_parent(tmp_path, how):
 def _lock_holders(root: Path) -> set[int]:
     """Return the processes that have written an epoch of some run."""
     paths = [path.with_name(".lock") for path in root.rglob("metrics.csv")]
-    return {int(path.read_text()) for path in paths if path.exists() and path.read_text()}
+    return {lock_holder(path) for path in paths if path.exists() and path.read_text()}
 
 
 def _is_alive(pid: int) -> bool:

@@ -21,7 +21,7 @@ from campaign.report_inputs import (
     written,
 )
 
-from kfac_sua.campaign.report.text import number
+from kfac_sua.campaign.report.text import escape, number
 from kfac_sua.campaign.report.tuning import budget_sentence
 
 
@@ -151,6 +151,34 @@ def test_provenance_is_that_of_the_records(tmp_path):
     assert all(command in commands for command in report.cell_commands.values())
     assert "every run: `scale=small`" in commands
     assert "`sweep=lr_fine`" in commands
+
+
+@pytest.mark.parametrize(
+    ("changes", "caution"),
+    [
+        ({}, ""),
+        ({"machines": ["node2 (a processor)"]}, "2 machines; their seconds cannot be compared, unless these are alike"),
+        (
+            {"machines": ["node1 (a processor)", "node2 (a processor)"]},
+            "2 machines; their seconds cannot be compared, unless these are alike and were equally busy**",
+        ),
+        (
+            {"device_name": "another", "machines": ["node2 (another)"]},
+            "2 devices and 2 machines; their seconds cannot be compared**",
+        ),
+    ],
+)
+def test_seconds_from_several_machines_are_not_compared_without_a_word(tmp_path, changes, caution):
+    """Final runs of a cluster come from many hosts, one that was queued again even from two: the opening says so."""
+    report = report_input(campaign(TWO, claims=[]), final_frame(campaign(TWO)))
+    infos = [dataclasses.replace(info, machines=["node1 (a processor)"]) for info in report.infos]
+    finals = [*infos[-6:-1], dataclasses.replace(infos[-1], **changes)]
+    report = dataclasses.replace(report, infos=[*infos[:-6], *finals], final_infos=finals)
+    markdown, _ = written(report, tmp_path)
+    assert f"**Caution: the final runs are of {caution}" in markdown if caution else "Caution" not in markdown
+    where = section(markdown, "Hardware, versions and commit")
+    last = escape(" and then ".join(finals[-1].machines))
+    assert (f"Machines: node1 (a processor): {len(infos) - 1} runs; {last}: 1 run" in where) == bool(changes)
 
 
 def test_one_clean_commit_needs_no_caution(tmp_path):

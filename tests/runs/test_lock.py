@@ -1,5 +1,6 @@
 """One process per directory, whoever comes first, and no lock outlives its process."""
 
+import errno
 import os
 import shutil
 import signal
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_runs import lock_holder
 
 from kfac_sua.runs import lock as lock_module
 from kfac_sua.runs.lock import RunBusyError, exclusive
@@ -79,9 +81,9 @@ def test_lock_of_a_killed_process_is_free(tmp_path):
         pass
     process.send_signal(signal.SIGKILL)
     end(process)
-    assert (tmp_path / ".lock").read_text() == str(process.pid)
+    assert lock_holder(tmp_path / ".lock") == process.pid
     with exclusive(tmp_path):
-        assert (tmp_path / ".lock").read_text() == str(os.getpid())
+        assert lock_holder(tmp_path / ".lock") == os.getpid()
 
 
 def test_a_new_directory_at_the_same_path_has_a_lock_of_its_own(tmp_path):
@@ -116,3 +118,27 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path):
     with pytest.raises(OSError, match="file") as caught, exclusive(tmp_path / "file" / "run"):
         pass
     assert str(caught.value.filename).startswith(str(tmp_path / "file"))
+
+
+def test_a_holder_on_another_machine_is_named_with_it(tmp_path, monkeypatch):
+    """The number of a process says nothing without its host, where many hosts share a directory."""
+    with monkeypatch.context() as context:
+        context.setattr(lock_module.socket, "gethostname", lambda: "node7")
+        holding = exclusive(tmp_path)
+        holding.__enter__()
+    sentence = rf"is being trained by process {os.getpid()} on node7; wait for it or stop it\."
+    with pytest.raises(RunBusyError, match=sentence), exclusive(tmp_path):
+        pass
+    holding.__exit__(None, None, None)
+
+
+def test_a_file_system_without_locks_is_an_error_that_names_the_file(tmp_path, monkeypatch):
+    """Without locks two hosts could mix their records; some network file systems have none."""
+
+    def flock(file, operation):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(lock_module.fcntl, "flock", flock)
+    with pytest.raises(OSError, match="Function not implemented") as caught, exclusive(tmp_path):
+        pass
+    assert caught.value.filename == str(tmp_path / ".lock")

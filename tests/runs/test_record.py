@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import math
+import socket
 import subprocess
 from pathlib import Path
 
@@ -262,7 +263,7 @@ def test_run_info_has_the_fields_of_the_contract(tmp_path):
     write_run_info(tmp_path / "run.json", run_info())
     names = json.loads((tmp_path / "run.json").read_text()).keys()
     run = {"config", "fingerprint", "seed", "status", "started", "finished", "diverged_at_epoch"}
-    machine = {"commit", "versions", "device", "device_name", "num_threads"}
+    machine = {"commit", "versions", "device", "device_name", "num_threads", "machines"}
     assert set(names) == run | machine | {
         "test_loss",
         "test_error",
@@ -345,6 +346,7 @@ def test_foreign_run_info_is_one_sentence(tmp_path, content, message):
         ("seed", True, "int"),
         ("failure", 3, r"str \| None"),
         ("config", None, "dict"),
+        ("machines", "node1", r"list\[str\]"),
         ("test_error", "0.1", r"float \| None"),
     ],
 )
@@ -368,6 +370,7 @@ def test_environment_names_versions_and_processor():
     found = environment("cpu")
     assert found.versions["torch"] == torch.__version__
     assert {"python", "torchvision", "numpy", "hydra-core", "kfac_sua"} <= found.versions.keys()
+    assert found.machine == f"{socket.gethostname()} ({found.device_name})"
     assert found.device_name
 
 

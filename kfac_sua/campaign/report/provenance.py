@@ -38,6 +38,7 @@ def environment_section(
     )
     items = [
         f"Hardware: {_with_counts(hardware)}",
+        *_machines_item(infos),
         f"Versions: {', '.join(versions)}",
         f"Commit of the runs: {_with_counts(Counter(_commit(info.commit) for info in infos))}",
         f"Commit of figures, statistics and verdicts: {_commit(source_commit)}",
@@ -90,17 +91,20 @@ def timing_warning(infos: Sequence[RunInfo]) -> str:
     """Say that the final runs do not share their machine, threads or versions; empty if they do.
 
     Args:
-        infos: run.json of the final runs.
+        infos: run.json of the final runs. What they say of themselves counts, not where the report is made.
     """
     kinds: dict[str, set[Any]] = {
         "devices": {info.device_name for info in infos},
+        "machines": {machine for info in infos for machine in info.machines},
         "numbers of CPU threads": {info.num_threads for info in infos},
         "sets of versions": {tuple(sorted(info.versions.items(), key=str)) for info in infos},
     }
     mixed = [f"{len(values)} {what}" for what, values in kinds.items() if len(values) > 1]
     if not mixed:
         return ""
-    return f"**Caution: the final runs are of {listed(mixed)}; their seconds cannot be compared**, see below."
+    is_of_one_kind = len(mixed) == 1 and mixed[0].endswith("machines")
+    unless = ", unless these are alike and were equally busy" if is_of_one_kind else ""
+    return f"**Caution: the final runs are of {listed(mixed)}; their seconds cannot be compared{unless}**, see below."
 
 
 def _scale_items(campaign: Campaign, scale: Scale, by_user: Sequence[str]) -> list[str]:
@@ -117,6 +121,12 @@ def _scale_items(campaign: Campaign, scale: Scale, by_user: Sequence[str]) -> li
         *(f"grid of {listed([*map(code, names)])}: {code(f'sweep={sweep}')}" for sweep, names in methods.items()),
         f"growth of a grid beyond an edge: at most {count(scale.growth_steps, 'step')}",
     ]
+
+
+def _machines_item(infos: Sequence[RunInfo]) -> list[str]:
+    """Return where the runs were made, as far as they say so and there is more than one place."""
+    machines = Counter(escape(" and then ".join(info.machines)) or _NOT_RECORDED for info in infos)
+    return [f"Machines: {_with_counts(machines)}"] if len(machines) > 1 else []
 
 
 def _with_counts(texts: "Counter[str]") -> str:
