@@ -73,7 +73,7 @@ def assert_same(first, second, rtol=1e-9, atol=1e-12):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("scaled", [False, True])
 def test_autocast_with_and_without_a_scaler_stays_close_to_float32(settings, dtype, scaled):
-    """Eight steps over three refreshes: losses within the reach of the type's rounding, factors and inverses float32."""
+    """Eight steps over three refreshes: losses within the type's rounding, factors and inverses in float32."""
     losses = []
     for is_mixed in (False, True):
         net = make_net(torch.float32)
@@ -305,7 +305,9 @@ def test_a_pass_whose_gradient_never_comes_is_an_error_beside_a_closure():
     "make_scheduler",
     [
         lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step),
-        lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=8, cycle_momentum=False),
+        lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, max_lr=0.1, total_steps=8, cycle_momentum=False
+        ),
         lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=6),
     ],
     ids=["lambda", "one_cycle", "cosine"],
@@ -366,17 +368,18 @@ def test_evaluation_with_gradients_enabled_is_an_error_that_names_its_cures():
 
 
 def test_two_losses_of_one_forward_pass_are_to_be_added_up():
-    """Two backward passes are refused with that cure; their sum is what it should be."""
+    """Two backward passes are refused with that cure; one over their sum is not."""
     net, twin = make_net(), make_net()
-    preconditioner = start(net)
+    refusing = start(net)
     outputs = net(batch(0)[0])
     outputs.square().sum(1).mean().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="add losses up for one backward pass"):
         nn.functional.cross_entropy(outputs, batch(0)[1]).backward()
-    other = start(twin)
+    accepting = start(twin)
     outputs = twin(batch(0)[0])
     (outputs.square().sum(1).mean() + nn.functional.cross_entropy(outputs, batch(0)[1])).backward()
-    other.step()
+    assert accepting.step()
+    assert not refusing.num_steps
 
 
 def example_loss(net):

@@ -149,7 +149,7 @@ def test_a_model_compiled_after_construction_trains_as_the_bare_one(graph_breaks
 
 @pytest.mark.parametrize("application", ["weight", "auto"])
 def test_mini_batches_without_statistics_are_one_graph(graph_breaks, application):
-    """One graph, compiled once, serves all of them, over several refreshes; the one break is on those with statistics."""
+    """One graph, compiled once, serves all of them, over several refreshes; the one break is on the others."""
     compiled = torch.compile(make_net(), backend="eager")
     train(compiled, start(compiled, application=application), range(10))
     assert graph_breaks["stats"]["unique_graphs"] == 1
@@ -157,7 +157,7 @@ def test_mini_batches_without_statistics_are_one_graph(graph_breaks, application
 
 
 def test_the_bare_model_of_one_that_was_compiled_and_called_is_an_error(graph_breaks):
-    """Hooks are not in the graphs that exist, and the compiled wrapper cannot be seen from inside: the cure is named."""
+    """Hooks are not in the graphs there are, and the wrapper cannot be seen from inside: the cure is named."""
     net = make_net()
     compiled = torch.compile(net, backend="eager")
     compiled(batch(0)).sum().backward()

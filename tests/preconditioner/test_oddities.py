@@ -155,7 +155,7 @@ def test_layers_that_cannot_be_treated_are_named_exactly_once():
             "bias": nn.utils.parametrize.register_parametrization(nn.Linear(3, 3), "bias", nn.Tanh()),
             "sharded": nn.Linear(3, 3),
             "with_token": WithToken(),
-            "parameters": nn.ParameterList([nn.Parameter(torch.zeros(2))]),
+            "list": nn.ParameterList([nn.Parameter(torch.zeros(2))]),
         }
     )
     model["sharded"].weight = nn.Parameter(torch.zeros(3, 3).as_subclass(Subclass))
@@ -169,5 +169,5 @@ def test_layers_that_cannot_be_treated_are_named_exactly_once():
         "sharded": "its weight is a Subclass, not an ordinary tensor",
         "with_token": "token of WithToken itself (parameters of nn.Linear and nn.Conv2d are preconditioned)",
         "with_token.layer": "",
-        "parameters": "ParameterList is not supported (nn.Linear and nn.Conv2d are)",
+        "list": "ParameterList is not supported (nn.Linear and nn.Conv2d are)",
     }
