@@ -18,7 +18,7 @@ from torch import nn
 from kfac_sua import KroneckerPreconditioner
 
 STEPS = 10
-LEARNING_RATES = (0.01, 0.03, 0.1, 0.3)
+LEARNING_RATES = (0.03, 0.1, 0.3, 1.0)
 
 
 def train(foreign: Any, lr: float, *, is_preconditioned: bool) -> tuple[list[float], KroneckerPreconditioner | None]:
@@ -61,8 +61,8 @@ def row(name: str, foreign: Any) -> str:
     left += [f"reported: {count} × {kind}" for kind, count in events.items()]
     treated = sum(not one.reason for one in rows)
     return (
-        f"| {name} | {treated} | {'; '.join(left) or '–'} | {losses[0]:.3f} | {losses[-1]:.3f} (lr {lr:g}) "
-        f"| {plain[-1]:.3f} (lr {plain_lr:g}) |"
+        f"| {name} | {treated} | {'; '.join(left) or '–'} | {losses[0]:.3g} | {losses[-1]:.2g} (lr {lr:g}) "
+        f"| {plain[-1]:.2g} (lr {plain_lr:g}) |"
     )
 
 

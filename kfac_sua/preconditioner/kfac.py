@@ -74,11 +74,19 @@ class KroneckerPreconditioner:
     up to 1000 times the damping; where that does not help the layer keeps its last good inverse. Only a layer's *first*
     inverse must succeed: if finite statistics cannot be inverted, the damping is too small.
 
+    The model may be wrapped in ``DistributedDataParallel`` or ``torch.compile``: give what is called in the loop; names
+    are those of the bare model. A compiled model runs uncompiled on mini-batches with statistics, and as compiled on
+    all others. It may be moved to another device or precision between steps, and layers may be frozen; layers that
+    become trainable, are replaced or added later need a new preconditioner. Clip gradients after :meth:`step`, which
+    bounds what the optimizer gets; under ``application="weight"`` clipping before it scales that alike. An optimizer
+    that evaluates a closure several times (``LBFGS``) takes several steps of the preconditioner, and finds directions
+    where it expects gradients of its loss: leave the preconditioner out there.
+
     The per-example loss is averaged (``loss_reduction="mean"``) or summed over the first dimension of the layers'
     inputs. With gradient accumulation, the accumulated gradient must be that of the mean over all micro-batches.
 
     Args:
-        model: Any module; its ``nn.Linear`` and ``nn.Conv2d`` layers are preconditioned.
+        model: Any module, wrapped or not; its ``nn.Linear`` and ``nn.Conv2d`` layers are preconditioned.
         structure: ``"kfac"`` or ``"sua"``.
         group_size: Channels per group; ``None`` for no grouping.
         damping: Tikhonov ε > 0 on each layer's Fisher block.
@@ -101,7 +109,9 @@ class KroneckerPreconditioner:
             when the preconditioner is made; then all of them must take every step together.
 
     Raises:
-        ValueError: If a setting is out of range, or no layer of the model can be preconditioned.
+        ValueError: If a setting is out of range, no layer of the model can be preconditioned, or it is wrapped in
+            ``nn.DataParallel``.
+        TypeError: If the model is no module.
 
     Reference: Laurent et al. (2018); Grosse & Martens (2016) for ``expand``; Martens & Grosse (2015) for the pi rule.
     """

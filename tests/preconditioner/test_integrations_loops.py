@@ -419,6 +419,10 @@ def check_functional_passes(net):
     own = {name: parameter.detach() for name, parameter in net.named_parameters()}
     each = vmap(grad(example_loss(net)), in_dims=(None, 0, 0))(own, inputs, labels)
     assert_same([values.mean(0) for values in each.values()], expected)
+    assert_same([vmap(net)(inputs[:, None])[:, 0].detach()], [plain(inputs).detach()])  # with gradients enabled
+    leaf = inputs.clone().requires_grad_()
+    by_inputs = torch.autograd.grad(plain(leaf).square().sum(), leaf)
+    assert_same([grad(lambda values: net(values).square().sum())(inputs)], by_inputs)
     lent = {name: parameter.detach().clone().requires_grad_() for name, parameter in net.named_parameters()}
     lent = {name: parameter * 1 for name, parameter in lent.items()}
     loss = nn.functional.cross_entropy(functional_call(net, lent, (inputs,)), labels)

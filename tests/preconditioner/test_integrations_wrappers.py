@@ -143,8 +143,12 @@ def test_a_model_compiled_after_construction_trains_as_the_bare_one(graph_breaks
     """Its first mini-batch with statistics breaks the graph at every layer, later ones run uncompiled."""
     net = make_net()
     preconditioner = start(net, application=application)
-    losses = train(torch.compile(net, backend="eager"), preconditioner)
+    compiled = torch.compile(net, backend="eager")
+    losses = train(compiled, preconditioner, range(2))
+    num_graphs = graph_breaks["stats"]["unique_graphs"]
+    losses += train(compiled, preconditioner, range(2, 6))
     assert losses == pytest.approx(reference(application=application), rel=1e-9)
+    assert graph_breaks["stats"]["unique_graphs"] == num_graphs > 1
 
 
 @pytest.mark.parametrize("application", ["weight", "auto"])
@@ -408,6 +412,22 @@ def test_inverses_and_averages_follow_the_model_to_another_precision(settings, a
             kept += [layer.average.value.gradient.values.dtype for layer in preconditioner._layers.values()]
         assert set(kept) == {net.head.weight.dtype}
     assert losses == pytest.approx(reference(**settings), rel=2e-3)
+
+
+def test_the_first_step_after_a_move_is_in_the_new_precision():
+    """Also where inverses are applied in the backward pass, which comes before the step that moves them."""
+    grads = []
+    for application in ("weight", "auto"):
+        net = make_net().float()
+        preconditioner = start(net, application=application, structure="sua")
+        nn.functional.cross_entropy(net(batch(0).float()), LABELS).backward()
+        preconditioner.step()
+        net.double().zero_grad()
+        nn.functional.cross_entropy(net(batch(1)), LABELS).backward()
+        preconditioner.step()
+        grads.append([parameter.grad for parameter in net.parameters()])
+    for got, want in zip(*grads, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("application", ["weight", "auto"])
