@@ -12,7 +12,6 @@ from torch import Tensor
 
 from kfac_sua.preconditioner.grouping import BiasBlock, BlockLayout
 from kfac_sua.preconditioner.inverse import EigenBasis, Inverse
-from kfac_sua.preconditioner.precision import at_least_float32
 
 
 @dataclass(frozen=True)
@@ -50,11 +49,6 @@ class LayerInverse:
     def dtype(self) -> torch.dtype:
         """Precision of the factors."""
         return self.bias_scale.dtype
-
-    def fits(self, weight: Tensor) -> bool:
-        """Whether it is on the weight's device, in the precision that goes with it."""
-        own = self.bias_scale
-        return own.device == weight.device and own.dtype == at_least_float32(weight).dtype
 
 
 @dataclass

@@ -15,6 +15,8 @@ from torch import nn
 
 from kfac_sua.preconditioner.wrappers import inside_of_compiled
 
+REASON = "kfac_sua records statistics of this mini-batch, which no graph can hold; compile without fullgraph=True"
+
 
 class Recorder(Protocol):
     """What knows whether statistics are being recorded."""
@@ -46,7 +48,7 @@ class UncompiledWhileRecording:
         self._recorder = recorder
         self._replaced: Callable[..., Any] | None = module.__dict__.get("forward")
         self._forward = self._replaced or MethodType(type(module).forward, module)
-        self._uncompiled = torch.compiler.disable(self._forward, reason="kfac_sua records statistics of this pass")
+        self._uncompiled = torch.compiler.disable(self._forward, reason=REASON)
         module.forward = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

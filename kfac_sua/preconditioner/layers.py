@@ -172,14 +172,18 @@ def _not_supported(module: nn.Module) -> str:
 
 def _overridden(module: nn.Linear | nn.Conv2d) -> str:
     """Return which method makes a linear layer or convolution compute something else; empty if none does."""
-    own = module.__dict__.get("forward")
-    if type(module).forward not in (nn.Linear.forward, nn.Conv2d.forward):
-        return "forward"
-    if own is not None and not getattr(own, "is_stand_in", False):  # another preconditioner's may be replaced
+    if type(module).forward not in (nn.Linear.forward, nn.Conv2d.forward) or not _has_own_forward(module):
         return "forward"
     if isinstance(module, nn.Conv2d) and type(module)._conv_forward is not nn.Conv2d._conv_forward:
         return "_conv_forward"
     return ""
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Whether a module runs its class's forward, perhaps through what another preconditioner has left there."""
+    forward = module.__dict__.get("forward")
+    is_bound = getattr(forward, "__func__", None) is type(module).forward  # in a copy of a preconditioned model
+    return forward is None or is_bound or getattr(forward, "is_stand_in", False)
 
 
 def _reason_of_parameters(module: nn.Linear | nn.Conv2d, shared: set[int]) -> str:

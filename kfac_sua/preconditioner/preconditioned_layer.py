@@ -11,7 +11,7 @@ from kfac_sua.preconditioner.average import RunningAverage
 from kfac_sua.preconditioner.capture import PhaseSource
 from kfac_sua.preconditioner.grouping import BlockLayout
 from kfac_sua.preconditioner.layers import LayerGeometry
-from kfac_sua.preconditioner.precision import at_least_float32
+from kfac_sua.preconditioner.precision import at_least_float32, fits
 from kfac_sua.preconditioner.processes import Site
 from kfac_sua.preconditioner.report import activation_cost, gradient_cost, max_low_rank_rows
 from kfac_sua.preconditioner.settings import Application, KroneckerSettings, WeightSharing
@@ -107,9 +107,8 @@ class PreconditionedLayer:
 
     def follow_weight(self) -> None:
         """Move inverse and running average to where the weight is now, in the precision that goes with it."""
-        weight = self.site.like
-        kept = self._kept_tensor()
-        if kept is not None and (kept.device, kept.dtype) != (weight.device, weight.dtype):
+        weight, kept = self.module.weight, self._kept_tensor()
+        if kept is not None and isinstance(weight, Tensor) and not fits(kept, weight):
             self.load_state_dict(self.state_dict())
 
     def refreshed(self) -> None:

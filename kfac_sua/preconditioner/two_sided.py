@@ -28,6 +28,7 @@ from kfac_sua.preconditioner.inverse import Inverse
 from kfac_sua.preconditioner.layers import LayerGeometry
 from kfac_sua.preconditioner.patch_rows import PatchRows
 from kfac_sua.preconditioner.pixels import output_size, to_locations
+from kfac_sua.preconditioner.precision import fits
 
 
 def can_be_two_sided(module: nn.Module, geometry: LayerGeometry) -> bool:
@@ -150,7 +151,9 @@ class TwoSidedForward:
         layout = self.layout
         if inputs.dim() != 4 or torch.is_autocast_enabled(inputs.device.type):
             return NEITHER_SIDE
-        if not inverse.fits(self._module.weight):  # the model has been moved since; step() moves the inverse too
+        if not fits(
+            inverse.bias_scale, self._module.weight
+        ):  # the model has been moved since; step() moves the inverse too
             return NEITHER_SIDE
         num_examples, _, height, width = inputs.shape
         num_examples = self.num_examples or num_examples

@@ -169,6 +169,13 @@ def test_the_bare_model_of_one_that_was_compiled_and_called_is_an_error(graph_br
         train(compiled, start(net))
 
 
+def test_a_model_compiled_as_one_graph_without_exception_is_an_error(graph_breaks):
+    """``fullgraph=True`` forbids to leave mini-batches with statistics uncompiled: PyTorch's error says the cure."""
+    compiled = torch.compile(make_net(), backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="compile without fullgraph=True"):
+        train(compiled, start(compiled))
+
+
 def test_one_gradient_from_compiled_and_other_passes_is_an_error(graph_breaks):
     """Under ``auto`` a compiled pass leaves a plain gradient, which cannot be added to a preconditioned one."""
     net = make_net()
@@ -278,6 +285,17 @@ def test_a_preconditioner_can_be_neither_copied_nor_pickled(copier):
     other = start(twin)
     other.load_state_dict(preconditioner.state_dict())
     assert train(net, preconditioner, range(4, 8)) == train(twin, other, range(4, 8))
+
+
+def test_copies_of_a_preconditioned_model_can_have_a_preconditioner_of_their_own():
+    """Deep or pickled copies of a model whose convolutions are treated in the backward pass leave no layer out."""
+    net = make_net()
+    preconditioner = start(net, application="auto")
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        other = start(twin, application="auto")
+        assert [row.reason for row in other.describe().rows] == ["", "normalisation layer", "", ""]
+        assert train(twin, other) == reference(application="auto")
+    assert preconditioner.num_steps == 0
 
 
 @pytest.mark.parametrize("application", ["weight", "auto"])
