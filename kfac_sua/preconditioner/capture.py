@@ -56,15 +56,18 @@ class Capture:
         from_training_loss: bool,
     ) -> None:
         self.enabled = False
+        self.was_compiled = False
         self._phases = phases
         self._from_training_loss = from_training_loss
         self._statistics = statistics
         self._outputs: list[_RecordedOutput] = []
         self._model_pass = 0
+        self._is_entered = False
         self._handles = [model.register_forward_pre_hook(_PassHook(self))]
         for name, module in modules.items():
             hook = _LayerHook(self, module, statistics[name])
-            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            # Before hooks that are there already: they may return another output than the layer's own.
+            self._handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
 
     def clear(self) -> None:
         """Forget recorded statistics and outputs."""
@@ -106,14 +109,22 @@ class Capture:
 
     def begin_pass(self) -> None:
         """Note that the model is entered anew."""
-        self._model_pass += 1
+        self._is_entered = True
 
-    def record(self, statistics: LayerStatistics, inputs: Tensor, output: Any) -> None:
-        """Record one call of a layer, if statistics are due and the call can receive a gradient."""
+    def record(self, statistics: LayerStatistics, weight: Any, inputs: Tensor, output: Any) -> None:
+        """Record one call of a layer, if it is of a kind whose gradient reaches the layer's ``.grad``.
+
+        Calls without gradients are not, nor those with a frozen weight or one that ``torch.func.functional_call``
+        lends, nor those inside transformations of ``torch.func``.
+        """
         if not (self.enabled and torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad):
+            return
+        if not isinstance(weight, nn.Parameter) or not weight.requires_grad or is_transformed():
             return
         if statistics.is_awaiting and torch._C._current_graph_task_id() != -1:
             return  # activation checkpointing runs the forward pass again during backward; it was recorded before
+        if self._is_entered:
+            self._model_pass, self._is_entered = self._model_pass + 1, False
         with self._phases.phase("statistics"), factor_precision():
             call = statistics.add_inputs(inputs, output.shape, self._model_pass)
         if not self._from_training_loss:
@@ -131,6 +142,11 @@ class Capture:
             statistics.add_output_grads(grad, call, sample)
 
 
+def is_transformed() -> bool:
+    """Whether a transformation of ``torch.func`` (``vmap``, ``grad``, …) is at work."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 class _InertCopy:
     """A hook belongs to one module of one model: copies and pickles of the module get one that does nothing."""
 
@@ -141,13 +157,15 @@ class _InertCopy:
         return _make_inert, ()
 
 
+# torch.compile may trace these hooks (see `compiled`): so they store nothing but constants, and read `enabled` first.
 class _PassHook(_InertCopy):
     def __init__(self, capture: Capture) -> None:
         self._capture = capture
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         del module, args
-        self._capture.begin_pass()
+        if self._capture.enabled:
+            self._capture.begin_pass()
 
 
 class _LayerHook(_InertCopy):
@@ -157,8 +175,18 @@ class _LayerHook(_InertCopy):
         self._statistics = statistics
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if module is self._module:
-            self._capture.record(self._statistics, args[0] if args else kwargs["input"], output)
+        if getattr(module, "_is_replica", False):
+            raise RuntimeError(
+                f"Layer {self._statistics.name!r} runs in a copy that nn.DataParallel made, which cannot be recorded; "
+                f"use DistributedDataParallel, with one process per device."
+            )
+        if self._capture.enabled and module is self._module:
+            inputs = args[0] if args else kwargs["input"]
+            record = self._capture.record
+            if torch.compiler.is_compiling():
+                self._capture.was_compiled = True
+                record = torch.compiler.disable(record)
+            record(self._statistics, module._parameters.get("weight"), inputs, output)
 
 
 def _do_nothing(*args: object) -> None:

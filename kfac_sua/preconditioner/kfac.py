@@ -3,18 +3,21 @@
 import math
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from kfac_sua.preconditioner.capture import Capture, Phase, PhaseSource
+from kfac_sua.preconditioner.changes import check_layers, check_trainable, is_frozen
+from kfac_sua.preconditioner.compiled import UncompiledWhileRecording, compiled_modules
 from kfac_sua.preconditioner.events import EventLog
 from kfac_sua.preconditioner.fisher import fisher_cotangents
 from kfac_sua.preconditioner.inverse import DAMPING_RAISES
 from kfac_sua.preconditioner.layers import discover_layers, log_plain_layers, preconditioned
+from kfac_sua.preconditioner.oddities import report_frozen, report_missing, report_other_examples
 from kfac_sua.preconditioner.precision import factor_precision
 from kfac_sua.preconditioner.preconditioned_layer import PreconditionedLayer
 from kfac_sua.preconditioner.processes import Processes, default_processes
@@ -33,8 +36,12 @@ from kfac_sua.preconditioner.settings import (
     merge_settings,
 )
 from kfac_sua.preconditioner.statistics import LayerFactors, finite_layers
+from kfac_sua.preconditioner.wrappers import bare_model
 
 STATE_VERSION = 3
+
+
+_COPY_CURE = "make one for the other model and give it load_state_dict(preconditioner.state_dict())"
 
 
 class KroneckerPreconditioner:
@@ -67,11 +74,19 @@ class KroneckerPreconditioner:
     up to 1000 times the damping; where that does not help the layer keeps its last good inverse. Only a layer's *first*
     inverse must succeed: if finite statistics cannot be inverted, the damping is too small.
 
+    The model may be wrapped in ``DistributedDataParallel`` or ``torch.compile``: give what is called in the loop; names
+    are those of the bare model. A compiled model runs uncompiled on mini-batches with statistics, and as compiled on
+    all others. It may be moved to another device or precision between steps, and layers may be frozen; layers that
+    become trainable, are replaced or added later need a new preconditioner. Clip gradients after :meth:`step`, which
+    bounds what the optimizer gets; under ``application="weight"`` clipping before it scales that alike. An optimizer
+    that evaluates a closure several times (``LBFGS``) takes several steps of the preconditioner, and finds directions
+    where it expects gradients of its loss: leave the preconditioner out there.
+
     The per-example loss is averaged (``loss_reduction="mean"``) or summed over the first dimension of the layers'
     inputs. With gradient accumulation, the accumulated gradient must be that of the mean over all micro-batches.
 
     Args:
-        model: Any module; its ``nn.Linear`` and ``nn.Conv2d`` layers are preconditioned.
+        model: Any module, wrapped or not; its ``nn.Linear`` and ``nn.Conv2d`` layers are preconditioned.
         structure: ``"kfac"`` or ``"sua"``.
         group_size: Channels per group; ``None`` for no grouping.
         damping: Tikhonov ε > 0 on each layer's Fisher block.
@@ -94,7 +109,9 @@ class KroneckerPreconditioner:
             when the preconditioner is made; then all of them must take every step together.
 
     Raises:
-        ValueError: If a setting is out of range, or no layer of the model can be preconditioned.
+        ValueError: If a setting is out of range, no layer of the model can be preconditioned, or it is wrapped in
+            ``nn.DataParallel``.
+        TypeError: If the model is no module.
 
     Reference: Laurent et al. (2018); Grosse & Martens (2016) for ``expand``; Martens & Grosse (2015) for the pi rule.
     """
@@ -141,12 +158,12 @@ class KroneckerPreconditioner:
         }
         self.settings = merge_settings(settings, options)
         self.seed = seed
-        self._model = model
+        self._model = bare_model(model)
         self.num_steps = 0
         self._events = EventLog()
         self._processes = default_processes() if distributed else None
         self._phases = PhaseSource(_no_phase)
-        self._discovered = discover_layers(model, self.settings.skip)
+        self._discovered = discover_layers(self._model, self.settings.skip)
         log_plain_layers(self._discovered)
         num_processes = self._processes.size if self._processes else 1
         self._layers = {
@@ -154,15 +171,17 @@ class KroneckerPreconditioner:
             for name, module, geometry in preconditioned(self._discovered)
         }
         self._capture = Capture(
-            model,
+            self._model,
             {name: layer.module for name, layer in self._layers.items()},
             {name: layer.statistics for name, layer in self._layers.items()},
             self._phases,
             from_training_loss=self.settings.fisher_type is FisherType.empirical,
         )
+        self._replaced: list[UncompiledWhileRecording | PreconditionedLayer] = [*self._layers.values()]
+        self._run_uncompiled(compiled_modules(model))
         self._fisher_passes = 0
         # The hooks must not outlive the preconditioner: they would go on recording for nobody.
-        self._release = weakref.finalize(self, _release, self._capture, list(self._layers.values()))
+        self._release = weakref.finalize(self, _release, self._capture, self._replaced)
         self._begin_step()
 
     @property
@@ -258,13 +277,15 @@ class KroneckerPreconditioner:
 
         Raises:
             ValueError: If ``loss_scale`` or ``loss_weight`` is not a finite number > 0.
-            RuntimeError: If statistics are due but none were recorded, or an inverse fails that has no predecessor.
+            RuntimeError: If statistics are due but none were recorded, an inverse fails that has no predecessor, or
+                the model has got other trainable layers since the preconditioner was made.
         """
         if loss_scale is not None:
             _validate_loss_scale("loss_scale", loss_scale)
             if not self._has_finite_gradients():
                 self.discard()
                 return False
+        self._follow_model()
         if self.statistics_due:
             self.update_factors(loss_scale=1.0 if loss_scale is None else loss_scale, loss_weight=loss_weight)
         if self.inverses_due:
@@ -289,6 +310,7 @@ class KroneckerPreconditioner:
         _validate_loss_scale("loss_scale", loss_scale)
         _validate_loss_scale("loss_weight", loss_weight)
         with self._phases.phase("statistics"), factor_precision():
+            report_other_examples(self._layers.values(), self._events)
             is_empirical = self.settings.fisher_type is FisherType.empirical
             mean_loss = is_empirical and self.settings.loss_reduction is LossReduction.mean
             scale = loss_scale * loss_weight if is_empirical else 1.0  # fisher_backward() does not send the scaled loss
@@ -304,8 +326,9 @@ class KroneckerPreconditioner:
             present = {name: factors for name, factors in measured.items() if factors is not None}
             if not present:
                 raise RuntimeError(self._nothing_recorded())
-            for name in (name for name in measured if name not in present):
-                self._events.report("not_reached", name, "it keeps the plain gradient until the loss reaches it")
+            for name in measured:
+                if name not in present:
+                    report_missing(self._layers[name], self._events)
             finite = finite_layers(list(present.values()))
             for (name, factors), is_finite in zip(present.items(), finite, strict=True):
                 if is_finite:
@@ -334,7 +357,10 @@ class KroneckerPreconditioner:
         with self._phases.phase("application"), factor_precision():
             missing = [layer.take_missing_sides() for layer in self._layers.values()]  # all may raise before any change
             for layer, sides in zip(self._layers.values(), missing, strict=True):
-                layer.precondition_(sides)
+                if is_frozen(layer.module):
+                    report_frozen(layer, self._events)
+                else:
+                    layer.precondition_(sides)
 
     def describe(self) -> LayerTable:
         """Return a row per layer: structure, blocks, factor sizes, memory and FLOPs, or why it is left alone."""
@@ -345,6 +371,14 @@ class KroneckerPreconditioner:
     def remove_hooks(self) -> None:
         """Give the model back as it was; the preconditioner cannot be used afterwards."""
         self._release()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        """Refuse: the copy would belong to a model that nobody has."""
+        raise TypeError(f"A preconditioner belongs to one model and cannot be copied; {_COPY_CURE}.")
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse, for the same reason."""
+        raise TypeError(f"A preconditioner belongs to one model and cannot be pickled or copied; {_COPY_CURE}.")
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -420,9 +454,16 @@ class KroneckerPreconditioner:
 
     def _begin_step(self) -> None:
         """Record statistics if they are due; otherwise let layers apply their inverses in the backward pass."""
+        if self._capture.was_compiled:  # the model was compiled after this was made
+            self._run_uncompiled([self._model])
         self._capture.enabled = self.statistics_due
         for layer in self._layers.values():
             layer.begin_step(statistics_due=self.statistics_due)
+
+    def _run_uncompiled(self, modules: Iterable[nn.Module]) -> None:
+        """Leave compiled modules uncompiled while statistics are recorded."""
+        self._capture.was_compiled = False
+        self._replaced += [UncompiledWhileRecording(module, self._capture) for module in modules]
 
     def _forget_passes(self) -> None:
         self._capture.clear()
@@ -432,6 +473,14 @@ class KroneckerPreconditioner:
         """Whether the gradient of every parameter of the model is finite; waits for the device once."""
         grads = [parameter.grad for parameter in self._model.parameters() if parameter.grad is not None]
         return bool(nn.utils.get_total_norm(grads, norm_type=math.inf).isfinite())
+
+    def _follow_model(self) -> None:
+        """Follow the model to another device or precision; refuse other trainable layers than there were."""
+        check_trainable(self._discovered)
+        if self.statistics_due:
+            check_layers(self._model, self._discovered, self.settings.skip)
+        for layer in self._layers.values():
+            layer.follow_weight()
 
     def _drop_statistics(self, layer: PreconditionedLayer) -> None:
         meanwhile = "the plain gradient, until its first good refresh" if layer.inverse is None else "its last inverse"
@@ -466,7 +515,8 @@ class KroneckerPreconditioner:
         if self.settings.fisher_type is FisherType.empirical:
             return (
                 "step() needs statistics of this mini-batch, but no backward pass through the model was recorded: call "
-                "loss.backward() with gradients enabled, after constructing the preconditioner."
+                "loss.backward() with gradients enabled, after constructing the preconditioner, on the model that it "
+                "was made for (of a compiled model, what torch.compile returned; not a copy)."
             )
         return (
             f"step() needs statistics of this mini-batch: with fisher_type={self.settings.fisher_type} call "
@@ -474,10 +524,10 @@ class KroneckerPreconditioner:
         )
 
 
-def _release(capture: Capture, layers: Sequence[PreconditionedLayer]) -> None:
+def _release(capture: Capture, replaced: Sequence[UncompiledWhileRecording | PreconditionedLayer]) -> None:
     capture.remove()
-    for layer in layers:
-        layer.remove()
+    for one in reversed(replaced):
+        one.remove()
 
 
 def _validate_loss_scale(name: str, value: float) -> None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+from kfac_sua.preconditioner.wrappers import bare_name
+
 logger = logging.getLogger(__name__)
 
 SKIPPED, NORMALISED, FROZEN = "listed in skip", "normalisation layer", "frozen"
@@ -105,17 +107,22 @@ def discover_layers(model: nn.Module, skip: Sequence[str] = ()) -> list[Discover
     Raises:
         ValueError: If an entry of ``skip`` matches no layer, or no layer can be preconditioned.
     """
-    candidates = [(name, module) for name, module in model.named_modules() if _own_parameters(module)]
+    layers = classify_layers(model, skip)
     for pattern in skip:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name, _ in candidates):
-            known = ", ".join(name for name, _ in candidates)
+        if not any(fnmatch.fnmatchcase(layer.name, pattern) for layer in layers):
+            known = ", ".join(layer.name for layer in layers)
             raise ValueError(f"skip entry {pattern!r} matches no layer of the model; its layers are {known}.")
-    shared = _shared_parameters(candidates)
-    layers = [_classify(name, module, skip, shared) for name, module in candidates]
     if not any(layer.geometry for layer in layers):
         reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in layers) or "it has no parameters"
         raise ValueError(f"No layer of the model can be preconditioned ({reasons}).")
     return layers
+
+
+def classify_layers(model: nn.Module, skip: Sequence[str]) -> list[DiscoveredLayer]:
+    """Return what :func:`discover_layers` does, whatever there is."""
+    candidates = list(_parameter_holders(model))
+    shared = _shared_parameters(candidates)
+    return [_classify(name, module, skip, shared) for name, module in candidates]
 
 
 def log_plain_layers(layers: Sequence[DiscoveredLayer]) -> None:
@@ -147,15 +154,46 @@ def _reason_to_leave(name: str, module: nn.Module, skip: Sequence[str], shared: 
     if isinstance(module, NORMALISATION):
         return NORMALISED
     if not isinstance(module, nn.Linear | nn.Conv2d):
-        return f"{type(module).__name__} is not supported (nn.Linear and nn.Conv2d are)"
+        return _not_supported(module)
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention uses its weight without calling it"
-    if type(module).forward not in (nn.Linear.forward, nn.Conv2d.forward) or "forward" in module.__dict__:
-        return f"{type(module).__name__} overrides forward"
-    if "weight" not in module._parameters:
-        return "its weight is computed (parametrised), not a parameter"
+    if overridden := _overridden(module):
+        return f"{type(module).__name__} overrides {overridden}"
+    return _reason_of_parameters(module, shared)
+
+
+def _not_supported(module: nn.Module) -> str:
+    kind = type(module).__name__
+    if not any(True for _ in module.children()):
+        return f"{kind} is not supported (nn.Linear and nn.Conv2d are)"
+    names = ", ".join(name for name, parameter in module._parameters.items() if parameter is not None)
+    return f"{names} of {kind} itself (parameters of nn.Linear and nn.Conv2d are preconditioned)"
+
+
+def _overridden(module: nn.Linear | nn.Conv2d) -> str:
+    """Return which method makes a linear layer or convolution compute something else; empty if none does."""
+    if type(module).forward not in (nn.Linear.forward, nn.Conv2d.forward) or not _has_own_forward(module):
+        return "forward"
+    if isinstance(module, nn.Conv2d) and type(module)._conv_forward is not nn.Conv2d._conv_forward:
+        return "_conv_forward"
+    return ""
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Whether a module runs its class's forward, perhaps through what another preconditioner has left there."""
+    forward = module.__dict__.get("forward")
+    is_bound = getattr(forward, "__func__", None) is type(module).forward  # in a copy of a preconditioned model
+    return forward is None or is_bound or getattr(forward, "is_stand_in", False)
+
+
+def _reason_of_parameters(module: nn.Linear | nn.Conv2d, shared: set[int]) -> str:
+    for name in ("weight", "bias"):
+        if name not in module._parameters:
+            return f"its {name} is computed (parametrised), not a parameter"
     if isinstance(module.weight, UninitializedParameter):
         return "not initialised yet (lazy); run one forward pass before constructing the preconditioner"
+    if nn.Parameter not in type(module.weight).__mro__:
+        return f"its weight is a {type(module.weight).__name__}, not an ordinary tensor"
     if module.weight.is_complex():
         return "complex weights are not supported"
     if not module.weight.requires_grad:
@@ -163,6 +201,17 @@ def _reason_to_leave(name: str, module: nn.Module, skip: Sequence[str], shared: 
     if any(id(parameter) in shared for parameter in _own_parameters(module)):
         return "it shares a parameter with another module"
     return ""
+
+
+def _parameter_holders(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield names and modules with parameters of their own; those of a parametrisation belong to what it computes."""
+    inside: set[int] = set()
+    for name, module in model.named_modules():
+        parametrizations = getattr(module, "parametrizations", None)
+        if isinstance(parametrizations, nn.Module):
+            inside.update(id(part) for part in parametrizations.modules())
+        if id(module) not in inside and _own_parameters(module):
+            yield bare_name(name), module
 
 
 def _own_parameters(module: nn.Module) -> list[nn.Parameter]:

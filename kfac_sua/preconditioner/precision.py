@@ -12,6 +12,12 @@ def at_least_float32(values: Tensor) -> Tensor:
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
+def fits(kept: Tensor, weight: Tensor) -> bool:
+    """Whether what is kept for a weight is on its device, and in the precision that goes with it."""
+    dtype = torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else weight.dtype
+    return kept.dtype == dtype and kept.device == weight.device
+
+
 @contextmanager
 def factor_precision() -> Iterator[None]:
     """Keep autocast, if it is on, away from factors and inverses."""

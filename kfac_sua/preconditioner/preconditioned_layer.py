@@ -12,7 +12,7 @@ from kfac_sua.preconditioner.average import RunningAverage
 from kfac_sua.preconditioner.capture import PhaseSource
 from kfac_sua.preconditioner.grouping import BlockLayout
 from kfac_sua.preconditioner.layers import LayerGeometry
-from kfac_sua.preconditioner.precision import at_least_float32
+from kfac_sua.preconditioner.precision import at_least_float32, fits
 from kfac_sua.preconditioner.processes import Site
 from kfac_sua.preconditioner.report import activation_cost, gradient_cost, max_low_rank_rows
 from kfac_sua.preconditioner.settings import Application, KroneckerSettings, WeightSharing
@@ -114,6 +114,12 @@ class PreconditionedLayer:
         self.num_examples = round(factors.num_rows / factors.scale)
         self.is_fresh = True
 
+    def follow_weight(self) -> None:
+        """Move inverse and running average to where the weight is now, in the precision that goes with it."""
+        weight, kept = self.module.weight, self._kept_tensor()
+        if kept is not None and isinstance(weight, Tensor) and not fits(kept, weight):
+            self.load_state_dict(self.state_dict())
+
     def refreshed(self) -> None:
         """Drop what the refresh that has just been made does not leave to the next one."""
         self.is_fresh = False
@@ -128,6 +134,11 @@ class PreconditionedLayer:
     def take_missing_sides(self) -> Sides:
         """Return the sides that the gradient does not carry yet."""
         return self.two_sided.take_applied_sides().complement() if self.two_sided else BOTH_SIDES
+
+    def has_gradient(self) -> bool:
+        """Whether its weight has a gradient that is not zero; waits for the device."""
+        grad = self.module.weight.grad
+        return isinstance(grad, Tensor) and bool(grad.any())
 
     def precondition_(self, sides: Sides) -> None:
         """Replace the gradients in place, by the given sides."""
@@ -154,6 +165,14 @@ class PreconditionedLayer:
         self.is_fresh = state["is_fresh"]
         self.num_examples = state["num_examples"]
         self.inverse = inverse_from_state(state["inverse"], self.statistics.geometry)
+
+    def _kept_tensor(self) -> Tensor | None:
+        """Return a tensor that is kept from step to step, if there is any."""
+        if isinstance(self.inverse, LayerInverse):
+            return self.inverse.bias_scale
+        if self.inverse is not None:
+            return self.inverse.gradient.values
+        return None if self.average.value is None else self.average.value.gradient.values
 
     def remove(self) -> None:
         """Give the module its own forward back."""

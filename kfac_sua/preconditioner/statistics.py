@@ -196,6 +196,11 @@ class LayerStatistics:
         return call
 
     @property
+    def num_examples(self) -> int:
+        """Examples in all forward passes recorded."""
+        return sum(one.num_examples for one in self._passes)
+
+    @property
     def is_awaiting(self) -> bool:
         """Whether a call has been recorded whose output gradient has not arrived."""
         return any(not call.samples for call in self._calls)
@@ -216,7 +221,8 @@ class LayerStatistics:
         if sample in call.samples:
             raise RuntimeError(
                 f"Layer {self.name!r}: a second backward pass reached one forward pass while statistics were recorded; "
-                f"run backward passes that are not the training step's inside preconditioner.paused()."
+                f"add losses up for one backward pass, and run passes that are not the training step's inside "
+                f"preconditioner.paused()."
             )
         call.samples.add(sample)
         grads = to_locations(at_least_float32(output_grads.detach()), self.geometry)
@@ -245,9 +251,10 @@ class LayerStatistics:
             raise RuntimeError(
                 f"Layer {self.name!r}: no output gradient arrived for {num_awaiting} of its {len(self._calls)} "
                 f"calls since the last step, so its statistics would be wrong; run forward passes that no training "
-                f"loss follows under torch.no_grad() or inside preconditioner.paused()."
+                f"loss follows under torch.no_grad() or inside preconditioner.paused(), and call "
+                f"preconditioner.discard() where a mini-batch is abandoned."
             )
-        num_examples = sum(one.num_examples for one in self._passes)
+        num_examples = self.num_examples
         num_rows = sum(one.num_examples * one.num_locations for one in self._passes)
         per_gradient = (num_examples if grads_of_mean_loss else 1) ** 2 / loss_scale**2
         while self._inputs:
@@ -325,4 +332,4 @@ class LayerStatistics:
 def finite_layers(layer_factors: Iterable[LayerFactors]) -> list[bool]:
     """Return for each layer whether its factors are finite, with one host synchronisation for all."""
     flags = [factors.is_finite() for factors in layer_factors]
-    return torch.stack(flags).tolist() if flags else []
+    return torch.stack([flag.to(flags[0].device) for flag in flags]).tolist() if flags else []

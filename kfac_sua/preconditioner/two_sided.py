@@ -22,12 +22,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from kfac_sua.preconditioner.apply import NEITHER_SIDE, LayerInverse, Sides
-from kfac_sua.preconditioner.capture import PhaseSource
+from kfac_sua.preconditioner.capture import PhaseSource, is_transformed
 from kfac_sua.preconditioner.grouping import BlockLayout, ChannelGroups
 from kfac_sua.preconditioner.inverse import Inverse
 from kfac_sua.preconditioner.layers import LayerGeometry
 from kfac_sua.preconditioner.patch_rows import PatchRows
 from kfac_sua.preconditioner.pixels import output_size, to_locations
+from kfac_sua.preconditioner.precision import fits
 
 
 def can_be_two_sided(module: nn.Module, geometry: LayerGeometry) -> bool:
@@ -64,6 +65,8 @@ class TwoSidedForward:
         phases: Where the time of the transformations is accounted.
     """
 
+    is_stand_in = True
+
     def __init__(
         self, name: str, module: nn.Conv2d, geometry: LayerGeometry, layout: BlockLayout, phases: PhaseSource
     ) -> None:
@@ -81,6 +84,7 @@ class TwoSidedForward:
         self._name = name
         self._module = module
         self._applied: set[Sides] = set()
+        self._was_compiled = False
         module.forward = self  # type: ignore[method-assign]
 
     def __call__(self, input: Tensor) -> Tensor:
@@ -88,7 +92,12 @@ class TwoSidedForward:
         module, inverse = self._module, self.inverse
         if inverse is None or not torch.is_grad_enabled() or not module.weight.requires_grad:
             return type(module).forward(module, input)
-        sides = self._cheaper_sides(input)
+        if torch.compiler.is_compiling():
+            self._was_compiled = True
+            return type(module).forward(module, input)
+        if is_transformed() or not isinstance(module._parameters.get("weight"), nn.Parameter):
+            return type(module).forward(module, input)  # a pass of torch.func: its gradient does not get into .grad
+        sides = self._cheaper_sides(input, inverse)
         if sides == NEITHER_SIDE:
             output = type(module).forward(module, input)
             output.register_hook(lambda grad: self.note_backward(NEITHER_SIDE))
@@ -111,6 +120,7 @@ class TwoSidedForward:
     def forget_backward(self) -> None:
         """Forget the weight gradients noted, as when they are thrown away."""
         self._applied.clear()
+        self._was_compiled = False
 
     def take_applied_sides(self) -> Sides:
         """Return which sides the gradient accumulated since the last call already carries.
@@ -119,11 +129,14 @@ class TwoSidedForward:
             RuntimeError: If its parts carry different ones.
         """
         applied, self._applied = self._applied, set()
+        if self._was_compiled:  # such a pass leaves no other note
+            applied.add(NEITHER_SIDE)
+        self._was_compiled = False
         if len(applied) > 1:
             raise RuntimeError(
                 f"Layer {self._name!r}: the parts of its accumulated gradient were preconditioned differently in the "
-                f"backward pass (autocast on and off, or very different batch sizes within one step); use "
-                f"application=weight."
+                f"backward pass (autocast or torch.compile on and off, or very different batch sizes within one "
+                f"step); use application=weight."
             )
         return applied.pop() if applied else NEITHER_SIDE
 
@@ -133,10 +146,14 @@ class TwoSidedForward:
         if self._module.__dict__.get("forward") is self:
             del self._module.forward
 
-    def _cheaper_sides(self, inputs: Tensor) -> Sides:
+    def _cheaper_sides(self, inputs: Tensor, inverse: LayerInverse) -> Sides:
         """Return the sides that have fewer rows than the weight gradient has vectors."""
         layout = self.layout
         if inputs.dim() != 4 or torch.is_autocast_enabled(inputs.device.type):
+            return NEITHER_SIDE
+        if not fits(
+            inverse.bias_scale, self._module.weight
+        ):  # the model has been moved since; step() moves the inverse too
             return NEITHER_SIDE
         num_examples, _, height, width = inputs.shape
         num_examples = self.num_examples or num_examples

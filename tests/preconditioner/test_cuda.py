@@ -47,3 +47,40 @@ def test_cpu_and_cuda_train_alike(settings):
         results.append([parameter.detach().cpu() for parameter in model.parameters()])
     for cuda, cpu in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(cuda, cpu, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_inverses_and_averages_follow_the_model_to_the_device(settings, after):
+    """A model moved before or after a refresh trains on as one that was on the device all along."""
+    results = []
+    for moved_at in (0, after):
+        torch.manual_seed(0)
+        net = TinyConvNet(10).double().to("cpu" if moved_at else "cuda")
+        preconditioner = KroneckerPreconditioner(net, settings=KroneckerSettings(inverse_period=3, **settings))
+        generator = torch.Generator().manual_seed(1)
+        for step in range(5):
+            if step == moved_at:
+                net.to("cuda")
+            inputs = torch.randn(8, 3, 32, 32, dtype=torch.float64, generator=generator)
+            outputs = net(inputs.to(next(net.parameters()).device))
+            net.zero_grad()
+            preconditioner.fisher_backward(outputs)
+            nn.functional.cross_entropy(outputs, torch.arange(8).to(outputs.device)).backward()
+            preconditioner.step()
+            with torch.no_grad():
+                for parameter in net.parameters():
+                    parameter -= 0.02 * parameter.grad
+        results.append([parameter.detach().cpu() for parameter in net.parameters()])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-8)
+
+
+def test_a_model_on_several_devices_is_refreshed_device_by_device():
+    """A layer on the CPU under one on the device: each has its inverse where it is."""
+    net = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3).cuda())
+    preconditioner = KroneckerPreconditioner(net)
+    net[1](net[0](torch.randn(6, 4)).cuda()).square().sum(1).mean().backward()
+    preconditioner.step()
+    devices = [layer.inverse.bias_scale.device.type for layer in preconditioner._layers.values()]
+    assert devices == ["cpu", "cuda"]
