@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from identical import assert_identical
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kfac_sua.preconditioner import KroneckerPreconditioner, KroneckerSettings, inverse
 from kfac_sua.preconditioner.factors import Factor
 from kfac_sua.preconditioner.statistics import LayerFactors
-from tests.identical import assert_identical
 
 SETTINGS = {
     "kfac": {"structure": "kfac"},

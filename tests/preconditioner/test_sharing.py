@@ -5,6 +5,8 @@ import random
 
 import pytest
 import torch
+from identical import assert_identical
+from thread_processes import run_ranks
 from torch import nn
 
 from kfac_sua.preconditioner import KroneckerPreconditioner
@@ -17,8 +19,6 @@ from kfac_sua.preconditioner.pixels import to_locations
 from kfac_sua.preconditioner.sharing import FLOPS_PER_BYTE, Work, machine_balance, plan_sharing
 from kfac_sua.preconditioner.sharing_report import SharingReport
 from kfac_sua.preconditioner.triangles import PACKED_WIDTH, mirrored_, packed, triangle_numbers, unpack_
-from tests.identical import assert_identical
-from tests.preconditioner.threads import run_ranks
 
 # --- who inverts what -------------------------------------------------------------------------------------------------
 
