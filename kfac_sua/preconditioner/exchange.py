@@ -4,6 +4,7 @@ One message per precision: what became of the blocks, and then their inverses, s
 process takes its own blocks out of the messages too, so that all processes have the same bits.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -93,27 +94,37 @@ class SharedInversion:
         for dtype in plan.dtypes:
             own = [(i, plan.blocks_of(i, rank)) for i in plan.factors_of(rank, dtype)]
             made = make([factors[i].part(blocks) for i, blocks in own], [dampings[i][blocks] for i, blocks in own])
-            message = torch.zeros(plan.message_numbers(dtype), dtype=dtype, device=device)
-            received = self.processes.gather(write_message_(message, made), "inverses")
-            del message, made
-            results |= read_messages(received, plan, factors)
+            nothing = torch.empty(0, dtype=dtype, device=device)
+            messages = self._exchange(to_message(made, nothing), plan.parts(dtype), plan.is_summed(dtype))
+            results |= read_messages(messages, plan, factors)
         return [results[i] for i in range(len(factors))]
 
+    def _exchange(self, message: Tensor, lengths: Sequence[int], is_summed: bool) -> Sequence[Tensor]:
+        """Return the messages of all processes, of these lengths or longer."""
+        rank = self.processes.rank
+        assert len(message) == lengths[rank]
+        if not is_summed:
+            padded = message.new_zeros(max(lengths))
+            padded[: len(message)] = message
+            return self.processes.gather(padded, "inverses")
+        joined = message.new_zeros(sum(lengths))
+        parts = joined.split([*lengths])
+        parts[rank].copy_(message)
+        self.processes.add_up_(joined, "inverses")
+        return parts
 
-def write_message_(message: Tensor, made: Sequence[Made]) -> Tensor:
-    """Fill the beginning of a message with what became of the blocks, and their inverses; return the message."""
+
+def to_message(made: Sequence[Made], like: Tensor) -> Tensor:
+    """Return what became of the blocks and then their inverses, ``[numbers]``."""
     counts = [[one.num_failed, one.num_raised, one.raised_by] for one in made]
-    parts = [message.new_tensor(counts).flatten(), *(part for one in made for part in _numbers(one.inverse))]
-    sent = torch.cat(parts)
-    message[: len(sent)] = sent
-    return message
+    return torch.cat([like.new_tensor(counts).flatten(), *(part for one in made for part in _numbers(one.inverse))])
 
 
 def read_messages(messages: Sequence[Tensor], plan: SharingPlan, factors: Sequence[Factor]) -> dict[int, Made]:
     """Return what all processes have made, by factor.
 
     Args:
-        messages: What :func:`write_message_` gave on each process.
+        messages: What :func:`to_message` gave on each process, perhaps with more behind it.
         plan: Who made what.
         factors: All factors of the plan.
 
@@ -122,16 +133,20 @@ def read_messages(messages: Sequence[Tensor], plan: SharingPlan, factors: Sequen
     """
     dtype = messages[0].dtype
     owned = [plan.factors_of(rank, dtype) for rank in range(plan.num_processes)]
-    most = NUM_COUNTS * max(map(len, owned))
-    counts = torch.stack([message[:most] for message in messages]).tolist()
-    bodies = [_Reader(message[NUM_COUNTS * len(own) :]) for message, own in zip(messages, owned, strict=True)]
+    heads = [message[: NUM_COUNTS * len(own)] for message, own in zip(messages, owned, strict=True)]
+    counts = iter(torch.cat(heads).view(-1, NUM_COUNTS).tolist())
+    makers: dict[int, list[tuple[slice, _Reader]]] = defaultdict(list)
+    fates: dict[int, list[list[float]]] = defaultdict(list)
+    for rank, (message, own) in enumerate(zip(messages, owned, strict=True)):
+        reader = _Reader(message[NUM_COUNTS * len(own) :])
+        for i in own:
+            makers[i].append((plan.blocks_of(i, rank), reader))
+            fates[i].append(next(counts))
     results = {}
-    for i in sorted({i for own in owned for i in own}):
-        makers = [rank for rank, own in enumerate(owned) if i in own]
-        places = [(rank, NUM_COUNTS * owned[rank].index(i)) for rank in makers]
-        failed, raised, by = zip(*(counts[rank][at : at + NUM_COUNTS] for rank, at in places), strict=True)
-        inverse = _read(factors[i], plan.works[i].form, [(plan.blocks_of(i, rank), bodies[rank]) for rank in makers])
-        results[i] = Made(inverse, int(sum(failed)), int(sum(raised)), int(max(by)))
+    for i in sorted(makers):  # the order in which each process wrote them
+        failed, raised, raised_by = zip(*fates[i], strict=True)
+        inverse = read_inverse(factors[i], plan.works[i].form, makers[i])
+        results[i] = Made(inverse, int(sum(failed)), int(sum(raised)), int(max(raised_by)))
     return results
 
 
@@ -146,7 +161,7 @@ class _Reader:
         return taken
 
 
-def _read(factor: Factor, form: InverseForm, parts: Sequence[tuple[slice, _Reader]]) -> Inverse | EigenBasis:
+def read_inverse(factor: Factor, form: InverseForm, parts: Sequence[tuple[slice, _Reader]]) -> Inverse | EigenBasis:
     """Put the inverse of a factor together from the blocks that each process sent."""
     values = factor.values
     matrix = values.new_zeros(factor.num_blocks, form.height, form.width)

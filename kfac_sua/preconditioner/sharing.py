@@ -137,17 +137,40 @@ class SharingPlan:
         """Return the precisions of shared factors, one message each."""
         return list(dict.fromkeys(work.dtype for work, shares in zip(self.works, self.shares, strict=True) if shares))
 
-    def message_numbers(self, dtype: torch.dtype) -> int:
-        """Return how many numbers each process sends: as many as the one that has most to send."""
-        return max(
+    def parts(self, dtype: torch.dtype) -> list[int]:
+        """Return how many numbers each process has to send."""
+        return [
             sum(NUM_COUNTS + self._share(i, rank) * self.works[i].form.numbers for i in self.factors_of(rank, dtype))
             for rank in range(self.num_processes)
-        )
+        ]
+
+    def is_summed(self, dtype: torch.dtype) -> bool:
+        """Whether the parts travel side by side in one sum over all processes, each adding zeros to the others'.
+
+        That moves them twice, but a gather moves every part as if it were the longest: too much where few processes
+        have most to send, as where a model has fewer wide blocks than there are processes.
+        """
+        parts = self.parts(dtype)
+        return self.num_processes * max(parts) > 2 * sum(parts)
 
     @property
     def sent_bytes(self) -> int:
-        """Bytes that each process sends to the others."""
-        return sum(self.message_numbers(dtype) * dtype.itemsize for dtype in self.dtypes)
+        """Bytes that each process hands to the collectives."""
+        total = 0
+        for dtype in self.dtypes:
+            parts = self.parts(dtype)
+            total += dtype.itemsize * (sum(parts) if self.is_summed(dtype) else max(parts))
+        return total
+
+    @property
+    def received_bytes(self) -> float:
+        """Bytes that each process receives, if collectives go around a ring."""
+        others, total = self.num_processes - 1, 0.0
+        for dtype in self.dtypes:
+            parts = self.parts(dtype)
+            summed, gathered = 2 * others / self.num_processes * sum(parts), others * max(parts)
+            total += dtype.itemsize * (summed if self.is_summed(dtype) else gathered)
+        return total
 
     @property
     def flops_alone(self) -> int:
@@ -221,7 +244,7 @@ def plan_sharing(works: Sequence[Work], num_processes: int, flops_per_byte: floa
         return nothing
     shares = _assigned(works, worthwhile, num_processes)
     plan = SharingPlan(tuple(works), tuple(shares.get(i) for i in range(len(works))), num_processes)
-    cost = plan.most_flops + flops_per_byte * num_processes * plan.sent_bytes
+    cost = plan.most_flops + flops_per_byte * plan.received_bytes
     return nothing if cost > plan.flops_alone else plan
 
 

@@ -76,6 +76,19 @@ def test_one_block_that_is_most_of_the_work_is_not_sent():
     assert plan_sharing(works * 4, 4, 1.0).shares == ((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1))
 
 
+def test_parts_travel_in_the_way_that_moves_fewer_bytes():
+    """Equal parts are gathered; where few processes have most to send they are added up, and no buffer is N parts."""
+    work = Work.dense((1, 512), torch.float32, is_eigenbasis=False)
+    equal, uneven = plan_sharing([work] * 6, 6, 0.0), plan_sharing([work] * 2, 6, 0.0)
+    part = 3 + triangle_numbers(512)
+    assert equal.parts(torch.float32) == [part] * 6
+    assert uneven.parts(torch.float32) == [part, part, 0, 0, 0, 0]
+    assert not equal.is_summed(torch.float32)
+    assert uneven.is_summed(torch.float32)
+    assert (equal.sent_bytes, equal.received_bytes) == (4 * part, 4 * 5 * part)
+    assert (uneven.sent_bytes, uneven.received_bytes) == (4 * 2 * part, pytest.approx(4 * 2 * 5 / 6 * 2 * part))
+
+
 def test_work_is_counted_in_the_form_that_is_factorised():
     """Dense d³; rows 2r²d + r³/3 + r²d; patches in products of pixels; 9d³ for an eigenbasis, of rows too."""
     dense, rows = Factor(blocks=torch.zeros(2, 70, 70)), Factor(rows=torch.zeros(3, 5, 70))
@@ -139,7 +152,7 @@ def dampings_of(factors: list[Factor]) -> list[torch.Tensor]:
     return [torch.linspace(0.1, 0.3, one.num_blocks, dtype=one.values.dtype) for one in factors]
 
 
-@pytest.mark.parametrize("size", [2, 3, 7])
+@pytest.mark.parametrize("size", [2, 3, 12])  # gathered, gathered, added up
 @pytest.mark.parametrize("balance", [0.0, 1.0, math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_shared_inverses_are_those_of_one_process(size, balance, dtype):
