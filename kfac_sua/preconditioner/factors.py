@@ -55,6 +55,18 @@ class Factor:
         assert values is not None
         return values
 
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks."""
+        return 1 if self.patches is not None else len(self.values)
+
+    @property
+    def width(self) -> int:
+        """Width d of a block."""
+        if self.patches is not None:
+            return self.patches.geometry.in_channels * self.patches.geometry.num_taps
+        return self.values.shape[-1]
+
     def traces(self) -> Tensor:
         """Trace of every block, ``[num_blocks]``."""
         if self.patches is not None:
@@ -81,6 +93,12 @@ class Factor:
         if self.blocks is not None:
             return self.blocks.clone()
         return self.patches.gram()[None] if self.patches is not None else self.values @ self.values.mT
+
+    def part(self, blocks: slice) -> "Factor":
+        """Return some of the blocks, not copied."""
+        if self.patches is not None:
+            return self
+        return Factor(blocks=self.values[blocks]) if self.blocks is not None else Factor(rows=self.values[blocks])
 
     def in_float64(self, indices: Tensor) -> "Factor":
         """Return some of the blocks, in float64."""

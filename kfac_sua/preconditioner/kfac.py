@@ -1,5 +1,6 @@
 """The public preconditioner: when to measure, refresh and apply. The mathematics lies in the files it calls."""
 
+import dataclasses
 import math
 import weakref
 from collections import Counter
@@ -14,6 +15,7 @@ from kfac_sua.preconditioner.capture import Capture, Phase, PhaseSource
 from kfac_sua.preconditioner.changes import check_layers, check_trainable, is_frozen
 from kfac_sua.preconditioner.compiled import UncompiledWhileRecording, compiled_modules
 from kfac_sua.preconditioner.events import EventLog
+from kfac_sua.preconditioner.exchange import SharedInversion
 from kfac_sua.preconditioner.fisher import fisher_cotangents
 from kfac_sua.preconditioner.inverse import DAMPING_RAISES
 from kfac_sua.preconditioner.layers import discover_layers, log_plain_layers, preconditioned
@@ -35,6 +37,8 @@ from kfac_sua.preconditioner.settings import (
     WeightSharing,
     merge_settings,
 )
+from kfac_sua.preconditioner.sharing import validate_flops_per_byte
+from kfac_sua.preconditioner.sharing_report import report_sharing
 from kfac_sua.preconditioner.statistics import LayerFactors, finite_layers
 from kfac_sua.preconditioner.wrappers import bare_model
 
@@ -107,6 +111,9 @@ class KroneckerPreconditioner:
         seed: Seed of the sampled labels of ``fisher_type="mc"``.
         distributed: Average the statistics over the processes of ``torch.distributed``'s default group, if there is one
             when the preconditioner is made; then all of them must take every step together.
+        flops_per_byte: FLOPs of inversion that such a process does in the time in which it receives a byte, ≥ 0: a
+            block is inverted by one process for all where that is cheaper than by each. 0 shares out all blocks,
+            infinity none; ``None`` takes ``sharing.FLOPS_PER_BYTE``. It has no influence on results beyond rounding.
 
     Raises:
         ValueError: If a setting is out of range, no layer of the model can be preconditioned, or it is wrapped in
@@ -138,6 +145,7 @@ class KroneckerPreconditioner:
         settings: KroneckerSettings | None = None,
         seed: int = 0,
         distributed: bool = True,
+        flops_per_byte: float | None = None,
     ) -> None:
         options = {
             "structure": structure,
@@ -157,11 +165,13 @@ class KroneckerPreconditioner:
             "skip": skip if skip is None or isinstance(skip, str) else list(skip),
         }
         self.settings = merge_settings(settings, options)
+        validate_flops_per_byte(flops_per_byte)
         self.seed = seed
         self._model = bare_model(model)
         self.num_steps = 0
         self._events = EventLog()
         self._processes = default_processes() if distributed else None
+        self._shared_inversion = SharedInversion(self._processes, flops_per_byte) if self._processes else None
         self._phases = PhaseSource(_no_phase)
         self._discovered = discover_layers(self._model, self.settings.skip)
         log_plain_layers(self._discovered)
@@ -346,7 +356,8 @@ class KroneckerPreconditioner:
         with self._phases.phase("inversion"), factor_precision():
             layers = [layer for layer in self._layers.values() if layer.is_fresh]
             factors = [layer.average.corrected() for layer in layers]
-            refreshed = refresh_layers(factors, [layer.layout for layer in layers], self.settings)
+            layouts = [layer.layout for layer in layers]
+            refreshed = refresh_layers(factors, layouts, self.settings, self._shared_inversion)
             for layer, result in zip(layers, refreshed, strict=True):
                 self._take_inverse(layer, result)
                 layer.refreshed()
@@ -363,10 +374,17 @@ class KroneckerPreconditioner:
                     layer.precondition_(sides)
 
     def describe(self) -> LayerTable:
-        """Return a row per layer: structure, blocks, factor sizes, memory and FLOPs, or why it is left alone."""
-        return layer_table(
-            self._discovered, {name: layer.layout for name, layer in self._layers.items()}, self.settings
-        )
+        """Return a row per layer: structure, blocks, factor sizes, memory and FLOPs, or why it is left alone.
+
+        With several processes also what each of them inverts and sends.
+        """
+        layouts = {name: layer.layout for name, layer in self._layers.items()}
+        table = layer_table(self._discovered, layouts, self.settings)
+        if self._shared_inversion is None:
+            return table
+        like = next(iter(self._layers.values())).site.like
+        sharing = report_sharing(self._shared_inversion, [*layouts.values()], self.settings, like)
+        return dataclasses.replace(table, sharing=sharing)
 
     def remove_hooks(self) -> None:
         """Give the model back as it was; the preconditioner cannot be used afterwards."""

@@ -5,6 +5,7 @@ symmetric blocks about one triangle travels. Three collective calls per measurem
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,11 +19,12 @@ from kfac_sua.preconditioner.layers import LayerGeometry
 from kfac_sua.preconditioner.patch_rows import PatchRows
 from kfac_sua.preconditioner.pixels import output_size
 from kfac_sua.preconditioner.statistics import LayerFactors
+from kfac_sua.preconditioner.triangles import mirrored_, packed, triangle_numbers, unpack_
 
 _DENSE, _ROWS, _PATCHES = range(3)
 
-PACKED_WIDTH = 64
-"""Diagonal blocks up to this width are sent whole."""
+DESCRIPTION_BYTES = 12 * 8
+"""Bytes of what every process says of a layer: twelve integers."""
 
 
 @dataclass(frozen=True)
@@ -68,17 +70,25 @@ class Processes:
 
     Args:
         group: Their process group.
+
+    Attributes:
+        rank: Place of this process among them.
+        size: How many they are.
+        sent_bytes: Bytes that this process has handed to the collectives, by what they are.
+        statistics_bytes: The same of the last measurement alone; ``None`` before the first.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
+        self.sent_bytes: Counter[str] = Counter()
+        self.statistics_bytes: int | None = None
 
     def place(self, num_examples: int, device: torch.device) -> tuple[int, int]:
         """Return how many examples the processes before this one have, and how many all of them have."""
         own = torch.tensor([num_examples], device=device)
-        counts = [int(count) for count in torch.cat(self._gather(own)).tolist()]
+        counts = [int(count) for count in torch.cat(self.gather(own, "examples")).tolist()]
         return sum(counts[: self.rank]), sum(counts)
 
     def join(self, measured: Sequence[LayerFactors | None], sites: Sequence[Site]) -> list[LayerFactors | None]:
@@ -91,14 +101,15 @@ class Processes:
         Returns:
             The same on every process; ``None`` where the loss reached the layer nowhere.
         """
-        header = torch.tensor([_description(factors) for factors in measured], device=sites[0].like.device)
-        described = torch.stack(self._gather(header)).tolist()  # [processes, layers, numbers]
+        before = self.sent_bytes.total()
+        described = self._described(measured, sites[0].like.device)
         sides = [
             side
             for layer, (factors, site) in enumerate(zip(measured, sites, strict=True))
             for side in _sides(factors, site, [process[layer] for process in described])
         ]
         joined = [*self._exchange(sides)]
+        self.statistics_bytes = self.sent_bytes.total() - before
         result: list[LayerFactors | None] = []
         for layer in range(len(sites)):
             num_rows, num_examples = (sum(process[layer][i] for process in described) for i in range(2))
@@ -106,6 +117,12 @@ class Processes:
             scale = num_rows / num_examples if num_examples else 0.0
             result.append(LayerFactors(*pair, scale=scale, num_rows=num_rows) if num_rows else None)
         return result
+
+    def _described(self, measured: Sequence[LayerFactors | None], device: torch.device) -> list[list[list[int]]]:
+        """Return what every process says of every layer, ``[processes, layers, numbers]``."""
+        header = torch.tensor([description(factors) for factors in measured], device=device)
+        described: list[list[list[int]]] = torch.stack(self.gather(header, "header")).tolist()
+        return described
 
     def _exchange(self, sides: Sequence[_Side]) -> Iterator[Factor]:
         rows, moments = self._exchange_rows(sides), self._exchange_moments(sides)
@@ -122,7 +139,7 @@ class Processes:
         parts = [_scaled_rows(side, self.rank).flatten() for side in kept]
         sent = torch.cat(parts)
         own[: len(sent)] = sent
-        received = [list(self._split(flat, kept, rank)) for rank, flat in enumerate(self._gather(own))]
+        received = [list(self._split(flat, kept, rank)) for rank, flat in enumerate(self.gather(own, "rows"))]
         for index, side in enumerate(kept):
             values = torch.cat([parts[index] for parts in received], dim=-2)
             is_patches = values.dim() == 4
@@ -147,20 +164,29 @@ class Processes:
                 blocks.append(side.site.like.new_zeros(side.num_blocks, side.width, side.width))
             else:
                 blocks.append(side.factor.dense() * side.weights[self.rank])
-        packed = [list(_triangle(block)) for block in blocks]
-        flat = torch.cat([piece.flatten() for pieces in packed for piece in pieces])
-        dist.all_reduce(flat, group=self._group)
+        self.add_up_(flat := packed(*blocks), "moments")
         start = 0
-        for block, pieces in zip(blocks, packed, strict=True):
-            for piece in pieces:
-                piece.copy_(flat[start : start + piece.numel()].view(piece.shape))
-                start += piece.numel()
-            yield Factor(blocks=_mirrored_(block))
+        for block in blocks:
+            size = len(block) * triangle_numbers(block.shape[-1])
+            yield Factor(blocks=mirrored_(unpack_(block, flat[start : start + size])))
+            start += size
 
-    def _gather(self, values: Tensor) -> list[Tensor]:
+    def gather(self, values: Tensor, what: str) -> list[Tensor]:
+        """Return the values of all processes, in their order; shape and dtype must be the same on all.
+
+        Args:
+            values: Of this process.
+            what: What they are, for :attr:`sent_bytes`.
+        """
+        self.sent_bytes[what] += values.numel() * values.itemsize
         received = [torch.empty_like(values) for _ in range(self.size)]
         dist.all_gather(received, values.contiguous(), group=self._group)
         return received
+
+    def add_up_(self, values: Tensor, what: str) -> None:
+        """Replace a contiguous tensor by its sum over all processes."""
+        self.sent_bytes[what] += values.numel() * values.itemsize
+        dist.all_reduce(values, group=self._group)
 
 
 def default_processes() -> Processes | None:
@@ -171,7 +197,7 @@ def default_processes() -> Processes | None:
     return Processes(dist.group.WORLD)
 
 
-def _description(factors: LayerFactors | None) -> list[int]:
+def description(factors: LayerFactors | None) -> list[int]:
     """Return rows, examples, and of both sides form and shape: what the other processes need to know."""
     if factors is None:
         return [0] * 12
@@ -225,26 +251,3 @@ def _scaled_rows(side: _Side, rank: int) -> Tensor:
     if side.factor is None:
         return side.site.like.new_empty(0)
     return side.factor.values * side.weights[rank] ** 0.5
-
-
-def _triangle(block: Tensor) -> Iterator[Tensor]:
-    """Yield views that cover the upper triangles of ``[num_blocks, d, d]``, and little more."""
-    width = block.shape[-1]
-    if width <= PACKED_WIDTH:
-        yield block
-        return
-    half = width // 2
-    yield from _triangle(block[:, :half, :half])
-    yield block[:, :half, half:]
-    yield from _triangle(block[:, half:, half:])
-
-
-def _mirrored_(block: Tensor) -> Tensor:
-    """Fill what :func:`_triangle` leaves out from its mirror image."""
-    width = block.shape[-1]
-    if width > PACKED_WIDTH:
-        half = width // 2
-        _mirrored_(block[:, :half, :half])
-        _mirrored_(block[:, half:, half:])
-        block[:, half:, :half] = block[:, :half, half:].mT
-    return block

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kfac_sua.preconditioner import damping
 from kfac_sua.preconditioner.apply import LayerEigenbasis, LayerInverse
+from kfac_sua.preconditioner.exchange import SharedInversion
 from kfac_sua.preconditioner.grouping import BlockLayout
 from kfac_sua.preconditioner.inverse import eigendecompose_factors, invert_factors
 from kfac_sua.preconditioner.settings import DampingRule, KroneckerSettings
@@ -31,7 +32,10 @@ class RefreshedLayer:
 
 
 def refresh_layers(
-    layers: Sequence[LayerFactors], layouts: Sequence[BlockLayout], settings: KroneckerSettings
+    layers: Sequence[LayerFactors],
+    layouts: Sequence[BlockLayout],
+    settings: KroneckerSettings,
+    shared: SharedInversion | None = None,
 ) -> list[RefreshedLayer]:
     """Invert the damped block of every layer.
 
@@ -39,6 +43,7 @@ def refresh_layers(
         layers: Measured factors.
         layouts: The layers' block layouts.
         settings: Damping and its rule.
+        shared: Inverts together with other processes; ``None`` for this process alone.
 
     Returns:
         One result per layer, in order.
@@ -46,12 +51,15 @@ def refresh_layers(
     if not layers:
         return []
     if settings.damping_rule is DampingRule.exact:
-        return _eigenbases(layers, settings)
-    return _inverses(layers, layouts, settings)
+        return _eigenbases(layers, settings, shared)
+    return _inverses(layers, layouts, settings, shared)
 
 
-def _eigenbases(layers: Sequence[LayerFactors], settings: KroneckerSettings) -> list[RefreshedLayer]:
-    bases = eigendecompose_factors([side for layer in layers for side in (layer.activation, layer.gradient)])
+def _eigenbases(
+    layers: Sequence[LayerFactors], settings: KroneckerSettings, shared: SharedInversion | None
+) -> list[RefreshedLayer]:
+    factors = [side for layer in layers for side in (layer.activation, layer.gradient)]
+    bases = shared.eigendecompose_factors(factors) if shared else eigendecompose_factors(factors)
     refreshed = []
     for layer, activation, gradient in zip(layers, bases[::2], bases[1::2], strict=True):
         if activation is None or gradient is None:
@@ -62,7 +70,10 @@ def _eigenbases(layers: Sequence[LayerFactors], settings: KroneckerSettings) -> 
 
 
 def _inverses(
-    layers: Sequence[LayerFactors], layouts: Sequence[BlockLayout], settings: KroneckerSettings
+    layers: Sequence[LayerFactors],
+    layouts: Sequence[BlockLayout],
+    settings: KroneckerSettings,
+    shared: SharedInversion | None,
 ) -> list[RefreshedLayer]:
     factors, dampings, bias_scales = [], [], []
     for layer, layout in zip(layers, layouts, strict=True):
@@ -71,7 +82,7 @@ def _inverses(
         dampings.append(for_activation.repeat_interleave(layout.activation.count))
         dampings.append(for_gradient.repeat_interleave(layout.gradient.count))
         bias_scales.append((1 + for_activation).reciprocal())
-    results = invert_factors(factors, dampings)
+    results = shared.invert_factors(factors, dampings) if shared else invert_factors(factors, dampings)
     refreshed = []
     for layer, activation, gradient, bias_scale in zip(layers, results[::2], results[1::2], bias_scales, strict=True):
         gradient.inverse.scale_(1 / layer.scale)

@@ -9,6 +9,7 @@ from kfac_sua.preconditioner.grouping import BiasBlock, BlockLayout
 from kfac_sua.preconditioner.layers import DiscoveredLayer, LayerGeometry, names_by_reason
 from kfac_sua.preconditioner.patch_rows import can_be_patch_rows
 from kfac_sua.preconditioner.settings import DampingRule, InverseMethod, KroneckerSettings, WeightSharing
+from kfac_sua.preconditioner.sharing_report import SharingReport
 
 
 def activation_cost(geometry: LayerGeometry, layout: BlockLayout, settings: KroneckerSettings) -> SideCost:
@@ -73,9 +74,15 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class LayerTable:
-    """The layers of a model; ``str()`` gives the printable table."""
+    """The layers of a model; ``str()`` gives the printable table.
+
+    Args:
+        rows: One per layer.
+        sharing: What is shared with other processes; ``None`` without any.
+    """
 
     rows: tuple[LayerReport, ...]
+    sharing: SharingReport | None = None
 
     def __str__(self) -> str:
         lines = [_HEADER, "-" * len(_HEADER)]
@@ -87,7 +94,7 @@ class LayerTable:
         )
         by_reason = names_by_reason((row.name, row.reason) for row in self.rows)
         lines += [f"plain gradient ({reason}): {', '.join(names)}" for reason, names in by_reason.items()]
-        return "\n".join(lines)
+        return "\n".join(lines if self.sharing is None else [*lines, str(self.sharing)])
 
 
 def layer_table(

@@ -149,7 +149,7 @@ class TwoSidedForward:
     def _cheaper_sides(self, inputs: Tensor, inverse: LayerInverse) -> Sides:
         """Return the sides that have fewer rows than the weight gradient has vectors."""
         layout = self.layout
-        if inputs.dim() != 4 or torch.is_autocast_enabled(inputs.device.type):
+        if inputs.dim() != 4 or _is_autocast(inputs.device.type):
             return NEITHER_SIDE
         if not fits(
             inverse.bias_scale, self._module.weight
@@ -210,6 +210,11 @@ class _TwoSidedConvolution(torch.autograd.Function):
             else:
                 weight_grad = conv2d_weight(inputs, weight.shape, output_grad, *arguments)
         return input_grad, weight_grad, None, None, None
+
+
+def _is_autocast(device_type: str) -> bool:
+    """Whether autocast is on; on devices that do not have it, such as meta, PyTorch's own question raises."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _own_forward(module: nn.Module) -> Any:

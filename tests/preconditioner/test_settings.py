@@ -69,7 +69,7 @@ def test_constructor_options_cover_every_setting():
     """Each field of the settings is an option of the constructor."""
     fields = {field.name for field in dataclasses.fields(KroneckerSettings)}
     parameters = set(inspect.signature(KroneckerPreconditioner).parameters)
-    assert parameters - {"model", "settings", "seed", "distributed"} == fields
+    assert parameters - {"model", "settings", "seed", "distributed", "flops_per_byte"} == fields
 
 
 def test_the_package_imports_torch_and_the_standard_library_only():

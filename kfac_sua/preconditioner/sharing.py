@@ -1,0 +1,268 @@
+"""Which process inverts which blocks of a refresh: counted beforehand, the same on all of them.
+
+The blocks of a factor are alike, so all of them are shared out or none is. Sharing a block out saves each of N
+processes (1 − 1/N) of its FLOPs on average and costs the bytes of its inverse on the network; a machine balance in
+FLOPs per byte compares the two. Shared blocks go, dearest first, to the process that has least to do so far (longest
+processing time first: at most 4/3 of the shortest possible time; Graham 1969).
+"""
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kfac_sua.preconditioner.cost import SideCost
+from kfac_sua.preconditioner.factors import Factor
+from kfac_sua.preconditioner.triangles import triangle_numbers
+
+FLOPS_PER_BYTE = {"cpu": 25.0, "cuda": 50.0}
+"""FLOPs of inversion that a process does while it receives a byte of an inverse, by type of device.
+
+CPU, measured: one core inverts blocks of width 256 to 1024 at 21 to 38 GFLOP/s (4 GFLOP/s at width 32), and gloo
+delivers 1.2 GB/s between processes of one machine, as would 10 Gb/s Ethernet. CUDA, estimated and not measured: some
+2.5 TFLOP/s of batched Cholesky inverses in float32 over the 50 GB/s of 400 Gb/s InfiniBand; within NVLink, a tenth.
+"""
+
+NUM_COUNTS = 3
+"""Numbers sent with the blocks that a process inverts of a factor: failed, raised, and by how much."""
+
+
+@dataclass(frozen=True)
+class InverseForm:
+    """What the inverse of a block consists of: a matrix and a vector.
+
+    Args:
+        height: Rows of the matrix.
+        width: Columns of the matrix.
+        is_triangle: Whether one triangle of the matrix says all of it.
+        num_extra: Numbers in the vector.
+        is_eigenbasis: Whether it is an eigenbasis rather than an inverse.
+    """
+
+    height: int
+    width: int
+    is_triangle: bool
+    num_extra: int
+    is_eigenbasis: bool = False
+
+    @property
+    def num_matrix(self) -> int:
+        """Numbers that the matrix is sent as."""
+        return triangle_numbers(self.width) if self.is_triangle else self.height * self.width
+
+    @property
+    def numbers(self) -> int:
+        """Numbers that the inverse of a block is sent as."""
+        return self.num_matrix + self.num_extra
+
+
+@dataclass(frozen=True)
+class Work:
+    """The inversion of one factor.
+
+    Args:
+        num_blocks: Its blocks, all alike.
+        flops: FLOPs per block.
+        form: Form of a block's inverse.
+        dtype: Precision it is kept and sent in.
+    """
+
+    num_blocks: int
+    flops: int
+    form: InverseForm
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, factor: Factor, *, is_eigenbasis: bool) -> "Work":
+        """Count the work on a factor: in the form that it is in, or on its dense blocks for their eigenbasis."""
+        dtype = factor.values.dtype
+        if is_eigenbasis or factor.blocks is not None:
+            return cls.dense((factor.num_blocks, factor.width), dtype, is_eigenbasis=is_eigenbasis)
+        rows, patches = factor.core_width, factor.patches
+        if patches is None:
+            form = InverseForm(rows, factor.width, is_triangle=False, num_extra=1)
+            patch_width = 0
+        else:
+            form = InverseForm(rows, rows, is_triangle=True, num_extra=1)
+            patch_width = patches.geometry.in_channels if patches.geometry.stride == (1, 1) else factor.width
+        cost = SideCost(1, factor.width, vectors=0, inverse_period=1, patch_width=patch_width)
+        return cls(factor.num_blocks, cost.low_rank_inverse(rows), form, dtype)
+
+    @classmethod
+    def dense(cls, blocks: tuple[int, int], dtype: torch.dtype, *, is_eigenbasis: bool) -> "Work":
+        """Count the work on ``(number, width)`` dense blocks: their inverses, or their eigenbases."""
+        num_blocks, width = blocks
+        cost = SideCost(1, width, vectors=0, inverse_period=1)
+        flops = cost.eigenbasis() if is_eigenbasis else cost.dense_inverse()
+        num_extra = width if is_eigenbasis else 0
+        form = InverseForm(width, width, not is_eigenbasis, num_extra, is_eigenbasis)
+        return cls(num_blocks, flops, form, dtype)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes that the inverse of a block is sent as."""
+        return self.form.numbers * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class SharingPlan:
+    """Who inverts what.
+
+    Args:
+        works: The factors.
+        shares: For each, how many of its blocks each process inverts, in the order of the processes; ``None`` where
+            every process inverts all of them.
+        num_processes: N.
+    """
+
+    works: tuple[Work, ...]
+    shares: tuple[tuple[int, ...] | None, ...]
+    num_processes: int
+
+    def blocks_of(self, factor: int, rank: int) -> slice:
+        """Return which blocks of a shared factor a process inverts."""
+        shares = self.shares[factor]
+        assert shares is not None
+        start = sum(shares[:rank])
+        return slice(start, start + shares[rank])
+
+    def factors_of(self, rank: int, dtype: torch.dtype) -> list[int]:
+        """Return the shared factors of which a process inverts blocks."""
+        return [i for i, shares in enumerate(self.shares) if shares and shares[rank] and self.works[i].dtype == dtype]
+
+    @property
+    def dtypes(self) -> list[torch.dtype]:
+        """Return the precisions of shared factors, one message each."""
+        return list(dict.fromkeys(work.dtype for work, shares in zip(self.works, self.shares, strict=True) if shares))
+
+    def parts(self, dtype: torch.dtype) -> list[int]:
+        """Return how many numbers each process has to send."""
+        return [
+            sum(NUM_COUNTS + self._share(i, rank) * self.works[i].form.numbers for i in self.factors_of(rank, dtype))
+            for rank in range(self.num_processes)
+        ]
+
+    def is_summed(self, dtype: torch.dtype) -> bool:
+        """Whether the parts travel side by side in one sum over all processes, each adding zeros to the others'.
+
+        That moves them twice, but a gather moves every part as if it were the longest: too much where few processes
+        have most to send, as where a model has fewer wide blocks than there are processes.
+        """
+        parts = self.parts(dtype)
+        return self.num_processes * max(parts) > 2 * sum(parts)
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes that each process hands to the collectives."""
+        total = 0
+        for dtype in self.dtypes:
+            parts = self.parts(dtype)
+            total += dtype.itemsize * (sum(parts) if self.is_summed(dtype) else max(parts))
+        return total
+
+    @property
+    def received_bytes(self) -> float:
+        """Bytes that each process receives, if collectives go around a ring."""
+        others, total = self.num_processes - 1, 0.0
+        for dtype in self.dtypes:
+            parts = self.parts(dtype)
+            summed, gathered = 2 * others / self.num_processes * sum(parts), others * max(parts)
+            total += dtype.itemsize * (summed if self.is_summed(dtype) else gathered)
+        return total
+
+    @property
+    def flops_alone(self) -> int:
+        """FLOPs of a process that inverts everything."""
+        return sum(work.num_blocks * work.flops for work in self.works)
+
+    def flops_of(self, rank: int) -> int:
+        """FLOPs of one process."""
+        return sum(self._share(i, rank) * work.flops for i, work in enumerate(self.works))
+
+    @property
+    def most_flops(self) -> int:
+        """FLOPs of the process that has most to do."""
+        return max(self.flops_of(rank) for rank in range(self.num_processes))
+
+    @property
+    def num_shared(self) -> int:
+        """Blocks that one process inverts for all."""
+        return sum(work.num_blocks for work, shares in zip(self.works, self.shares, strict=True) if shares)
+
+    @property
+    def num_everywhere(self) -> int:
+        """Blocks that every process inverts."""
+        return sum(work.num_blocks for work in self.works) - self.num_shared
+
+    def _share(self, factor: int, rank: int) -> int:
+        shares = self.shares[factor]
+        return self.works[factor].num_blocks if shares is None else shares[rank]
+
+
+def validate_flops_per_byte(flops_per_byte: float | None) -> None:
+    """Raise ``ValueError`` unless it is ``None``, a number ≥ 0 or infinite."""
+    if flops_per_byte is not None and not flops_per_byte >= 0:
+        raise ValueError(
+            f"flops_per_byte must be a number >= 0 (0 shares out every inverse, inf none) or None (the device's own), "
+            f"got {flops_per_byte}."
+        )
+
+
+def machine_balance(device: torch.device, flops_per_byte: float | None) -> float:
+    """Return the FLOPs per byte to plan with: those given, or those of the device's type.
+
+    Raises:
+        ValueError: If none are given and none are known.
+    """
+    if flops_per_byte is not None:
+        return flops_per_byte
+    if device.type not in FLOPS_PER_BYTE:
+        known = ", ".join(FLOPS_PER_BYTE)
+        raise ValueError(
+            f"No machine balance is known for device {device.type} (only for {known}); give flops_per_byte."
+        )
+    return FLOPS_PER_BYTE[device.type]
+
+
+def plan_sharing(works: Sequence[Work], num_processes: int, flops_per_byte: float) -> SharingPlan:
+    """Decide which factors are shared out, and share out their blocks.
+
+    Args:
+        works: The factors of a refresh.
+        num_processes: N ≥ 1.
+        flops_per_byte: Machine balance, ≥ 0: 0 shares out everything, infinity nothing.
+
+    Returns:
+        The plan, which depends on nothing else. It shares nothing out if all in all that would be no cheaper, as where
+        one block is most of the work.
+    """
+    nothing = SharingPlan(tuple(works), (None,) * len(works), num_processes)
+    worthwhile = [i for i, work in enumerate(works) if _is_worth_sharing(work, num_processes, flops_per_byte)]
+    if not worthwhile:
+        return nothing
+    shares = _assigned(works, worthwhile, num_processes)
+    plan = SharingPlan(tuple(works), tuple(shares.get(i) for i in range(len(works))), num_processes)
+    cost = plan.most_flops + flops_per_byte * plan.received_bytes
+    return nothing if cost > plan.flops_alone else plan
+
+
+def _is_worth_sharing(work: Work, num_processes: int, flops_per_byte: float) -> bool:
+    if num_processes == 1 or math.isinf(flops_per_byte):
+        return False
+    return work.flops * (1 - 1 / num_processes) > work.block_bytes * flops_per_byte
+
+
+def _assigned(works: Sequence[Work], chosen: Sequence[int], num_processes: int) -> dict[int, tuple[int, ...]]:
+    """Give each block, dearest first, to the process with the least FLOPs so far; return blocks per process."""
+    loads = [(0, rank) for rank in range(num_processes)]  # a heap: among equals, the lowest rank
+    shares = {}
+    for i in sorted(chosen, key=lambda i: (-works[i].flops, i)):
+        counts = [0] * num_processes
+        for _ in range(works[i].num_blocks):
+            load, rank = loads[0]
+            counts[rank] += 1
+            heapq.heapreplace(loads, (load + works[i].flops, rank))
+        shares[i] = tuple(counts)
+    return shares
