@@ -18,6 +18,8 @@ from kfac_sua.preconditioner.settings import Application, KroneckerSettings, Wei
 from kfac_sua.preconditioner.state import (
     average_from_state,
     average_to_state,
+    factors_from_state,
+    factors_to_state,
     inverse_from_state,
     inverse_to_state,
     tensors_like,
@@ -40,6 +42,8 @@ class PreconditionedLayer:
         inverse: Inverse of its damped block; ``None`` before the first refresh.
         is_fresh: Whether factors have been measured since the last refresh.
         examples_per_process: Of the last measurement, where processes share a mini-batch.
+        keeps_factors: Whether the factors of the last refresh stay at hand.
+        factors: These.
     """
 
     name: str
@@ -51,6 +55,8 @@ class PreconditionedLayer:
     inverse: LayerInverse | LayerEigenbasis | None = None
     is_fresh: bool = False
     examples_per_process: int | None = None
+    keeps_factors: bool = False
+    factors: LayerFactors | None = None
 
     @classmethod
     def make(
@@ -81,15 +87,26 @@ class PreconditionedLayer:
     @property
     def site(self) -> Site:
         """What other processes must know of the layer."""
+        statistics = self.statistics
+        return Site(self.layout, statistics.geometry, statistics.max_rows, at_least_float32(self.weight.detach()))
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """Its weight."""
         weight = self.module.weight
         assert isinstance(weight, nn.Parameter)
-        statistics = self.statistics
-        return Site(self.layout, statistics.geometry, statistics.max_rows, at_least_float32(weight.detach()))
+        return weight
 
-    def begin_step(self, *, statistics_due: bool) -> None:
-        """Let the coming backward pass apply the inverse, unless this step may refresh it."""
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """Its bias, if it has one."""
+        bias = self.module.bias
+        return bias if isinstance(bias, nn.Parameter) else None
+
+    def begin_step(self, *, plain_gradient: bool) -> None:
+        """Let the coming backward pass apply the inverse, unless it shall leave the plain gradient."""
         if self.two_sided is not None:
-            is_usable = not statistics_due and isinstance(self.inverse, LayerInverse)
+            is_usable = not plain_gradient and isinstance(self.inverse, LayerInverse)
             self.two_sided.inverse = self.inverse if is_usable else None  # type: ignore[assignment]
             self.two_sided.num_examples = self.examples_per_process
 
@@ -105,9 +122,10 @@ class PreconditionedLayer:
         self.average.update(factors)
         self.is_fresh = True
 
-    def refreshed(self) -> None:
-        """Drop what the refresh that has just been made does not leave to the next one."""
+    def refreshed(self, factors: LayerFactors) -> None:
+        """Drop what the refresh that has just been made, of these factors, does not leave to the next one."""
         self.is_fresh = False
+        self.factors = factors if self.keeps_factors else None
         if self.average.decay == 0:
             self.average = RunningAverage(0.0)
 
@@ -120,12 +138,17 @@ class PreconditionedLayer:
         """Return the sides that the gradient does not carry yet."""
         return self.two_sided.take_applied_sides().complement() if self.two_sided else BOTH_SIDES
 
+    @property
+    def preconditioned_grads(self) -> list[Tensor]:
+        """The gradients that :meth:`precondition_` changes."""
+        grads = self.weight.grad, _trainable_grad(self.bias)
+        is_changed = self.inverse is not None and self.weight.grad is not None
+        return [grad for grad in grads if grad is not None] if is_changed else []
+
     def precondition_(self, sides: Sides) -> None:
         """Replace the gradients in place, by the given sides."""
-        weight, bias = self.module.weight, self.module.bias
-        assert isinstance(weight, nn.Parameter)
-        if self.inverse is not None and weight.grad is not None:
-            precondition_(weight.grad, _trainable_grad(bias), self.layout, self.inverse, sides)
+        if self.inverse is not None and self.weight.grad is not None:
+            precondition_(self.weight.grad, _trainable_grad(self.bias), self.layout, self.inverse, sides)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a continuation needs, as tensors and numbers."""
@@ -134,17 +157,17 @@ class PreconditionedLayer:
             "is_fresh": self.is_fresh,
             "examples_per_process": self.examples_per_process,
             "inverse": inverse_to_state(self.inverse),
+            "factors": factors_to_state(self.factors),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Undo :meth:`state_dict`, on the weight's device and in the precision that goes with it."""
-        weight = self.module.weight
-        assert isinstance(weight, nn.Parameter)
-        state = tensors_like(state, at_least_float32(weight.detach()))
+        state = tensors_like(state, at_least_float32(self.weight.detach()))
         self.average = average_from_state(state["average"], self.average.decay, self.statistics.geometry)
         self.is_fresh = state["is_fresh"]
         self.examples_per_process = state["examples_per_process"]
         self.inverse = inverse_from_state(state["inverse"], self.statistics.geometry)
+        self.factors = factors_from_state(state.get("factors", {}), self.statistics.geometry)
 
     def remove(self) -> None:
         """Give the module its own forward back."""
@@ -152,5 +175,5 @@ class PreconditionedLayer:
             self.two_sided.remove()
 
 
-def _trainable_grad(bias: Tensor | nn.Module | None) -> Tensor | None:
-    return bias.grad if isinstance(bias, nn.Parameter) and bias.requires_grad else None
+def _trainable_grad(bias: nn.Parameter | None) -> Tensor | None:
+    return bias.grad if bias is not None and bias.requires_grad else None
