@@ -7,10 +7,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from kfac_sua.build import build_model, build_optimizer, build_preconditioner, build_splits, memory_format
+from kfac_sua.build import (
+    build_adaptive_damping,
+    build_model,
+    build_optimizer,
+    build_preconditioner,
+    build_splits,
+    memory_format,
+)
 from kfac_sua.config import Config
 from kfac_sua.data import BatchLoader, ImageSet, Splits, epoch_generator
-from kfac_sua.preconditioner import KroneckerPreconditioner
+from kfac_sua.preconditioner import AdaptiveDamping, KroneckerPreconditioner
 from kfac_sua.training.checkpoint import Checkpoint
 from kfac_sua.training.evaluate import ErrorCounter
 from kfac_sua.training.seeding import seed_everything
@@ -31,6 +38,7 @@ class Training:
         step: Completed optimisation steps.
         skipped_steps: Mini-batches that took no step, as something in them was not finite.
         sums: Losses and errors of the epoch's mini-batches.
+        adaptive_damping: Adapts the damping, if it is to be.
     """
 
     config: Config
@@ -47,6 +55,7 @@ class Training:
     batch: int = 0
     step: int = 0
     skipped_steps: int = 0
+    adaptive_damping: AdaptiveDamping | None = None
 
     @classmethod
     def start(cls, config: Config, device: torch.device) -> "Training":
@@ -90,6 +99,7 @@ class Training:
             watch,
             ErrorCounter(device),
             splits.digest(),
+            adaptive_damping=build_adaptive_damping(config.preconditioner, preconditioner),
         )
 
     @functools.cached_property
