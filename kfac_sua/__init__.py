@@ -4,9 +4,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kfac_sua.preconditioner import KroneckerPreconditioner, KroneckerSettings
+    from kfac_sua.preconditioner import (
+        AdaptiveDamping,
+        DampingScheduler,
+        KroneckerPreconditioner,
+        KroneckerSettings,
+        exponential_damping,
+    )
 
-__all__ = ["KroneckerPreconditioner", "KroneckerSettings"]
+__all__ = [
+    "AdaptiveDamping",
+    "DampingScheduler",
+    "KroneckerPreconditioner",
+    "KroneckerSettings",
+    "exponential_damping",
+]
 
 __version__ = "0.1.0"  # the only place: the build reads it here
 

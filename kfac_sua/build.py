@@ -23,7 +23,7 @@ from kfac_sua.config import (
 from kfac_sua.data import Splits, load_archive, load_digits, make_splits
 from kfac_sua.models import VGG11, PreActResNet50, TinyConvNet
 from kfac_sua.optimizers import MuonWithAdamW
-from kfac_sua.preconditioner import KroneckerPreconditioner
+from kfac_sua.preconditioner import AdaptiveDamping, KroneckerPreconditioner
 
 # Networks whose batch normalisation can be left out.
 PLAIN_NETS = {ModelName.vgg11: VGG11, ModelName.tiny: TinyConvNet}
@@ -139,6 +139,26 @@ def build_preconditioner(
         return None
     try:
         return KroneckerPreconditioner(model, settings=config.settings(), seed=seed, distributed=distributed)
+    except ValueError as error:
+        raise settings_error(error) from error
+
+
+def build_adaptive_damping(
+    config: PreconditionerConfig, preconditioner: KroneckerPreconditioner | None
+) -> AdaptiveDamping | None:
+    """Return what adapts the damping, or None where it stays.
+
+    Args:
+        config: Its settings.
+        preconditioner: The preconditioner, if there is one.
+
+    Raises:
+        ConfigError: If the damping is out of the range that can be adapted.
+    """
+    if preconditioner is None or not isinstance(config, KroneckerConfig) or config.adaptive_damping is None:
+        return None
+    try:
+        return AdaptiveDamping(preconditioner, period=config.adaptive_damping)
     except ValueError as error:
         raise settings_error(error) from error
 

@@ -61,6 +61,10 @@ def _positive(value: float) -> bool:
     return LEAST_FLOAT <= value <= LARGEST_FLOAT
 
 
+def _positive_or_null(value: float | None) -> bool:
+    return value is None or _positive(value)
+
+
 def _betas(values: list[float]) -> bool:
     return len(values) == 2 and all(0 <= beta < 1 for beta in values)
 
@@ -89,6 +93,8 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "dataset.train_size": (_one_or_null, "≥ 1 or null (all images)"),
     "dataset.train_eval_size": (_one_or_null, "≥ 1 or null (all images)"),
     "dataset.split_seed": (lambda seed: 0 <= seed < 2**32, "between 0 and 4294967295"),
+    "preconditioner.damping_final": (_positive_or_null, "null (it stays as it is) or " + FLOAT_ABOVE_0),
+    "preconditioner.adaptive_damping": (_one_or_null, "≥ 1 mini-batch or null (never)"),
     "optimizer.lr": (_positive, FLOAT_ABOVE_0),
     "optimizer.weight_decay": (lambda decay: 0 <= decay <= LARGEST_FLOAT, "a number ≥ 0 within the range of float32"),
     "optimizer.momentum": (lambda momentum: 0 <= momentum < 1, "in [0, 1)"),
@@ -146,6 +152,7 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield from _step_schedule_problems(config.schedule)
     if isinstance(config.preconditioner, KroneckerConfig):
         yield from _kronecker_problems(config.preconditioner, config.dataset.name)
+        yield from _damping_problems(config.preconditioner, config.epochs)
     elif config.preconditioner.name is not PreconditionerName.baseline:
         yield _only_renamed("preconditioner", config.preconditioner.name)
     if isinstance(config.schedule, StepScheduleConfig) != (config.schedule.name is ScheduleName.step):
@@ -201,6 +208,20 @@ def _kronecker_problems(preconditioner: KroneckerConfig, dataset: DatasetName) -
         yield (
             f"preconditioner.fisher_type=exact takes {num_classes} backward passes per measurement on "
             f"dataset={dataset}; use empirical or mc, or set preconditioner.allow_exact_fisher=true."
+        )
+
+
+def _damping_problems(preconditioner: KroneckerConfig, epochs: int) -> Iterator[str]:
+    final, period = preconditioner.damping_final, preconditioner.adaptive_damping
+    if final is not None and period is not None:
+        yield (
+            f"preconditioner.damping_final={final:g} and preconditioner.adaptive_damping={period} would both set the "
+            "damping; give one of them, the other null."
+        )
+    if final is not None and epochs == 1:
+        yield (
+            f"preconditioner.damping_final={final:g} is that of the last epoch, which with epochs=1 is the first; give "
+            "epochs ≥ 2, or preconditioner.damping."
         )
 
 

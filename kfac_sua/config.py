@@ -143,6 +143,8 @@ class KroneckerConfig(PreconditionerConfig, KroneckerSettings):
     """All settings of the preconditioner; see ``configs/preconditioner`` and :class:`KroneckerSettings`."""
 
     allow_exact_fisher: bool = False
+    damping_final: float | None = None
+    adaptive_damping: int | None = None
 
     def settings(self) -> KroneckerSettings:
         """Return what the preconditioner itself takes, without the keys of the command line."""

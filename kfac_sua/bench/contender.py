@@ -132,7 +132,7 @@ class Contender:
             loss.backward()
         if preconditioner is not None:
             with watch.phase("application"):
-                preconditioner.step()
+                preconditioner.step(lr=self._optimizer.param_groups[0]["lr"])
         with watch.phase("optimizer"):
             self._optimizer.step()
 

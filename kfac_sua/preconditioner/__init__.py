@@ -1,5 +1,7 @@
 """Structured Fisher preconditioners for PyTorch: K-FAC, SUA, channel groups. Imports torch and the standard library."""
 
+from kfac_sua.preconditioner.adaptive_damping import AdaptiveDamping
+from kfac_sua.preconditioner.damping_schedule import DampingScheduler, exponential_damping
 from kfac_sua.preconditioner.kfac import KroneckerPreconditioner
 from kfac_sua.preconditioner.report import LayerReport, LayerTable
 from kfac_sua.preconditioner.settings import (
@@ -15,8 +17,10 @@ from kfac_sua.preconditioner.settings import (
 )
 
 __all__ = [
+    "AdaptiveDamping",
     "Application",
     "DampingRule",
+    "DampingScheduler",
     "FisherType",
     "InverseMethod",
     "KroneckerPreconditioner",
@@ -27,4 +31,5 @@ __all__ = [
     "LossReduction",
     "Structure",
     "WeightSharing",
+    "exponential_damping",
 ]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kfac_sua.preconditioner.grouping import BiasBlock, BlockLayout
 from kfac_sua.preconditioner.inverse import EigenBasis, Inverse
+from kfac_sua.preconditioner.statistics import LayerFactors
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,31 @@ def precondition_exact(blocks: Tensor, basis: LayerEigenbasis) -> Tensor:
     activation_values = basis.activation.values.view(g, 1, 1, 1, num_q, d)
     rotated = rotated / (basis.scale * gradient_values * activation_values + basis.damping)
     return _rotate(rotated, basis.gradient.vectors, basis.activation.vectors.mT)
+
+
+def quadratic_form(weight: Tensor, bias: Tensor | None, layout: BlockLayout, factors: LayerFactors) -> Tensor:
+    """Return vᵀ (scale · Ā ⊗ Ḡ) v, the layer's undamped Fisher block between a vector of its parameters and itself.
+
+    Args:
+        weight: The weight's part of v, ``[out, in, kh, kw]`` or ``[out, in]``.
+        bias: The bias's part, ``[out]``; ``None`` where the layer has no trainable bias.
+        layout: The layer's block layout.
+        factors: Its undamped factors.
+
+    Returns:
+        A 0-d tensor, on the device.
+    """
+    dtype = factors.gradient.values.dtype
+    bias = None if bias is None else bias.to(dtype)
+    blocks = _to_blocks(weight.to(dtype), bias, layout)  # [g, P, p, t, Q, d]
+    g, num_p, p, t, num_q, d = blocks.shape
+    left = factors.gradient.times(blocks.reshape(g * num_p, p, t * num_q * d)).view(blocks.shape)
+    product = _weight_view(factors.activation.times(_activation_view(left).mT).mT, blocks.shape)
+    total = (blocks * product).sum()
+    if bias is not None and layout.bias is BiasBlock.SEPARATE:
+        columns = _bias_blocks(bias, layout)  # [g · P, p, 1]; the bias's activation factor is 1
+        total = total + (columns * factors.gradient.times(columns)).sum()
+    return factors.scale * total
 
 
 def _rotate(blocks: Tensor, gradient_matrix: Tensor, activation_matrix: Tensor) -> Tensor:

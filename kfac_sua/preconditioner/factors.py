@@ -81,6 +81,13 @@ class Factor:
             return self.blocks
         return gram(self.patches.rows()[None] if self.patches is not None else self.values)
 
+    def times(self, values: Tensor) -> Tensor:
+        """Multiply ``[num_blocks, d, n]`` by the blocks, without forming them from rows."""
+        if self.blocks is not None:
+            return torch.bmm(self.blocks, values)
+        rows = self.patches.rows()[None] if self.patches is not None else self.values
+        return torch.bmm(rows.mT, torch.bmm(rows, values))
+
     @property
     def core_width(self) -> int:
         """Width of the matrices that :meth:`core` gives."""

@@ -6,7 +6,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from kfac_sua.preconditioner.capture import Capture, Phase, PhaseSource
 from kfac_sua.preconditioner.changes import check_layers, check_trainable, is_frozen
 from kfac_sua.preconditioner.compiled import UncompiledWhileRecording, compiled_modules
+from kfac_sua.preconditioner.damping_schedule import DampingFunction
 from kfac_sua.preconditioner.events import EventLog
 from kfac_sua.preconditioner.exchange import SharedInversion
 from kfac_sua.preconditioner.fisher import fisher_cotangents
 from kfac_sua.preconditioner.inverse import DAMPING_RAISES
+from kfac_sua.preconditioner.kl_clip import KLClip
 from kfac_sua.preconditioner.layers import discover_layers, log_plain_layers, preconditioned
 from kfac_sua.preconditioner.oddities import report_frozen, report_missing, report_other_examples
 from kfac_sua.preconditioner.precision import factor_precision
@@ -35,6 +37,7 @@ from kfac_sua.preconditioner.settings import (
     LossReduction,
     Structure,
     WeightSharing,
+    checked_damping,
     merge_settings,
 )
 from kfac_sua.preconditioner.sharing import validate_flops_per_byte
@@ -46,6 +49,19 @@ STATE_VERSION = 3
 
 
 _COPY_CURE = "make one for the other model and give it load_state_dict(preconditioner.state_dict())"
+
+
+class GradientObserver(Protocol):
+    """Is shown the plain gradients of some steps."""
+
+    def wants(self, step: int) -> bool:
+        """Whether to be shown those of this step, counted from 0."""
+
+    def observe(self) -> None:
+        """Called when every ``.grad`` is the plain gradient, after a refresh that is due."""
+
+    def forget(self) -> None:
+        """Called when what was observed does not count any more."""
 
 
 class KroneckerPreconditioner:
@@ -93,7 +109,8 @@ class KroneckerPreconditioner:
         model: Any module, wrapped or not; its ``nn.Linear`` and ``nn.Conv2d`` layers are preconditioned.
         structure: ``"kfac"`` or ``"sua"``.
         group_size: Channels per group; ``None`` for no grouping.
-        damping: Tikhonov ε > 0 on each layer's Fisher block.
+        damping: Tikhonov ε > 0 on each layer's Fisher block, or a function from the number of steps taken to it. It
+            enters with each refresh; see :attr:`damping` and ``damping_schedule.py``.
         damping_rule: ``"factored"``, ``"factored_pi"`` or ``"exact"``.
         weight_sharing: ``"expand"`` or ``"reduce"``.
         fisher_type: ``"empirical"``, ``"mc"`` or ``"exact"``.
@@ -105,6 +122,7 @@ class KroneckerPreconditioner:
         activation_rows: Rows of a mini-batch that activation factors are measured from at most; ``None`` for all.
         inverse_method: ``"auto"``, ``"cholesky"`` or ``"low_rank"``.
         application: ``"weight"`` or ``"auto"``.
+        kl_clip: κ > 0: shorten steps with lr² Σ g·u > κ; then ``step()`` needs ``lr``. ``None`` never does.
         skip: Names of layers to leave to the plain gradient, with shell-style wildcards.
         settings: All of the above at once; then none of them may be given. Their defaults and constraints are those
             of :class:`KroneckerSettings`.
@@ -129,7 +147,7 @@ class KroneckerPreconditioner:
         *,
         structure: Structure | str | None = None,
         group_size: int | None = None,
-        damping: float | None = None,
+        damping: float | DampingFunction | None = None,
         damping_rule: DampingRule | str | None = None,
         weight_sharing: WeightSharing | str | None = None,
         fisher_type: FisherType | str | None = None,
@@ -141,6 +159,7 @@ class KroneckerPreconditioner:
         activation_rows: int | None = None,
         inverse_method: InverseMethod | str | None = None,
         application: Application | str | None = None,
+        kl_clip: float | None = None,
         skip: Sequence[str] | None = None,
         settings: KroneckerSettings | None = None,
         seed: int = 0,
@@ -150,7 +169,7 @@ class KroneckerPreconditioner:
         options = {
             "structure": structure,
             "group_size": group_size,
-            "damping": damping,
+            "damping": checked_damping(damping(0)) if callable(damping) else damping,
             "damping_rule": damping_rule,
             "weight_sharing": weight_sharing,
             "fisher_type": fisher_type,
@@ -162,10 +181,14 @@ class KroneckerPreconditioner:
             "activation_rows": activation_rows,
             "inverse_method": inverse_method,
             "application": application,
+            "kl_clip": kl_clip,
             "skip": skip if skip is None or isinstance(skip, str) else list(skip),
         }
         self.settings = merge_settings(settings, options)
         validate_flops_per_byte(flops_per_byte)
+        self._damping = self.settings.damping
+        self._damping_function = damping if callable(damping) else None
+        self._kl_scale: Tensor | None = None
         self.seed = seed
         self._model = bare_model(model)
         self.num_steps = 0
@@ -173,6 +196,7 @@ class KroneckerPreconditioner:
         self._processes = default_processes() if distributed else None
         self._shared_inversion = SharedInversion(self._processes, flops_per_byte) if self._processes else None
         self._phases = PhaseSource(_no_phase)
+        self._observer: weakref.ref[GradientObserver] | None = None
         self._discovered = discover_layers(self._model, self.settings.skip)
         log_plain_layers(self._discovered)
         num_processes = self._processes.size if self._processes else 1
@@ -194,10 +218,53 @@ class KroneckerPreconditioner:
         self._release = weakref.finalize(self, _release, self._capture, self._replaced)
         self._begin_step()
 
+    # --- what -------------------------------------------------------------------------------------------------------
+
     @property
     def events(self) -> Counter[str]:
         """How often what happened to which layer, under ``kind:layer``: failed inverses, dropped statistics, …."""
         return self._events.counts
+
+    @property
+    def damping(self) -> float:
+        """Tikhonov ε of the next refresh. It can be set, to take effect then; until then the inverses at hand stay.
+
+        ``settings.damping`` stays what training started with.
+
+        Raises:
+            ValueError: If it is set to anything but a number > 0, or although it is a function of the step.
+        """
+        function = self._damping_function
+        return self._damping if function is None else checked_damping(function(self.num_steps))
+
+    @damping.setter
+    def damping(self, value: float) -> None:
+        if self._damping_function is not None:
+            raise ValueError(
+                "damping was given as a function of the step, which decides it; make the preconditioner with a number "
+                "to set it or to adapt it."
+            )
+        self._damping = checked_damping(value)
+
+    @property
+    def kl_scale(self) -> Tensor | None:
+        """What ``kl_clip`` multiplied the last step with, a 0-d tensor on the device; ``None`` before the first."""
+        return self._kl_scale
+
+    @property
+    def model(self) -> nn.Module:
+        """The model."""
+        return self._model
+
+    @property
+    def layers(self) -> tuple[PreconditionedLayer, ...]:
+        """The preconditioned layers."""
+        return tuple(self._layers.values())
+
+    @property
+    def processes(self) -> Processes | None:
+        """The processes that share a mini-batch; ``None`` if there is but one."""
+        return self._processes
 
     # --- when -------------------------------------------------------------------------------------------------------
 
@@ -238,6 +305,16 @@ class KroneckerPreconditioner:
         """
         return self._paused()
 
+    def observe_gradients(self, observer: GradientObserver) -> None:
+        """Show an observer the plain gradients of the steps that it wants, and keep the factors of refreshes for it.
+
+        It is referred to weakly, and takes the place of another.
+        """
+        self._observer = weakref.ref(observer)
+        for layer in self._layers.values():
+            layer.keeps_factors = True
+        self._begin_step()
+
     def discard(self) -> None:
         """Forget the passes since the last step, as when a mini-batch is abandoned after its backward.
 
@@ -269,7 +346,9 @@ class KroneckerPreconditioner:
         cotangents = fisher_cotangents(outputs, self.settings.fisher_type, self.settings.likelihood, generator, place)
         self._capture.backward(outputs, cotangents)
 
-    def step(self, *, loss_scale: float | None = None, loss_weight: float = 1.0) -> bool:
+    def step(
+        self, *, loss_scale: float | None = None, loss_weight: float = 1.0, lr: float | Tensor | None = None
+    ) -> bool:
         """Precondition the gradients in place, first measuring and refreshing what is due.
 
         Call it after ``loss.backward()`` and before ``optimizer.step()``, once per optimisation step; with a
@@ -281,15 +360,19 @@ class KroneckerPreconditioner:
                 that waits for the device once.
             loss_weight: What else the loss was multiplied with, > 0: where processes have parts of different sizes of a
                 mini-batch, ``num_processes · part / whole``, so that averaging the gradients over processes is right.
+            lr: Learning rate that the optimizer will use for the preconditioned layers, ≥ 0. ``kl_clip`` needs it;
+                nothing else reads it.
 
         Returns:
             False if the mini-batch was skipped: then it leaves no trace, and the next one takes its place.
 
         Raises:
-            ValueError: If ``loss_scale`` or ``loss_weight`` is not a finite number > 0.
+            ValueError: If ``loss_scale`` or ``loss_weight`` is not a finite number > 0, or ``lr`` is missing where
+                ``kl_clip`` is on.
             RuntimeError: If statistics are due but none were recorded, an inverse fails that has no predecessor, or
                 the model has got other trainable layers since the preconditioner was made.
         """
+        clip = self._make_clip(lr)
         if loss_scale is not None:
             _validate_loss_scale("loss_scale", loss_scale)
             if not self._has_finite_gradients():
@@ -300,7 +383,10 @@ class KroneckerPreconditioner:
             self.update_factors(loss_scale=1.0 if loss_scale is None else loss_scale, loss_weight=loss_weight)
         if self.inverses_due:
             self.update_inverses()
-        self.precondition_()
+        observer = self._interested_observer()
+        if observer is not None:
+            observer.observe()
+        self._precondition_(clip)
         self.num_steps += 1
         self._begin_step()
         return True
@@ -357,21 +443,22 @@ class KroneckerPreconditioner:
             layers = [layer for layer in self._layers.values() if layer.is_fresh]
             factors = [layer.average.corrected() for layer in layers]
             layouts = [layer.layout for layer in layers]
-            refreshed = refresh_layers(factors, layouts, self.settings, self._shared_inversion)
-            for layer, result in zip(layers, refreshed, strict=True):
+            settings = dataclasses.replace(self.settings, damping=self.damping)
+            refreshed = refresh_layers(factors, layouts, settings, self._shared_inversion)
+            for layer, result, factors_used in zip(layers, refreshed, factors, strict=True):
                 self._take_inverse(layer, result)
-                layer.refreshed()
+                layer.refreshed(factors_used)
 
-    @torch.no_grad()
-    def precondition_(self) -> None:
-        """Replace the gradients of the preconditioned layers in place, with the inverses at hand."""
-        with self._phases.phase("application"), factor_precision():
-            missing = [layer.take_missing_sides() for layer in self._layers.values()]  # all may raise before any change
-            for layer, sides in zip(self._layers.values(), missing, strict=True):
-                if is_frozen(layer.module):
-                    report_frozen(layer, self._events)
-                else:
-                    layer.precondition_(sides)
+    def precondition_(self, *, lr: float | Tensor | None = None) -> None:
+        """Replace the gradients of the preconditioned layers in place, with the inverses at hand.
+
+        Args:
+            lr: As in :meth:`step`.
+
+        Raises:
+            ValueError: If ``kl_clip`` is on and ``lr`` is missing, negative or not finite.
+        """
+        self._precondition_(self._make_clip(lr))
 
     def describe(self) -> LayerTable:
         """Return a row per layer: structure, blocks, factor sizes, memory and FLOPs, or why it is left alone.
@@ -411,12 +498,15 @@ class KroneckerPreconditioner:
             "num_steps": self.num_steps,
             "seed": self.seed,
             "settings": self.settings.to_plain(),
+            "damping": self.damping,
             "events": dict(self.events),
             "layers": {name: layer.state_dict() for name, layer in self._layers.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict` of a preconditioner of the same model and settings.
+
+        The damping continues as it was last set, or as the function says that the preconditioner was made with.
 
         Raises:
             ValueError: If the state has another version, other settings or other layers.
@@ -429,7 +519,7 @@ class KroneckerPreconditioner:
         differing = [
             f"{key}={state['settings'].get(key)} (here {own[key]})"
             for key in own
-            if state["settings"].get(key) != own[key]
+            if state["settings"].get(key) != own[key] and not (key == "damping" and self._damping_function)
         ]
         if differing:
             raise ValueError(f"Preconditioner state was saved with other settings: {', '.join(differing)}.")
@@ -439,8 +529,12 @@ class KroneckerPreconditioner:
         for name, layer in self._layers.items():
             layer.load_state_dict(state["layers"][name])
         self.num_steps, self.seed = state["num_steps"], state["seed"]
+        self._damping = state.get("damping", self.settings.damping)  # states of before it could be set have none
         self._events.counts = Counter(state["events"])
         self.discard()
+        observer = None if self._observer is None else self._observer()
+        if observer is not None:
+            observer.forget()
         self._begin_step()
 
     # --- inside -----------------------------------------------------------------------------------------------------
@@ -475,8 +569,30 @@ class KroneckerPreconditioner:
         if self._capture.was_compiled:  # the model was compiled after this was made
             self._run_uncompiled([self._model])
         self._capture.enabled = self.statistics_due
+        plain_gradient = self.statistics_due or self._interested_observer() is not None
         for layer in self._layers.values():
-            layer.begin_step(statistics_due=self.statistics_due)
+            layer.begin_step(plain_gradient=plain_gradient)
+
+    def _interested_observer(self) -> GradientObserver | None:
+        """Return the observer if it wants to be shown the gradients of the coming step."""
+        observer = None if self._observer is None else self._observer()
+        return observer if observer is not None and observer.wants(self.num_steps) else None
+
+    def _make_clip(self, lr: float | Tensor | None) -> KLClip | None:
+        return None if self.settings.kl_clip is None else KLClip(self.settings.kl_clip, lr)
+
+    @torch.no_grad()
+    def _precondition_(self, clip: KLClip | None) -> None:
+        with self._phases.phase("application"), factor_precision():
+            missing = [layer.take_missing_sides() for layer in self._layers.values()]  # all may raise before any change
+            for layer, sides in zip(self._layers.values(), missing, strict=True):
+                if is_frozen(layer.module):
+                    report_frozen(layer, self._events)
+                    continue
+                with nullcontext() if clip is None else clip.measuring(layer.preconditioned_grads):
+                    layer.precondition_(sides)
+            if clip is not None:
+                self._kl_scale = clip.scale_()
 
     def _run_uncompiled(self, modules: Iterable[nn.Module]) -> None:
         """Leave compiled modules uncompiled while statistics are recorded."""
@@ -526,7 +642,7 @@ class KroneckerPreconditioner:
             )
         return (
             f"The factors of layer {name!r} cannot be inverted ({num_failed} blocks, also in float64 and with "
-            f"{DAMPING_RAISES[-1]} times their damping) with damping {self.settings.damping:g}; raise the damping."
+            f"{DAMPING_RAISES[-1]} times their damping) with damping {self.damping:g}; raise the damping."
         )
 
     def _nothing_recorded(self) -> str:

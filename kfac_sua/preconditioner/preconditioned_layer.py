@@ -19,6 +19,8 @@ from kfac_sua.preconditioner.settings import Application, KroneckerSettings, Wei
 from kfac_sua.preconditioner.state import (
     average_from_state,
     average_to_state,
+    factors_from_state,
+    factors_to_state,
     inverse_from_state,
     inverse_to_state,
     tensors_like,
@@ -42,6 +44,8 @@ class PreconditionedLayer:
         is_fresh: Whether factors have been measured since the last refresh.
         num_examples: Of the last measurement, over all processes; ``None`` before the first.
         num_processes: Processes that share a mini-batch.
+        keeps_factors: Whether the factors of the last refresh stay at hand.
+        factors: These.
     """
 
     name: str
@@ -54,6 +58,8 @@ class PreconditionedLayer:
     is_fresh: bool = False
     num_examples: int | None = None
     num_processes: int = 1
+    keeps_factors: bool = False
+    factors: LayerFactors | None = None
 
     @classmethod
     def make(
@@ -85,15 +91,26 @@ class PreconditionedLayer:
     @property
     def site(self) -> Site:
         """What other processes must know of the layer."""
+        statistics = self.statistics
+        return Site(self.layout, statistics.geometry, statistics.max_rows, at_least_float32(self.weight.detach()))
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """Its weight."""
         weight = self.module.weight
         assert isinstance(weight, nn.Parameter)
-        statistics = self.statistics
-        return Site(self.layout, statistics.geometry, statistics.max_rows, at_least_float32(weight.detach()))
+        return weight
 
-    def begin_step(self, *, statistics_due: bool) -> None:
-        """Let the coming backward pass apply the inverse, unless this step may refresh it."""
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """Its bias, if it has one."""
+        bias = self.module.bias
+        return bias if isinstance(bias, nn.Parameter) else None
+
+    def begin_step(self, *, plain_gradient: bool) -> None:
+        """Let the coming backward pass apply the inverse, unless it shall leave the plain gradient."""
         if self.two_sided is not None:
-            is_usable = not statistics_due and isinstance(self.inverse, LayerInverse)
+            is_usable = not plain_gradient and isinstance(self.inverse, LayerInverse)
             self.two_sided.inverse = self.inverse if is_usable else None  # type: ignore[assignment]
             # Alone, a layer goes by the mini-batch at hand.
             is_shared = self.num_processes > 1
@@ -120,9 +137,10 @@ class PreconditionedLayer:
         if kept is not None and isinstance(weight, Tensor) and not fits(kept, weight):
             self.load_state_dict(self.state_dict())
 
-    def refreshed(self) -> None:
-        """Drop what the refresh that has just been made does not leave to the next one."""
+    def refreshed(self, factors: LayerFactors) -> None:
+        """Drop what the refresh that has just been made, of these factors, does not leave to the next one."""
         self.is_fresh = False
+        self.factors = factors if self.keeps_factors else None
         if self.average.decay == 0:
             self.average = RunningAverage(0.0)
 
@@ -137,15 +155,20 @@ class PreconditionedLayer:
 
     def has_gradient(self) -> bool:
         """Whether its weight has a gradient that is not zero; waits for the device."""
-        grad = self.module.weight.grad
-        return isinstance(grad, Tensor) and bool(grad.any())
+        grad = self.weight.grad
+        return grad is not None and bool(grad.any())
+
+    @property
+    def preconditioned_grads(self) -> list[Tensor]:
+        """The gradients that :meth:`precondition_` changes."""
+        grads = self.weight.grad, _trainable_grad(self.bias)
+        is_changed = self.inverse is not None and self.weight.grad is not None
+        return [grad for grad in grads if grad is not None] if is_changed else []
 
     def precondition_(self, sides: Sides) -> None:
         """Replace the gradients in place, by the given sides."""
-        weight, bias = self.module.weight, self.module.bias
-        assert isinstance(weight, nn.Parameter)
-        if self.inverse is not None and weight.grad is not None:
-            precondition_(weight.grad, _trainable_grad(bias), self.layout, self.inverse, sides)
+        if self.inverse is not None and self.weight.grad is not None:
+            precondition_(self.weight.grad, _trainable_grad(self.bias), self.layout, self.inverse, sides)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a continuation needs, as tensors and numbers."""
@@ -154,17 +177,17 @@ class PreconditionedLayer:
             "is_fresh": self.is_fresh,
             "num_examples": self.num_examples,
             "inverse": inverse_to_state(self.inverse),
+            "factors": factors_to_state(self.factors),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Undo :meth:`state_dict`, on the weight's device and in the precision that goes with it."""
-        weight = self.module.weight
-        assert isinstance(weight, nn.Parameter)
-        state = tensors_like(state, at_least_float32(weight.detach()))
+        state = tensors_like(state, at_least_float32(self.weight.detach()))
         self.average = average_from_state(state["average"], self.average.decay, self.statistics.geometry)
         self.is_fresh = state["is_fresh"]
         self.num_examples = state["num_examples"]
         self.inverse = inverse_from_state(state["inverse"], self.statistics.geometry)
+        self.factors = factors_from_state(state.get("factors", {}), self.statistics.geometry)
 
     def _kept_tensor(self) -> Tensor | None:
         """Return a tensor that is kept from step to step, if there is any."""
@@ -180,5 +203,5 @@ class PreconditionedLayer:
             self.two_sided.remove()
 
 
-def _trainable_grad(bias: Tensor | nn.Module | None) -> Tensor | None:
-    return bias.grad if isinstance(bias, nn.Parameter) and bias.requires_grad else None
+def _trainable_grad(bias: nn.Parameter | None) -> Tensor | None:
+    return bias.grad if bias is not None and bias.requires_grad else None

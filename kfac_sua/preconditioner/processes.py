@@ -124,6 +124,12 @@ class Processes:
         described: list[list[list[int]]] = torch.stack(self.gather(header, "header")).tolist()
         return described
 
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the mean over the processes of values of one shape, the same on all of them."""
+        total = values.clone()
+        dist.all_reduce(total, group=self._group)
+        return total / self.size
+
     def _exchange(self, sides: Sequence[_Side]) -> Iterator[Factor]:
         rows, moments = self._exchange_rows(sides), self._exchange_moments(sides)
         for side in sides:

@@ -112,6 +112,7 @@ class KroneckerSettings:
             in which they do not choose as one process would.
         inverse_method: ``auto``, ``cholesky`` or ``low_rank``.
         application: ``weight`` or ``auto``; the result is the same to rounding.
+        kl_clip: κ > 0: shorten steps whose lr² Σ g·u exceeds it, see ``kl_clip.py``; ``None`` never does.
         skip: Names of layers to leave to the plain gradient; shell-style wildcards such as ``features.*``.
 
     Raises:
@@ -132,6 +133,7 @@ class KroneckerSettings:
     activation_rows: int | None = None
     inverse_method: InverseMethod = InverseMethod.auto
     application: Application = Application.weight
+    kl_clip: float | None = None
     skip: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -147,7 +149,7 @@ class KroneckerSettings:
     def validate(self) -> None:
         """Raise ``ValueError`` naming the first field that is out of range or contradicts another."""
         self._validate_types()
-        _require(1e-37 <= self.damping <= 1e37, "damping", "a number > 0 within the range of float32", self.damping)
+        checked_damping(self.damping)
         _require(
             self.group_size is None or self.group_size >= 1,
             "group_size",
@@ -159,6 +161,7 @@ class KroneckerSettings:
         self._validate_periods()
         self._validate_activation_rows()
         self._validate_inverse_method()
+        self._validate_kl_clip()
 
     def to_plain(self) -> dict[str, Any]:
         """Return the settings as strings, numbers and lists, as a checkpoint can hold them."""
@@ -171,8 +174,8 @@ class KroneckerSettings:
             is_integer = isinstance(value, int) and not isinstance(value, bool)
             _require(is_integer or (value is None and name != "inverse_period"), name, "an integer", value)
         for name in ("damping", "ema_decay"):
-            value = getattr(self, name)
-            _require(isinstance(value, int | float) and not isinstance(value, bool), name, "a number", value)
+            _require(_is_number(getattr(self, name)), name, "a number", getattr(self, name))
+        _require(self.kl_clip is None or _is_number(self.kl_clip), "kl_clip", "a number", self.kl_clip)
         _require(not isinstance(self.skip, str), "skip", "a list of layer names", self.skip)
 
     def _validate_periods(self) -> None:
@@ -215,6 +218,29 @@ class KroneckerSettings:
                 f"over many; set ema_decay=0 or inverse_method=auto."
             )
 
+    def _validate_kl_clip(self) -> None:
+        if self.kl_clip is None:
+            return
+        is_usable = 1e-37 <= self.kl_clip <= 1e37
+        _require(is_usable, "kl_clip", "> 0 within the range of float32, or null (no clipping)", self.kl_clip)
+        if self.application is Application.auto:
+            raise ValueError(
+                f"kl_clip={self.kl_clip:g} needs the plain gradient in every step, but application=auto preconditions "
+                f"that of some layers inside the backward pass; use application=weight or kl_clip=null."
+            )
+
+
+def checked_damping(value: object) -> float:
+    """Return a damping if it can be one.
+
+    Raises:
+        ValueError: If it is not a number > 0 within the range of float32.
+    """
+    _require(_is_number(value), "damping", "a number", value)
+    assert isinstance(value, int | float)
+    _require(1e-37 <= value <= 1e37, "damping", "a number > 0 within the range of float32", value)
+    return float(value)
+
 
 def merge_settings(settings: KroneckerSettings | None, options: Mapping[str, Any]) -> KroneckerSettings:
     """Return the settings, or those that the options (where not ``None``) make.
@@ -248,6 +274,10 @@ def _as_choice(kind: type[Choice], name: str, value: str) -> Choice:
     except ValueError:
         choices = ", ".join(str(member) for member in kind)
         raise ValueError(f"{name} must be one of {choices}, got {value!r}.") from None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _require(condition: bool, name: str, expected: str, value: object) -> None:

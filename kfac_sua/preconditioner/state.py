@@ -23,26 +23,37 @@ def tensors_like(state: Any, like: Tensor) -> Any:
     return state.to(like) if isinstance(state, Tensor) else state
 
 
+def factors_to_state(factors: LayerFactors | None) -> State:
+    """Return a layer's factors as a dict; empty if there are none."""
+    if factors is None:
+        return {}
+    return {
+        "scale": factors.scale,
+        "activation": _factor_to_state(factors.activation),
+        "gradient": _factor_to_state(factors.gradient),
+    }
+
+
+def factors_from_state(state: Mapping[str, Any], geometry: LayerGeometry) -> LayerFactors | None:
+    """Undo :func:`factors_to_state`."""
+    if not state:
+        return None
+    activation, gradient = (_factor_from_state(state[side], geometry) for side in ("activation", "gradient"))
+    return LayerFactors(activation, gradient, state["scale"])
+
+
 def average_to_state(average: RunningAverage) -> State:
     """Return the running average as a dict; empty before the first measurement."""
     if average.value is None:
         return {}
-    value = average.value
-    return {
-        "weight": average.weight,
-        "scale": value.scale,
-        "activation": _factor_to_state(value.activation),
-        "gradient": _factor_to_state(value.gradient),
-    }
+    return {"weight": average.weight, **factors_to_state(average.value)}
 
 
 def average_from_state(state: Mapping[str, Any], decay: float, geometry: LayerGeometry) -> RunningAverage:
     """Undo :func:`average_to_state`."""
     if not state:
         return RunningAverage(decay)
-    activation, gradient = (_factor_from_state(state[side], geometry) for side in ("activation", "gradient"))
-    value = LayerFactors(activation, gradient, state["scale"])
-    return RunningAverage(decay, value, state["weight"])
+    return RunningAverage(decay, factors_from_state(state, geometry), state["weight"])
 
 
 def inverse_to_state(inverse: LayerInverse | LayerEigenbasis | None) -> State:

@@ -13,7 +13,14 @@ _NOT_IN_FINGERPRINT = ("seed", "output_dir", "progress", "num_threads", "checkpo
 
 
 # Keys that came after the first runs, with the value that says what these did: node, key, value.
-_ADDED_LATER = (("", "non_finite", "stop"), ("", "sync_batch_norm", True), ("preconditioner", "activation_rows", None))
+_ADDED_LATER = (
+    ("", "non_finite", "stop"),
+    ("", "sync_batch_norm", True),
+    ("preconditioner", "activation_rows", None),
+    ("preconditioner", "kl_clip", None),
+    ("preconditioner", "damping_final", None),
+    ("preconditioner", "adaptive_damping", None),
+)
 
 
 @dataclass(frozen=True)

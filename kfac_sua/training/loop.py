@@ -32,6 +32,7 @@ from kfac_sua.runs.record import (
 )
 from kfac_sua.runs.tensorboard import TensorBoardLog
 from kfac_sua.training.checkpoint import Checkpoint, CheckpointError, load_checkpoint, previous_path
+from kfac_sua.training.damping import schedule_damping
 from kfac_sua.training.evaluate import Evaluation, evaluate
 from kfac_sua.training.launch import Launch
 from kfac_sua.training.progress import Progress, print_once
@@ -159,6 +160,7 @@ def train_epoch(training: Training, progress: Progress, after_batch: Callable[[]
     lr = learning_rate(config.schedule, config.optimizer.lr, training.epoch, config.epochs)
     for group in training.optimizer.param_groups:
         group["lr"] = lr * group.get("lr_ratio", 1.0)
+    schedule_damping(training)
     training.model.train()
     batches = training.loader.epoch(config.seed, training.epoch, first=training.batch)
     with watch.phase("other"):  # whatever of the epoch's wall time the phases inside leave

@@ -1,9 +1,10 @@
-"""Learning rate as a pure function of the epoch, so that a resumed run needs no scheduler state."""
+"""Learning rate and damping as pure functions of the epoch, so that a resumed run needs no scheduler state."""
 
 import math
 from fractions import Fraction
 
-from kfac_sua.config import ScheduleConfig, ScheduleName, StepScheduleConfig
+from kfac_sua.config import KroneckerConfig, ScheduleConfig, ScheduleName, StepScheduleConfig
+from kfac_sua.preconditioner import exponential_damping
 
 
 def learning_rate(schedule: ScheduleConfig, base_lr: float, epoch: int, epochs: int) -> float:
@@ -26,6 +27,22 @@ def learning_rate(schedule: ScheduleConfig, base_lr: float, epoch: int, epochs: 
     if schedule.name is ScheduleName.cosine:
         return base_lr * (1 + math.cos(math.pi * epoch / epochs)) / 2
     return base_lr
+
+
+def scheduled_damping(config: KroneckerConfig, epoch: int, epochs: int) -> float | None:
+    """Return the damping of one epoch, constant within it: from ``damping`` in the first to ``damping_final``.
+
+    Args:
+        config: The preconditioner.
+        epoch: Epochs already completed, from 0 to ``epochs - 1``.
+        epochs: Length of the run, ≥ 2 if there is a ``damping_final``.
+
+    Returns:
+        The damping; ``None`` if it does not follow a schedule.
+    """
+    if config.damping_final is None:
+        return None
+    return exponential_damping(config.damping, config.damping_final, epochs - 1)(epoch)
 
 
 def milestone_epoch(fraction: float, epochs: int) -> int:

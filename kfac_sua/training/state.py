@@ -7,11 +7,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from kfac_sua.build import build_model, build_optimizer, build_preconditioner, build_splits, memory_format
+from kfac_sua.build import (
+    build_adaptive_damping,
+    build_model,
+    build_optimizer,
+    build_preconditioner,
+    build_splits,
+    memory_format,
+)
 from kfac_sua.config import Config
 from kfac_sua.data import BatchLoader, ImageSet, Splits, epoch_generator
 from kfac_sua.models.sync_batch_norm import synchronise_batch_norm
-from kfac_sua.preconditioner import KroneckerPreconditioner
+from kfac_sua.preconditioner import AdaptiveDamping, KroneckerPreconditioner
 from kfac_sua.training.checkpoint import Checkpoint
 from kfac_sua.training.evaluate import ErrorCounter
 from kfac_sua.training.seeding import seed_everything
@@ -35,6 +42,7 @@ class Training:
         sums: Losses and errors of the epoch's mini-batches.
         world: The processes that carry out the run.
         forward: What mini-batches are sent through: the network, wrapped where gradients are averaged over processes.
+        adaptive_damping: Adapts the damping, if it is to be.
     """
 
     config: Config
@@ -53,6 +61,7 @@ class Training:
     batch: int = 0
     step: int = 0
     skipped_steps: int = 0
+    adaptive_damping: AdaptiveDamping | None = None
 
     @classmethod
     def start(cls, config: Config, device: torch.device, world: World | None = None) -> "Training":
@@ -104,6 +113,7 @@ class Training:
             splits.digest(),
             world,
             forward,
+            adaptive_damping=build_adaptive_damping(config.preconditioner, preconditioner),
         )
 
     @functools.cached_property

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac_sua.config import NonFinite
+from kfac_sua.training.damping import adapt_damping
 from kfac_sua.training.state import Training
 
 # Steps between looks at whether the loss is still finite: each look waits for the device.
@@ -47,13 +48,15 @@ def take_step(training: Training, inputs: Tensor, labels: Tensor) -> bool:
             return True
         training.sums.add(logits, labels, loss)
     _update(training, weight)
+    adapt_damping(training, inputs, labels, loss, weight)
     return True
 
 
 def _update(training: Training, loss_weight: float) -> None:
     if training.preconditioner is not None:
         with training.watch.phase("application"):
-            training.preconditioner.step(loss_weight=loss_weight)
+            lr = training.optimizer.param_groups[0]["lr"]
+            training.preconditioner.step(loss_weight=loss_weight, lr=lr)
     with training.watch.phase("optimizer"):
         training.optimizer.step()
     training.step += 1

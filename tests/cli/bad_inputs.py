@@ -71,6 +71,15 @@ BAD_COMMANDS = {
     "preconditioner.activation_rows=9 preconditioner.weight_sharing=reduce": (
         r"preconditioner.activation_rows=9 takes some of a mini-batch's locations"
     ),
+    "preconditioner.kl_clip=-1 preconditioner.application=weight": (
+        r"preconditioner.kl_clip must be > 0 within the range of float32, or null \(no clipping\), got -1.0\."
+    ),
+    "preconditioner.kl_clip=abc": r"preconditioner.kl_clip must be a number or null, got 'abc'\.",
+    "preconditioner.damping_final=0": (
+        r"preconditioner.damping_final must be null \(it stays as it is\) or a number > 0 .*, got 0.0\."
+    ),
+    "preconditioner.adaptive_damping=0": r"preconditioner.adaptive_damping must be ≥ 1 .* or null \(never\), got 0\.",
+    "preconditioner.adaptive_damping=true": r"preconditioner.adaptive_damping must be an integer or null",
     "preconditioner.ema_decay=1": r"preconditioner.ema_decay must be in \[0, 1\), got 1.0\.",
     "optimizer.lr=0": r"optimizer.lr must be a number > 0 within the range of float32, got 0.0\.",
     "optimizer.lr=nan": r"optimizer.lr must be a number > 0 within the range of float32, got nan\.",
@@ -98,6 +107,21 @@ BAD_COMMANDS = {
     "preconditioner.ema_decay=0.9 preconditioner.inverse_method=low_rank": (
         r"preconditioner.inverse_method=low_rank needs the rows of one mini-batch, but ema_decay=0.9"
     ),
+    "preconditioner.kl_clip=0.001": (
+        r"preconditioner.kl_clip=0.001 needs the plain gradient in every step, .*; use application=weight or kl_clip="
+    ),
+    "epochs=2 preconditioner.damping_final=0.01 preconditioner.adaptive_damping=5": (
+        r"preconditioner.damping_final=0.01 and preconditioner.adaptive_damping=5 would both set the damping; give one"
+    ),
+    "preconditioner.damping_final=0.01": r"preconditioner.damping_final=0.01 is that of the last epoch, .* epochs ≥ 2",
+    "preconditioner.damping=1000 preconditioner.adaptive_damping=5": (
+        r"preconditioner.damping=1000 is outside of the bounds 1e-06 to 100 that adaptive damping keeps to"
+    ),
+    "preconditioner=baseline preconditioner.kl_clip=1": r"no key 'preconditioner.kl_clip' with preconditioner=baseline",
+    "preconditioner=baseline preconditioner.adaptive_damping=5": (
+        r"no key 'preconditioner.adaptive_damping' with preconditioner=baseline"
+    ),
+    "preconditioner.adaptive_dampin=5": r"did you mean 'preconditioner.adaptive_damping'",
     "preconditioner.factor_period=7": r"preconditioner.factor_period must be a divisor of inverse_period=50, .* 7\.",
     "preconditioner.group_size=8": r"group_size=8 is called sua_grouped .*; give preconditioner=sua_grouped\.",
     "preconditioner.structure=kfac": r"structure=kfac .* is called kfac .*, not sua; give preconditioner=kfac\.",

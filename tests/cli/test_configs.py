@@ -135,6 +135,7 @@ def test_every_range_is_that_of_a_key():
     """A range whose key is in no option of its group would check nothing."""
     chosen = [f"{group}={name}" for group in ("model", "optimizer", "schedule") for name in options(group)]
     configs = [to_plain(compose_config(["preconditioner=baseline", choice])) for choice in chosen]
+    configs.append(to_plain(compose_config(["preconditioner=sua"])))
     keys = {
         f"{group}.{key}"
         for config in configs

@@ -39,6 +39,14 @@ SETTINGS = {
         "preconditioner.damping_rule=exact",
         "non_finite=skip",
     ),
+    "kfac-adaptive-damping": ("preconditioner=kfac", TINY_PERIOD, "preconditioner.adaptive_damping=2"),
+    "sua-clip-damping-schedule": (
+        "preconditioner=sua",
+        TINY_PERIOD,
+        "preconditioner.application=weight",
+        "preconditioner.kl_clip=1e-4",
+        "preconditioner.damping_final=0.01",
+    ),
     "adamw": ("preconditioner=baseline", "optimizer=adamw"),
 }
 

@@ -42,6 +42,8 @@ def test_output_directory_moves_the_run_but_not_its_fingerprint(tmp_path):
         "optimizer.lr=0.031",
         "preconditioner.damping=0.11",
         "preconditioner.skip=[classifier]",
+        "preconditioner.damping_final=0.01",
+        "preconditioner.adaptive_damping=5",
         "dataset.train_size=401",
         "dataset.split_seed=1",
         "channels_last=false",

@@ -1,9 +1,10 @@
-"""Learning-rate schedules against values computed by hand."""
+"""Schedules of learning rate and damping against values computed by hand."""
 
 import pytest
+from tiny_runs import tiny_config
 
 from kfac_sua.config import ScheduleConfig, ScheduleName, StepScheduleConfig
-from kfac_sua.training.schedule import learning_rate, milestone_epoch
+from kfac_sua.training.schedule import learning_rate, milestone_epoch, scheduled_damping
 
 
 def rates(schedule: ScheduleConfig, epochs: int) -> list[float]:
@@ -73,3 +74,17 @@ def test_step_keeps_its_shape_when_the_run_is_scaled():
 def test_step_of_a_single_epoch_never_decays():
     """Milestones are passed between epochs, so a run of one epoch has none."""
     assert rates(StepScheduleConfig(name=ScheduleName.step, milestones=[0.5, 0.8], gamma=0.1), 1) == [0.8]
+
+
+@pytest.mark.parametrize("final", [0.001, 10.0])
+def test_damping_reaches_its_last_value_in_the_last_epoch(tmp_path, final):
+    """From 0.1 it falls or rises by equal factors: three epochs see the ends and their geometric mean."""
+    config = tiny_config(tmp_path, f"preconditioner.damping_final={final}", "epochs=3").preconditioner
+    dampings = [scheduled_damping(config, epoch, 3) for epoch in range(3)]
+    assert dampings == pytest.approx([0.1, (0.1 * final) ** 0.5, final], rel=1e-12)
+    assert dampings[2] == final
+
+
+def test_without_a_last_value_nobody_sets_the_damping(tmp_path):
+    """So that whatever else sets it is left alone."""
+    assert scheduled_damping(tiny_config(tmp_path).preconditioner, 1, 3) is None

@@ -33,6 +33,13 @@ SETTINGS = {
     "cholesky": ("preconditioner=kfac", "preconditioner.inverse_method=cholesky", PERIOD),
     # One row per example: under expand, one per location would make the refreshes take a minute.
     "low_rank": ("preconditioner=kfac", "preconditioner.inverse_method=low_rank", REDUCE, PERIOD),
+    "KL clip": (
+        "preconditioner=kfac",
+        "preconditioner.application=weight",
+        "preconditioner.kl_clip=1e-9",
+        PERIOD,
+    ),
+    "adaptive damping": ("preconditioner=kfac", "preconditioner.adaptive_damping=4", PERIOD),  # waits where it adapts
     "average": ("preconditioner=kfac", "preconditioner.ema_decay=0.5", "preconditioner.factor_period=2", PERIOD),
     "augmentation": ("preconditioner=sua", "dataset.augmentation=flip_crop", PERIOD),
     "Nesterov": ("preconditioner=sua", "optimizer.nesterov=true", "optimizer.weight_decay=1e-3", PERIOD),

@@ -182,7 +182,7 @@ class ShapeModel:
                 corrected = layer.average.corrected()
                 sides += [corrected.activation, corrected.gradient]
                 layer.inverse = _inverse(corrected, layer.layout, is_exact)
-                layer.refreshed()
+                layer.refreshed(corrected)
         return sides
 
     def measured(self, num_examples: int) -> list[LayerFactors | None]:

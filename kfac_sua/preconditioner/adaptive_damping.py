@@ -1,0 +1,236 @@
+"""Adaptive damping: the Levenberg-Marquardt rule on the reduction ratio (Martens & Grosse 2015, Sec. 6.5).
+
+Every T steps the change of the loss on the step's own mini-batch is compared with the change that the quadratic model
+predicts, ρ = (loss(θ + s) − loss(θ)) / (g·s + ½ sᵀFs). Where ρ is large the model can be trusted further and the
+damping falls by ω^T; where it is small, the damping rises by as much.
+
+What the prediction is:
+
+- s is the step that the optimizer took, momentum, weight decay and clipping included, and g the plain gradient.
+- F are the *undamped* Kronecker factors of the last refresh, so that ρ = 1 where the quadratic model is exact. Martens
+  & Grosse take the exact Fisher of the mini-batch instead, which costs two more passes, and count the damping in.
+- Curvature is block-diagonal. Parameters outside the preconditioned layers count in g·s alone.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kfac_sua.preconditioner.apply import quadratic_form
+from kfac_sua.preconditioner.kfac import KroneckerPreconditioner
+from kfac_sua.preconditioner.settings import LossReduction
+
+
+class AdaptiveDamping:
+    """Adapts a preconditioner's damping to how well its quadratic model predicts the loss.
+
+    Around an ordinary loop::
+
+        adaptive = AdaptiveDamping(preconditioner)
+        for inputs, labels in batches:
+            optimizer.zero_grad()
+            loss = loss_function(model(inputs), labels)
+            loss.backward()
+            preconditioner.step()
+            optimizer.step()
+            if adaptive.is_due:
+                with adaptive.measuring():
+                    loss_after = loss_function(model(inputs), labels)
+                adaptive.update(loss, loss_after)
+
+    In a step that is due, one in ``period``, it costs the additional forward pass, a product of the step with the
+    factors (as much as one application of the inverses), copies of the model's parameters and gradients for the time of
+    the step, and one wait for the device; ``application="auto"`` applies to the weight gradient in that step. The
+    factors of the last refresh stay in memory, and in the state of the preconditioner.
+
+    The new damping enters with the next refresh. It is part of the preconditioner's state: a continuation needs the
+    state of this object for its counts only, and this object to be made again before the first step.
+
+    Limits: the loss must be a mean over examples. Dropout draws other masks in the additional pass, which blurs ρ.
+    A loss whose gradient is scaled (``GradScaler``) must be given unscaled, as the gradient then is.
+
+    Args:
+        preconditioner: Made with a number as ``damping``.
+        period: Steps T between two looks, ≥ 1.
+        decay: ω in (0, 1); the damping is multiplied or divided by ω^T.
+        thresholds: ρ below the first raises the damping, ρ above the second lowers it.
+        bounds: Least and largest damping.
+
+    Raises:
+        ValueError: If a value is out of range, the damping is outside the bounds or a function of the step, or the loss
+            is a sum over examples.
+    """
+
+    def __init__(
+        self,
+        preconditioner: KroneckerPreconditioner,
+        *,
+        period: int = 5,
+        decay: float = 19 / 20,
+        thresholds: tuple[float, float] = (0.25, 0.75),
+        bounds: tuple[float, float] = (1e-6, 100.0),
+    ) -> None:
+        _validate(preconditioner, period, decay, thresholds, bounds)
+        preconditioner.damping = preconditioner.damping  # refused if it is a function of the step
+        self._preconditioner = preconditioner
+        self._period = period
+        self._factor = decay**period
+        self._thresholds = thresholds
+        self._bounds = bounds
+        self._before: dict[nn.Parameter, tuple[Tensor, Tensor]] = {}
+        self.reduction_ratio: float | None = None
+        self.num_lowered = self.num_raised = 0
+        preconditioner.observe_gradients(self)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the step that was just taken is one to be judged, by :meth:`update`."""
+        return bool(self._before)
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Run the forward pass after the step inside: without gradient or statistics, and buffers come back as before.
+
+        So the running averages of batch normalisation see the mini-batch once.
+        """
+        model = self._preconditioner.model
+        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        try:
+            with torch.no_grad(), self._preconditioner.paused():
+                yield
+        finally:
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+
+    @torch.no_grad()
+    def update(self, loss_before: Tensor | float, loss_after: Tensor | float) -> float | None:
+        """Judge the step that was just taken, and set the damping of the next refresh.
+
+        Where processes share a mini-batch, all must call it; their losses are averaged, so that all decide alike.
+
+        Args:
+            loss_before: Loss of the mini-batch that the step was computed from, before the step.
+            loss_after: Its loss after the step.
+
+        Returns:
+            The reduction ratio ρ; ``None`` where the model predicts no reduction, which leaves the damping as it is, or
+            raises it if the loss rose.
+
+        Raises:
+            RuntimeError: If no step is waiting to be judged, see :attr:`is_due`.
+        """
+        if not self.is_due:
+            raise RuntimeError("update() has no step to judge: call it after a step for which is_due holds, once.")
+        predicted = self._predicted_change()
+        values = torch.stack([torch.as_tensor(value).to(predicted) for value in (loss_before, loss_after, predicted)])
+        processes = self._preconditioner.processes
+        before, after, change = (values if processes is None else processes.mean(values)).tolist()
+        self._before = {}
+        self.reduction_ratio = reduction_ratio(after - before, change)
+        self._move(direction(after - before, change, self._thresholds))
+        return self.reduction_ratio
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the last ratio and the counts; the damping is part of the preconditioner's state."""
+        return {
+            "reduction_ratio": self.reduction_ratio,
+            "num_lowered": self.num_lowered,
+            "num_raised": self.num_raised,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self.reduction_ratio = state["reduction_ratio"]
+        self.num_lowered, self.num_raised = state["num_lowered"], state["num_raised"]
+
+    # --- called by the preconditioner -------------------------------------------------------------------------------
+
+    def wants(self, step: int) -> bool:
+        """Whether to be shown the plain gradient of this step, counted from 0."""
+        return step % self._period == 0
+
+    def observe(self) -> None:
+        """Remember parameters and plain gradients, once all layers' factors are at hand."""
+        layers = self._preconditioner.layers
+        if all(layer.factors is not None or layer.inverse is None for layer in layers):
+            self._before = {
+                parameter: (parameter.detach().clone(), parameter.grad.clone())
+                for parameter in self._preconditioner.model.parameters()
+                if parameter.grad is not None
+            }
+
+    def forget(self) -> None:
+        """Forget a step that was never judged."""
+        self._before = {}
+
+    # --- inside -----------------------------------------------------------------------------------------------------
+
+    def _predicted_change(self) -> Tensor:
+        """Return g·s + ½ sᵀFs in float64."""
+        steps = {parameter: parameter.detach() - value for parameter, (value, _) in self._before.items()}
+        parts = [(grad * steps[parameter]).sum().double() for parameter, (_, grad) in self._before.items()]
+        for layer in self._preconditioner.layers:
+            if layer.factors is not None and layer.weight in steps:
+                bias = None if layer.bias is None else steps.get(layer.bias)
+                form = quadratic_form(steps[layer.weight], bias, layer.layout, layer.factors)
+                parts.append(form.double() / 2)
+        return torch.stack([part.to(parts[0].device) for part in parts]).sum()
+
+    def _move(self, direction: int) -> None:
+        preconditioner, (least, largest) = self._preconditioner, self._bounds
+        damping = preconditioner.damping * self._factor**-direction
+        preconditioner.damping = min(max(damping, least), largest)
+        self.num_raised += direction > 0
+        self.num_lowered += direction < 0
+
+
+def reduction_ratio(change: float, predicted: float) -> float | None:
+    """Return the change of the loss over the predicted one; ``None`` unless the latter is a reduction."""
+    return change / predicted if predicted < 0 else None
+
+
+def direction(change: float, predicted: float, thresholds: tuple[float, float]) -> int:
+    """Return which way the damping moves: 1 up, −1 down, 0 not at all.
+
+    A loss that is not finite raises it. A step for which the model itself predicts no reduction says nothing of the
+    model (momentum may go against one mini-batch's gradient), but if the loss rose as well, it was too long.
+
+    Args:
+        change: Change of the loss.
+        predicted: The change that the model predicts.
+        thresholds: Of the ratio, see :class:`AdaptiveDamping`.
+    """
+    ratio = reduction_ratio(change, predicted)
+    if ratio is None:
+        return 1 if not change <= 0 else 0
+    if not ratio >= thresholds[0]:
+        return 1
+    return -1 if ratio > thresholds[1] else 0
+
+
+def _validate(
+    preconditioner: KroneckerPreconditioner,
+    period: int,
+    decay: float,
+    thresholds: tuple[float, float],
+    bounds: tuple[float, float],
+) -> None:
+    if period < 1:
+        raise ValueError(f"period must be ≥ 1 step, got {period}.")
+    if not 0 < decay < 1:
+        raise ValueError(f"decay must be in (0, 1), got {decay}.")
+    if not thresholds[0] < thresholds[1]:
+        raise ValueError(f"thresholds must be increasing, got {thresholds}.")
+    if not 0 < bounds[0] < bounds[1]:
+        raise ValueError(f"bounds must be increasing and > 0, got {bounds}.")
+    if not bounds[0] <= preconditioner.damping <= bounds[1]:
+        raise ValueError(
+            f"damping={preconditioner.damping:g} is outside of the bounds {bounds[0]:g} to {bounds[1]:g} that adaptive "
+            f"damping keeps to; start within them."
+        )
+    if preconditioner.settings.loss_reduction is LossReduction.sum:
+        raise ValueError("loss_reduction=sum scales loss and Fisher differently; adaptive damping needs a mean loss.")

@@ -1,0 +1,85 @@
+"""Damping that changes during training: as a function of the step, or by a scheduler that the training loop steps.
+
+A new damping enters with the next refresh of the inverses, under every damping rule: until then the inverses at hand
+go on being applied.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from kfac_sua.preconditioner.settings import checked_damping
+
+DampingFunction = Callable[[int], float]
+"""From the number of steps taken to the damping ε > 0."""
+
+
+class Damped(Protocol):
+    """What has a damping that can be set."""
+
+    damping: float
+
+
+def exponential_damping(initial: float, final: float, num_steps: int) -> DampingFunction:
+    """Return initial · (final / initial)^(k / num_steps) as a function of k, and ``final`` from ``num_steps`` on.
+
+    Args:
+        initial: ε at step 0, > 0.
+        final: ε at step ``num_steps``, > 0, larger or smaller.
+        num_steps: How many steps to take from one to the other, ≥ 1.
+
+    Raises:
+        ValueError: If a damping is not a number > 0, or ``num_steps`` < 1.
+    """
+    initial, final = checked_damping(initial), checked_damping(final)
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be ≥ 1, got {num_steps}.")
+
+    def damping(step: int) -> float:
+        return final if step >= num_steps else initial * (final / initial) ** (step / num_steps)
+
+    return damping
+
+
+class DampingScheduler:
+    """Sets a preconditioner's damping to its first one times a function of how often :meth:`step` was called.
+
+    As ``torch.optim.lr_scheduler.LambdaLR`` does with learning rates::
+
+        scheduler = DampingScheduler(preconditioner, lambda epoch: 0.5**epoch)
+        for epoch in range(epochs):
+            ...  # the epoch's steps
+            scheduler.step()
+
+    The function is not saved: give it again, make the scheduler as before, then load its state and the
+    preconditioner's.
+
+    Args:
+        preconditioner: Made with a number as ``damping``.
+        factor: From the number of calls to what the first damping is multiplied with.
+
+    Raises:
+        ValueError: If the product is not a number > 0, or the preconditioner's damping is a function of its own.
+    """
+
+    def __init__(self, preconditioner: Damped, factor: Callable[[int], float]) -> None:
+        self._preconditioner = preconditioner
+        self._factor = factor
+        self._base = preconditioner.damping
+        self.num_calls = 0
+        self._set()
+
+    def step(self) -> None:
+        """Count a call, and set the damping that belongs to it."""
+        self.num_calls += 1
+        self._set()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of calls and the first damping."""
+        return {"num_calls": self.num_calls, "base": self._base}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`; the damping in force is part of the preconditioner's state."""
+        self.num_calls, self._base = state["num_calls"], state["base"]
+
+    def _set(self) -> None:
+        self._preconditioner.damping = self._base * self._factor(self.num_calls)

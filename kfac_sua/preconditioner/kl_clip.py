@@ -1,0 +1,83 @@
+"""KL clip: steps are shortened whose norm in the Fisher metric is too long.
+
+The step −lr·u, with u the preconditioned and g the plain gradient, changes the model's predictions by a KL divergence
+of about ½ lr² uᵀFu ≤ ½ lr² g·u, as (F + damping) u = g. All preconditioned gradients are multiplied by
+
+    min(1, √(κ / (lr² Σ g·u)))    with the sum over all preconditioned layers (Ba, Grosse & Martens 2017).
+
+- Sum and scale cover the layers that have an inverse. All other parameters (normalisation layers, skipped layers,
+  layers before their first refresh) keep their plain gradient, whose g·g has no meaning as a divergence.
+- A zero gradient, and a sum that rounding makes negative, are not scaled. A NaN in the sum leaves all gradients as they
+  are, to be seen by whoever looks for it; an infinite sum makes the step zero.
+- The momentum of the optimizer is not seen: with momentum m its steps are up to 1 / (1 − m) times as long.
+- Nothing waits for the device.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from kfac_sua.preconditioner.precision import at_least_float32
+
+
+def clip_scale(products: Tensor, lr: float | Tensor, kl_clip: float) -> Tensor:
+    """Return min(1, √(κ / (lr² Σ g·u))), as a 0-d tensor on the device.
+
+    Args:
+        products: g·u of every gradient, in any shape.
+        lr: Learning rate of the step, ≥ 0.
+        kl_clip: κ > 0.
+    """
+    squared_norm = products.sum() * lr**2
+    one = torch.ones_like(squared_norm)
+    return torch.where(squared_norm > kl_clip, (kl_clip / squared_norm).sqrt(), one)
+
+
+class KLClip:
+    """Clips one step.
+
+    Args:
+        kl_clip: κ > 0.
+        lr: Learning rate of the step.
+
+    Raises:
+        ValueError: If the learning rate is missing, negative or not finite (a tensor is not looked into).
+    """
+
+    def __init__(self, kl_clip: float, lr: float | Tensor | None) -> None:
+        self._kl_clip = kl_clip
+        self._lr = _checked_lr(lr, kl_clip)
+        self._grads: list[Tensor] = []
+        self._products: list[Tensor] = []
+
+    @contextmanager
+    def measuring(self, grads: Sequence[Tensor]) -> Iterator[None]:
+        """Take in gradients that are replaced, in place, by preconditioned ones inside."""
+        plain = [at_least_float32(grad).clone() for grad in grads]
+        yield
+        self._products += [before.mul_(after).sum() for before, after in zip(plain, grads, strict=True)]
+        self._grads += grads
+
+    def scale_(self) -> Tensor | None:
+        """Shorten all gradients taken in, if need be, and return by what; ``None`` if there were none."""
+        if not self._grads:
+            return None
+        device = self._products[0].device
+        products = torch.stack([product.to(device) for product in self._products])
+        scale = clip_scale(products, self._lr, self._kl_clip)
+        for grad in self._grads:
+            grad.mul_(scale.to(grad.device))
+        return scale
+
+
+def _checked_lr(lr: float | Tensor | None, kl_clip: float) -> float | Tensor:
+    if lr is None:
+        raise ValueError(
+            f'kl_clip={kl_clip:g} needs the learning rate of every step: call step(lr=optimizer.param_groups[0]["lr"]).'
+        )
+    if not isinstance(lr, Tensor) and not (math.isfinite(lr) and lr >= 0):
+        raise ValueError(f"lr must be the learning rate of the step, a finite number ≥ 0, got {lr}.")
+    return lr
