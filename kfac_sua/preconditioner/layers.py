@@ -167,7 +167,7 @@ def _not_supported(module: nn.Module) -> str:
     if not any(True for _ in module.children()):
         return f"{kind} is not supported (nn.Linear and nn.Conv2d are)"
     names = ", ".join(name for name, parameter in module._parameters.items() if parameter is not None)
-    return f"{names} of {kind} itself (parameters of nn.Linear and nn.Conv2d are preconditioned)"
+    return f"{names} of {kind} itself"
 
 
 def _overridden(module: nn.Linear | nn.Conv2d) -> str:

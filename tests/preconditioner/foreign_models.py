@@ -14,7 +14,7 @@ from torchvision.models.convnext import CNBlockConfig
 EXAMPLES = 12
 NORMALISED = "normalisation layer"
 UNSUPPORTED = "{} is not supported (nn.Linear and nn.Conv2d are)"
-OWN = "{} itself (parameters of nn.Linear and nn.Conv2d are preconditioned)"
+OWN = "{} itself"
 COMPUTED = "its weight is computed (parametrised), not a parameter"
 UNCALLED = "nn.MultiheadAttention uses its weight without calling it"
 

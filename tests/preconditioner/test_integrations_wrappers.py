@@ -49,7 +49,9 @@ def train(model, preconditioner, steps=range(6)) -> list[float]:
     losses = []
     for index in steps:
         model.zero_grad()
-        loss = nn.functional.cross_entropy(model(batch(index)), LABELS)
+        outputs = model(batch(index))
+        preconditioner.fisher_backward(outputs)
+        loss = nn.functional.cross_entropy(outputs, LABELS)
         loss.backward()
         preconditioner.step()
         with torch.no_grad():
@@ -136,6 +138,13 @@ def test_a_compiled_model_trains_as_the_bare_one(graph_breaks, application, comp
     names = [row.name for row in preconditioner.describe().rows]
     assert names == ["first", "norm", "second", "head"]
     assert preconditioner.events == {}
+
+
+def test_a_compiled_model_takes_sampled_labels(graph_breaks):
+    """The extra backward pass of ``fisher_type=mc`` goes through the uncompiled mini-batches' graph."""
+    compiled = torch.compile(make_net(), backend="eager")
+    losses = train(compiled, start(compiled, fisher_type="mc"))
+    assert losses == pytest.approx(reference(fisher_type="mc"), rel=1e-9)
 
 
 @pytest.mark.parametrize("application", ["weight", pytest.param("auto", marks=pytest.mark.slow)])

@@ -167,7 +167,7 @@ def test_layers_that_cannot_be_treated_are_named_exactly_once():
         "pruned": "its weight is computed (parametrised), not a parameter",
         "bias": "its bias is computed (parametrised), not a parameter",
         "sharded": "its weight is a Subclass, not an ordinary tensor",
-        "with_token": "token of WithToken itself (parameters of nn.Linear and nn.Conv2d are preconditioned)",
+        "with_token": "token of WithToken itself",
         "with_token.layer": "",
         "list": "ParameterList is not supported (nn.Linear and nn.Conv2d are)",
     }
