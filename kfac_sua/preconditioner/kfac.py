@@ -17,15 +17,15 @@ from kfac_sua.preconditioner.compiled import UncompiledWhileRecording, compiled_
 from kfac_sua.preconditioner.damping_schedule import DampingFunction
 from kfac_sua.preconditioner.events import EventLog
 from kfac_sua.preconditioner.exchange import SharedInversion
+from kfac_sua.preconditioner.faults import drop_statistics, nothing_recorded, take_inverse, validate_loss_factor
 from kfac_sua.preconditioner.fisher import fisher_cotangents
-from kfac_sua.preconditioner.inverse import DAMPING_RAISES
 from kfac_sua.preconditioner.kl_clip import KLClip
 from kfac_sua.preconditioner.layers import discover_layers, log_plain_layers, preconditioned
 from kfac_sua.preconditioner.oddities import report_frozen, report_missing, report_other_examples
 from kfac_sua.preconditioner.precision import factor_precision
 from kfac_sua.preconditioner.preconditioned_layer import PreconditionedLayer
 from kfac_sua.preconditioner.processes import Processes, default_processes
-from kfac_sua.preconditioner.refresh import RefreshedLayer, refresh_layers
+from kfac_sua.preconditioner.refresh import refresh_layers
 from kfac_sua.preconditioner.report import LayerTable, layer_table
 from kfac_sua.preconditioner.settings import (
     Application,
@@ -42,11 +42,9 @@ from kfac_sua.preconditioner.settings import (
 )
 from kfac_sua.preconditioner.sharing import validate_flops_per_byte
 from kfac_sua.preconditioner.sharing_report import report_sharing
+from kfac_sua.preconditioner.state import STATE_VERSION, check_state
 from kfac_sua.preconditioner.statistics import LayerFactors, finite_layers
 from kfac_sua.preconditioner.wrappers import bare_model
-
-STATE_VERSION = 3
-
 
 _COPY_CURE = "make one for the other model and give it load_state_dict(preconditioner.state_dict())"
 
@@ -374,7 +372,7 @@ class KroneckerPreconditioner:
         """
         clip = self._make_clip(lr)
         if loss_scale is not None:
-            _validate_loss_scale("loss_scale", loss_scale)
+            validate_loss_factor("loss_scale", loss_scale)
             if not self._has_finite_gradients():
                 self.discard()
                 return False
@@ -403,8 +401,8 @@ class KroneckerPreconditioner:
             ValueError: If ``loss_scale`` or ``loss_weight`` is not a finite number > 0.
             RuntimeError: If nothing was recorded, or not all of it can be used.
         """
-        _validate_loss_scale("loss_scale", loss_scale)
-        _validate_loss_scale("loss_weight", loss_weight)
+        validate_loss_factor("loss_scale", loss_scale)
+        validate_loss_factor("loss_weight", loss_weight)
         with self._phases.phase("statistics"), factor_precision():
             report_other_examples(self._layers.values(), self._events)
             is_empirical = self.settings.fisher_type is FisherType.empirical
@@ -421,7 +419,7 @@ class KroneckerPreconditioner:
                 measured = self._join(measured, self._processes)
             present = {name: factors for name, factors in measured.items() if factors is not None}
             if not present:
-                raise RuntimeError(self._nothing_recorded())
+                raise RuntimeError(nothing_recorded(self.settings.fisher_type))
             for name in measured:
                 if name not in present:
                     report_missing(self._layers[name], self._events)
@@ -430,7 +428,7 @@ class KroneckerPreconditioner:
                 if is_finite:
                     self._layers[name].measured(factors)
                 else:
-                    self._drop_statistics(self._layers[name])
+                    drop_statistics(self._layers[name], self._events)
 
     @torch.no_grad()
     def update_inverses(self) -> None:
@@ -446,7 +444,7 @@ class KroneckerPreconditioner:
             settings = dataclasses.replace(self.settings, damping=self.damping)
             refreshed = refresh_layers(factors, layouts, settings, self._shared_inversion)
             for layer, result, factors_used in zip(layers, refreshed, factors, strict=True):
-                self._take_inverse(layer, result)
+                take_inverse(layer, result, settings, self._events)
                 layer.refreshed(factors_used)
 
     def precondition_(self, *, lr: float | Tensor | None = None) -> None:
@@ -511,25 +509,12 @@ class KroneckerPreconditioner:
         Raises:
             ValueError: If the state has another version, other settings or other layers.
         """
-        if state["version"] != STATE_VERSION:
-            raise ValueError(
-                f"Preconditioner state has version {state['version']}, this release reads {STATE_VERSION}."
-            )
-        own = self.settings.to_plain()
-        differing = [
-            f"{key}={state['settings'].get(key)} (here {own[key]})"
-            for key in own
-            if state["settings"].get(key) != own[key] and not (key == "damping" and self._damping_function)
-        ]
-        if differing:
-            raise ValueError(f"Preconditioner state was saved with other settings: {', '.join(differing)}.")
-        if set(state["layers"]) != set(self._layers):
-            names = ", ".join(sorted(set(state["layers"]) ^ set(self._layers)))
-            raise ValueError(f"Preconditioner state belongs to another model; layers that differ: {names}.")
+        passed_over = {"damping"} if self._damping_function else set()
+        check_state(state, self.settings, set(self._layers), passed_over)
         for name, layer in self._layers.items():
             layer.load_state_dict(state["layers"][name])
         self.num_steps, self.seed = state["num_steps"], state["seed"]
-        self._damping = state.get("damping", self.settings.damping)  # states of before it could be set have none
+        self._damping = state["damping"]
         self._events.counts = Counter(state["events"])
         self.discard()
         observer = None if self._observer is None else self._observer()
@@ -616,58 +601,11 @@ class KroneckerPreconditioner:
         for layer in self._layers.values():
             layer.follow_weight()
 
-    def _drop_statistics(self, layer: PreconditionedLayer) -> None:
-        meanwhile = "the plain gradient, until its first good refresh" if layer.inverse is None else "its last inverse"
-        self._events.report(
-            "non_finite_statistics", layer.name, f"they are dropped and the layer goes on with {meanwhile}"
-        )
-
-    def _take_inverse(self, layer: PreconditionedLayer, result: RefreshedLayer) -> None:
-        """Replace a layer's inverse, unless the new one failed."""
-        if result.num_failed and layer.inverse is None:
-            raise RuntimeError(self._first_inverse_failed(layer.name, result.num_failed))
-        if result.num_failed:
-            self._events.report("failed_inverse", layer.name, "its last good inverse stays")
-            return
-        layer.inverse = result.inverse
-        if result.num_raised:
-            consequence = f"inverting {result.num_raised} of its blocks took up to {result.raised_by} times the damping"
-            self._events.report("raised_damping", layer.name, consequence)
-
-    def _first_inverse_failed(self, name: str, num_failed: int) -> str:
-        if self.settings.damping_rule is DampingRule.exact:
-            return (
-                f"The factors of layer {name!r} have no eigendecomposition that converges, in float64 neither, as "
-                f"damping_rule=exact needs; use damping_rule=factored."
-            )
-        return (
-            f"The factors of layer {name!r} cannot be inverted ({num_failed} blocks, also in float64 and with "
-            f"{DAMPING_RAISES[-1]} times their damping) with damping {self.damping:g}; raise the damping."
-        )
-
-    def _nothing_recorded(self) -> str:
-        if self.settings.fisher_type is FisherType.empirical:
-            return (
-                "step() needs statistics of this mini-batch, but no backward pass through the model was recorded: call "
-                "loss.backward() with gradients enabled, after constructing the preconditioner, on the model that it "
-                "was made for (of a compiled model, what torch.compile returned; not a copy)."
-            )
-        return (
-            f"step() needs statistics of this mini-batch: with fisher_type={self.settings.fisher_type} call "
-            f"fisher_backward(outputs) between the forward pass and loss.backward()."
-        )
-
 
 def _release(capture: Capture, replaced: Sequence[UncompiledWhileRecording | PreconditionedLayer]) -> None:
     capture.remove()
     for one in reversed(replaced):
         one.remove()
-
-
-def _validate_loss_scale(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        cure = "; pass scaler.get_scale(), read before scaler.update()" if name == "loss_scale" else ""
-        raise ValueError(f"{name} must be the finite number > 0 that the loss was multiplied with, got {value}{cure}.")
 
 
 def _no_phase(name: str) -> AbstractContextManager[None]:

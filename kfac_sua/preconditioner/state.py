@@ -11,9 +11,42 @@ from kfac_sua.preconditioner.factors import Factor
 from kfac_sua.preconditioner.inverse import DenseInverse, EigenBasis, Inverse, LowRankInverse, PatchInverse
 from kfac_sua.preconditioner.layers import LayerGeometry
 from kfac_sua.preconditioner.patch_rows import PatchRows
+from kfac_sua.preconditioner.settings import KroneckerSettings
 from kfac_sua.preconditioner.statistics import LayerFactors
 
 State = dict[str, Any]
+
+STATE_VERSION = 3
+"""Of a preconditioner's whole state: a number for each change of what it holds."""
+
+
+def check_state(
+    state: Mapping[str, Any], settings: KroneckerSettings, layers: set[str], passed_over: set[str] | None = None
+) -> None:
+    """Refuse a preconditioner's state that another preconditioner cannot continue from.
+
+    Args:
+        state: What ``KroneckerPreconditioner.state_dict`` returned.
+        settings: Those of the one that shall continue.
+        layers: Names of its layers.
+        passed_over: Settings that may differ.
+
+    Raises:
+        ValueError: If the state has another version, other settings or other layers; the message names them.
+    """
+    if state["version"] != STATE_VERSION:
+        raise ValueError(f"Preconditioner state has version {state['version']}, this release reads {STATE_VERSION}.")
+    own, saved = settings.to_plain(), state["settings"]
+    differing = [
+        f"{key}={saved.get(key)} (here {value})"
+        for key, value in own.items()
+        if saved.get(key) != value and key not in (passed_over or set())
+    ]
+    if differing:
+        raise ValueError(f"Preconditioner state was saved with other settings: {', '.join(differing)}.")
+    if set(state["layers"]) != layers:
+        names = ", ".join(sorted(set(state["layers"]) ^ layers))
+        raise ValueError(f"Preconditioner state belongs to another model; layers that differ: {names}.")
 
 
 def tensors_like(state: Any, like: Tensor) -> Any:
