@@ -88,6 +88,13 @@ class OptimizerName(Choice):
     muon = "muon"
 
 
+class Precision(Choice):
+    """In which the network computes; parameters, factors and inverses are float32 always."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
 class NonFinite(Choice):
     """What a run does when a loss or a gradient is not finite."""
 
@@ -215,6 +222,7 @@ class Config:
     evaluation_batch_size: int
     channels_last: bool
     sync_batch_norm: bool
+    precision: Precision
     num_threads: int | None
     non_finite: NonFinite
     checkpoint_interval_s: float | None

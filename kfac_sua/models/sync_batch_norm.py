@@ -32,15 +32,16 @@ class CPUSyncBatchNorm2d(nn.BatchNorm2d):
         """Return the normalised input, ``[batch, channels, height, width]``; parts may differ in size."""
         if not self.training:
             return super().forward(input)
+        values = input.to(self.weight.dtype)  # under autocast the input may have half of the digits
         count = input.numel() // input.shape[1]
-        sums = _AddUp.apply(torch.cat([input.sum((0, 2, 3)), input.new_tensor([count])]))
+        sums = _AddUp.apply(torch.cat([values.sum((0, 2, 3)), values.new_tensor([count])]))
         total = sums[-1].detach()
         mean = sums[:-1] / total
-        centred = input - mean[:, None, None]
+        centred = values - mean[:, None, None]
         variance = _AddUp.apply(centred.square().sum((0, 2, 3))) / total
         self._track(mean.detach(), variance.detach() * (total / (total - 1)))
         scale = self.weight * (variance + self.eps).rsqrt()
-        return torch.addcmul(self.bias[:, None, None], centred, scale[:, None, None])
+        return torch.addcmul(self.bias[:, None, None], centred, scale[:, None, None]).to(input.dtype)
 
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor) -> None:

@@ -16,6 +16,7 @@ _NOT_IN_FINGERPRINT = ("seed", "output_dir", "progress", "num_threads", "checkpo
 _ADDED_LATER = (
     ("", "non_finite", "stop"),
     ("", "sync_batch_norm", True),
+    ("", "precision", "float32"),
     ("preconditioner", "activation_rows", None),
     ("preconditioner", "kl_clip", None),
     ("preconditioner", "damping_final", None),

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kfac_sua.config import KroneckerConfig
+from kfac_sua.training.precision import compute_logits
 from kfac_sua.training.schedule import scheduled_damping
 from kfac_sua.training.state import Training
 
@@ -32,6 +33,7 @@ def adapt_damping(training: Training, inputs: Tensor, labels: Tensor, loss: Tens
     if adaptive is None or not adaptive.is_due:
         return
     with training.watch.phase("forward_backward"), adaptive.measuring():
-        loss_after = F.cross_entropy(training.model(inputs), labels)
+        logits = compute_logits(training.model, inputs, training.config.precision)
+        loss_after = F.cross_entropy(logits, labels)
     with training.watch.phase("application"):
         adaptive.update(loss * loss_weight, loss_after * loss_weight)

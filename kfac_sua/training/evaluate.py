@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kfac_sua.config import Precision
+from kfac_sua.training.precision import compute_logits
 from kfac_sua.training.world import World
 
 
@@ -91,6 +93,7 @@ def evaluate(
     device: torch.device,
     after_batch: Callable[[], None] = lambda: None,
     world: World | None = None,
+    precision: Precision = Precision.float32,
 ) -> Evaluation:
     """Return loss and error of a model in evaluation mode, which is left in the mode it came in.
 
@@ -100,6 +103,7 @@ def evaluate(
         device: Device of model and batches.
         after_batch: Called after each mini-batch; it may raise.
         world: The processes, each with its part of every mini-batch, which may be empty.
+        precision: In what the network computes.
 
     Returns:
         Means over all images.
@@ -110,7 +114,7 @@ def evaluate(
     try:
         for inputs, labels in batches:
             if len(inputs):
-                logits = model(inputs)
+                logits = compute_logits(model, inputs, precision)
                 counter.add(logits, labels, F.cross_entropy(logits, labels))
             after_batch()
     finally:

@@ -243,7 +243,9 @@ def _evaluate(training: Training, loader: BatchLoader, after_batch: Callable[[],
     batches = loader.sequential(training.config.evaluation_batch_size)
     with training.watch.phase("evaluation"):
         training.world.share_buffers(training.model)
-        return evaluate(training.model, batches, training.device, after_batch, training.world)
+        return evaluate(
+            training.model, batches, training.device, after_batch, training.world, training.config.precision
+        )
 
 
 def _record(training: Training, train: Evaluation, train_eval: Evaluation, val: Evaluation) -> EpochRecord:

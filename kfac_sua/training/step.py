@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from kfac_sua.config import NonFinite
 from kfac_sua.training.damping import adapt_damping
+from kfac_sua.training.precision import compute_logits
 from kfac_sua.training.state import Training
 
 # Steps between looks at whether the loss is still finite: each look waits for the device.
@@ -31,7 +32,7 @@ def take_step(training: Training, inputs: Tensor, labels: Tensor) -> bool:
     may_skip = training.config.non_finite is NonFinite.skip
     buffers = [(buffer, buffer.clone()) for buffer in training.model.buffers()] if may_skip else []
     with training.watch.phase("forward_backward"):
-        logits = training.forward(inputs)
+        logits = compute_logits(training.forward, inputs, training.config.precision)
         loss = F.cross_entropy(logits, labels)
     if not may_skip:
         training.sums.add(logits, labels, loss)
