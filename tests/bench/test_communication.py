@@ -83,9 +83,11 @@ def test_parts_of_a_mini_batch_are_as_equal_as_can_be():
 
 
 def test_what_cannot_be_counted_is_named():
-    """Sampled labels need data, and plain SGD has no statistics."""
+    """Sampled labels need data, sampled rows the number of processes, and plain SGD has no statistics."""
     with pytest.raises(ConfigError, match="fisher_type=empirical, got mc"):
         shape_model("kfac:fisher_type=mc")
+    with pytest.raises(ConfigError, match="activation_rows=null, got 64"):
+        shape_model("kfac:activation_rows=64")
     with pytest.raises(ConfigError, match="Plain SGD has no statistics"):
         ShapeModel(compose_settings([], [], {"model": "tiny", "device": "cpu"})[0].config)
 

@@ -154,6 +154,8 @@ class ShapeModel:
         settings = self.config.preconditioner.settings()
         if settings.fisher_type is not FisherType.empirical:
             raise ConfigError(f"Counting needs fisher_type=empirical, got {settings.fisher_type}; leave the key out.")
+        if settings.activation_rows is not None:  # what a process samples would depend on how many they are
+            raise ConfigError(f"Counting needs activation_rows=null, got {settings.activation_rows}; leave it out.")
         self.model = build_model(self.config, NUM_CLASSES, META)
         self.preconditioner = KroneckerPreconditioner(self.model, settings=settings, distributed=False)
 

@@ -84,6 +84,8 @@ def _legend(costs: Sequence[Costs]) -> str:
             "`DDP` is what DistributedDataParallel hands over at every mini-batch: all gradients. `received` is the"
             " average per mini-batch if collectives go around a ring: N − 1 messages of a gather, 2 (N − 1)/N of a"
             " sum.",
+            "Not in these numbers: what batch normalisation exchanges at every mini-batch (its statistics with"
+            " `sync_batch_norm=true`, its buffers otherwise), the same under all settings.",
             "`kept` are inverses (and running averages, if any) between mini-batches, the same on every process;"
             " `buffer` is what the largest exchange holds at once.",
             "Blocks are shared out or inverted by every process; GFLOP is a refresh's inversion of the process that"
