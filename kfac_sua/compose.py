@@ -25,6 +25,9 @@ from kfac_sua.launchers import missing_plugin
 # fill the memory first.
 MAX_CELLS = 10_000
 
+# The key by which Hydra takes a value for the name of something to call.
+_CODE = "_target_"
+
 # Groups whose option fills a node of the configuration.
 _ONE_OPTION = ("model", "dataset", "preconditioner", "optimizer", "schedule")
 
@@ -145,7 +148,7 @@ def _refuse_key(override: Override) -> None:
     key = override.get_key_element()
     if not key:
         raise ConfigError(f"{override.input_line} names no key; give key=value.")
-    if "_target_" in key.split(".") or (key.startswith("hydra.launcher") and "_target_" in str(override.input_line)):
+    if _CODE in key.split(".") or (key.startswith("hydra.launcher") and _CODE in str(override.input_line)):
         raise ConfigError(f"{key} names code to run, which no setting does; leave it out.")
     if key.endswith(".name"):
         group = key.removesuffix(".name")

@@ -172,7 +172,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seeds", type=count, default=3, metavar="N", help="final runs per curve (3)")
     parser.add_argument(
-        "--jobs", type=count, metavar="N", help="runs of the grid at the same time (one per core; on a GPU 1)"
+        "--jobs",
+        type=count,
+        metavar="N",
+        help="runs of the grid at the same time (one per core; on a GPU 1; slurm: array_parallelism)",
     )
     parser.add_argument(
         "--launcher",

@@ -1,4 +1,15 @@
-"""Runs of a campaign as jobs of Hydra's launchers, handed over as a sweeper would."""
+"""Runs of a campaign as jobs of Hydra's launchers, handed over as a sweeper would.
+
+A job returns why its run failed instead of raising, so that the others go on. What happens to those that cannot:
+
+- A killed job of submitit is named with its state and its own log, after all others have been waited for.
+- joblib ends all runs when one of its processes is killed: those that had begun are named, the others are left.
+- Ctrl-C and SIGTERM cancel every job that was submitted. On Slurm a run saves at the SIGTERM that ``scancel`` sends
+  first; on one machine submitit gives it a second; joblib kills its processes, which lose what came after their last
+  checkpoint. A command that is itself killed leaves its jobs at work, on which the next command waits and then says
+  so, by process and host.
+- A job that Slurm pre-empts, requeues or stops at its time limit goes on from its checkpoint (``training/signals.py``).
+"""
 
 import contextlib
 import functools

@@ -18,7 +18,7 @@ LAUNCHERS = (SLURM, JOBLIB, SUBMITIT_LOCAL)
 _JOBS_KEYS = {SLURM: "array_parallelism", JOBLIB: "n_jobs"}
 _GPU_KEYS = ("gpus_per_node", "gpus_per_task", "gres")
 # Keys that say nothing about what a run gets.
-_NOT_SHOWN = ("_target_", "submitit_folder", "name", "stderr_to_stdout", "nodes", "tasks_per_node")
+_NOT_SHOWN = ("submitit_folder", "name", "stderr_to_stdout", "nodes", "tasks_per_node")
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,8 @@ class Launcher:
 
     def describe(self) -> str:
         """Return in a line what each run gets."""
-        shown = {
-            key: value for key, value in self.settings.items() if key not in _NOT_SHOWN and value not in (None, {})
-        }
+        told = {key: value for key, value in self.settings.items() if key not in _NOT_SHOWN and key[0] != "_"}
+        shown = {key: value for key, value in told.items() if value not in (None, {})}
         return f"{self.name} ({', '.join(f'{key}={value}' for key, value in sorted(shown.items()))})"
 
 
