@@ -10,6 +10,11 @@ What the prediction is:
 - F are the *undamped* Kronecker factors of the last refresh, so that ρ = 1 where the quadratic model is exact. Martens
   & Grosse take the exact Fisher of the mini-batch instead, which costs two more passes, and count the damping in.
 - Curvature is block-diagonal. Parameters outside the preconditioned layers count in g·s alone.
+
+The rule was made for steps to the model's minimiser, s = −u, which ordinary training shortens by a learning rate far
+below 1. Along such a step the model is nearly linear and ρ is near 1 at any damping, so that the damping falls until
+lr·u is as long as a step can be. On our runs (outputs/reference/safety.md) that made training worse at a tuned learning
+rate of 0.01, and better where the damping had been far too large or the learning rate was 1 without momentum.
 """
 
 from collections.abc import Iterator, Mapping

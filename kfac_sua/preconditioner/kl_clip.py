@@ -11,6 +11,9 @@ of about ½ lr² uᵀFu ≤ ½ lr² g·u, as (F + damping) u = g. All preconditi
   are, to be seen by whoever looks for it; an infinite sum makes the step zero.
 - The momentum of the optimizer is not seen: with momentum m its steps are up to 1 / (1 − m) times as long.
 - Nothing waits for the device.
+
+On our runs (outputs/reference/safety.md) κ = 0.001 rescued runs whose learning rate was 10 or 100 times too large, or
+whose damping 100 times too small, at 1 % of a step's time, which is within the noise.
 """
 
 import math
