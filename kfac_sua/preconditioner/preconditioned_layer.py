@@ -187,7 +187,7 @@ class PreconditionedLayer:
         self.is_fresh = state["is_fresh"]
         self.num_examples = state["num_examples"]
         self.inverse = inverse_from_state(state["inverse"], self.statistics.geometry)
-        self.factors = factors_from_state(state.get("factors", {}), self.statistics.geometry)
+        self.factors = factors_from_state(state["factors"], self.statistics.geometry)
 
     def _kept_tensor(self) -> Tensor | None:
         """Return a tensor that is kept from step to step, if there is any."""

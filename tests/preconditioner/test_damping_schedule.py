@@ -190,17 +190,6 @@ def test_continuation_is_bit_equal(way, rule, pause):
         assert torch.equal(got, want)
 
 
-def test_a_state_of_before_damping_could_be_set_is_read():
-    """Such a state continues with the damping of its settings."""
-    state = KroneckerPreconditioner(make_net(), damping=0.3).state_dict()
-    del state["damping"]
-    for layer in state["layers"].values():
-        del layer["factors"]
-    preconditioner = KroneckerPreconditioner(make_net(), damping=0.3)
-    preconditioner.load_state_dict(state)
-    assert preconditioner.damping == 0.3
-
-
 def test_a_function_given_anew_decides_over_the_state():
     """A continuation may be given another function; a number other than the first damping stays an error."""
     state = KroneckerPreconditioner(make_net(), damping=0.3).state_dict()
