@@ -19,7 +19,7 @@ def schedule_damping(training: Training) -> None:
         training.preconditioner.damping = damping
 
 
-def adapt_damping(training: Training, inputs: Tensor, labels: Tensor, loss: Tensor, loss_weight: float) -> None:
+def adapt_damping(training: Training, inputs: Tensor, labels: Tensor, loss: Tensor, loss_weight: float = 1.0) -> None:
     """Judge the step that was just taken and adapt the damping, if that is due.
 
     Args:

@@ -92,8 +92,8 @@ def _train_often(bench: Bench, *, num_runs: int) -> Verdict:
 def _after_each_run(samples: Path) -> None:
     original: Callable[..., object] = train.run
 
-    def run(config: object) -> object:
-        info = original(config)
+    def run(*arguments: object) -> object:
+        info = original(*arguments)
         descriptors, threads = len(list(Path("/proc/self/fd").iterdir())), len(list(Path("/proc/self/task").iterdir()))
         _append(samples, f"{descriptors}/{threads}")
         return info
