@@ -1,5 +1,6 @@
 """Whether this process is one of several that carry out a run together, as torchrun and srun say in the environment."""
 
+import dataclasses
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ class Launch:
     Args:
         rank: Number of the process, from 0.
         size: Number of processes.
-        local_rank: Number of the process on its machine, from 0.
+        local_rank: Number of the process among those of its machine that see the same GPUs, from 0.
         address: Host name of process 0.
         port: Port at which the processes meet there.
     """
@@ -58,7 +59,10 @@ def read_launch(variables: Mapping[str, str]) -> Launch:
     if variables.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         port = FIRST_PORT + (7 * _number(variables, "SLURM_JOB_ID") + _number(variables, "SLURM_STEP_ID")) % NUM_PORTS
         names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
-        return _checked(_launch(variables, names, _first_host(variables), port))
+        launch = _launch(variables, names, _first_host(variables), port)
+        if "SLURM_GPUS_PER_TASK" in variables:  # then each process sees GPUs of its own
+            launch = dataclasses.replace(launch, local_rank=0)
+        return _checked(launch)
     return Launch()
 
 

@@ -172,6 +172,7 @@ def test_the_environment_says_which_process_this_is(monkeypatch):
     assert read_launch(TORCHRUN) == Launch(1, 4, 1, "node1", 29500)
     assert read_launch(TORCHRUN | SRUN) == read_launch(TORCHRUN)  # srun that starts torchrun
     assert read_launch(SRUN) == Launch(5, 8, 1, "node7", 20_000 + 7 * 12 + 3)
+    assert read_launch(SRUN | {"SLURM_GPUS_PER_TASK": "1"}).local_rank == 0  # each sees one GPU, its own
     assert read_launch({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}) == Launch()  # a batch script without srun
     assert read_launch({}) == Launch()
     said = []
