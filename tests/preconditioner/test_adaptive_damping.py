@@ -7,10 +7,9 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from layer_cases import LAYERS, mean_loss, plain_gradients
 from oracles import dense_layers
-from test_processes import free_port
+from process_group import free_ports, run_processes
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -391,7 +390,7 @@ def work(rank: int, port: int, directory: str) -> None:
 
 def test_processes_decide_alike_and_as_one(tmp_path):
     """Two processes have the same dampings to the last bit, and the ratios of one process with all examples."""
-    mp.spawn(work, args=(free_port(), str(tmp_path)), nprocs=2)
+    run_processes(work, 2, *free_ports(1), str(tmp_path))
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     assert results[0] == results[1]
     run = without_batch_norm()

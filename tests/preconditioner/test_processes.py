@@ -2,13 +2,12 @@
 
 import math
 import os
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from identical import assert_identical
+from process_group import free_ports, run_processes
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -113,13 +112,6 @@ BAD_BLOCKS = {"raised": (-3.0, 1), "kept": (-1e6, 1), "first": (-1e6, 0)}
 """Eigenvalue of the bad block and steps before it."""
 
 
-def free_port() -> int:
-    """Return a TCP port that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 def work(rank: int, size: int, port: int, directory: str) -> None:
     """Train with every setting, one after the other, and save what the first and the last process have."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -138,7 +130,7 @@ def work(rank: int, size: int, port: int, directory: str) -> None:
 @pytest.mark.parametrize("size", [2, 3])
 def test_processes_train_as_one(tmp_path, size):
     """Training over five refreshes, with inverses shared out or not, and refreshes with a bad block on one process."""
-    mp.spawn(work, args=(size, free_port(), str(tmp_path)), nprocs=size)
+    run_processes(work, size, size, *free_ports(1), str(tmp_path))
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(size)]
     for name in SETTINGS:
         check_training(name, [rank[name] for rank in ranks])

@@ -23,16 +23,15 @@ from kfac_sua.runs.record import read_run_info
 from kfac_sua.training.checkpoint import load_checkpoint
 from kfac_sua.training.world import World
 
-SIZES = (2, 3)
-OTHERS = tuple(name for name in all_settings() if name not in QUICK)
+SLOW = {size: tuple(name for name in all_settings() if name not in QUICK[size]) for size in QUICK}
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
     """Return a directory with some runs of two and of three processes; the resumed one is begun by two."""
     root = tmp_path_factory.mktemp("shared")
-    for size in SIZES:
-        carry_out(root, size, QUICK)
+    for size, names in QUICK.items():
+        carry_out(root, size, names)
     return root
 
 
@@ -40,8 +39,8 @@ def root(tmp_path_factory) -> Path:
 def other_root(tmp_path_factory) -> Path:
     """Return a directory with all other runs of two and of three processes."""
     root = tmp_path_factory.mktemp("others")
-    for size in SIZES:
-        carry_out(root, size, OTHERS)
+    for size, names in SLOW.items():
+        carry_out(root, size, names)
     return root
 
 
@@ -113,8 +112,7 @@ def assert_equal_to_rounding(actual, expected) -> None:
             assert torch.equal(got, value) if isinstance(value, Tensor) else got == value, where
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize(("size", "name"), [(size, name) for size, names in QUICK.items() for name in names])
 def test_processes_train_as_one(root, tmp_path, monkeypatch, name, size):
     """After 22 steps of uneven parts, parameters, momentum, factors, inverses and rows are those of one process.
 
@@ -130,8 +128,7 @@ def test_processes_train_as_one(root, tmp_path, monkeypatch, name, size):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(("size", "name"), [(size, name) for size, names in SLOW.items() for name in names])
 def test_processes_train_as_one_with_every_other_setting(other_root, tmp_path, monkeypatch, name, size):
     """What holds for some settings in every run of the tests holds for all of them."""
     test_processes_train_as_one(other_root, tmp_path, monkeypatch, name, size)
@@ -140,8 +137,8 @@ def test_processes_train_as_one_with_every_other_setting(other_root, tmp_path, m
 def test_own_statistics_differ_from_shared_ones(root):
     """The two ways of batch normalisation are really two."""
     shared, own = (
-        metrics_without_times(shared_config(root / "2" / name, all_settings()[name]))
-        for name in ("kfac", "kfac-own-statistics")
+        metrics_without_times(shared_config(root / size / name, all_settings()[name]))
+        for size, name in (("3", "kfac"), ("2", "kfac-own-statistics"))
     )
     assert abs(shared[-1]["train_loss"] - own[-1]["train_loss"]) > 1e-4
 
