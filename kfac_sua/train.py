@@ -32,17 +32,15 @@ from kfac_sua.startup import raise_on_interrupt
 from kfac_sua.training.checkpoint import CheckpointError
 from kfac_sua.training.launch import Launch, read_launch
 from kfac_sua.training.loop import run
-from kfac_sua.training.world import FirstProcessError, LostContactError
+from kfac_sua.training.world import LostContactError, OtherProcessError
 
 # What a user can cause. PyTorch and the preconditioner raise RuntimeError for what cannot be done (out of memory, a
 # factor that is not positive definite); any other exception is a bug and keeps its traceback.
 INPUT_ERRORS = (ConfigError, DataError, HydraException, OmegaConfBaseException)
 RUN_ERRORS = (
-    *(RecordError, CheckpointError, RunBusyError, LostContactError, FirstProcessError),
+    *(RecordError, CheckpointError, RunBusyError, LostContactError, OtherProcessError),
     *(OSError, MemoryError, RuntimeError),
 )
-# Of several processes that carry out a run, what the first one finds wrong as well.
-SAID_BY_FIRST = (ConfigError, HydraException, OmegaConfBaseException, FirstProcessError)
 
 MULTIRUN_FLAGS = {"-m", "--multirun"}
 RUN_FLAGS = MULTIRUN_FLAGS | {"-r", "--run"}
@@ -125,9 +123,9 @@ def _carry_out() -> int:
         said = " as said above" if error.is_said else f", the first of them so: {str(error).rstrip('.')}"
         return say(f"Some runs of the sweep failed{said}; the same command starts only what is missing.")
     except INPUT_ERRORS as error:
-        return _say_why(error)
+        return _say_of_command(error)
     except OSError as error:  # Hydra's own files of a sweep; those of a run are reported where it ends
-        return _say_why(error)
+        return _say_of_command(error)
     except Exception as error:
         if was_killed(error):
             return say(killed_sentence(error))
@@ -207,11 +205,16 @@ def _checked_arguments(arguments: list[str]) -> list[str]:
 def _say_why(error: BaseException) -> int:
     """Say in one sentence why a run fails, if no other of its processes says the same, and return the exit code."""
     code, launch = BAD_INPUT if isinstance(error, INPUT_ERRORS) else FAILED, _launch()
-    is_shared = isinstance(error, SAID_BY_FIRST)
-    if launch.rank > 0 and is_shared:
+    if isinstance(error, OtherProcessError):
         return code
-    is_placed = launch.size > 1 and not is_shared and not isinstance(error, LostContactError)
+    is_placed = launch.size > 1 and not isinstance(error, LostContactError)
     return say(f"process {launch.rank} of {launch.size}: {_sentence(error)}" if is_placed else _sentence(error), code)
+
+
+def _say_of_command(error: BaseException) -> int:
+    """Say what is wrong with the command line, which is the same for all processes, and return the exit code."""
+    code = BAD_INPUT if isinstance(error, INPUT_ERRORS) else FAILED
+    return code if _launch().rank else say(_sentence(error), code)
 
 
 def _launch() -> Launch:

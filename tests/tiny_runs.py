@@ -24,9 +24,9 @@ def tiny_config(output_dir: Path, *overrides: str) -> Config:
     return compose_config([*TINY, f"output_dir={output_dir}", *overrides])
 
 
-def directory_of(config: Config) -> RunDirectory:
+def directory_of(config: Config, num_processes: int = 1) -> RunDirectory:
     """Return where a tiny run lives."""
-    return run_directory(config, "cpu")
+    return run_directory(config, "cpu", num_processes)
 
 
 def lock_holder(path: Path) -> int:
@@ -34,9 +34,9 @@ def lock_holder(path: Path) -> int:
     return int(path.read_text().split()[0])
 
 
-def metrics_without_times(config: Config) -> list[dict[str, float]]:
+def metrics_without_times(config: Config, num_processes: int = 1) -> list[dict[str, float]]:
     """Return the rows of metrics.csv but for the measured seconds, which differ from run to run."""
-    return [_without_times(record) for record in read_records(directory_of(config).metrics)]
+    return [_without_times(record) for record in read_records(directory_of(config, num_processes).metrics)]
 
 
 def _without_times(record: EpochRecord) -> dict[str, float]:

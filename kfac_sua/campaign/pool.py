@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from kfac_sua.config import Config
 from kfac_sua.runs.atomic import named_in_errors
-from kfac_sua.runs.lock import RunBusyError
+from kfac_sua.runs.lock import RunBusyError, RunLostError
 from kfac_sua.runs.record import failure_reason
 
 if TYPE_CHECKING:
@@ -257,6 +257,8 @@ def _run(task: Task) -> None:
         try:
             run(task.config)
             return
+        except RunLostError:  # no one holds it: its directory is gone, and the next command starts it anew
+            raise
         except RunBusyError:
             if time.monotonic() > deadline:
                 raise

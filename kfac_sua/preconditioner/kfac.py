@@ -42,7 +42,7 @@ from kfac_sua.preconditioner.settings import (
 )
 from kfac_sua.preconditioner.sharing import validate_flops_per_byte
 from kfac_sua.preconditioner.sharing_report import report_sharing
-from kfac_sua.preconditioner.state import STATE_VERSION, check_state
+from kfac_sua.preconditioner.state import STATE_VERSION, check_state, up_to_date
 from kfac_sua.preconditioner.statistics import LayerFactors, finite_layers
 from kfac_sua.preconditioner.wrappers import bare_model
 
@@ -510,6 +510,7 @@ class KroneckerPreconditioner:
             ValueError: If the state has another version, other settings or other layers.
         """
         passed_over = {"damping"} if self._damping_function else set()
+        state = up_to_date(state, self.settings)
         check_state(state, self.settings, set(self._layers), passed_over)
         for name, layer in self._layers.items():
             layer.load_state_dict(state["layers"][name])

@@ -20,6 +20,28 @@ STATE_VERSION = 3
 """Of a preconditioner's whole state: a number for each change of what it holds."""
 
 
+def up_to_date(state: Mapping[str, Any], settings: KroneckerSettings) -> Mapping[str, Any]:
+    """Return a preconditioner's state in today's version, if it is of the version before.
+
+    Version 2 had neither a damping that could change nor settings that came with it, and counted examples per process.
+
+    Args:
+        state: What ``KroneckerPreconditioner.state_dict`` returned, in any release.
+        settings: Those of the preconditioner that shall continue.
+    """
+    if state["version"] != 2:
+        return state
+    own = settings.to_plain()
+    saved = {name: None for name in own if name not in state["settings"]} | dict(state["settings"])
+    layers = {
+        name: {key: value for key, value in layer.items() if key != "examples_per_process"}
+        | {"num_examples": None, "factors": {}}
+        for name, layer in state["layers"].items()
+    }
+    damping = saved["damping"]
+    return {**state, "version": STATE_VERSION, "settings": saved, "layers": layers, "damping": damping}
+
+
 def check_state(
     state: Mapping[str, Any], settings: KroneckerSettings, layers: set[str], passed_over: set[str] | None = None
 ) -> None:

@@ -53,33 +53,37 @@ class RunDirectory:
         return self.path / "checkpoint.pt"
 
 
-def run_directory(config: Config, device: str) -> RunDirectory:
+def run_directory(config: Config, device: str, num_processes: int = 1) -> RunDirectory:
     """Return ``<output_dir>/<dataset>-<model>-<preconditioner>/<cell>-<8 digits of fingerprint>/seed=<n>``.
 
     Args:
         config: The checked configuration.
         device: ``cpu`` or ``cuda``, whatever ``device=auto`` came to.
+        num_processes: Processes that carry it out together.
 
     Returns:
         The directory's paths and the whole fingerprint.
     """
-    digest = fingerprint(config, device)
+    digest = fingerprint(config, device, num_processes)
     setting = f"{config.dataset.name}-{config.model.name}-{config.preconditioner.name}"
     cell = f"{_cell_name(config)}-{digest[:8]}"
     return RunDirectory(Path(config.output_dir) / setting / cell / f"seed={config.seed}", digest, config.seed)
 
 
-def fingerprint(config: Config, device: str) -> str:
+def fingerprint(config: Config, device: str, num_processes: int = 1) -> str:
     """Return the SHA-256 of everything that decides a run's numbers, except its seed.
 
     Args:
         config: The checked configuration.
         device: ``cpu`` or ``cuda``; numbers differ between the two.
+        num_processes: Processes that carry the run out together; it counts where they do not train as one does.
 
     Returns:
         64 hexadecimal digits.
     """
     values = resolved(config, device)
+    if num_processes > 1 and _depends_on_processes(config):
+        values["num_processes"] = num_processes
     for key in _NOT_IN_FINGERPRINT:
         del values[key]
     for node, key, default in _ADDED_LATER:
@@ -89,6 +93,12 @@ def fingerprint(config: Config, device: str) -> str:
     del values["dataset"]["data_dir"]
     canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _depends_on_processes(config: Config) -> bool:
+    """Whether several processes do not train as one does."""
+    samples = isinstance(config.preconditioner, KroneckerConfig) and config.preconditioner.activation_rows is not None
+    return samples or not config.sync_batch_norm
 
 
 def resolved(config: Config, device: str) -> dict[str, Any]:

@@ -221,7 +221,7 @@ class RunInfo:
         failure: Why the last attempt failed, in one sentence.
         skipped_steps: Mini-batches that took no step, as something in them was not finite.
         records_digest: Of a run that has ended, what :func:`records_digest` returned for its rows.
-        num_processes: Processes that carried out the last attempt together.
+        process_counts: How many processes its seconds come from; several numbers if it was resumed by others.
         machines: Every machine that its seconds come from, as ``host (device)``; several if it was resumed elsewhere.
     """
 
@@ -242,7 +242,7 @@ class RunInfo:
     failure: str | None = None
     skipped_steps: int = 0
     records_digest: str | None = None
-    num_processes: int = 1
+    process_counts: list[int] = dataclasses.field(default_factory=lambda: [1])
     machines: list[str] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -334,7 +334,7 @@ def read_run_info(path: Path) -> RunInfo:
             "failure": None,
             "skipped_steps": 0,
             "records_digest": None,
-            "num_processes": 1,
+            "process_counts": [1],
             "machines": [],
         } | content
     if not isinstance(content, dict) or content.keys() != names:

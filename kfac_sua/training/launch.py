@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from kfac_sua.config import ConfigError
 
-FIRST_PORT, NUM_PORTS = 20_000, 20_000
-"""Where processes started by srun meet: a port fixed by the job's number, since srun names none."""
+FIRST_PORT, NUM_PORTS = 20_000, 12_000
+"""Where processes started by srun meet: a port fixed by the job's number, since srun names none; below those that
+systems give out by themselves."""
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 

@@ -64,7 +64,7 @@ def run(config: Config, launch: Launch | None = None) -> RunInfo:
         RecordError: If the run's records are damaged.
         RunBusyError: If another process is carrying the run out.
         LostContactError: If one of several processes has gone.
-        FirstProcessError: On the others, if the first of several processes fails; that one says why.
+        OtherProcessError: If another of several processes fails; that one says why.
         Interrupted: On SIGINT and SIGTERM, after which the same command resumes.
     """
     device = choose_device(config.device)
@@ -74,12 +74,12 @@ def run(config: Config, launch: Launch | None = None) -> RunInfo:
 
 def _run_together(config: Config, device: torch.device, world: World) -> RunInfo:
     """Carry out a run, together with the other processes if there are any."""
-    directory = run_directory(config, device.type)
+    directory = run_directory(config, device.type, world.size)
     info = world.from_first(lambda: _ended(directory))
     if info is not None:
         return info
     try:
-        training = Training.start(config, device, world)
+        training = world.each(lambda: Training.start(config, device, world))
     except Exception as error:  # of a run that has begun; otherwise, nothing of it is on disk
         if world.is_first:
             with contextlib.suppress(RunBusyError):
@@ -132,6 +132,7 @@ def _read_own_info(directory: RunDirectory) -> RunInfo | None:
 def _carry_out(training: Training, directory: RunDirectory, hold: Hold | None) -> RunInfo:
     """Train what is left of a run, from its checkpoint if there is one."""
     world = training.world
+    training.connect()
     begun, info = world.from_first(lambda: _read_own_info(directory)), _new_info(training, directory.fingerprint)
     is_resumed, records = _resume(training, directory)
     if begun is not None:
@@ -179,7 +180,7 @@ def _train(
     """Train what is left, stopping between two mini-batches when asked to; then evaluate on the test set."""
     log = _open_tensorboard(directory, info, records) if training.world.is_first else None
     progress = _open_progress(training)
-    with StopRequest() as stop:
+    with StopRequest(is_speaker=training.world.is_first, is_alone=training.world.size == 1) as stop:
         saver = Saver(training, directory, stop, hold, records)
         try:
             if not records:  # the untrained network, so that curves against time begin at zero seconds
@@ -231,12 +232,17 @@ def _evaluate_epoch(training: Training, after_batch: Callable[[], None]) -> tupl
 
 
 def _log(saver: Saver, log: TensorBoardLog | None, record: EpochRecord) -> None:
-    if log is None or saver.hold is None:  # the first process writes it
-        return
-    saver.hold.check()
-    with saver.training.watch.phase("writing"):
+    def write() -> None:
+        assert log is not None
+        assert saver.hold is not None
+        saver.hold.check()
         append_record(saver.directory.metrics, record)
         log.log(record)
+
+    world = saver.training.world
+    world.forget_wishes()
+    with saver.training.watch.phase("writing"):
+        world.from_first(write)
 
 
 def _evaluate(training: Training, loader: BatchLoader, after_batch: Callable[[], None]) -> Evaluation:
@@ -276,8 +282,8 @@ def _resume(training: Training, directory: RunDirectory) -> tuple[bool, list[Epo
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise CheckpointError(
-            f"{directory.checkpoint} does not fit this network ({type(error).__name__}); move it away to start this "
-            "run from the beginning."
+            f"{directory.checkpoint} does not fit ({failure_reason(error).removesuffix('.')}); move it away to start "
+            "this run from the beginning."
         ) from error
     return True, records
 
@@ -324,7 +330,7 @@ def _new_info(training: Training, fingerprint: str) -> RunInfo:
         device_name=surroundings.device_name,
         machines=list(dict.fromkeys(training.world.gather(surroundings.machine))),
         num_threads=torch.get_num_threads(),
-        num_processes=training.world.size,
+        process_counts=[training.world.size],
         started=_now(),
     )
 
@@ -333,13 +339,14 @@ def _continued(begun: RunInfo, now: RunInfo, is_resumed: bool) -> RunInfo:
     """Return what a run is from here on that an earlier attempt has begun, maybe on another machine."""
     device_name = begun.device_name if is_resumed else now.device_name
     machines = list(dict.fromkeys([*(begun.machines if is_resumed else []), *now.machines]))
+    process_counts = list(dict.fromkeys([*(begun.process_counts if is_resumed else []), *now.process_counts]))
     return dataclasses.replace(
         begun,
         status="running",
         failure=None,
         device_name=device_name,
         machines=machines,
-        num_processes=now.num_processes,
+        process_counts=process_counts,
     )
 
 

@@ -37,14 +37,20 @@ class StopRequest:
     SIGTERM asks for a checkpoint alone: either the pre-emption comes next, or SIGKILL. And Ctrl-C raises nowhere: the
     process that watches over a job repeats what its terminal has sent already.
 
+    Args:
+        is_speaker: Whether this process speaks for all that carry out the run.
+        is_alone: Whether there is but one.
+
     Attributes:
         signal_number: The first signal that asks the run to stop.
         is_to_save: Whether a checkpoint has been asked for; whoever writes it takes that back.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_speaker: bool = True, is_alone: bool = True) -> None:
         self.signal_number: int | None = None
         self.is_to_save = False
+        self._is_speaker = is_speaker
+        self._is_alone = is_alone
         self._preemption: int | None = None
         self._replaced: dict[int, Any] = {}
 
@@ -76,9 +82,15 @@ class StopRequest:
             _say(b"saving after this step.\n")
         elif self.signal_number is None:
             self.signal_number = number
-            _say(b"stopping after this step; Ctrl-C stops at once.\n")
+            self._say_that_it_stops()
         elif number == signal.SIGINT and self._preemption is None:
             raise KeyboardInterrupt
+
+    def _say_that_it_stops(self) -> None:
+        if self._is_alone:
+            _say(b"stopping after this step; Ctrl-C stops at once.\n")
+        elif self._is_speaker:  # torchrun lets no second Ctrl-C through
+            _say(b"stopping after this step.\n")
 
 
 def _preemption_signal() -> int:

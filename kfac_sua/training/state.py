@@ -70,7 +70,7 @@ class Training:
         Args:
             config: The checked configuration.
             device: Where to train.
-            world: The processes that carry out the run, which all have to call this; ``None`` for this one alone.
+            world: The processes that carry out the run, to be connected afterwards; ``None`` for this one alone.
 
         Raises:
             ConfigError: If the preconditioner's settings do not fit the network.
@@ -94,7 +94,6 @@ class Training:
         model = build_model(config, splits.num_classes, device)
         if world.size > 1 and config.sync_batch_norm:
             model = synchronise_batch_norm(model, device)
-        forward = world.averaging(model)
         preconditioner = build_preconditioner(config.preconditioner, model, config.seed, distributed=world.size > 1)
         watch = Stopwatch(device)
         if preconditioner is not None:
@@ -112,9 +111,13 @@ class Training:
             ErrorCounter(device, world),
             splits.digest(),
             world,
-            forward,
+            model,
             adaptive_damping=build_adaptive_damping(config.preconditioner, preconditioner),
         )
+
+    def connect(self) -> None:
+        """Average gradients over all processes from now on; all have to call it."""
+        self.forward = self.world.averaging(self.model, shares_buffers=not self.config.sync_batch_norm)
 
     @functools.cached_property
     def train_subset(self) -> BatchLoader:

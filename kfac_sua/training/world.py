@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from kfac_sua.config import ConfigError
 from kfac_sua.runs.record import failure_reason
 from kfac_sua.training.launch import Launch
+from kfac_sua.training.signals import STOP_SIGNALS
 
 PATIENCE = timedelta(minutes=5)
 """How long the others may keep a process waiting. One that dies is noticed at once, as its connections close."""
@@ -36,8 +37,8 @@ class LostContactError(Exception):
     """Another process of the run has gone or does not answer; the message is one sentence."""
 
 
-class FirstProcessError(Exception):
-    """The first process has failed, and says itself why."""
+class OtherProcessError(Exception):
+    """Another process has failed, and says itself why."""
 
 
 class World:
@@ -72,7 +73,7 @@ class World:
             work: What to do; its result must be picklable where there are several processes.
 
         Raises:
-            FirstProcessError: On the others, if it fails; on the first, what it raises.
+            OtherProcessError: On the others, if it fails; on the first, what it raises.
         """
         if self._control is None:
             return work()
@@ -86,8 +87,31 @@ class World:
             return result
         result, reason = self._broadcast(None)
         if reason is not None:
-            raise FirstProcessError(reason)
+            raise OtherProcessError(reason)
         return result
+
+    def each(self, work: Callable[[], Result]) -> Result:
+        """Let every process do something by itself; where it fails on one of them, all leave together.
+
+        Args:
+            work: What to do, without a word to the other processes.
+
+        Raises:
+            OtherProcessError: If it fails elsewhere only, or on the first process in the same way.
+        """
+        if self._control is None:
+            return work()
+        try:
+            result, error = work(), None
+        except Exception as raised:
+            result, error = None, raised
+        reasons = self.gather(None if error is None else failure_reason(error))
+        reason = next((one for one in reasons if one is not None), None)
+        if error is not None and (self.is_first or reasons[0] != failure_reason(error)):
+            raise error
+        if reason is not None:
+            raise OtherProcessError(reason)
+        return result  # type: ignore[return-value]  # of a process where nothing failed
 
     def gather(self, value: Result) -> list[Result]:
         """Return what each process gives, by rank; it must be picklable where there are several."""
@@ -105,11 +129,17 @@ class World:
         dist.all_reduce(total)
         return total
 
-    def averaging(self, model: nn.Module) -> nn.Module:
-        """Return what a model is called through so that its gradients are averages over all processes."""
+    def averaging(self, model: nn.Module, *, shares_buffers: bool) -> nn.Module:
+        """Return what a model is called through so that its gradients are averages over all processes.
+
+        Args:
+            model: The model.
+            shares_buffers: Whether every forward pass begins with the first process's buffers, for a model that does
+                not keep them alike by itself.
+        """
         if self._control is None:
             return model
-        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=shares_buffers)
 
     def share_buffers(self, model: nn.Module) -> None:
         """Give all processes the first one's running statistics of batch normalisation, so that all evaluate alike."""
@@ -180,22 +210,37 @@ def open_world(launch: Launch, device: torch.device) -> Iterator[World]:
         _take_own_gpu(launch)
     if launch.rank > 0:  # what a process logs about the network, all would
         logging.getLogger("kfac_sua").setLevel(logging.ERROR)
-    signal.signal(signal.SIGTERM, _leave_soon)
     with named_losses(launch.rank, launch.size):
-        os.environ |= {"MASTER_ADDR": launch.address, "MASTER_PORT": str(launch.port)}
-        dist.init_process_group(
-            "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
-            rank=launch.rank,
-            world_size=launch.size,
-            timeout=PATIENCE,
-        )
+        with _interruptible():
+            control = _meet(launch, device)
+        signal.signal(signal.SIGTERM, _leave_soon)
         try:
-            control = dist.new_group(backend="gloo", timeout=PATIENCE)
-            assert isinstance(control, dist.ProcessGroup)
             yield World(launch.rank, launch.size, control)
         finally:
             gc.collect()  # what still refers to the group would outlive its threads
             dist.destroy_process_group()
+
+
+def _meet(launch: Launch, device: torch.device) -> dist.ProcessGroup:
+    """Wait until all processes are there, and return a group of them for the CPU."""
+    os.environ |= {"MASTER_ADDR": launch.address, "MASTER_PORT": str(launch.port)}
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, rank=launch.rank, world_size=launch.size, timeout=PATIENCE)
+    control = dist.new_group(backend="gloo", timeout=PATIENCE)
+    assert isinstance(control, dist.ProcessGroup)
+    return control
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let signals end this process at once, even while it waits outside of Python; nothing is on disk yet."""
+    numbers = [number for number in STOP_SIGNALS if callable(signal.getsignal(number))]
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _take_own_gpu(launch: Launch) -> None:
@@ -228,14 +273,27 @@ def named_losses(rank: int, size: int) -> Iterator[None]:
         if size == 1 or not _is_loss(error):
             raise
         raise LostContactError(
-            f"process {rank} of {size} has lost contact with another one, which has ended or does not "
-            f"answer; the same command resumes the run from its last checkpoint."
+            f"process {rank} of {size} has lost contact with another one, which has ended or does not answer; the same "
+            f"command resumes the run from its last checkpoint."
         ) from error
 
 
 def _is_loss(error: RuntimeError) -> bool:
     text = str(error).lower()
-    return isinstance(error, dist.DistError) or any(word in text for word in _WORDS_OF_LOSS)
+    is_distributed = isinstance(error, dist.DistError) or "gloo" in text or "nccl" in text
+    return is_distributed and any(words in text for words in _WORDS_OF_LOSS)
 
 
-_WORDS_OF_LOSS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer")
+# What gloo, NCCL and the store say of a process that is gone or silent. Other errors of theirs are bugs, and stay.
+_WORDS_OF_LOSS = (
+    *(
+        "connection closed",
+        "connection reset",
+        "connection refused",
+        "broken pipe",
+        "socket",
+        "read error",
+        "write error",
+    ),
+    *("timed out", "timeout", "remote process exited", "aborted"),
+)

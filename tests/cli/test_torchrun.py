@@ -121,7 +121,7 @@ def test_whichever_process_dies_the_others_say_so_and_all_resume(tmp_path, rank)
     assert again.returncode == 0, said
     assert out.count("resumed on 2 processes, cpu") == 1
     assert out.count("finished: epoch 60") == 1
-    assert (the_info(tmp_path).status, the_info(tmp_path).num_processes) == ("finished", 2)
+    assert (the_info(tmp_path).status, the_info(tmp_path).process_counts) == ("finished", [3, 2])
     (metrics,) = tmp_path.rglob("metrics.csv")
     assert [record.epoch for record in read_records(metrics)] == list(range(61))
 
@@ -164,7 +164,7 @@ def test_srun_is_understood_as_torchrun_is(tmp_path):
     assert [process.returncode for process in processes] == [0, 0]
     assert "started on 2 processes, cpu" in outputs[0]
     assert outputs[1] == ""
-    assert the_info(tmp_path).num_processes == 2
+    assert the_info(tmp_path).process_counts == [2]
 
 
 def test_the_environment_says_which_process_this_is(monkeypatch):

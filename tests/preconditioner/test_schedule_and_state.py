@@ -86,6 +86,29 @@ def test_state_of_another_model_or_version_is_refused():
         preconditioner.load_state_dict({**state, "version": 99})
 
 
+def test_state_of_the_version_before_is_read():
+    """A training that an earlier release has begun goes on bit for bit."""
+    settings = {"structure": "kfac", "application": "auto"}
+    net = make_net()
+    preconditioner, optimizer = start(net, settings)
+    steps(net, preconditioner, optimizer, range(6))
+    state = copy.deepcopy(preconditioner.state_dict())
+    state["version"] = 2
+    del state["damping"], state["settings"]["kl_clip"]
+    for layer in state["layers"].values():
+        del layer["num_examples"], layer["factors"]
+        layer["examples_per_process"] = None
+    other = copy.deepcopy(net)
+    continued, its_optimizer = start(other, settings)
+    continued.load_state_dict(state)
+    its_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for one in ((net, preconditioner, optimizer), (other, continued, its_optimizer)):
+        steps(*one, range(6, 9))
+    for parameter, same in zip(net.parameters(), other.parameters(), strict=True):
+        assert torch.equal(parameter, same)
+    assert continued.state_dict()["version"] == 3
+
+
 def test_state_of_other_settings_is_refused():
     """A state is not reinterpreted under another rule or structure; the differing settings are named."""
     state = KroneckerPreconditioner(make_net(), damping=0.1).state_dict()

@@ -263,7 +263,7 @@ def test_run_info_has_the_fields_of_the_contract(tmp_path):
     write_run_info(tmp_path / "run.json", run_info())
     names = json.loads((tmp_path / "run.json").read_text()).keys()
     run = {"config", "fingerprint", "seed", "status", "started", "finished", "diverged_at_epoch"}
-    machine = {"commit", "versions", "device", "device_name", "num_threads", "machines", "num_processes"}
+    machine = {"commit", "versions", "device", "device_name", "num_threads", "machines", "process_counts"}
     assert set(names) == run | machine | {
         "test_loss",
         "test_error",
@@ -282,7 +282,7 @@ def test_run_info_of_before_failures_were_recorded(tmp_path):
         older = {
             name: value
             for name, value in content.items()
-            if name not in ("failure", "skipped_steps", "num_processes", "machines")
+            if name not in ("failure", "skipped_steps", "process_counts", "machines")
         }
         path.write_text(json.dumps(older | kept))
         assert read_run_info(path) == run_info(**kept)

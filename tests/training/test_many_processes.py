@@ -66,9 +66,9 @@ class OwnStatistics(nn.Module):
         return torch.cat(outputs)
 
 
-def state_of(config) -> dict:
+def state_of(config, num_processes: int = 1) -> dict:
     """Return what the run's checkpoint holds, but for what tells runs apart and measured seconds."""
-    directory = directory_of(config)
+    directory = directory_of(config, num_processes)
     checkpoint = load_checkpoint(
         directory.checkpoint, fingerprint=directory.fingerprint, seed=config.seed, device=torch.device("cpu")
     )
@@ -120,11 +120,11 @@ def test_processes_train_as_one(root, tmp_path, monkeypatch, name, size):
     """
     shared, alone = (shared_config(path / name, all_settings()[name]) for path in (root / str(size), tmp_path))
     if name.endswith("-own-statistics"):
-        monkeypatch.setattr(World, "averaging", lambda self, model: OwnStatistics(model, size))
+        monkeypatch.setattr(World, "averaging", lambda self, model, **options: OwnStatistics(model, size))
     in_float64(alone)
-    assert read_run_info(directory_of(shared).info).num_processes == size
-    assert_equal_to_rounding(metrics_without_times(shared), metrics_without_times(alone))
-    assert_equal_to_rounding(state_of(shared), state_of(alone))
+    assert read_run_info(directory_of(shared, size).info).process_counts == [size]
+    assert_equal_to_rounding(metrics_without_times(shared, size), metrics_without_times(alone))
+    assert_equal_to_rounding(state_of(shared, size), state_of(alone))
 
 
 @pytest.mark.slow
@@ -137,8 +137,8 @@ def test_processes_train_as_one_with_every_other_setting(other_root, tmp_path, m
 def test_own_statistics_differ_from_shared_ones(root):
     """The two ways of batch normalisation are really two."""
     shared, own = (
-        metrics_without_times(shared_config(root / size / name, all_settings()[name]))
-        for size, name in (("3", "kfac"), ("2", "kfac-own-statistics"))
+        metrics_without_times(shared_config(root / str(size) / name, all_settings()[name]), size)
+        for size, name in ((3, "kfac"), (2, "kfac-own-statistics"))
     )
     assert abs(shared[-1]["train_loss"] - own[-1]["train_loss"]) > 1e-4
 
@@ -150,7 +150,7 @@ def test_a_run_goes_on_with_another_number_of_processes(root, tmp_path):
     """
     resumed, straight = (shared_config(path / "resumed", stopping_setting()) for path in (root, tmp_path))
     state = state_of(resumed)
-    assert (state["step"], read_run_info(directory_of(resumed).info).num_processes) == (4 * 3 + 1, 3)
+    assert (state["step"], read_run_info(directory_of(resumed).info).process_counts) == (4 * 3 + 1, [2, 3])
     for config in (resumed, straight):
         in_float64(config)
     assert read_run_info(directory_of(resumed).info).status == "finished"

@@ -96,6 +96,7 @@ def timing_warning(infos: Sequence[RunInfo]) -> str:
     kinds: dict[str, set[Any]] = {
         "devices": {info.device_name for info in infos},
         "machines": {machine for info in infos for machine in info.machines},
+        "numbers of processes": {count for info in infos for count in info.process_counts},
         "numbers of CPU threads": {info.num_threads for info in infos},
         "sets of versions": {tuple(sorted(info.versions.items(), key=str)) for info in infos},
     }
