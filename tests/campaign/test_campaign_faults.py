@@ -158,6 +158,7 @@ def test_ctrl_c_lets_workers_save_what_they_did(tmp_path):
         assert read_state(long).status == "running"
 
 
+@pytest.mark.slow
 def test_a_run_still_held_by_another_process_is_waited_for(tmp_path):
     """The worker of a parent that was killed needs a moment to save: the next command does not fail on it."""
     cell = make_cell(tmp_path, 0.1, "epochs=1")

@@ -61,6 +61,7 @@ def test_a_worker_that_is_killed_is_named_and_replaced(tmp_path):
     assert ends[after.name] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL])
 def test_workers_go_with_their_parent(tmp_path, how):
     """However the command ends, no run goes on unseen, and its directory is free at once."""

@@ -101,6 +101,7 @@ def test_dry_run_of_a_finished_campaign_says_so(campaigns, capsys):
     assert sorted(whole.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_a_missing_final_run_is_carried_out_again(campaigns, tmp_path):
     """A run that someone removed is the only one that runs, and the tables are the same again."""
     _, killed, _ = campaigns
@@ -115,6 +116,7 @@ def test_a_missing_final_run_is_carried_out_again(campaigns, tmp_path):
     pd.testing.assert_frame_equal(before[kept], after[kept])
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_lost_epochs_is_refused(campaigns):
     """Means over fewer epochs than were trained would be wrong numbers."""
     _, killed, _ = campaigns

@@ -153,6 +153,7 @@ def test_sweep_from_a_grid_file_in_a_real_process(tmp_path):
     assert f"Launching {len(grid)} jobs locally" in out
 
 
+@pytest.mark.slow
 def test_sweep_over_three_axes_in_a_real_process(tmp_path):
     """-m with comma lists runs every combination, each in its own directory."""
     values = ("preconditioner=sua,grouped", "optimizer.lr=0.1,0.03", "preconditioner.damping=0.1,0.01")

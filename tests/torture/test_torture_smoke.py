@@ -36,6 +36,7 @@ def torture(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False)
 
 
+@pytest.mark.slow
 def test_some_cases_of_every_campaign_are_survived(tmp_path):
     """Each kind of fault is tried at least once and survived, no result is wrong, and nothing but the table stays."""
     done = torture(tmp_path, "--minutes", "0.3", "--jobs", "2", "--only", *CASES)
