@@ -73,7 +73,7 @@ test: $(INSTALLED) ## Tests without a GPU and without a download, six minutes on
 	$(TEST_ENV) $(RUN) -m pytest -n $(TEST_JOBS) --dist worksteal -m "not slow and not gpu"
 
 test-slow: $(INSTALLED) ## The tests that `make test` leaves out because they take long
-	$(TEST_ENV) $(RUN) -m pytest -m "slow and not gpu"
+	$(TEST_ENV) $(RUN) -m pytest -n $(TEST_JOBS) --dist worksteal -m "slow and not gpu"
 
 test-gpu: $(INSTALLED) ## Tests that need a CUDA device
 	$(RUN) -m pytest -m gpu
