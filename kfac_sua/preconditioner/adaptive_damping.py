@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_sua.preconditioner.apply import quadratic_form
+from kfac_sua.preconditioner.devices import on_one_device
 from kfac_sua.preconditioner.kfac import KroneckerPreconditioner
 from kfac_sua.preconditioner.settings import LossReduction
 
@@ -183,7 +184,7 @@ class AdaptiveDamping:
                 bias = None if layer.bias is None else steps.get(layer.bias)
                 form = quadratic_form(steps[layer.weight], bias, layer.layout, layer.factors)
                 parts.append(form.double() / 2)
-        return torch.stack([part.to(parts[0].device) for part in parts]).sum()
+        return torch.stack(on_one_device(parts)).sum()
 
     def _move(self, direction: int) -> None:
         preconditioner, (least, largest) = self._preconditioner, self._bounds

@@ -7,12 +7,12 @@ recorded; graphs depend on the answer.
 """
 
 from collections.abc import Callable, Iterator
-from types import MethodType
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from kfac_sua.preconditioner.stand_in import ForwardStandIn, own_forward
 from kfac_sua.preconditioner.wrappers import inside_of_compiled
 
 REASON = "kfac_sua records statistics of this mini-batch, which no graph can hold; compile without fullgraph=True"
@@ -33,7 +33,7 @@ def compiled_modules(model: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
-class UncompiledWhileRecording:
+class UncompiledWhileRecording(ForwardStandIn):
     """Stands in for the ``forward`` of one compiled module.
 
     Args:
@@ -41,38 +41,15 @@ class UncompiledWhileRecording:
         recorder: Knows whether statistics are being recorded.
     """
 
-    is_stand_in = True
-
     def __init__(self, module: nn.Module, recorder: Recorder) -> None:
-        self._module = module
+        replaced: Callable[..., Any] | None = module.__dict__.get("forward")
         self._recorder = recorder
-        self._replaced: Callable[..., Any] | None = module.__dict__.get("forward")
-        self._forward = self._replaced or MethodType(type(module).forward, module)
+        self._forward = replaced or own_forward(module)
         self._uncompiled = torch.compiler.disable(self._forward, reason=REASON)
-        module.forward = self
+        super().__init__(module, replaced)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's own forward."""
         if self._recorder.enabled:
             return self._uncompiled(*args, **kwargs)
         return self._forward(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """Return the copied module's own forward: a copy of the model has no preconditioner."""
-        return _own_forward(memo[id(self._module)])
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle as the module's own forward, for the same reason."""
-        return _own_forward, (self._module,)
-
-    def remove(self) -> None:
-        """Give the module its ``forward`` back."""
-        if self._module.__dict__.get("forward") is not self:
-            return
-        del self._module.forward
-        if self._replaced is not None:
-            self._module.forward = self._replaced
-
-
-def _own_forward(module: nn.Module) -> Any:
-    return MethodType(type(module).forward, module)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kfac_sua.preconditioner.devices import on_one_device
 from kfac_sua.preconditioner.factors import Factor
 from kfac_sua.preconditioner.grouping import ChannelGroups
 from kfac_sua.preconditioner.patch_rows import PatchRows
@@ -247,9 +248,7 @@ def _factorise(factors: Sequence[Factor], dampings: Sequence[Tensor]) -> list[_F
         sizes = [len(dampings[i]) for i in members]
         for i, part, part_bad in zip(members, triangles.split(sizes), bad.split(sizes), strict=True):
             results[i].triangles, failed[i] = part, part_bad | _is_lost(factors[i], dampings[i])
-    if bool(
-        torch.cat([bad.to(failed[0].device) for bad in failed]).any()
-    ):  # the only host synchronisation where all is well
+    if bool(torch.cat(on_one_device(failed)).any()):  # the only host synchronisation where all is well
         for i, bad in enumerate(failed):
             if bool(bad.any()):
                 results[i] = _repaired(factors[i], results[i], bad.nonzero().squeeze(-1))

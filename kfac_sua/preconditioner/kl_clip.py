@@ -23,6 +23,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from kfac_sua.preconditioner.devices import on_one_device
 from kfac_sua.preconditioner.precision import at_least_float32
 
 
@@ -68,9 +69,7 @@ class KLClip:
         """Shorten all gradients taken in, if need be, and return by what; ``None`` if there were none."""
         if not self._grads:
             return None
-        device = self._products[0].device
-        products = torch.stack([product.to(device) for product in self._products])
-        scale = clip_scale(products, self._lr, self._kl_clip)
+        scale = clip_scale(torch.stack(on_one_device(self._products)), self._lr, self._kl_clip)
         for grad in self._grads:
             grad.mul_(scale.to(grad.device))
         return scale

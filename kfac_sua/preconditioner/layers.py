@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+from kfac_sua.preconditioner.stand_in import ForwardStandIn
 from kfac_sua.preconditioner.wrappers import bare_name
 
 logger = logging.getLogger(__name__)
@@ -183,7 +184,7 @@ def _has_own_forward(module: nn.Module) -> bool:
     """Whether a module runs its class's forward, perhaps through what another preconditioner has left there."""
     forward = module.__dict__.get("forward")
     is_bound = getattr(forward, "__func__", None) is type(module).forward  # in a copy of a preconditioned model
-    return forward is None or is_bound or getattr(forward, "is_stand_in", False)
+    return forward is None or is_bound or isinstance(forward, ForwardStandIn)
 
 
 def _reason_of_parameters(module: nn.Linear | nn.Conv2d, shared: set[int]) -> str:

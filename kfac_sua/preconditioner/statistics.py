@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kfac_sua.preconditioner import correlations, factors
+from kfac_sua.preconditioner.devices import on_one_device
 from kfac_sua.preconditioner.factors import Factor
 from kfac_sua.preconditioner.grouping import BlockLayout
 from kfac_sua.preconditioner.layers import LayerGeometry
@@ -332,4 +333,4 @@ class LayerStatistics:
 def finite_layers(layer_factors: Iterable[LayerFactors]) -> list[bool]:
     """Return for each layer whether its factors are finite, with one host synchronisation for all."""
     flags = [factors.is_finite() for factors in layer_factors]
-    return torch.stack([flag.to(flags[0].device) for flag in flags]).tolist() if flags else []
+    return torch.stack(on_one_device(flags)).tolist() if flags else []

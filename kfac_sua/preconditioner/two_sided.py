@@ -12,7 +12,6 @@ the weight gradient instead: no step ever uses older inverses than it otherwise 
 
 import math
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from kfac_sua.preconditioner.layers import LayerGeometry
 from kfac_sua.preconditioner.patch_rows import PatchRows
 from kfac_sua.preconditioner.pixels import output_size, to_locations
 from kfac_sua.preconditioner.precision import fits
+from kfac_sua.preconditioner.stand_in import ForwardStandIn
 
 
 def can_be_two_sided(module: nn.Module, geometry: LayerGeometry) -> bool:
@@ -51,7 +51,7 @@ class _ConvolutionOptions:
     groups: int
 
 
-class TwoSidedForward:
+class TwoSidedForward(ForwardStandIn):
     """Stands in for the ``forward`` of one convolution; plain unless :attr:`inverse` is set.
 
     Where processes share a mini-batch, their gradients are added up, so that all must apply the same sides: then
@@ -65,7 +65,7 @@ class TwoSidedForward:
         phases: Where the time of the transformations is accounted.
     """
 
-    is_stand_in = True
+    _module: nn.Conv2d
 
     def __init__(
         self, name: str, module: nn.Conv2d, geometry: LayerGeometry, layout: BlockLayout, phases: PhaseSource
@@ -82,10 +82,9 @@ class TwoSidedForward:
             geometry.conv_groups,
         )
         self._name = name
-        self._module = module
         self._applied: set[Sides] = set()
         self._was_compiled = False
-        module.forward = self  # type: ignore[method-assign]
+        super().__init__(module)
 
     def __call__(self, input: Tensor) -> Tensor:
         """Run the convolution; ``input`` as ``nn.Conv2d`` takes it."""
@@ -104,14 +103,6 @@ class TwoSidedForward:
             return output
         result: Tensor = _TwoSidedConvolution.apply(input, module.weight, self, inverse, sides)
         return result
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """Return the copied module's own forward: a copy of the model has no preconditioner."""
-        return _own_forward(memo[id(self._module)])
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle as the module's own forward, for the same reason."""
-        return _own_forward, (self._module,)
 
     def note_backward(self, sides: Sides) -> None:
         """Remember which sides a weight gradient that is about to be accumulated carries."""
@@ -143,18 +134,15 @@ class TwoSidedForward:
     def remove(self) -> None:
         """Give the module its own ``forward`` back."""
         self.inverse = None
-        if self._module.__dict__.get("forward") is self:
-            del self._module.forward
+        super().remove()
 
     def _cheaper_sides(self, inputs: Tensor, inverse: LayerInverse) -> Sides:
         """Return the sides that have fewer rows than the weight gradient has vectors."""
         layout = self.layout
         if inputs.dim() != 4 or _is_autocast(inputs.device.type):
             return NEITHER_SIDE
-        if not fits(
-            inverse.bias_scale, self._module.weight
-        ):  # the model has been moved since; step() moves the inverse too
-            return NEITHER_SIDE
+        if not fits(inverse.bias_scale, self._module.weight):
+            return NEITHER_SIDE  # the model has been moved since; step() moves the inverse too
         num_examples, _, height, width = inputs.shape
         num_examples = self.num_examples or num_examples
         pixels = num_examples * height * width
@@ -215,10 +203,6 @@ class _TwoSidedConvolution(torch.autograd.Function):
 def _is_autocast(device_type: str) -> bool:
     """Whether autocast is on; on devices that do not have it, such as meta, PyTorch's own question raises."""
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-
-
-def _own_forward(module: nn.Module) -> Any:
-    return MethodType(type(module).forward, module)
 
 
 def _transform(values: Tensor, inverse: Inverse, conv_groups: int, groups: ChannelGroups, dtype: torch.dtype) -> Tensor:
