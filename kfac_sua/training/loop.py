@@ -1,37 +1,32 @@
 """One run from start to end: train, evaluate, record, checkpoint; or go on where the same command stopped."""
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 from kfac_sua.build import choose_device
 from kfac_sua.config import Config, ProgressStyle
 from kfac_sua.data import BatchLoader
-from kfac_sua.runs.directory import RunDirectory, resolved, run_directory
-from kfac_sua.runs.environment import environment
+from kfac_sua.runs.directory import RunDirectory, run_directory
 from kfac_sua.runs.lock import Hold, RunBusyError, RunLostError, exclusive
-from kfac_sua.runs.record import (
-    ENDED,
-    EpochRecord,
-    RecordError,
-    RunInfo,
-    append_record,
-    failure_reason,
-    read_ended_records,
-    read_records,
-    read_run_info,
-    records_digest,
-    rewrite_records,
-    write_run_info,
-)
+from kfac_sua.runs.record import EpochRecord, RunInfo, append_record
 from kfac_sua.runs.tensorboard import TensorBoardLog
-from kfac_sua.training.checkpoint import Checkpoint, CheckpointError, load_checkpoint, previous_path
+from kfac_sua.training.attempt import (
+    continued_info,
+    find_ended,
+    new_info,
+    prepare_directory,
+    read_own_info,
+    record_early_failure,
+    record_failure,
+    resume,
+    summary_line,
+    write_end,
+)
 from kfac_sua.training.damping import schedule_damping
 from kfac_sua.training.evaluate import Evaluation, evaluate
 from kfac_sua.training.launch import Launch
@@ -75,7 +70,7 @@ def run(config: Config, launch: Launch | None = None) -> RunInfo:
 def _run_together(config: Config, device: torch.device, world: World) -> RunInfo:
     """Carry out a run, together with the other processes if there are any."""
     directory = run_directory(config, device.type, world.size)
-    info = world.from_first(lambda: _ended(directory))
+    info = world.from_first(lambda: find_ended(directory))
     if info is not None:
         return info
     try:
@@ -83,10 +78,10 @@ def _run_together(config: Config, device: torch.device, world: World) -> RunInfo
     except Exception as error:  # of a run that has begun; otherwise, nothing of it is on disk
         if world.is_first:
             with contextlib.suppress(RunBusyError):
-                _record_early_failure(directory, error)
+                record_early_failure(directory, error)
         raise
     with _held_by_first(directory, world) as hold:
-        info = world.from_first(lambda: _ended(directory))
+        info = world.from_first(lambda: find_ended(directory))
         if info is not None:
             return info
         try:
@@ -96,10 +91,10 @@ def _run_together(config: Config, device: torch.device, world: World) -> RunInfo
             raise
         except Exception as error:
             if world.is_first:
-                _record_failure(directory, error)
+                record_failure(directory, error)
             raise
     if world.is_first:
-        world.say(_summary(directory, info))
+        world.say(summary_line(directory, info))
     return info
 
 
@@ -112,32 +107,15 @@ def _held_by_first(directory: RunDirectory, world: World) -> Iterator[Hold | Non
         yield holds[0] if holds else None
 
 
-def _ended(directory: RunDirectory) -> RunInfo | None:
-    """Say so if the run has finished or diverged, and return what it left."""
-    info = _read_own_info(directory)
-    if info is None or info.status not in ENDED:
-        return None
-    print(f"already {_summary(directory, info)}", flush=True)
-    return info
-
-
-def _read_own_info(directory: RunDirectory) -> RunInfo | None:
-    """Return what run.json says of the run, if there is one."""
-    info = read_run_info(directory.info) if directory.info.exists() else None
-    if info is not None and (info.fingerprint != directory.fingerprint or info.seed != directory.seed):
-        raise RecordError(f"{directory.info} belongs to another run; restore it, or move {directory.path} away.")
-    return info
-
-
 def _carry_out(training: Training, directory: RunDirectory, hold: Hold | None) -> RunInfo:
     """Train what is left of a run, from its checkpoint if there is one."""
     world = training.world
     training.connect()
-    begun, info = world.from_first(lambda: _read_own_info(directory)), _new_info(training, directory.fingerprint)
-    is_resumed, records = _resume(training, directory)
+    begun, info = world.from_first(lambda: read_own_info(directory)), new_info(training, directory.fingerprint)
+    is_resumed, records = resume(training, directory)
     if begun is not None:
-        info = _continued(begun, info, is_resumed)
-    world.from_first(lambda: _prepare_directory(directory, info, records))
+        info = continued_info(begun, info, is_resumed)
+    world.from_first(lambda: prepare_directory(directory, info, records))
     if training.preconditioner is not None and world.is_first:
         print_once(str(training.preconditioner.describe()))
     where = f"{world.size} processes, {training.device.type}" if world.size > 1 else training.device.type
@@ -271,150 +249,15 @@ def _record(training: Training, train: Evaluation, train_eval: Evaluation, val: 
     )
 
 
-def _resume(training: Training, directory: RunDirectory) -> tuple[bool, list[EpochRecord]]:
-    """Load the last checkpoint, if there is one, and return whether there was and the records up to it."""
-    checkpoint, records = training.world.from_first(lambda: _read_checkpoint(training, directory))
-    if checkpoint is None:
-        return False, []
-    try:
-        training.restore(checkpoint)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise CheckpointError(
-            f"{directory.checkpoint} does not fit ({failure_reason(error).removesuffix('.')}); move it away to start "
-            "this run from the beginning."
-        ) from error
-    return True, records
-
-
-def _read_checkpoint(training: Training, directory: RunDirectory) -> tuple[Checkpoint | None, list[EpochRecord]]:
-    """Return the last checkpoint, if there is one, and the records up to it."""
-    checkpoint = load_checkpoint(
-        directory.checkpoint,
-        fingerprint=directory.fingerprint,
-        seed=training.config.seed,
-        # What is told to other processes must not lie on this one's GPU.
-        device=training.device if training.world.size == 1 else torch.device("cpu"),
-        data_digest=training.data_digest,
-    )
-    if checkpoint is None:
-        return None, []
-    # A row is written before its checkpoint, so that a crash between the two leaves a row too many.
-    records = [record for record in read_records(directory.metrics) if record.epoch <= checkpoint.epoch]
-    is_complete = [record.epoch for record in records] == list(range(checkpoint.epoch + 1))
-    if is_complete and records_digest(records) != checkpoint.records_digest:
-        raise RecordError(
-            f"{directory.metrics} is not as it was when {directory.checkpoint.name} was written; restore it, or move "
-            "the directory away to start this run from the beginning."
-        )
-    if not is_complete:
-        raise RecordError(
-            f"{directory.metrics} lacks epochs that {directory.checkpoint.name} has completed ({checkpoint.epoch}); "
-            "restore it, or move the directory away to start this run from the beginning."
-        )
-    return checkpoint, records
-
-
-def _new_info(training: Training, fingerprint: str) -> RunInfo:
-    config, device = training.config, training.device
-    surroundings = environment(device.type)
-    return RunInfo(
-        status="running",
-        config=resolved(config, device.type),
-        fingerprint=fingerprint,
-        seed=config.seed,
-        commit=surroundings.commit,
-        versions=surroundings.versions,
-        device=device.type,
-        device_name=surroundings.device_name,
-        machines=list(dict.fromkeys(training.world.gather(surroundings.machine))),
-        num_threads=torch.get_num_threads(),
-        process_counts=[training.world.size],
-        started=_now(),
-    )
-
-
-def _continued(begun: RunInfo, now: RunInfo, is_resumed: bool) -> RunInfo:
-    """Return what a run is from here on that an earlier attempt has begun, maybe on another machine."""
-    device_name = begun.device_name if is_resumed else now.device_name
-    machines = list(dict.fromkeys([*(begun.machines if is_resumed else []), *now.machines]))
-    process_counts = list(dict.fromkeys([*(begun.process_counts if is_resumed else []), *now.process_counts]))
-    return dataclasses.replace(
-        begun,
-        status="running",
-        failure=None,
-        device_name=device_name,
-        machines=machines,
-        process_counts=process_counts,
-    )
-
-
-def _prepare_directory(directory: RunDirectory, info: RunInfo, records: list[EpochRecord]) -> None:
-    """Write what stands before the first step; nothing of a run is on disk before this."""
-    directory.config.write_text(OmegaConf.to_yaml(OmegaConf.create(info.config)), encoding="utf-8")
-    write_run_info(directory.info, info)
-    rewrite_records(directory.metrics, records)
-
-
 def _end(saver: Saver, info: RunInfo, **outcome: Any) -> RunInfo:
     """Write how the run ended, after which the checkpoint before the last is of no use."""
     world = saver.training.world
     world.forget_wishes()
-    ended = world.from_first(lambda: _write_end(saver, info, outcome))
+    ended = world.from_first(lambda: write_end(saver, info, outcome))
     wish = world.largest(saver.signal_number if saver.is_asked_to_stop else 0)
     if wish:  # the runs of a sweep that would come next must not begin
         raise Interrupted("interrupted; this run has ended.", wish)
     return ended
-
-
-def _write_end(saver: Saver, info: RunInfo, outcome: dict[str, Any]) -> RunInfo:
-    directory = saver.directory
-    assert saver.hold is not None
-    saver.hold.check()
-    ended = dataclasses.replace(
-        info,
-        finished=_now(),
-        skipped_steps=saver.training.skipped_steps,
-        records_digest=records_digest(saver.records),
-        **outcome,
-    )
-    write_run_info(directory.info, ended)
-    for leftover in (previous_path(directory.checkpoint), directory.checkpoint.with_name("checkpoint.pt.tmp")):
-        leftover.unlink(missing_ok=True)
-    return ended
-
-
-def _record_failure(directory: RunDirectory, error: Exception) -> None:
-    """Write into run.json why this attempt failed, where it can be written: who started the run is told anyway."""
-    with contextlib.suppress(OSError, RecordError):
-        info = read_run_info(directory.info)
-        if info.status not in ENDED:
-            write_run_info(directory.info, dataclasses.replace(info, status="failed", failure=failure_reason(error)))
-
-
-def _record_early_failure(directory: RunDirectory, error: Exception) -> None:
-    """Do so for an error before the directory was locked, if the run has begun in an earlier attempt."""
-    if directory.info.exists():
-        with exclusive(directory.path):
-            _record_failure(directory, error)
-
-
-def _summary(directory: RunDirectory, info: RunInfo) -> str:
-    """Return one line: how the run ended, its numbers, and where it lies."""
-    if info.status == "diverged":
-        return f"diverged in epoch {info.diverged_at_epoch} (the loss is not finite): {directory.path}"
-    records = read_ended_records(directory.metrics, info) if directory.metrics.exists() else []
-    if not records or records[-1].epoch != info.config.get("epochs") or info.test_error is None:
-        raise RecordError(
-            f"{directory.info} says that the run has finished, but its records are incomplete; move {directory.path} "
-            "away to start it from the beginning."
-        )
-    last = records[-1]
-    return (
-        f"finished: epoch {last.epoch}, val error {last.val_error:.2%}, test error {info.test_error:.2%}, "
-        f"{last.train_time_s:.1f} s of training: {directory.path}"
-    )
 
 
 def _open_tensorboard(directory: RunDirectory, info: RunInfo, records: list[EpochRecord]) -> TensorBoardLog:
@@ -440,7 +283,3 @@ def _open_progress(training: Training) -> Progress:
         done_steps=training.epoch * num_batches + training.batch,
         epochs=config.epochs,
     )
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

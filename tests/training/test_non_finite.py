@@ -10,7 +10,7 @@ from identical import assert_identical
 from tiny_runs import TINY_PERIOD, directory_of, tiny_config
 
 from kfac_sua.data import BatchLoader
-from kfac_sua.training import loop
+from kfac_sua.runs.record import read_records
 from kfac_sua.training.loop import run
 from kfac_sua.training.state import Training
 from kfac_sua.training.step import take_step
@@ -79,7 +79,7 @@ def test_the_run_goes_on_and_says_how_many_were_skipped(tmp_path, monkeypatch):
     info = run(config)
     assert (info.status, info.skipped_steps) == ("finished", 2)
     assert json.loads(directory_of(config).info.read_text())["skipped_steps"] == 2
-    assert loop.read_records(directory_of(config).metrics)[-1].step == 6
+    assert read_records(directory_of(config).metrics)[-1].step == 6
 
 
 def test_by_default_the_run_ends_as_diverged(tmp_path, monkeypatch):
