@@ -1,6 +1,7 @@
 """What the commands share: their exit codes, and how they say what is wrong."""
 
 import argparse
+import math
 import sys
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
@@ -15,6 +16,18 @@ def say(sentence: object, code: int = FAILED) -> int:
     """
     print(sentence, file=sys.stderr, flush=True)
     return code
+
+
+def as_number(text: str) -> float:
+    """Return the number that a text stands for; NaN if it stands for none.
+
+    Args:
+        text: As it stands on the command line.
+    """
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def count(text: str) -> int:

@@ -204,7 +204,7 @@ def _checked_arguments(arguments: list[str]) -> list[str]:
 
 def _say_why(error: BaseException) -> int:
     """Say in one sentence why a run fails, if no other of its processes says the same, and return the exit code."""
-    code, launch = BAD_INPUT if isinstance(error, INPUT_ERRORS) else FAILED, _launch()
+    code, launch = _exit_code(error), _launch()
     if isinstance(error, OtherProcessError):
         return code
     is_placed = launch.size > 1 and not isinstance(error, LostContactError)
@@ -213,8 +213,12 @@ def _say_why(error: BaseException) -> int:
 
 def _say_of_command(error: BaseException) -> int:
     """Say what is wrong with the command line, which is the same for all processes, and return the exit code."""
-    code = BAD_INPUT if isinstance(error, INPUT_ERRORS) else FAILED
+    code = _exit_code(error)
     return code if _launch().rank else say(_sentence(error), code)
+
+
+def _exit_code(error: BaseException) -> int:
+    return BAD_INPUT if isinstance(error, INPUT_ERRORS) else FAILED
 
 
 def _launch() -> Launch:

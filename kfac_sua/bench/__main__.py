@@ -32,7 +32,7 @@ from kfac_sua.bench.tables import (
     steps_table,
 )
 from kfac_sua.build import choose_device
-from kfac_sua.command_line import BAD_INPUT, FAILED, INTERRUPTED, count, say
+from kfac_sua.command_line import BAD_INPUT, FAILED, INTERRUPTED, as_number, count, say
 from kfac_sua.config import ConfigError, KroneckerConfig
 from kfac_sua.preconditioner import FisherType
 from kfac_sua.runs.record import RecordError
@@ -199,10 +199,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _fraction(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = as_number(text)
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number ≥ 0 such as 0.03, got '{text}'")
     return value

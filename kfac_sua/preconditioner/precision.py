@@ -9,13 +9,16 @@ from torch import Tensor
 
 def at_least_float32(values: Tensor) -> Tensor:
     """Return the tensor in the precision that factors and inverses are kept in: float32, or float64 if it is that."""
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+    return values.to(_kept_dtype(values.dtype))
 
 
 def fits(kept: Tensor, weight: Tensor) -> bool:
     """Whether what is kept for a weight is on its device, and in the precision that goes with it."""
-    dtype = torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else weight.dtype
-    return kept.dtype == dtype and kept.device == weight.device
+    return kept.dtype == _kept_dtype(weight.dtype) and kept.device == weight.device
+
+
+def _kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 @contextmanager

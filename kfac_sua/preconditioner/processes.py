@@ -127,7 +127,7 @@ class Processes:
     def mean(self, values: Tensor) -> Tensor:
         """Return the mean over the processes of values of one shape, the same on all of them."""
         total = values.clone()
-        dist.all_reduce(total, group=self._group)
+        self.add_up_(total, "means")
         return total / self.size
 
     def _exchange(self, sides: Sequence[_Side]) -> Iterator[Factor]:

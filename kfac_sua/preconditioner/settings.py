@@ -173,8 +173,7 @@ class KroneckerSettings:
             value = getattr(self, name)
             is_integer = isinstance(value, int) and not isinstance(value, bool)
             _require(is_integer or (value is None and name != "inverse_period"), name, "an integer", value)
-        for name in ("damping", "ema_decay"):
-            _require(_is_number(getattr(self, name)), name, "a number", getattr(self, name))
+        _require(_is_number(self.ema_decay), "ema_decay", "a number", self.ema_decay)
         _require(self.kl_clip is None or _is_number(self.kl_clip), "kl_clip", "a number", self.kl_clip)
         _require(not isinstance(self.skip, str), "skip", "a list of layer names", self.skip)
 

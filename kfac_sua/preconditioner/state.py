@@ -42,9 +42,7 @@ def up_to_date(state: Mapping[str, Any], settings: KroneckerSettings) -> Mapping
     return {**state, "version": STATE_VERSION, "settings": saved, "layers": layers, "damping": damping}
 
 
-def check_state(
-    state: Mapping[str, Any], settings: KroneckerSettings, layers: set[str], passed_over: set[str] | None = None
-) -> None:
+def check_state(state: Mapping[str, Any], settings: KroneckerSettings, layers: set[str], passed_over: set[str]) -> None:
     """Refuse a preconditioner's state that another preconditioner cannot continue from.
 
     Args:
@@ -62,7 +60,7 @@ def check_state(
     differing = [
         f"{key}={saved.get(key)} (here {value})"
         for key, value in own.items()
-        if saved.get(key) != value and key not in (passed_over or set())
+        if saved.get(key) != value and key not in passed_over
     ]
     if differing:
         raise ValueError(f"Preconditioner state was saved with other settings: {', '.join(differing)}.")

@@ -88,7 +88,7 @@ class Training:
             device,
             config.dataset.augmentation.value,
             memory_format(config),
-            (world.rank, world.size),
+            world.part,
         )
         seed_everything(config.seed)
         model = build_model(config, splits.num_classes, device)
@@ -142,7 +142,7 @@ class Training:
             self.splits.std,
             device=self.device,
             memory_format=layout,
-            part=(self.world.rank, self.world.size),
+            part=self.world.part,
         )
 
     def loss_weight(self, num_examples: int) -> float:

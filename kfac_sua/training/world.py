@@ -61,6 +61,11 @@ class World:
         """Whether this is the process that reads, writes and speaks."""
         return self.rank == 0
 
+    @property
+    def part(self) -> tuple[int, int]:
+        """This process's number and how many there are: which part of a mini-batch is its own."""
+        return self.rank, self.size
+
     def say(self, text: str) -> None:
         """Print a line, once for all processes."""
         if self.is_first:
@@ -102,16 +107,17 @@ class World:
         if self._control is None:
             return work()
         try:
-            result, error = work(), None
-        except Exception as raised:
-            result, error = None, raised
-        reasons = self.gather(None if error is None else failure_reason(error))
-        reason = next((one for one in reasons if one is not None), None)
-        if error is not None and (self.is_first or reasons[0] != failure_reason(error)):
-            raise error
-        if reason is not None:
-            raise OtherProcessError(reason)
-        return result  # type: ignore[return-value]  # of a process where nothing failed
+            result = work()
+        except Exception as error:
+            reason = failure_reason(error)
+            first = self.gather(reason)[0]
+            if not self.is_first and first == reason:
+                raise OtherProcessError(reason) from error
+            raise
+        for other in self.gather(""):
+            if other:
+                raise OtherProcessError(other)
+        return result
 
     def gather(self, value: Result) -> list[Result]:
         """Return what each process gives, by rank; it must be picklable where there are several."""
@@ -286,14 +292,6 @@ def _is_loss(error: RuntimeError) -> bool:
 
 # What gloo, NCCL and the store say of a process that is gone or silent. Other errors of theirs are bugs, and stay.
 _WORDS_OF_LOSS = (
-    *(
-        "connection closed",
-        "connection reset",
-        "connection refused",
-        "broken pipe",
-        "socket",
-        "read error",
-        "write error",
-    ),
-    *("timed out", "timeout", "remote process exited", "aborted"),
+    *("connection closed", "connection reset", "connection refused", "broken pipe", "socket"),
+    *("read error", "write error", "timed out", "timeout", "remote process exited", "aborted"),
 )

@@ -1,12 +1,12 @@
 """Adaptive damping: the quadratic model against dense matrices, the rule, and exact continuation."""
 
-import io
 import math
 import os
 
 import pytest
 import torch
 import torch.distributed as dist
+from continuation import continued_bit_for_bit
 from layer_cases import LAYERS, mean_loss, plain_gradients
 from oracles import dense_layers
 from process_group import free_ports, run_processes
@@ -320,21 +320,11 @@ def test_a_skipped_mini_batch_is_not_judged():
 @pytest.mark.parametrize("pause", [1, 2, 3, 5])
 def test_continuation_is_bit_equal(settings, pause):
     """Saved at any point of both periods, training goes on bit for bit, dampings and ratios included."""
-    whole, first, second = (Run(**settings) for _ in range(3))
-    whole.train(range(9))
-    first.train(range(pause))
-    buffer = io.BytesIO()
-    torch.save([part.state_dict() for part in first.parts], buffer)
-    buffer.seek(0)
-    for part, state in zip(second.parts, torch.load(buffer, weights_only=True), strict=True):
-        part.load_state_dict(state)
-    second.train(range(pause, 9))
+    whole, first, second = continued_bit_for_bit(lambda: Run(**settings), pause=pause, num_steps=9)
     assert first.ratios + second.ratios == whole.ratios
     assert first.dampings + second.dampings == whole.dampings
     assert len(set(whole.dampings)) > 1
     assert second.adaptive.state_dict() == whole.adaptive.state_dict()
-    for got, want in zip(second.net.parameters(), whole.net.parameters(), strict=True):
-        assert torch.equal(got, want)
 
 
 def test_misuse_is_named():

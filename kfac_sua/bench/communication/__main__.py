@@ -16,7 +16,7 @@ from kfac_sua.bench.communication.counted import Costs, ShapeModel, count_costs
 from kfac_sua.bench.communication.measured import Measurement, measure
 from kfac_sua.bench.communication.report import describe_costs, disagreements, to_frame
 from kfac_sua.bench.settings import DEFAULT_SETTINGS, PERIOD_KEY, Setting, compose_settings, parse_items
-from kfac_sua.command_line import BAD_INPUT, FAILED, INTERRUPTED, count, say
+from kfac_sua.command_line import BAD_INPUT, FAILED, INTERRUPTED, as_number, count, say
 from kfac_sua.config import ConfigError
 from kfac_sua.preconditioner.sharing import FLOPS_PER_BYTE
 from kfac_sua.runs.environment import environment
@@ -118,10 +118,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _balance(text: str) -> float:
-    try:
-        balance = float(text)
-    except ValueError:
-        balance = -1.0
+    balance = as_number(text)
     if not balance >= 0:
         raise argparse.ArgumentTypeError(f"must be a number of at least 0, or inf, got '{text}'")
     return balance

@@ -16,7 +16,7 @@ from pathlib import Path
 from kfac_sua.bench.communication.cluster import Cluster
 from kfac_sua.bench.communication.study import MOST_OVERHEAD, study_frame
 from kfac_sua.bench.communication.study_report import describe_study
-from kfac_sua.command_line import BAD_INPUT, FAILED, count, say
+from kfac_sua.command_line import BAD_INPUT, FAILED, as_number, count, say
 from kfac_sua.config import ConfigError
 from kfac_sua.figures.scaling_out import draw_scaling_out
 
@@ -70,10 +70,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _rate(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = as_number(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number above 0, got '{text}'")
     return value

@@ -8,7 +8,6 @@ interruption costs at most the layer in progress.
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from kfac_sua.bench.scaling.record import Machine, ScalingError, from_frame, rea
 from kfac_sua.bench.scaling.report import describe_study
 from kfac_sua.bench.scaling.study import StudySettings, measure_missing
 from kfac_sua.build import choose_device
-from kfac_sua.command_line import BAD_INPUT, FAILED, INTERRUPTED, count, say
+from kfac_sua.command_line import BAD_INPUT, FAILED, INTERRUPTED, as_number, count, say
 from kfac_sua.config import ConfigError, Device
 from kfac_sua.figures.scaling import draw_scaling
 from kfac_sua.runs.environment import environment
@@ -151,10 +150,7 @@ def _width(text: str) -> int:
 
 
 def _gib(text: str) -> float:
-    try:
-        limit = float(text)
-    except ValueError:
-        limit = math.nan
+    limit = as_number(text)
     if not limit > 0:
         raise argparse.ArgumentTypeError(f"must be a number of GiB above 0, got '{text}'")
     return limit
