@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from kfac_sua.build import device_type
 from kfac_sua.compose import compose_config
 from kfac_sua.config import Config
 from kfac_sua.runs.directory import RunDirectory, run_directory
@@ -26,7 +27,7 @@ def tiny_config(output_dir: Path, *overrides: str) -> Config:
 
 def directory_of(config: Config, num_processes: int = 1) -> RunDirectory:
     """Return where a tiny run lives."""
-    return run_directory(config, "cpu", num_processes)
+    return run_directory(config, device_type(config.device), num_processes)
 
 
 def lock_holder(path: Path) -> int:

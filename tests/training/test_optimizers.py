@@ -162,10 +162,10 @@ def test_training_sets_both_learning_rates(tmp_path):
     assert [saved[name]["param_groups"][0]["lr"] for name in ("muon", "adamw")] == pytest.approx([0.01, 0.00015])
 
 
-def final_state(config) -> Checkpoint:
+def final_state(config, device: torch.device = CPU) -> Checkpoint:
     """Return the checkpoint that a run left."""
     directory = directory_of(config)
-    return load_checkpoint(directory.checkpoint, fingerprint=directory.fingerprint, seed=config.seed, device=CPU)
+    return load_checkpoint(directory.checkpoint, fingerprint=directory.fingerprint, seed=config.seed, device=device)
 
 
 def interrupt(*_):
@@ -212,22 +212,35 @@ def test_sgd_has_the_keys_it_always_had():
     assert set(to_plain(compose_config().optimizer)) == {"name", "lr", "momentum", "weight_decay", "nesterov"}
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("overrides", [ADAMW, MUON], ids=["adamw", "muon"])
-def test_cuda_resume_leaves_the_step_count_on_the_device(tmp_path, monkeypatch, overrides):
-    """After a resume no step waits for the GPU to read a count of steps back, and the run ends as it would have."""
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    config = tiny_config(tmp_path, *overrides, "device=cuda", "epochs=3")
+def resumed_adamw(config, device, monkeypatch) -> torch.optim.AdamW:
+    """Interrupt a run after one epoch, and return the AdamW of a training that goes on from its checkpoint."""
     with monkeypatch.context() as context:
         context.setattr(Progress, "epoch", interrupt)
         with pytest.raises(Interrupted):
             run(config)
-    training = Training.start(config, torch.device("cuda"))
-    (path,) = tmp_path.rglob("checkpoint.pt")
-    values = torch.load(path, map_location="cuda", weights_only=True)
-    training.optimizer.load_state_dict(values["optimizer"])
-    adamw = getattr(training.optimizer, "_adamw", training.optimizer)
+    training = Training.start(config, device)
+    training.optimizer.load_state_dict(final_state(config, device).optimizer)
+    return getattr(training.optimizer, "_adamw", training.optimizer)
+
+
+@pytest.mark.parametrize("overrides", [ADAMW, MUON], ids=["adamw", "muon"])
+def test_resume_takes_the_step_count_from_the_checkpoint(tmp_path, monkeypatch, overrides):
+    """The counts of steps on which AdamW's bias correction depends go on, and the run ends as it would have."""
+    config = tiny_config(tmp_path, *overrides, "epochs=3")
+    adamw = resumed_adamw(config, CPU, monkeypatch)
+    num_steps = final_state(config).step
+    assert num_steps > 0
+    assert all(state["step"] == num_steps for state in adamw.state.values())
+    assert run(config).status == "finished"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("overrides", [ADAMW, MUON], ids=["adamw", "muon"])
+def test_cuda_resume_leaves_the_step_count_on_the_device(tmp_path, monkeypatch, overrides):
+    """After a resume no step waits for the GPU to read a count of steps back, and the run ends as it would have."""
+    config = tiny_config(tmp_path, *overrides, "device=cuda", "epochs=3")
+    adamw = resumed_adamw(config, torch.device("cuda"), monkeypatch)
     assert all(state["step"].is_cuda for state in adamw.state.values())
     assert adamw.param_groups[0]["fused"]
     assert run(config).status == "finished"
