@@ -163,4 +163,4 @@ def make_due(preconditioner: KroneckerPreconditioner, kind: StepKind) -> None:
     }
     if not is_due[kind]:
         position = {StepKind.plain: 1, StepKind.statistics: preconditioner.factor_period, StepKind.refresh: 0}
-        preconditioner.load_state_dict({**preconditioner.state_dict(), "num_steps": position[kind]})
+        preconditioner.go_to_step(position[kind])

@@ -1,6 +1,7 @@
 """Structured Fisher preconditioners for PyTorch: K-FAC, SUA, channel groups. Imports torch and the standard library."""
 
 from kfac_sua.preconditioner.adaptive_damping import AdaptiveDamping
+from kfac_sua.preconditioner.captured import CapturedStep, StepGraph
 from kfac_sua.preconditioner.damping_schedule import DampingScheduler, exponential_damping
 from kfac_sua.preconditioner.kfac import KroneckerPreconditioner
 from kfac_sua.preconditioner.report import LayerReport, LayerTable
@@ -19,6 +20,7 @@ from kfac_sua.preconditioner.settings import (
 __all__ = [
     "AdaptiveDamping",
     "Application",
+    "CapturedStep",
     "DampingRule",
     "DampingScheduler",
     "FisherType",
@@ -29,6 +31,7 @@ __all__ = [
     "LayerTable",
     "Likelihood",
     "LossReduction",
+    "StepGraph",
     "Structure",
     "WeightSharing",
     "exponential_damping",

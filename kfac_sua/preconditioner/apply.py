@@ -47,9 +47,13 @@ class LayerInverse:
     bias_scale: Tensor
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Precision of the factors."""
-        return self.bias_scale.dtype
+    def like(self) -> Tensor:
+        """A tensor of the factors' device and precision."""
+        return self.bias_scale
+
+    def tensors(self) -> list[Tensor]:
+        """Return all that is read when it is applied."""
+        return [*self.activation.tensors().values(), *self.gradient.tensors().values(), self.bias_scale]
 
 
 @dataclass
@@ -59,19 +63,23 @@ class LayerEigenbasis:
     Args:
         activation: Eigenbasis of the activation factor.
         gradient: Eigenbasis of the gradient factor.
-        scale: S under ``expand``, 1 under ``reduce``.
-        damping: ε on the block.
+        scale: S under ``expand``, 1 under ``reduce``; a 0-d tensor, as a captured step reads it where it lies.
+        damping: ε on the block; a 0-d tensor likewise.
     """
 
     activation: EigenBasis
     gradient: EigenBasis
-    scale: float
-    damping: float
+    scale: Tensor
+    damping: Tensor
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Precision of the factors."""
-        return self.activation.values.dtype
+    def like(self) -> Tensor:
+        """A tensor of the factors' device and precision."""
+        return self.activation.values
+
+    def tensors(self) -> list[Tensor]:
+        """Return all that is read when it is applied."""
+        return [*self.activation.tensors().values(), *self.gradient.tensors().values(), self.scale, self.damping]
 
 
 def precondition_(
@@ -92,7 +100,7 @@ def precondition_(
     """
     if not (sides.activation or sides.gradient):
         return
-    dtype = inverse.dtype
+    dtype = inverse.like.dtype
     blocks = _to_blocks(weight_grad.to(dtype), None if bias_grad is None else bias_grad.to(dtype), layout)
     separate_bias = None
     if bias_grad is not None and layout.bias is BiasBlock.SEPARATE:

@@ -51,4 +51,5 @@ class RunningAverage:
         dense = new.dense()
         if old is None:
             return Factor(blocks=dense * (1 - self.decay))
-        return Factor(blocks=torch.lerp(dense, old.dense().to(dense), self.decay))
+        kept = old.dense().to(dense)
+        return Factor(blocks=torch.lerp(dense, kept, self.decay, out=kept))  # in place: no second copy of the average

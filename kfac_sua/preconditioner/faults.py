@@ -34,7 +34,8 @@ def take_inverse(
     if result.num_failed:
         events.report("failed_inverse", layer.name, "its last good inverse stays")
         return
-    layer.inverse = result.inverse
+    assert result.inverse is not None
+    layer.take_inverse(result.inverse)
     if result.num_raised:
         consequence = f"inverting {result.num_raised} of its blocks took up to {result.raised_by} times the damping"
         events.report("raised_damping", layer.name, consequence)

@@ -22,7 +22,7 @@ from kfac_sua.preconditioner.fisher import fisher_cotangents
 from kfac_sua.preconditioner.kl_clip import KLClip
 from kfac_sua.preconditioner.layers import discover_layers, log_plain_layers, preconditioned
 from kfac_sua.preconditioner.oddities import report_frozen, report_missing, report_other_examples
-from kfac_sua.preconditioner.precision import factor_precision
+from kfac_sua.preconditioner.precision import factor_precision, without_autocast
 from kfac_sua.preconditioner.preconditioned_layer import PreconditionedLayer
 from kfac_sua.preconditioner.processes import Processes, default_processes
 from kfac_sua.preconditioner.refresh import refresh_layers
@@ -246,7 +246,10 @@ class KroneckerPreconditioner:
 
     @property
     def kl_scale(self) -> Tensor | None:
-        """What ``kl_clip`` multiplied the last step with, a 0-d tensor on the device; ``None`` before the first."""
+        """What ``kl_clip`` multiplied the last step with, a 0-d tensor on the device; ``None`` before the first.
+
+        The next step writes over it.
+        """
         return self._kl_scale
 
     @property
@@ -280,6 +283,12 @@ class KroneckerPreconditioner:
     def inverses_due(self) -> bool:
         """Whether the coming :meth:`step` refreshes the inverses."""
         return self.num_steps % self.settings.inverse_period == 0
+
+    @property
+    def step_is_plain(self) -> bool:
+        """Whether the coming :meth:`step` only applies the inverses at hand: no statistics, no refresh, no observer."""
+        is_recording = self.statistics_due or self._capture.enabled
+        return not (is_recording or self.inverses_due) and self._interested_observer() is None
 
     @property
     def phase(self) -> Phase:
@@ -321,6 +330,17 @@ class KroneckerPreconditioner:
         self._forget_passes()
         for layer in self._layers.values():
             layer.discard_gradient()
+
+    def go_to_step(self, num_steps: int) -> None:
+        """Let the coming step be the one that is taken after so many. Call it between two steps.
+
+        For those that happen without :meth:`step`, such as the replay of a captured one.
+
+        Args:
+            num_steps: Steps taken before it, ≥ 0.
+        """
+        self.num_steps = num_steps
+        self._begin_step()
 
     def fisher_backward(self, outputs: Tensor) -> None:
         """Send the Fisher's cotangents backward from the model's outputs, if statistics are being recorded.
@@ -489,7 +509,8 @@ class KroneckerPreconditioner:
         """Return everything a bit-exact continuation needs, keyed by layer name.
 
         Nested dicts of tensors, numbers and strings, loadable with ``torch.load(..., weights_only=True)``. Take it
-        between two steps.
+        between two steps. As with PyTorch's own, the tensors are those in use, which later steps write over:
+        ``copy.deepcopy`` what shall stay as it is.
         """
         return {
             "version": STATE_VERSION,
@@ -504,7 +525,8 @@ class KroneckerPreconditioner:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict` of a preconditioner of the same model and settings.
 
-        The damping continues as it was last set, or as the function says that the preconditioner was made with.
+        The damping continues as it was last set, or as the function says that the preconditioner was made with. The
+        state's tensors are copied.
 
         Raises:
             ValueError: If the state has another version, other settings or other layers.
@@ -569,7 +591,7 @@ class KroneckerPreconditioner:
 
     @torch.no_grad()
     def _precondition_(self, clip: KLClip | None) -> None:
-        with self._phases.phase("application"), factor_precision():
+        with self._phases.phase("application"), without_autocast():
             missing = [layer.take_missing_sides() for layer in self._layers.values()]  # all may raise before any change
             for layer, sides in zip(self._layers.values(), missing, strict=True):
                 if is_frozen(layer.module):
@@ -578,7 +600,7 @@ class KroneckerPreconditioner:
                 with nullcontext() if clip is None else clip.measuring(layer.preconditioned_grads):
                     layer.precondition_(sides)
             if clip is not None:
-                self._kl_scale = clip.scale_()
+                self._kl_scale = clip.scale_(self._kl_scale)
 
     def _run_uncompiled(self, modules: Iterable[nn.Module]) -> None:
         """Leave compiled modules uncompiled while statistics are recorded."""

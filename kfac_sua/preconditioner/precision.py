@@ -1,10 +1,14 @@
-"""The precision that factors and inverses are kept in, whatever the model trains in."""
+"""The precision that factors and inverses are kept and made in, whatever the model trains in."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
+
+IEEE = ("none", "ieee")
+"""Values of ``fp32_precision`` under which PyTorch multiplies float32 matrices in IEEE float32; ``none`` is unset."""
 
 
 def at_least_float32(values: Tensor) -> Tensor:
@@ -23,9 +27,46 @@ def _kept_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @contextmanager
 def factor_precision() -> Iterator[None]:
-    """Keep autocast, if it is on, away from factors and inverses."""
+    """Run Gram matrices, factorisations and the forming of inverses in IEEE float32 inside, or in float64.
+
+    TF32 has 10 bits of mantissa and bfloat16 has 7: a Gram matrix of such products has relative errors of 1e-3 and 1e-2
+    of its largest eigenvalue, where the damping that shall separate small eigenvalues is often smaller. So autocast is
+    kept away, and so are the process-wide switches that let float32 products run in less, on CUDA and on the CPU; they
+    come back as the caller set them, through either of PyTorch's two interfaces (``fp32_precision``, or ``allow_tf32``
+    and ``set_float32_matmul_precision``).
+    """
+    with without_autocast(), ExitStack() as stack:
+        for products in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):  # type: ignore[attr-defined]
+            stack.enter_context(_ieee_products(products))
+        yield
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Keep autocast, if it is on, away from what runs inside."""
     with ExitStack() as stack:
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield
+
+
+@contextmanager
+def _ieee_products(products: Any) -> Iterator[None]:
+    """Set a backend's switch for products of float32 matrices to IEEE inside, if it is not.
+
+    It is read through ``fp32_precision``, as reading ``allow_tf32`` raises after that one was set; written through it,
+    either interface reads back what the caller had set.
+    """
+    before = products.fp32_precision
+    if before in IEEE:
+        yield
+        return
+    products.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        # What is merely handed down from a switch above must go on following that one.
+        products.fp32_precision = "none"
+        if products.fp32_precision != before:
+            products.fp32_precision = before

@@ -23,7 +23,7 @@ from kfac_sua.preconditioner.state import (
     factors_to_state,
     inverse_from_state,
     inverse_to_state,
-    tensors_like,
+    written_over,
 )
 from kfac_sua.preconditioner.statistics import LayerFactors, LayerStatistics
 from kfac_sua.preconditioner.two_sided import TwoSidedForward, can_be_two_sided
@@ -137,6 +137,22 @@ class PreconditionedLayer:
         if kept is not None and isinstance(weight, Tensor) and not fits(kept, weight):
             self.load_state_dict(self.state_dict())
 
+    def take_inverse(self, inverse: LayerInverse | LayerEigenbasis) -> None:
+        """Replace the inverse, in place wherever the new one's tensors have the shapes of those at hand.
+
+        Plain steps read the inverse, and a captured one reads it by its address.
+        """
+        if self.inverse is None:
+            self.inverse = inverse
+        else:
+            state = written_over(inverse_to_state(self.inverse), inverse_to_state(inverse), inverse.like)
+            self.inverse = inverse_from_state(state, self.statistics.geometry)
+
+    @property
+    def read_tensors(self) -> list[Tensor]:
+        """What a plain step reads of the layer, its parameters apart."""
+        return [] if self.inverse is None else self.inverse.tensors()
+
     def refreshed(self, factors: LayerFactors) -> None:
         """Drop what the refresh that has just been made, of these factors, does not leave to the next one."""
         self.is_fresh = False
@@ -181,8 +197,11 @@ class PreconditionedLayer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Undo :meth:`state_dict`, on the weight's device and in the precision that goes with it."""
-        state = tensors_like(state, at_least_float32(self.weight.detach()))
+        """Undo :meth:`state_dict`, on the weight's device and in the precision that goes with it.
+
+        In place wherever shapes agree; the state's tensors stay the caller's.
+        """
+        state = written_over(self.state_dict(), state, at_least_float32(self.weight.detach()))
         self.average = average_from_state(state["average"], self.average.decay, self.statistics.geometry)
         self.is_fresh = state["is_fresh"]
         self.num_examples = state["num_examples"]
@@ -191,10 +210,8 @@ class PreconditionedLayer:
 
     def _kept_tensor(self) -> Tensor | None:
         """Return a tensor that is kept from step to step, if there is any."""
-        if isinstance(self.inverse, LayerInverse):
-            return self.inverse.bias_scale
         if self.inverse is not None:
-            return self.inverse.gradient.values
+            return self.inverse.like
         return None if self.average.value is None else self.average.value.gradient.values
 
     def remove(self) -> None:

@@ -65,7 +65,8 @@ def _eigenbases(
         if activation is None or gradient is None:
             refreshed.append(RefreshedLayer(None, num_failed=1))
         else:
-            refreshed.append(RefreshedLayer(LayerEigenbasis(activation, gradient, layer.scale, settings.damping)))
+            numbers = (gradient.values.new_full((), number) for number in (layer.scale, settings.damping))
+            refreshed.append(RefreshedLayer(LayerEigenbasis(activation, gradient, *numbers)))
     return refreshed
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kfac_sua.preconditioner.apply import LayerEigenbasis, LayerInverse
@@ -16,21 +17,26 @@ from kfac_sua.preconditioner.statistics import LayerFactors
 
 State = dict[str, Any]
 
-STATE_VERSION = 3
+STATE_VERSION = 4
 """Of a preconditioner's whole state: a number for each change of what it holds."""
 
 
 def up_to_date(state: Mapping[str, Any], settings: KroneckerSettings) -> Mapping[str, Any]:
-    """Return a preconditioner's state in today's version, if it is of the version before.
+    """Return a preconditioner's state in today's version, if it is of one of the two versions before.
 
     Version 2 had neither a damping that could change nor settings that came with it, and counted examples per process.
+    Version 3 had Python numbers where exact damping has 0-d tensors today.
 
     Args:
         state: What ``KroneckerPreconditioner.state_dict`` returned, in any release.
         settings: Those of the preconditioner that shall continue.
     """
-    if state["version"] != 2:
-        return state
+    if state["version"] == 2:
+        state = _from_version_2(state, settings)
+    return _from_version_3(state) if state["version"] == 3 else state
+
+
+def _from_version_2(state: Mapping[str, Any], settings: KroneckerSettings) -> State:
     own = settings.to_plain()
     saved = {name: None for name in own if name not in state["settings"]} | dict(state["settings"])
     layers = {
@@ -38,8 +44,18 @@ def up_to_date(state: Mapping[str, Any], settings: KroneckerSettings) -> Mapping
         | {"num_examples": None, "factors": {}}
         for name, layer in state["layers"].items()
     }
-    damping = saved["damping"]
-    return {**state, "version": STATE_VERSION, "settings": saved, "layers": layers, "damping": damping}
+    return {**state, "version": 3, "settings": saved, "layers": layers, "damping": saved["damping"]}
+
+
+def _from_version_3(state: Mapping[str, Any]) -> State:
+    layers = {}
+    for name, layer in state["layers"].items():
+        inverse = {
+            key: torch.tensor(value, dtype=torch.float64) if isinstance(value, float) else value
+            for key, value in layer["inverse"].items()
+        }
+        layers[name] = {**layer, "inverse": inverse}
+    return {**state, "version": STATE_VERSION, "layers": layers}
 
 
 def check_state(state: Mapping[str, Any], settings: KroneckerSettings, layers: set[str], passed_over: set[str]) -> None:
@@ -69,11 +85,25 @@ def check_state(state: Mapping[str, Any], settings: KroneckerSettings, layers: s
         raise ValueError(f"Preconditioner state belongs to another model; layers that differ: {names}.")
 
 
-def tensors_like(state: Any, like: Tensor) -> Any:
-    """Return nested dicts with every tensor on the device and in the type of ``like``."""
-    if isinstance(state, Mapping):
-        return {key: tensors_like(value, like) for key, value in state.items()}
-    return state.to(like) if isinstance(state, Tensor) else state
+def written_over(kept: Any, new: Any, like: Tensor) -> Any:
+    """Return nested dicts with the numbers of ``new``, in the tensors of ``kept`` where these have the same shapes.
+
+    So what is read by address, as by a captured step, is found where it was. Where there is no such tensor, it is a
+    copy of the new one: nothing that is written over later is somebody else's.
+
+    Args:
+        kept: Nested dicts of tensors, numbers and ``None``, such as a layer's ``state_dict``.
+        new: The same, with other numbers; keys and shapes may be others.
+        like: A tensor of the device and the dtype that the tensors shall have.
+    """
+    if isinstance(new, Mapping):
+        kept = kept if isinstance(kept, Mapping) else {}
+        return {key: written_over(kept.get(key), value, like) for key, value in new.items()}
+    if not isinstance(new, Tensor):
+        return new
+    if isinstance(kept, Tensor) and (kept.shape, kept.dtype, kept.device) == (new.shape, like.dtype, like.device):
+        return kept.copy_(new)
+    return new.to(like, copy=True)
 
 
 def factors_to_state(factors: LayerFactors | None) -> State:

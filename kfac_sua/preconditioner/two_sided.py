@@ -141,7 +141,7 @@ class TwoSidedForward(ForwardStandIn):
         layout = self.layout
         if inputs.dim() != 4 or _is_autocast(inputs.device.type):
             return NEITHER_SIDE
-        if not fits(inverse.bias_scale, self._module.weight):
+        if not fits(inverse.like, self._module.weight):
             return NEITHER_SIDE  # the model has been moved since; step() moves the inverse too
         num_examples, _, height, width = inputs.shape
         num_examples = self.num_examples or num_examples
@@ -185,11 +185,11 @@ class _TwoSidedConvolution(torch.autograd.Function):
             with site.phases.phase("application"):
                 if sides.gradient:
                     output_grad = _transform(
-                        output_grad, inverse.gradient, layout.conv_groups, layout.gradient, inverse.dtype
+                        output_grad, inverse.gradient, layout.conv_groups, layout.gradient, inverse.like.dtype
                     )
                 if sides.activation and layout.feature_taps == 1:
                     inputs = _transform(
-                        inputs, inverse.activation, layout.conv_groups, layout.activation, inverse.dtype
+                        inputs, inverse.activation, layout.conv_groups, layout.activation, inverse.like.dtype
                     )
                 elif sides.activation:
                     rows = _transform_patches(inputs, site, inverse)
@@ -219,7 +219,7 @@ def _transform(values: Tensor, inverse: Inverse, conv_groups: int, groups: Chann
 def _transform_patches(inputs: Tensor, site: TwoSidedForward, inverse: LayerInverse) -> Tensor:
     """Return the patches of ``[n, channels, h, w]`` times inverse blocks, ``[rows, taps · channels]``."""
     groups = site.layout.activation
-    patches = PatchRows.read(to_locations(inputs.to(inverse.dtype), site.geometry), site.geometry)
+    patches = PatchRows.read(to_locations(inputs.to(inverse.like.dtype), site.geometry), site.geometry)
     transformed = inverse.activation.right_of_patches(patches, groups)  # [Q, rows, taps · size]
     transformed = transformed.unflatten(-1, (site.layout.num_taps, -1)).permute(1, 2, 0, 3)  # [rows, taps, Q, size]
     return groups.merge(transformed).flatten(1).to(inputs.dtype)

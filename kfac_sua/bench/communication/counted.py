@@ -286,7 +286,8 @@ def _inverse(layer: LayerFactors, layout: BlockLayout, is_exact: bool) -> LayerI
     ]
     activation, gradient = sides
     if isinstance(activation, EigenBasis) and isinstance(gradient, EigenBasis):
-        return LayerEigenbasis(activation, gradient, layer.scale, damping=1.0)
+        one = activation.values.new_ones(())
+        return LayerEigenbasis(activation, gradient, scale=one, damping=one)
     assert not isinstance(activation, EigenBasis)
     assert not isinstance(gradient, EigenBasis)
     return LayerInverse(activation, gradient, layer.gradient.values.new_ones(layout.conv_groups))

@@ -1,0 +1,145 @@
+"""What a captured step depends on beyond the numbers in its tensors: addresses, shapes, modes, hooks, switches.
+
+A replay runs no Python, and so none of the checks that a call would make. Instead all that they would look at is read
+before each replay, as plain numbers, and compared with what it was at capture.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kfac_sua.preconditioner.captured.optimizers import StepOptimizers
+from kfac_sua.preconditioner.kfac import KroneckerPreconditioner
+
+Reading = dict[str, list[Any]]
+"""What was read, by kind, in a fixed order within each."""
+
+
+class Dependencies:
+    """Reads them.
+
+    Args:
+        model: The bare model.
+        optimizers: What updates its parameters.
+        preconditioner: What preconditions its gradients; ``None`` for nothing.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizers: StepOptimizers, preconditioner: KroneckerPreconditioner | None
+    ) -> None:
+        self._model = model
+        self._optimizers = optimizers
+        self._preconditioner = preconditioner
+
+    def read(self) -> Reading:
+        """Return what they are now."""
+        modules, parameters, buffers = [], [], []
+        for module in self._model.modules():
+            modules.append(_module(module))
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    parameters.append((*_place(parameter), parameter.requires_grad, _num_hooks(parameter)))
+            buffers += [_place(buffer) for buffer in module._buffers.values() if buffer is not None]
+        return {
+            "module": modules,
+            "parameter": parameters,
+            "buffer": buffers,
+            "numbers of optimizer group": self._optimizers.numbers(),
+            "optimizer's state of parameter": self._optimizers.state(),
+            "inverse of layer": self._inverses(),
+            "process-wide switch": _switches(parameters_device(self._model)),
+        }
+
+    def changed(self, before: Reading) -> str:
+        """Return what has changed since, in a few words; empty if nothing has."""
+        now = self.read()
+        for kind, values in now.items():
+            if values != before[kind]:
+                if len(values) != len(before[kind]):
+                    return f"the number of {kind}s"
+                index = next(i for i, (one, other) in enumerate(zip(values, before[kind], strict=True)) if one != other)
+                names = self._names(kind)
+                return f"{kind} {names[index] if index < len(names) else index}".rstrip()
+        return ""
+
+    def _inverses(self) -> list[Any]:
+        if self._preconditioner is None:
+            return []
+        places: list[Any] = [list(map(_place, layer.read_tensors)) for layer in self._preconditioner.layers]
+        scale = self._preconditioner.kl_scale
+        return [*places, None if scale is None else scale.data_ptr()]
+
+    def _names(self, kind: str) -> list[str]:
+        """Return the names of what is read of a kind, where it has names, in its order."""
+        named = list(self._model.named_modules())
+        if kind == "module":
+            return [name for name, _ in named]
+        if kind == "parameter":
+            return [f"{name}.{key}" for name, module in named for key in _keys(module._parameters)]
+        if kind == "buffer":
+            return [f"{name}.{key}" for name, module in named for key in _keys(module._buffers)]
+        if kind == "inverse of layer" and self._preconditioner is not None:
+            return [layer.name for layer in self._preconditioner.layers]
+        return list(_SWITCHES) if kind == "process-wide switch" else []
+
+
+def parameters_device(model: nn.Module) -> torch.device:
+    """Return the device of a model's first parameter."""
+    return next(model.parameters()).device
+
+
+def _module(module: nn.Module) -> tuple[Any, ...]:
+    return (
+        id(module),
+        module.training,
+        len(module._forward_hooks),
+        len(module._forward_pre_hooks),
+        len(module._backward_hooks),
+        len(module._backward_pre_hooks),
+        id(module.__dict__.get("forward")),
+    )
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _num_hooks(parameter: Tensor) -> int:
+    return len(parameter._backward_hooks or ()) + len(getattr(parameter, "_post_accumulate_grad_hooks", None) or ())
+
+
+def _keys(values: dict[str, Any]) -> Iterator[str]:
+    return (key for key, value in values.items() if value is not None)
+
+
+_SWITCHES = (
+    "torch.is_grad_enabled",
+    "autocast",
+    "autocast's dtype",
+    "torch.backends.cuda.matmul.fp32_precision",
+    "torch.backends.cudnn.conv.fp32_precision",
+    "torch.backends.mkldnn.matmul.fp32_precision",
+    "torch.use_deterministic_algorithms",
+    "torch.backends.cudnn.benchmark",
+    "hooks of all modules",
+)
+
+
+def _switches(device: torch.device) -> list[Any]:
+    everywhere = nn.modules.module
+    return [
+        torch.is_grad_enabled(),
+        torch.is_autocast_enabled(device.type),
+        torch.get_autocast_dtype(device.type),
+        torch.backends.cuda.matmul.fp32_precision,
+        torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
+        torch.backends.mkldnn.matmul.fp32_precision,  # type: ignore[attr-defined]
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cudnn.benchmark,
+        len(everywhere._global_forward_hooks)
+        + len(everywhere._global_forward_pre_hooks)
+        + len(everywhere._global_backward_hooks)
+        + len(everywhere._global_backward_pre_hooks),
+    ]

@@ -1,0 +1,111 @@
+"""What captures a step and replays it: the protocol, and CUDA graphs.
+
+A graph records kernels with the addresses that they read and write. Its intermediate results lie in a pool of memory of
+their own, which is idle between two replays. So an eager step (a refresh, which needs the same activations again) is
+run in that pool too: otherwise a captured training would hold most of its memory twice. What such a step leaves behind
+in the pool would be overwritten by the next replay, so whoever runs one must ask afterwards.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class StepGraph(Protocol):
+    """Captures what a function does on a device, and does it again. It holds one capture at a time."""
+
+    def run(self, function: Callable[[], T], *, is_shared: bool) -> T:
+        """Run a function eagerly, in the memory of the capture if there is one and it shall be shared."""
+
+    def has_left(self, kept: Iterable[Tensor]) -> bool:
+        """Whether the last :meth:`run` has left tensors in the memory of the capture other than these."""
+
+    def capture(self, function: Callable[[], T]) -> T:
+        """Record what a function does, without doing it, in place of what was captured before.
+
+        Returns:
+            Its result: tensors that every replay fills.
+        """
+
+    def replay(self) -> None:
+        """Do what was captured."""
+
+    def release(self) -> None:
+        """Forget what was captured, and let go of its memory."""
+
+
+class CudaStepGraph:
+    """A step as one CUDA graph.
+
+    Args:
+        device: The CUDA device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        # Captures must not be on the default stream; and the allocator reuses memory within one stream only.
+        self._stream = torch.cuda.Stream(device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._pool: torch.cuda.MemPool | None = None
+        self._in_use_before: set[int] | None = None
+
+    def run(self, function: Callable[[], T], *, is_shared: bool) -> T:
+        """Run a function eagerly, in the memory of the capture if there is one and it shall be shared."""
+        with self._on_stream():
+            self._in_use_before = None
+            if self._pool is None or not is_shared:
+                return function()
+            self._in_use_before = self._blocks_in_use()
+            # The pool serves one thread: the backward pass must not run in one of its own.
+            with torch.cuda.use_mem_pool(self._pool), torch.autograd.set_multithreading_enabled(False):
+                return function()
+
+    def has_left(self, kept: Iterable[Tensor]) -> bool:
+        """Whether the last :meth:`run` has left tensors in the memory of the capture other than these."""
+        if self._in_use_before is None:
+            return False
+        expected = {tensor.untyped_storage().data_ptr() for tensor in kept}
+        return bool(self._blocks_in_use() - self._in_use_before - expected)
+
+    def capture(self, function: Callable[[], T]) -> T:
+        """Record what a function does, without doing it, in place of what was captured before."""
+        self.release()
+        with torch.cuda.device(self._device):
+            self._pool = torch.cuda.MemPool()
+            graph = self._graph = torch.cuda.CUDAGraph()
+            pool: Any = self._pool.id  # releases before 2.14 take the number alone
+            # "thread_local": what other threads do meanwhile (pinned memory of a data loader) is no part of the step.
+            with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
+                return function()
+
+    def replay(self) -> None:
+        """Do what was captured, on the caller's stream."""
+        assert self._graph is not None
+        self._graph.replay()
+
+    def release(self) -> None:
+        """Forget what was captured, and let go of its memory."""
+        if self._graph is not None:
+            self._graph.reset()
+        self._graph = self._pool = None  # the graph first: it holds the pool
+
+    @contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        with torch.cuda.device(self._device):
+            callers = torch.cuda.current_stream(self._device)
+            self._stream.wait_stream(callers)
+            with torch.cuda.stream(self._stream):
+                yield
+            callers.wait_stream(self._stream)
+
+    def _blocks_in_use(self) -> set[int]:
+        """Return the addresses of the pool's blocks that somebody holds."""
+        assert self._pool is not None
+        segments: list[dict[str, Any]] = torch.cuda.memory_snapshot(self._pool.id)
+        blocks = [block for segment in segments for block in segment["blocks"]]
+        return {block["address"] for block in blocks if block["state"] == "active_allocated"}

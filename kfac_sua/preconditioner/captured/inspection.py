@@ -1,0 +1,115 @@
+"""What a step does that no capture can hold, seen while it runs: each operation as PyTorch dispatches it."""
+
+import sysconfig
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_aten = torch.ops.aten
+INDEXING = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default}
+"""Their result's size, or the number of values they need, depends on values for indices of bool alone."""
+
+LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]), sysconfig.get_paths()["stdlib"])
+"""Where a line that is named to the user is not."""
+
+
+class StepInspection(TorchDispatchMode):
+    """Watches a step that runs inside.
+
+    Args:
+        device: Where the step's tensors should lie.
+
+    Attributes:
+        refusals: What it did that a capture cannot hold, a clause each.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.refusals: list[str] = []
+        self._device = device
+        self._made: set[int] = set()
+        self._found: dict[int, tuple[StorageWeakRef, str]] = {}
+
+    def freed(self) -> list[str]:
+        """Describe the tensors that the step found, rather than made, and that are gone by now."""
+        return [description for reference, description in self._found.values() if reference.expired()]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Look at one operation, and carry it out."""
+        del types
+        kwargs = kwargs or {}
+        inputs = list(_tensors((*args, *kwargs.values())))
+        for tensor in inputs:
+            self._find(tensor)
+        result = func(*args, **kwargs)
+        outputs = list(_tensors((result,)))
+        self._made |= {key for key in map(_storage_key, outputs) if key not in self._found}
+        if func.namespace != "profiler" and (clause := self._clause(func, args, kwargs, inputs, outputs)):
+            self.refusals.append(f"{clause} ({func}{_users_line()})")
+        return result
+
+    def _find(self, tensor: Tensor) -> None:
+        key = _storage_key(tensor)
+        if key not in self._made and key not in self._found:
+            description = f"{tensor.dtype} {list(tensor.shape)}"
+            self._found[key] = StorageWeakRef(tensor.untyped_storage()), description
+
+    def _clause(
+        self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], inputs: list[Tensor], outputs: list[Tensor]
+    ) -> str:
+        """Return why an operation cannot be captured; empty if it can."""
+        if torch.Tag.data_dependent_output in func.tags:
+            return "it reads a value back to the host"
+        if _has_dynamic_size(func, inputs):
+            return "it makes a tensor whose size depends on values"
+        if func is _aten.lift_fresh.default:
+            return "it makes a tensor of Python numbers, which would never change; make it beforehand"
+        if any(tensor.device != self._device for tensor in inputs):
+            return f"it reads a tensor that is not on {self._device}"
+        if any(tensor.device != self._device for tensor in outputs):
+            return f"it makes a tensor that is not on {self._device}"
+        if any(_is_own_generator(value) for value in (*args, *kwargs.values())):
+            return "it draws from a torch.Generator of its own; use the default one"
+        return ""
+
+
+def _has_dynamic_size(func: Any, inputs: Iterable[Tensor]) -> bool:
+    if func in INDEXING:
+        return any(tensor.dtype in (torch.bool, torch.uint8) for tensor in list(inputs)[1:])
+    return torch.Tag.dynamic_output_shape in func.tags
+
+
+def _is_own_generator(value: object) -> bool:
+    if not isinstance(value, torch.Generator):
+        return False
+    defaults = (torch.default_generator, *torch.cuda.default_generators)
+    return all(value is not default for default in defaults)
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the tensors among the arguments of an operation, which nests them in lists at most."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+def _storage_key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _users_line() -> str:
+    """Return the innermost line that is neither PyTorch's nor this package's; empty where there is none."""
+    for frame in reversed(traceback.extract_stack()):
+        if not frame.filename.startswith((*LIBRARIES, "<")):
+            return f", {Path(frame.filename).name}:{frame.lineno}"
+    return ""

@@ -1,0 +1,357 @@
+"""A training step that is captured once and replayed: which steps may be, and what the host still does at each.
+
+Plain steps, which only apply the inverses at hand, are all alike: the same operations on the same tensors. On a GPU
+launching these one by one from Python takes longer than carrying them out. Captured, a step is one launch.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from kfac_sua.preconditioner.captured.capture import Capture, Grad, HostState
+from kfac_sua.preconditioner.captured.dependencies import Dependencies, parameters_device
+from kfac_sua.preconditioner.captured.graph import CudaStepGraph, StepGraph
+from kfac_sua.preconditioner.captured.inspection import StepInspection
+from kfac_sua.preconditioner.captured.optimizers import StepOptimizers
+from kfac_sua.preconditioner.compiled import compiled_modules
+from kfac_sua.preconditioner.kfac import KroneckerPreconditioner
+from kfac_sua.preconditioner.wrappers import bare_model
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+WARM_UP_STEPS = 2
+"""Plain steps taken eagerly before a capture: the first makes what is made once (momentum), the second is inspected."""
+
+MOST_FUTILE_CAPTURES = 3
+"""Captures in a row that are given up without a replay, after which all steps stay eager."""
+
+MOST_LEFTOVERS = 3
+"""Eager steps that leave tensors in the graph's memory, after which they get memory of their own."""
+
+
+class CapturedStep(Generic[T]):
+    """Takes training steps, the plain ones by replaying a CUDA graph: one launch instead of hundreds.
+
+    Around a function that takes one step on the tensors it is given::
+
+        def train_step(inputs, labels):
+            optimizer.zero_grad()
+            loss = loss_function(model(inputs), labels)
+            loss.backward()
+            preconditioner.step()
+            optimizer.step()
+            return loss
+
+        step = CapturedStep(train_step, model, optimizer, preconditioner)
+        for inputs, labels in batches:
+            loss = step(inputs, labels)
+
+    Steps with statistics or a refresh, and those that an observer is shown, call the function; so do all steps on the
+    CPU. Of the others the first two call it, the third captures it, and from then on a step copies the mini-batch into
+    the graph's inputs and replays it. Function and results are those of an ordinary loop; but Python code in the
+    function does not run at a replay, so it must not count, draw numbers on the host, or decide anything by either.
+
+    What the function returns, every ``.grad`` and ``preconditioner.kl_scale`` are the graph's tensors after a replay.
+    The next step writes over them, as it may over those of an eager step: clone what you keep. Clip and log inside the
+    function, on tensors.
+
+    The learning rate may change at any time, outside the function. It is read from the device in ``SGD``, ``Adam`` and
+    ``AdamW`` made with ``fused=True`` (in float32). In others, and for every other number in the optimizer's groups, a
+    change captures the step anew, as does whatever else a call would notice: parameters, buffers or inverses that lie
+    elsewhere, other shapes, frozen layers, modes, hooks, switches of precision. A mini-batch of another shape is taken
+    eagerly, and captured if the next one has that shape too. What cannot be captured stays eager, with a warning that
+    says why: see :attr:`why_eager` and the table in the documentation.
+
+    Args:
+        function: Takes one step, with one call of ``preconditioner.step()`` in it; its arguments are tensors. Other
+            tensors that it reads or writes must stay where they are, as parameters do.
+        model: The model, wrapped or not.
+        optimizer: What the function calls ``step()`` of; several in a sequence.
+        preconditioner: What the function calls ``step()`` of; ``None`` if nothing is preconditioned.
+        graph: What captures and replays; by default CUDA graphs for a model on a CUDA device, and nothing elsewhere.
+
+    Raises:
+        ValueError: If the preconditioner is that of another model.
+
+    Attributes:
+        num_captures: How often a step was captured.
+        num_replays: How many steps were replays.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., T],
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer],
+        preconditioner: KroneckerPreconditioner | None = None,
+        *,
+        graph: StepGraph | None = None,
+    ) -> None:
+        self._function = function
+        self._model = bare_model(model)
+        if preconditioner is not None and preconditioner.model is not self._model:
+            raise ValueError("The preconditioner was made for another model than the one given.")
+        self._preconditioner = preconditioner
+        self._optimizer_list = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        self._given_graph = graph
+        self._refusal = _why_never(model, preconditioner)
+        self.num_captures = self.num_replays = 0
+        self._device: torch.device | None = None
+        self._capture: Capture[T] | None = None
+        self._inputs: tuple[Tensor, ...] | None = None
+        self._shapes: list[Any] | None = None
+        self._other_shapes: list[Any] | None = None
+        self._num_warm = self._num_futile = self._num_leftovers = 0
+
+    @property
+    def why_eager(self) -> str:
+        """Why no step is captured; empty if plain ones are, or will be."""
+        device = parameters_device(self._model)
+        if self._given_graph is None and device.type != "cuda":
+            return f"the model is on {device}, and steps are captured on CUDA devices"
+        return self._refusal
+
+    def __call__(self, *inputs: Tensor) -> T:
+        """Take one step on a mini-batch.
+
+        Args:
+            inputs: What the function takes; tensors on the model's device.
+
+        Returns:
+            What the function returns; after a replay, in the graph's tensors.
+
+        Raises:
+            TypeError: If an input is no tensor.
+            RuntimeError: If the function changes the learning rate.
+        """
+        for value in inputs:
+            if not isinstance(value, Tensor):
+                raise TypeError(f"A captured step takes tensors, got {type(value).__name__}.")
+        if self.why_eager:
+            return self._function(*inputs)
+        self._follow_device()
+        is_plain = self._preconditioner is None or self._preconditioner.step_is_plain
+        if not is_plain or not self._has_usual_shapes(inputs):
+            return self._run(lambda: self._call(inputs))
+        if self._capture is not None and (change := self._change(self._capture)):
+            self._give_up(change)
+        if self._capture is not None:
+            return self._replay(self._capture, inputs)
+        return self._warm_up_or_capture(inputs)
+
+    # --- how a step is taken ----------------------------------------------------------------------------------------
+
+    def _call(self, inputs: Sequence[Tensor]) -> T:
+        """Call the function, with learning rates where a graph reads them."""
+        with self._optimizers.rates_on_device():
+            return self._function(*inputs)
+
+    def _run(self, function: Callable[[], T]) -> T:
+        """Take a step eagerly, in the graph's memory if that can be."""
+        try:
+            result = self._graph.run(function, is_shared=self._num_leftovers < MOST_LEFTOVERS)
+        except BaseException:
+            self._let_go()  # nobody knows what the step has left in the graph's memory
+            raise
+        grads = [parameter.grad for parameter in self._model.parameters() if parameter.grad is not None]
+        if self._capture is not None and self._graph.has_left([*grads, *_tensors(result)]):
+            self._num_leftovers += 1
+            self._give_up("what an eager step leaves in the graph's memory")
+        return result
+
+    def _warm_up_or_capture(self, inputs: tuple[Tensor, ...]) -> T:
+        if self._num_warm < WARM_UP_STEPS - 1:
+            self._num_warm += 1
+            return self._run(lambda: self._call(inputs))
+        if self._inputs is None:
+            self._inputs = tuple(map(torch.empty_like, inputs))
+        _fill(self._inputs, inputs)
+        if self._num_warm < WARM_UP_STEPS:
+            self._num_warm += 1
+            return self._run_inspected(self._inputs)
+        capture = self._captured(self._inputs)
+        if capture is None:
+            return self._run(lambda: self._call(inputs))
+        self._capture = capture
+        self.num_captures += 1
+        self._launch(capture)  # the capture's own Python has counted this step
+        return capture.result
+
+    def _run_inspected(self, inputs: tuple[Tensor, ...]) -> T:
+        """Take a step eagerly, and look whether it can be captured."""
+        inspection, state = StepInspection(parameters_device(self._model)), self._host_state()
+
+        def inspected() -> T:
+            with inspection:
+                return self._call(inputs)
+
+        result = self._run(inspected)
+        if refusal := self._why_not(inspection, state):
+            self._refuse(refusal)
+        return result
+
+    def _captured(self, inputs: tuple[Tensor, ...]) -> Capture[T] | None:
+        """Capture the coming step, which has then been counted but not taken; ``None`` if that fails."""
+        inspection, state = StepInspection(parameters_device(self._model)), self._host_state()
+        reading, parameters = self._dependencies.read(), list(self._model.parameters())
+
+        def inspected() -> tuple[T, list[Tensor | None]]:
+            with inspection:
+                result = self._call(inputs)
+            return result, [parameter.grad for parameter in parameters]
+
+        try:
+            torch.clear_autocast_cache()  # of a region around the step: what it holds was cast eagerly
+            with self._optimizers.capturable():
+                result, grads = self._graph.capture(inspected)
+            torch.clear_autocast_cache()
+        except BaseException as error:
+            state.restore()
+            if not isinstance(error, RuntimeError):
+                raise
+            is_out_of_memory = isinstance(error, torch.OutOfMemoryError)
+            self._refuse("the device's memory does not hold it" if is_out_of_memory else str(error).splitlines()[0])
+            return None
+        if refusal := self._why_not(inspection, state):
+            state.restore()
+            self._refuse(refusal)
+            return None
+        if change := self._dependencies.changed(reading):
+            state.restore()
+            self._let_go()
+            self._count_futile(change)
+            return None
+        logger.info("Captured the plain step.")
+        pairs = [Grad(*members) for members in zip(parameters, state.grads, grads, strict=True)]
+        return Capture(inputs, result, pairs, reading, inspection, state.events_since)
+
+    def _replay(self, capture: Capture[T], inputs: tuple[Tensor, ...]) -> T:
+        """Replay the captured step, and do what its Python would have done."""
+        _fill(capture.inputs, inputs)
+        self._optimizers.refresh_rates()
+        self._launch(capture)
+        self._num_futile = 0
+        for grad in capture.grads:
+            grad.put()
+        if self._preconditioner is not None:
+            self._preconditioner.events.update(capture.events)
+            self._preconditioner.go_to_step(self._preconditioner.num_steps + 1)
+        return capture.result
+
+    def _launch(self, capture: Capture[T]) -> None:
+        self._graph.replay()
+        capture.num_replays += 1
+        self.num_replays += 1
+
+    # --- whether it may be captured, and replayed -------------------------------------------------------------------
+
+    def _has_usual_shapes(self, inputs: Sequence[Tensor]) -> bool:
+        """Whether a mini-batch has the shapes to be captured: those of the first, or of two others in a row."""
+        shapes = [(value.shape, value.dtype, value.device) for value in inputs]
+        if self._shapes is None or shapes == self._shapes:
+            self._shapes, self._other_shapes = shapes, None
+            return True
+        if shapes != self._other_shapes:
+            self._other_shapes = shapes
+            return False
+        if self._capture is not None:
+            self._give_up("the shape of the mini-batch")
+        self._shapes, self._other_shapes, self._inputs = shapes, None, None
+        return True
+
+    def _change(self, capture: Capture[T]) -> str:
+        """Return what a capture depends on that has changed since; empty if nothing has."""
+        if change := self._dependencies.changed(capture.reading):
+            return change
+        if not all(grad.fits() for grad in capture.grads):
+            return "the gradients at hand before the step"
+        freed = capture.found.freed()
+        return f"a tensor that the function found and that has been freed since ({freed[0]})" if freed else ""
+
+    def _why_not(self, inspection: StepInspection, before: HostState) -> str:
+        """Return why a step that was inspected cannot be captured; empty if it can."""
+        if inspection.refusals:
+            return inspection.refusals[0]
+        if freed := inspection.freed():
+            return (
+                f"it reads a tensor that is freed by its end ({freed[0]}), as where a variable is replaced in every "
+                f"step; write into one tensor instead, with copy_()"
+            )
+        num_steps = before.num_steps_since
+        if self._preconditioner is not None and num_steps != 1:
+            return f"it took {num_steps} steps of the preconditioner instead of one"
+        return ""
+
+    def _give_up(self, change: str) -> None:
+        """Let go of the captured step, to capture it anew."""
+        logger.info("The step is to be captured anew; what has changed is %s.", change)
+        is_futile = self._capture is not None and self._capture.num_replays == 1
+        self._let_go()
+        if is_futile:
+            self._count_futile(change)
+
+    def _count_futile(self, change: str) -> None:
+        """Count a capture that was of no use, and leave it at eager steps after some."""
+        self._num_futile += 1
+        if self._num_futile == MOST_FUTILE_CAPTURES:
+            self._refuse(f"{MOST_FUTILE_CAPTURES} captures in a row were of no use, as each step changes {change}")
+
+    def _refuse(self, reason: str) -> None:
+        """Leave it at eager steps, and say so."""
+        logger.warning("The training step is not captured: %s.", reason)
+        self._refusal = reason
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self._capture = self._inputs = None
+        self._num_warm = 0
+        self._graph.release()
+
+    # --- what it works on -------------------------------------------------------------------------------------------
+
+    def _follow_device(self) -> None:
+        """Make what belongs to a device, at the first step and where the model has been moved to another one."""
+        device = parameters_device(self._model)
+        if device == self._device:
+            return
+        if self._capture is not None:
+            self._give_up("the model's device")
+        self._device = device
+        self._graph: StepGraph = self._given_graph or CudaStepGraph(device)
+        self._optimizers = StepOptimizers(self._optimizer_list, device)
+        self._dependencies = Dependencies(self._model, self._optimizers, self._preconditioner)
+
+    def _host_state(self) -> HostState:
+        return HostState(list(self._model.parameters()), self._optimizers, self._preconditioner)
+
+
+def _why_never(model: nn.Module, preconditioner: KroneckerPreconditioner | None) -> str:
+    """Return why steps of a model cannot be captured, whatever they do; empty if they may be."""
+    if isinstance(model, DistributedDataParallel) or (preconditioner is not None and preconditioner.processes):
+        return "several processes share its mini-batch, and their communication is not captured"
+    if any(True for _ in compiled_modules(model)):
+        return 'the model is compiled; torch.compile(mode="reduce-overhead") makes graphs of its own'
+    return ""
+
+
+def _fill(kept: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+    for tensor, value in zip(kept, inputs, strict=True):
+        tensor.copy_(value)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in what a function returned: in tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)

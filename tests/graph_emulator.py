@@ -1,0 +1,212 @@
+"""What a CUDA graph does, on a CPU: a step's operations recorded once and carried out again in the same memory.
+
+A graph holds addresses and numbers, and so does a recording. Tensors that the step made belong to it. Those that it
+found are held weakly, and a replay fails if one has been freed. After every replay, all memory that the recording made
+and that nobody declared as a result is filled with NaN, and before one, all that an eager step left in shared memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+aten = torch.ops.aten
+UNDEFINED = {aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default, aten.new_empty.default}
+
+
+class CaptureError(RuntimeError):
+    """The step did what no graph can hold."""
+
+
+class DanglingError(AssertionError):
+    """A replay would read memory that has been freed."""
+
+
+@dataclass
+class Found:
+    """A tensor that the step found: where it lies, not itself."""
+
+    storage: StorageWeakRef
+    dtype: torch.dtype
+    offset: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+    def tensor(self) -> Tensor:
+        """Return the tensor, if it is still there."""
+        if self.storage.expired():
+            raise DanglingError(f"a replay reads a freed tensor, {self.dtype} {list(self.shape)}")
+        storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
+        return torch.empty(0, dtype=self.dtype).set_(storage, self.offset, self.shape, self.stride)
+
+
+class Recorder(TorchDispatchMode):
+    """Records the operations inside, carrying them out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple[Any, Any, Any, Any]] = []
+        self.made: dict[int, torch.UntypedStorage] = {}
+        self.found: dict[int, tuple[StorageWeakRef, torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Record one operation."""
+        kwargs = kwargs or {}
+        inputs = tensors_in((args, kwargs))
+        refuse(func, inputs)
+        for tensor in inputs:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.made and storage._cdata not in self.found:
+                self.found[storage._cdata] = StorageWeakRef(storage), storage.clone()
+        out = func(*args, **kwargs)
+        known = {tensor.untyped_storage()._cdata for tensor in inputs}
+        is_view = all(tensor.untyped_storage()._cdata in known for tensor in tensors_in(out))
+        for tensor in tensors_in(out):
+            if tensor.untyped_storage()._cdata not in known:
+                self.made[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        if func.namespace != "profiler" and not (is_view and not func._schema.is_mutable):
+            self.operations.append((func, *tree_map_only(Tensor, self._kept, (args, kwargs, out))))
+        return out
+
+    def _kept(self, tensor: Tensor) -> Tensor | Found:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.made:
+            reference = self.found[storage._cdata][0]
+            return Found(reference, tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride())
+        bare = torch.empty(0, dtype=tensor.dtype)  # without a history
+        with torch._C._DisableTorchDispatch():
+            return bare.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+    def undo(self) -> None:
+        """Put back what the operations wrote into what they found: a capture carries nothing out."""
+        for reference, before in self.found.values():
+            if not reference.expired():
+                torch.UntypedStorage._new_with_weak_ptr(reference.cdata).copy_(before)
+        self.found = {key: (reference, before) for key, (reference, before) in self.found.items()}
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        """Carry the operations out in the memory of the recording."""
+        for reference, _ in self.found.values():
+            if reference.expired():
+                raise DanglingError("a replay reads a freed tensor")
+        for func, args, kwargs, out in self.operations:
+            args, kwargs = tree_map_only(Found, Found.tensor, (args, kwargs))
+            known = {tensor.untyped_storage()._cdata for tensor in tensors_in((args, kwargs))}
+            result = func(*args, **kwargs)
+            if func in UNDEFINED:
+                continue
+            for old, new in zip(tree_leaves(out), tree_leaves(result), strict=True):
+                if isinstance(old, Tensor) and old.untyped_storage()._cdata not in known:
+                    old.copy_(new)
+
+
+class MadeStorages(TorchDispatchMode):
+    """Notes the storages that the operations inside make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.references: dict[int, StorageWeakRef] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note what one operation makes."""
+        kwargs = kwargs or {}
+        known = {tensor.untyped_storage()._cdata for tensor in tensors_in((args, kwargs))}
+        out = func(*args, **kwargs)
+        for tensor in tensors_in(out):
+            if tensor.untyped_storage()._cdata not in known:
+                self.references[tensor.untyped_storage()._cdata] = StorageWeakRef(tensor.untyped_storage())
+        return out
+
+    def alive(self) -> dict[int, StorageWeakRef]:
+        """Return those that are still there."""
+        return {key: reference for key, reference in self.references.items() if not reference.expired()}
+
+
+class EmulatedGraph:
+    """A ``StepGraph`` for CPU tensors.
+
+    Attributes:
+        num_operations: Operations of the captured step.
+    """
+
+    def __init__(self) -> None:
+        self._recorder: Recorder | None = None
+        self._declared: set[int] = set()
+        self._left: MadeStorages | None = None
+        self.num_operations = 0
+
+    def run(self, function: Callable[[], Any], *, is_shared: bool) -> Any:
+        """Run a function eagerly; what it makes shares the recording's memory."""
+        self._left = None
+        if self._recorder is None or not is_shared:
+            return function()
+        self._left = MadeStorages()
+        with self._left:
+            return function()
+
+    def has_left(self, kept: Iterable[Tensor]) -> bool:
+        """Whether the last run left tensors other than these."""
+        if self._left is None:
+            return False
+        return bool(self._left.alive().keys() - {tensor.untyped_storage()._cdata for tensor in kept})
+
+    def capture(self, function: Callable[[], Any]) -> Any:
+        """Record a function, and undo what it did."""
+        recorder, generator = Recorder(), torch.get_rng_state()
+        try:
+            with recorder:
+                result = function()
+        finally:
+            recorder.undo()
+            torch.set_rng_state(generator)
+        self._recorder, self._left = recorder, None
+        self._declared = {tensor.untyped_storage()._cdata for tensor in tensors_in(result)}
+        self.num_operations = len(recorder.operations)
+        self._poison(set())
+        return result
+
+    def replay(self) -> None:
+        """Carry the recording out."""
+        assert self._recorder is not None
+        if self._left is not None:
+            for reference in self._left.alive().values():
+                torch.UntypedStorage._new_with_weak_ptr(reference.cdata).fill_(0xFF)
+        self._recorder.replay()
+        self._poison(self._declared)
+
+    def release(self) -> None:
+        """Forget the recording."""
+        self._recorder = self._left = None
+
+    def _poison(self, spared: set[int]) -> None:
+        assert self._recorder is not None
+        for key, storage in self._recorder.made.items():
+            if key not in spared:
+                storage.fill_(0xFF)  # NaN in every floating-point type, -1 in every integer type
+
+
+def refuse(func: Any, inputs: list[Tensor]) -> None:
+    """Raise where an operation reads back, copies from the host, or makes something whose size depends on values."""
+    has_index_of_bool = any(tensor.dtype is torch.bool for tensor in inputs[1:])
+    if torch.Tag.data_dependent_output in func.tags:
+        raise CaptureError(f"host read: {func}")
+    if func is aten.lift_fresh.default:
+        raise CaptureError(f"copy from the host: {func}")
+    if func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default):
+        if has_index_of_bool:
+            raise CaptureError(f"size depends on values: {func}")
+    elif torch.Tag.dynamic_output_shape in func.tags:
+        raise CaptureError(f"size depends on values: {func}")
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    """Return the tensors in nested values."""
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
