@@ -14,10 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 aten = torch.ops.aten
+HOST_READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
+"""Reads that reach the memory of a CPU tensor without an operation; of a CUDA tensor they copy it first."""
+
 UNDEFINED = {aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default, aten.new_empty.default}
 
 
@@ -89,9 +93,9 @@ class Recorder(TorchDispatchMode):
         for reference, before in self.found.values():
             if not reference.expired():
                 torch.UntypedStorage._new_with_weak_ptr(reference.cdata).copy_(before)
-        self.found = {key: (reference, before) for key, (reference, before) in self.found.items()}
 
     @torch.no_grad()
+    @torch.autocast("cpu", enabled=False)  # what a region around the capture cast has been cast
     def replay(self) -> None:
         """Carry the operations out in the memory of the recording."""
         for reference, _ in self.found.values():
@@ -106,6 +110,16 @@ class Recorder(TorchDispatchMode):
             for old, new in zip(tree_leaves(out), tree_leaves(result), strict=True):
                 if isinstance(old, Tensor) and old.untyped_storage()._cdata not in known:
                     old.copy_(new)
+
+
+class HostReads(TorchFunctionMode):
+    """Refuses reads inside that are no operation."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Refuse or pass on."""
+        if func in HOST_READS:
+            raise CaptureError(f"host read: {func.__name__}")
+        return func(*args, **(kwargs or {}))
 
 
 class MadeStorages(TorchDispatchMode):
@@ -162,7 +176,7 @@ class EmulatedGraph:
         """Record a function, and undo what it did."""
         recorder, generator = Recorder(), torch.get_rng_state()
         try:
-            with recorder:
+            with HostReads(), recorder:
                 result = function()
         finally:
             recorder.undo()

@@ -1,0 +1,716 @@
+"""What a captured step does beside replaying: counts, captures anew what has changed, refuses what it cannot hold."""
+
+import copy
+import logging
+from typing import Any
+
+import pytest
+import torch
+from captured_training import LR, PERIOD, Case, Training, batches, make_net, muon, num_plain, sgd, with_dropout
+from graph_emulator import DanglingError, EmulatedGraph
+from identical import assert_identical
+from torch import Tensor, nn
+
+from kfac_sua.preconditioner import AdaptiveDamping, CapturedStep, KroneckerPreconditioner
+from kfac_sua.preconditioner.captured.step import MOST_FUTILE_CAPTURES, MOST_LEFTOVERS, WARM_UP_STEPS
+from kfac_sua.preconditioner.preconditioned_layer import PreconditionedLayer
+
+SUA = {"structure": "sua"}
+FIRST_REPLAY = 1 + WARM_UP_STEPS  # the refresh and the steps before the capture
+
+
+def both(case: Case) -> tuple[Training, Training]:
+    """Return the same training, eager and captured."""
+    return Training(case, is_captured=False), Training(case, is_captured=True)
+
+
+def assert_alike(eager: Training, captured: Training) -> None:
+    """Check that two trainings are at the same point, bit for bit."""
+    assert_identical(captured.state(), eager.state())
+
+
+def take(trainings: tuple[Training, ...], num: int, start: int = 0, size: int = 8) -> None:
+    """Take the same steps in all trainings, with the same losses."""
+    losses = [training.take(num, start, size) for training in trainings]
+    assert all(one == losses[0] for one in losses)
+
+
+# --- counting ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [None, SUA, {"ema_decay": 0.5, "factor_period": 5}])
+def test_every_step_is_counted_and_most_are_replays(settings):
+    """Only refreshes, measurements and the two steps before the capture are eager."""
+    training = Training(case := Case(settings), is_captured=True)
+    calls = []
+    function = training.captured._function
+    training.captured._function = lambda *inputs: calls.append(inputs) or function(*inputs)
+    training.take(45)
+    expected = num_plain(case, 45) - WARM_UP_STEPS
+    assert (training.captured.num_captures, training.captured.num_replays) == (1, expected)
+    assert len(calls) == 45 - expected + 1  # the capture calls it too
+    if settings is not None:
+        assert training.preconditioner.num_steps == 45
+
+
+def test_after_a_replay_results_are_the_graphs():
+    """Loss, gradients and the clip's scale are the same tensors after every replay, with other numbers."""
+    training = Training(Case({"kl_clip": 1e-3}), is_captured=True)
+    training.take(FIRST_REPLAY)
+
+    def results() -> list[Tensor]:
+        loss = training.captured(*next(batches(1, start=training.preconditioner.num_steps)))
+        return [loss, *(parameter.grad for parameter in training.net.parameters()), training.preconditioner.kl_scale]
+
+    first = results()
+    numbers = [tensor.clone() for tensor in first]
+    second = results()
+    assert all(one is other for one, other in zip(first, second, strict=True))
+    assert not any(torch.equal(one, number) for one, number in zip(second, numbers, strict=True))
+
+
+def test_events_of_a_step_are_counted_at_each_replay():
+    """A layer frozen since is reported as often as by eager steps."""
+    trainings = both(Case(SUA))
+    take(trainings, 5)
+    for training in trainings:
+        training.net[4].weight.requires_grad_(False)
+    take(trainings, 12, start=5)
+    assert trainings[1].preconditioner.events["frozen:4"] == 12
+    assert trainings[1].captured.num_captures == 2
+    assert_alike(*trainings)
+
+
+def test_observers_are_shown_their_steps():
+    """Adaptive damping looks at every fifth step, which is eager, and ends where it does without captures."""
+    trainings = both(Case({"structure": "kfac", "inverse_period": 10}))
+    observers = [AdaptiveDamping(training.preconditioner, period=5) for training in trainings]
+    for images, labels in batches(40):
+        for training, adaptive in zip(trainings, observers, strict=True):
+            loss = training._step(images, labels).clone()
+            if adaptive.is_due:
+                with adaptive.measuring():
+                    after = nn.functional.cross_entropy(training.net(images), labels)
+                adaptive.update(loss, after)
+    assert observers[0].state_dict() == observers[1].state_dict()
+    assert trainings[0].preconditioner.damping == trainings[1].preconditioner.damping != 0.1
+    assert_alike(*trainings)
+    assert 20 < trainings[1].captured.num_replays < 40 - 8
+
+
+@pytest.mark.parametrize("settings", [None, SUA])
+def test_on_a_cpu_it_calls_the_function(settings):
+    """Without a graph nothing is captured, and the reason says so."""
+    eager, captured = both(Case(settings))
+    captured.captured._given_graph = None
+    take((eager, captured), 5)
+    assert captured.captured.why_eager == "the model is on cpu, and steps are captured on CUDA devices"
+    assert captured.captured.num_captures == captured.captured.num_replays == 0
+    assert_alike(eager, captured)
+
+
+# --- what captures anew -----------------------------------------------------------------------------------------------
+
+
+def set_lr(training: Training, value: float = LR / 3) -> None:
+    """Change the learning rate of all groups."""
+    for optimizer in training.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = value
+
+
+def set_group(key: str, value: Any):
+    """Return what changes a number in the optimizer's groups."""
+    return lambda training: training.optimizers[0].param_groups[0].update({key: value})
+
+
+def load(training: Training) -> None:
+    """Load the training's own states of some steps before."""
+    training.net.load_state_dict(training.saved["net"])
+    training.optimizers[0].load_state_dict(copy.deepcopy(training.saved["optimizer"]))
+    if training.preconditioner is not None:
+        training.preconditioner.load_state_dict(training.saved["preconditioner"])
+
+
+def new_data(training: Training) -> None:
+    """Put a parameter's numbers elsewhere."""
+    training.net[0].weight.data = training.net[0].weight.data.clone()
+
+
+def new_buffer(training: Training) -> None:
+    """Replace a running mean."""
+    training.net[1].running_mean = training.net[1].running_mean.clone() * 1.5
+
+
+def new_state(training: Training) -> None:
+    """Replace a momentum."""
+    state = training.optimizers[0].state[training.net[0].weight]
+    state["momentum_buffer"] = state["momentum_buffer"].clone() * 1.5
+
+
+def new_inverse(training: Training) -> None:
+    """Replace an inverse."""
+    layer = training.preconditioner.layers[1]
+    layer.inverse = copy.deepcopy(layer.inverse)
+    training.preconditioner.go_to_step(training.preconditioner.num_steps)
+
+
+def add_hook(training: Training) -> None:
+    """Change a layer's output from now on."""
+    training.net[4].register_forward_hook(lambda module, args, output: output * 1.5)
+
+
+def freeze(training: Training) -> None:
+    """Freeze a layer."""
+    training.net[4].weight.requires_grad_(False)
+
+
+def to_evaluation(training: Training) -> None:
+    """Let a normalisation layer use its running statistics."""
+    training.net[1].eval()
+
+
+def replace_activation(training: Training) -> None:
+    """Replace a module without parameters."""
+    training.net[5] = nn.Tanh()
+
+
+def reduced_precision(training: Training) -> None:
+    """Change the precision of products of the whole process."""
+    del training
+    torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+
+
+def drop_gradients(training: Training) -> None:
+    """Drop the gradients of the last step outside of the function."""
+    training.net.zero_grad(set_to_none=True)
+
+
+CHANGES = {
+    "lr": set_lr,
+    "momentum": set_group("momentum", 0.5),
+    "weight_decay": set_group("weight_decay", 0.1),
+    "states": load,
+    "parameter": new_data,
+    "buffer": new_buffer,
+    "momentum_buffer": new_state,
+    "inverse": new_inverse,
+    "hook": add_hook,
+    "freeze": freeze,
+    "eval": to_evaluation,
+    "module": replace_activation,
+    "precision": reduced_precision,
+    "grads": drop_gradients,
+    "double": lambda training: training.net.double(),
+}
+
+
+@pytest.fixture
+def switches():
+    """Restore the switches of the process."""
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    yield
+    torch.backends.mkldnn.matmul.fp32_precision = before
+
+
+@pytest.mark.usefixtures("switches")
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("settings", [None, SUA, {"structure": "kfac", "application": "auto"}], ids=str)
+def test_what_a_call_would_notice_captures_anew(settings, name):
+    """After each change training goes on bit for bit as eagerly; the second capture is the last."""
+    if settings is None and name == "inverse":
+        pytest.skip("plain SGD has no inverses")
+    trainings = both(Case(settings))
+    take(trainings, 6)
+    for training in trainings:
+        training.saved = copy.deepcopy(
+            {
+                "net": training.net.state_dict(),
+                "optimizer": training.optimizers[0].state_dict(),
+                "preconditioner": training.preconditioner and training.preconditioner.state_dict(),
+            }
+        )
+    take(trainings, 3, start=6)
+    for training in trainings:
+        CHANGES[name](training)
+    losses = []
+    for training in trainings:
+        dtype = next(training.net.parameters()).dtype
+        losses.append([float(training._step(images.to(dtype), labels)) for images, labels in batches(30, start=9)])
+    assert losses[0] == losses[1]
+    assert_alike(*trainings)
+    assert trainings[1].captured.why_eager == ""
+    # Without zero_grad() outside, whose gradients are there before a step is a matter of the step before.
+    assert trainings[1].captured.num_captures == 2
+    assert trainings[1].captured.num_replays > 20
+
+
+@pytest.mark.parametrize("options", [{"fused": True}, {"fused": True, "nesterov": True}])
+def test_learning_rate_of_a_fused_optimizer_is_read_from_the_device(options):
+    """A schedule captures nothing anew, and the groups hold numbers outside of the step."""
+    trainings = both(Case(SUA, optimizer=lambda net: sgd(net, **options)))
+    for epoch in range(5):
+        for training in trainings:
+            set_lr(training, LR * 0.5**epoch)
+        take(trainings, 9, start=9 * epoch)
+    assert_alike(*trainings)
+    assert trainings[1].captured.num_captures == 1
+    assert trainings[1].optimizers[0].param_groups[0]["lr"] == LR * 0.5**4
+
+
+def test_learning_rate_that_is_a_tensor_is_the_callers():
+    """It is read where it lies; another tensor captures the step anew."""
+    trainings = both(Case(SUA, optimizer=lambda net: sgd(net, fused=True, lr=torch.tensor(LR))))
+    take(trainings, 8)
+    for training in trainings:
+        training.optimizers[0].param_groups[0]["lr"].mul_(0.5)
+    take(trainings, 8, start=8)
+    assert trainings[1].captured.num_captures == 1
+    for training in trainings:
+        training.optimizers[0].param_groups[0]["lr"] = torch.tensor(LR / 7)
+    take(trainings, 8, start=16)
+    assert trainings[1].captured.num_captures == 2
+    assert_alike(*trainings)
+
+
+def test_schedulers_of_pytorch_work_outside():
+    """``StepLR`` moves the learning rate of Muon, which is part of the graph, and of SGD."""
+    trainings = both(Case(SUA, optimizer=muon))
+    schedules = [[torch.optim.lr_scheduler.StepLR(one, 1) for one in training.optimizers] for training in trainings]
+    for epoch in range(3):
+        take(trainings, 9, start=9 * epoch)
+        for schedule in (one for both_of_one in schedules for one in both_of_one):
+            schedule.step()
+    assert_alike(*trainings)
+    assert trainings[1].captured.num_captures == 3
+
+
+def test_damping_enters_with_the_next_refresh():
+    """A damping that is set has no influence on replays, and captures nothing anew."""
+    trainings = both(Case({"structure": "kfac", "damping_rule": "exact"}))
+    take(trainings, 10)
+    for training in trainings:
+        training.preconditioner.damping = 3.0
+    take(trainings, 3 * PERIOD, start=10)
+    assert_alike(*trainings)
+    assert trainings[1].captured.num_captures == 1
+
+
+def test_a_refresh_of_other_shapes_gets_new_buffers():
+    """Where the Woodbury form has fewer rows, the inverses lie elsewhere and the step is captured anew."""
+    trainings = both(Case({"structure": "kfac", "inverse_method": "low_rank"}))
+    take(trainings, PERIOD)
+    take(trainings, 1, start=PERIOD, size=5)
+    take(trainings, PERIOD + 6, start=PERIOD + 1)
+    assert trainings[1].captured.num_captures == 3
+    assert_alike(*trainings)
+
+
+def test_a_short_mini_batch_is_taken_eagerly():
+    """The last one of an epoch, of another shape, interrupts nothing."""
+    trainings = both(Case(SUA))
+    for epoch in range(3):
+        take(trainings, 9, start=10 * epoch)
+        take(trainings, 1, start=10 * epoch + 9, size=3)
+    assert_alike(*trainings)
+    assert trainings[1].captured.num_captures == 1
+    # Without two refreshes, three short mini-batches, and the steps before the capture.
+    assert trainings[1].captured.num_replays == 30 - 2 - 3 - WARM_UP_STEPS
+
+
+def test_mini_batches_that_stay_of_another_shape_are_captured():
+    """The first is taken eagerly, and from the second on the new shape is the usual one."""
+    trainings = both(Case({"structure": "sua", "inverse_method": "cholesky"}))
+    take(trainings, 10)
+    take(trainings, 9, start=10, size=5)
+    assert trainings[1].captured.num_captures == 2
+    take(trainings, 30, start=19, size=5)
+    assert_alike(*trainings)
+    assert trainings[1].captured.num_captures == 2
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+@pytest.mark.parametrize("to_none", [True, False])
+def test_gradients_may_be_zeroed_anywhere(where, to_none):
+    """Inside the function, at its beginning or its end, by dropping them or by writing zeros."""
+    nets = []
+    for is_captured in (False, True):
+        net = make_net()
+        optimizer, preconditioner = sgd(net), KroneckerPreconditioner(net, inverse_period=10, **SUA)
+
+        def function(images, labels, net=net, optimizer=optimizer, preconditioner=preconditioner):
+            if where == "before":
+                optimizer.zero_grad(set_to_none=to_none)
+            nn.functional.cross_entropy(net(images), labels).backward()
+            preconditioner.step()
+            optimizer.step()
+            if where == "after":
+                optimizer.zero_grad(set_to_none=to_none)
+
+        step = CapturedStep(function, net, optimizer, preconditioner, graph=EmulatedGraph())
+        for images, labels in batches(25):
+            (step if is_captured else function)(images, labels)
+        nets.append(net)
+    assert (step.why_eager, step.num_captures) == ("", 1)
+    assert_identical(nets[1].state_dict(), nets[0].state_dict())
+
+
+@pytest.mark.parametrize("outside", [True, False])
+def test_gradients_that_are_never_zeroed_add_up(outside):
+    """They do in eager steps; a captured one that finds gradients is not replayed where there are none."""
+    nets = []
+    for is_captured in (False, True):
+        net = make_net()
+        optimizer = sgd(net, lr=LR / 10)
+
+        def function(images, labels, net=net, optimizer=optimizer):
+            nn.functional.cross_entropy(net(images), labels).backward()
+            optimizer.step()
+
+        step = CapturedStep(function, net, optimizer, graph=EmulatedGraph())
+        for number, (images, labels) in enumerate(batches(25)):
+            if outside and number % 12 == 0:
+                optimizer.zero_grad()
+            (step if is_captured else function)(images, labels)
+        nets.append(net)
+    assert step.why_eager == ""
+    assert_identical(nets[1].state_dict(), nets[0].state_dict())
+    assert step.num_replays > 10
+
+
+# --- what is captured with the step -----------------------------------------------------------------------------------
+
+
+def test_dropout_draws_as_in_eager_steps_also_after_a_resume():
+    """The generator's state that a resume sets is where the next replay goes on."""
+    case = Case(SUA, make=with_dropout)
+    eager, captured = both(case)
+    losses = []
+    for training in (eager, captured):
+        torch.manual_seed(1)
+        losses.append(training.take(15))
+        generator = torch.get_rng_state()
+        losses[-1] += training.take(5, start=15)
+        torch.set_rng_state(generator)
+        losses[-1] += training.take(15, start=20)
+    assert losses[0] == losses[1]
+    assert captured.captured.num_captures == 1
+    assert_alike(eager, captured)
+
+
+def test_micro_batches_are_accumulated_inside():
+    """One call that runs several backward passes before its step is captured as one."""
+    results = []
+    for is_captured in (False, True):
+        net = make_net()
+        optimizer, preconditioner = sgd(net), KroneckerPreconditioner(net, inverse_period=10, **SUA)
+
+        def function(images, labels, net=net, optimizer=optimizer, preconditioner=preconditioner):
+            optimizer.zero_grad()
+            for part in range(2):
+                (nn.functional.cross_entropy(net(images[part::2]), labels[part::2]) / 2).backward()
+            preconditioner.step()
+            optimizer.step()
+
+        step = CapturedStep(function, net, optimizer, preconditioner, graph=EmulatedGraph())
+        for images, labels in batches(25):
+            (step if is_captured else function)(images, labels)
+        results.append(net.state_dict())
+    assert (step.num_captures, step.num_replays) == (1, 25 - 3 - WARM_UP_STEPS)
+    assert_identical(results[1], results[0])
+
+
+def test_a_region_of_autocast_around_the_step():
+    """Casts that such a region keeps are not part of the graph; without the region the step is captured anew."""
+    trainings = both(Case(SUA))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert len({tuple(training.take(3)) for training in trainings}) == 1
+    for start in (3, 11):
+        for training in trainings:
+            for images, labels in batches(8, start=start):
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    training._step(images, labels)
+    take(trainings, 8, start=19)
+    assert_alike(*trainings)
+    assert trainings[1].captured.num_captures == 2
+
+
+def test_a_function_without_arguments_reads_what_stays_in_place():
+    """Static tensors of the caller, written with ``copy_``, do as well."""
+    eager, captured = both(Case(SUA))
+    images, labels = next(batches(1))
+    images, labels = images.clone(), labels.clone()
+    step = CapturedStep(
+        lambda: captured.function(images, labels), captured.net, captured.optimizers, captured.preconditioner,
+        graph=captured.graph,
+    )  # fmt: skip
+    for more, others in batches(25):
+        images.copy_(more)
+        labels.copy_(others)
+        eager.function(images, labels)
+        step()
+    assert_alike(eager, captured)
+    assert step.num_replays == 25 - 2 - WARM_UP_STEPS
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def refused(caplog, change, settings: dict[str, Any] | None = None, case: Case | None = None) -> str:
+    """Return why a training whose function does something more is not captured; it must go on as eagerly."""
+    trainings = both(case or Case(SUA if settings is None else settings))
+    for training in trainings:
+        function = training.function
+
+        def changed(*inputs, training=training, function=function):
+            loss = function(*inputs)
+            change(training, loss)
+            return loss
+
+        if training is trainings[1]:
+            training.captured._function = changed
+        else:
+            training._step = changed
+    with caplog.at_level(logging.INFO, "kfac_sua.preconditioner.captured"):
+        take(trainings, 25)
+    assert_alike(*trainings)
+    reason = trainings[1].captured.why_eager
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert warnings == [f"The training step is not captured: {reason}."]
+    return reason
+
+
+HOST = {
+    "item": (lambda training, loss: loss.item(), "it reads a value back to the host (aten._local_scalar_dense"),
+    "constant": (lambda training, loss: loss * torch.tensor(2.0), "it makes a tensor of Python numbers, which would"),
+    "nonzero": (lambda training, loss: loss[None].nonzero(), "it makes a tensor whose size depends on values (aten.n"),
+    "mask": (
+        lambda training, loss: loss[None][loss[None] > 0],
+        "it makes a tensor whose size depends on values (aten.",
+    ),
+    "generator": (
+        lambda training, loss: torch.rand(2, generator=torch.Generator()),
+        "it draws from a torch.Generator of its own; use the default one (aten.rand.generator, test_captured_step.py:",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOST)
+def test_what_a_graph_cannot_hold_is_refused_with_its_line(caplog, name):
+    """The warning names the operation and the caller's line, and training goes on eagerly."""
+    change, clause = HOST[name]
+    reason = refused(caplog, change)
+    assert reason.startswith(clause)
+    assert "test_captured_step.py:" in reason
+
+
+def test_a_variable_that_is_replaced_in_every_step_is_refused(caplog):
+    """A replay would go on from the first value for ever."""
+    averages: dict[int, Tensor] = {}
+
+    def change(training: Training, loss: Tensor) -> None:
+        averages[id(training)] = averages.get(id(training), torch.zeros(())) * 0.9 + loss
+
+    assert "it reads a tensor that is freed by its end (torch.float32 [])" in refused(caplog, change)
+    assert len(set(map(float, averages.values()))) == 1
+
+
+def test_two_steps_of_the_preconditioner_in_one_are_refused(caplog):
+    """The counts of both would be wrong."""
+    reason = refused(caplog, lambda training, loss: training.preconditioner.step())
+    assert reason == "it took 2 steps of the preconditioner instead of one"
+
+
+def test_a_mini_batch_that_is_freed_is_noticed():
+    """A variable of the caller that is replaced instead of written to is never read stale."""
+    eager, captured = both(Case(SUA))
+    batch: list[Tensor] = []
+    step = CapturedStep(
+        lambda: captured.function(*batch), captured.net, captured.optimizers, captured.preconditioner,
+        graph=captured.graph,
+    )  # fmt: skip
+    for images, labels in batches(30):
+        batch[:] = images, labels
+        step()
+        eager.function(images, labels)
+    assert_alike(eager, captured)
+    assert "captures in a row were of no use, as each step changes a tensor that the function found" in step.why_eager
+
+
+def test_a_loss_scaler_is_refused(caplog):
+    """Whether the step is taken is decided on the host."""
+    nets = []
+    for is_captured in (False, True):
+        net = make_net()
+        optimizer, preconditioner = sgd(net), KroneckerPreconditioner(net, inverse_period=10, **SUA)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+
+        def function(images, labels, net=net, optimizer=optimizer, preconditioner=preconditioner, scaler=scaler):
+            optimizer.zero_grad()
+            scaler.scale(nn.functional.cross_entropy(net(images), labels)).backward()
+            scaler.unscale_(optimizer)
+            preconditioner.step(loss_scale=scaler.get_scale())
+            scaler.step(optimizer)
+            scaler.update()
+
+        step = CapturedStep(function, net, optimizer, preconditioner, graph=EmulatedGraph())
+        for images, labels in batches(15):
+            (step if is_captured else function)(images, labels)
+        nets.append(net)
+    assert "it reads a value back to the host" in step.why_eager
+    assert_identical(nets[1].state_dict(), nets[0].state_dict())
+
+
+def test_an_optimizer_that_counts_on_the_host_is_refused():
+    """AdamW's bias correction would stay that of the captured step."""
+    trainings = both(Case(SUA, optimizer=lambda net: torch.optim.AdamW(net.parameters(), lr=LR / 10)))
+    take(trainings, 15)
+    assert "it reads a value back to the host" in trainings[1].captured.why_eager
+    assert_alike(*trainings)
+
+
+def test_a_compiled_model_is_refused():
+    """It has graphs of its own."""
+    net = make_net()
+    net.compile(backend="eager")
+    step = CapturedStep(lambda: None, net, sgd(net), graph=EmulatedGraph())
+    assert step.why_eager.startswith("the model is compiled; ")
+
+
+def test_the_preconditioner_of_another_model_is_refused():
+    """Its counts would not be those of the steps."""
+    preconditioner = KroneckerPreconditioner(make_net())
+    net = make_net()
+    with pytest.raises(ValueError, match="made for another model"):
+        CapturedStep(lambda: None, net, sgd(net), preconditioner)
+
+
+def test_inputs_that_are_no_tensors_are_refused():
+    """A replay could not see another number."""
+    training = Training(Case(SUA), is_captured=True)
+    with pytest.raises(TypeError, match="takes tensors, got int"):
+        training.captured(torch.zeros(1), 3)
+
+
+def test_a_scheduler_inside_the_function_is_an_error():
+    """No replay would call it."""
+    training = Training(Case(SUA, optimizer=lambda net: sgd(net, fused=True)), is_captured=True)
+    schedule = torch.optim.lr_scheduler.StepLR(training.optimizers[0], 1)
+    function = training.captured._function
+    training.captured._function = lambda *inputs: (function(*inputs), schedule.step())
+    with pytest.raises(RuntimeError, match="changes the learning rate, which no replay would do; call the scheduler"):
+        training.captured(*next(batches(1)))
+
+
+# --- captures that fail -----------------------------------------------------------------------------------------------
+
+
+class FailingGraph(EmulatedGraph):
+    """A graph whose captures fail at their end."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self._error = error
+
+    def capture(self, function):
+        """Carry the function out as far as a capture does, and fail."""
+        super().capture(function)
+        self.release()
+        raise self._error
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "the device's memory does not hold it"),
+        (RuntimeError("operation not permitted\nwhen stream is capturing"), "operation not permitted"),
+    ],
+)
+@pytest.mark.parametrize("settings", [None, {"structure": "kfac", "application": "auto"}])
+def test_a_capture_that_fails_leaves_no_trace(caplog, error, reason, settings):
+    """Training goes on eagerly, bit for bit, and the warning says why."""
+    eager, captured = both(Case(settings))
+    captured.captured._given_graph = FailingGraph(error)
+    take((eager, captured), 25)
+    assert captured.captured.why_eager == reason
+    assert f"The training step is not captured: {reason}." in caplog.messages
+    assert_alike(eager, captured)
+
+
+def test_ctrl_c_during_a_capture_leaves_no_trace():
+    """The step was not taken, and the next call takes it."""
+    eager, captured = both(Case(SUA))
+    captured.captured._given_graph = FailingGraph(KeyboardInterrupt())
+    eager.take(25)
+    captured.take(FIRST_REPLAY)
+    with pytest.raises(KeyboardInterrupt):
+        captured.take(1, start=FIRST_REPLAY)
+    captured.captured._graph = EmulatedGraph()
+    captured.take(25 - FIRST_REPLAY, start=FIRST_REPLAY)
+    assert_alike(eager, captured)
+    assert captured.captured.num_captures == 1
+
+
+def test_state_made_during_a_capture_is_not_kept():
+    """Where a parameter gets its first gradient just then, its momentum would begin anew at each replay."""
+    trainings = both(Case(SUA))
+
+    def thaw(training: Training) -> None:
+        training.net[1].weight.requires_grad_(True)
+
+    for training in trainings:
+        training.net[1].weight.requires_grad_(False)
+    take(trainings, FIRST_REPLAY)
+    for training in trainings:
+        thaw(training)
+    take(trainings, 20, start=FIRST_REPLAY)
+    assert_alike(*trainings)
+    assert trainings[1].captured.num_captures == 1
+
+
+def test_what_eager_steps_leave_in_the_graphs_memory_ends_it():
+    """Losses of refreshes that the caller keeps stay as they are; after some, eager steps get memory of their own."""
+    eager, captured = both(Case({"structure": "sua", "inverse_period": 5}))
+    kept: dict[int, list[Tensor]] = {id(eager): [], id(captured): []}
+    for training in (eager, captured):
+        function = training.function
+
+        def keeping(*inputs, training=training, function=function):
+            loss = function(*inputs)
+            if training.preconditioner.num_steps % 5 == 1:
+                kept[id(training)].append(loss.clone())
+            return loss
+
+        training.captured._function = keeping
+        training._step = training.captured if training is captured else keeping
+    take((eager, captured), 45)
+    assert kept[id(eager)] == kept[id(captured)]
+    assert captured.captured.num_captures == 1 + MOST_LEFTOVERS
+    assert_alike(eager, captured)
+
+
+def test_captures_that_are_of_no_use_end():
+    """A step that changes what it depends on is left eager after some."""
+    eager, captured = both(Case(SUA))
+    for images, labels in batches(30):
+        for training in (eager, captured):
+            group = training.optimizers[0].param_groups[0]
+            group["lr"] = LR / (2 + training.preconditioner.num_steps)
+            training._step(images, labels)
+    assert_alike(eager, captured)
+    assert captured.captured.num_captures == MOST_FUTILE_CAPTURES
+    assert captured.captured.why_eager.endswith("as each step changes numbers of optimizer group 0")
+
+
+def test_a_change_that_nothing_watches_is_dangling_at_worst(monkeypatch):
+    """Were the check of addresses missing, the emulator would find the freed inverse: this test can fail."""
+    monkeypatch.setattr(CapturedStep, "_change", lambda step, capture: "")
+
+    def rebind(layer: PreconditionedLayer, inverse: object) -> None:
+        layer.inverse = inverse
+
+    monkeypatch.setattr(PreconditionedLayer, "take_inverse", rebind)
+    training = Training(Case(SUA), is_captured=True)
+    training.captured._num_leftovers = MOST_LEFTOVERS  # or new inverses would be seen in the graph's memory
+    with pytest.raises(DanglingError):
+        training.take(PERIOD + 2)
