@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kfac_sua.preconditioner import (
         AdaptiveDamping,
+        CapturedStep,
         DampingScheduler,
         KroneckerPreconditioner,
         KroneckerSettings,
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdaptiveDamping",
+    "CapturedStep",
     "DampingScheduler",
     "KroneckerPreconditioner",
     "KroneckerSettings",

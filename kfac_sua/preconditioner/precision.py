@@ -31,13 +31,11 @@ def factor_precision() -> Iterator[None]:
 
     TF32 has 10 bits of mantissa and bfloat16 has 7: a Gram matrix of such products has relative errors of 1e-3 and 1e-2
     of its largest eigenvalue, where the damping that shall separate small eigenvalues is often smaller. So autocast is
-    kept away, and so are the process-wide switches that let float32 products run in less, on CUDA and on the CPU; they
-    come back as the caller set them, through either of PyTorch's two interfaces (``fp32_precision``, or ``allow_tf32``
-    and ``set_float32_matmul_precision``).
+    kept away, and so are the process-wide switches that let float32 products run in less, on CUDA and on the CPU. They
+    come back as the caller set them, through either of PyTorch's two interfaces: ``fp32_precision``, or ``allow_tf32``
+    and ``set_float32_matmul_precision``.
     """
-    with without_autocast(), ExitStack() as stack:
-        for products in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):  # type: ignore[attr-defined]
-            stack.enter_context(_ieee_products(products))
+    with without_autocast(), _ieee_products():
         yield
 
 
@@ -52,21 +50,43 @@ def without_autocast() -> Iterator[None]:
 
 
 @contextmanager
-def _ieee_products(products: Any) -> Iterator[None]:
-    """Set a backend's switch for products of float32 matrices to IEEE inside, if it is not.
+def _ieee_products() -> Iterator[None]:
+    """Multiply float32 matrices in IEEE float32 inside.
 
-    It is read through ``fp32_precision``, as reading ``allow_tf32`` raises after that one was set; written through it,
-    either interface reads back what the caller had set.
+    What the newer interface has set is changed through it, and what the older one has set through that: either of them
+    raises, in PyTorch's own code too, where the two disagree.
     """
-    before = products.fp32_precision
-    if before in IEEE:
+    switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [switch.fp32_precision for switch in switches]
+    if all(value in IEEE for value in before):
         yield
         return
-    products.fp32_precision = "ieee"
+    older = _older_setting()
     try:
+        if older is not None:
+            torch.set_float32_matmul_precision("highest")
+        for switch in switches:
+            if switch.fp32_precision not in IEEE:
+                switch.fp32_precision = "ieee"
         yield
     finally:
-        # What is merely handed down from a switch above must go on following that one.
-        products.fp32_precision = "none"
-        if products.fp32_precision != before:
-            products.fp32_precision = before
+        if older is not None:
+            torch.set_float32_matmul_precision(older)
+        for switch, value in zip(switches, before, strict=True):
+            _restore(switch, value)
+
+
+def _older_setting() -> str | None:
+    """Return what ``set_float32_matmul_precision`` or ``allow_tf32`` has set; ``None`` if neither is in force."""
+    try:
+        return torch.get_float32_matmul_precision() if torch.backends.cuda.matmul.allow_tf32 else None
+    except RuntimeError:  # the newer interface has set something else since
+        return None
+
+
+def _restore(switch: Any, value: str) -> None:
+    """Set a switch back, if it is not; one that agrees with the switch above it goes on following that one."""
+    if switch.fp32_precision != value:
+        switch.fp32_precision = "none"
+    if switch.fp32_precision != value:
+        switch.fp32_precision = value

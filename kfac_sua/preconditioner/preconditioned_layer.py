@@ -140,13 +140,11 @@ class PreconditionedLayer:
     def take_inverse(self, inverse: LayerInverse | LayerEigenbasis) -> None:
         """Replace the inverse, in place wherever the new one's tensors have the shapes of those at hand.
 
-        Plain steps read the inverse, and a captured one reads it by its address.
+        Plain steps read the inverse, and a captured one reads it by its address. It is a copy: the new one may share
+        pixels with the factors that it was made of, and memory with other layers' inverses.
         """
-        if self.inverse is None:
-            self.inverse = inverse
-        else:
-            state = written_over(inverse_to_state(self.inverse), inverse_to_state(inverse), inverse.like)
-            self.inverse = inverse_from_state(state, self.statistics.geometry)
+        state = written_over(inverse_to_state(self.inverse), inverse_to_state(inverse), inverse.like)
+        self.inverse = inverse_from_state(state, self.statistics.geometry)
 
     @property
     def read_tensors(self) -> list[Tensor]:

@@ -51,7 +51,7 @@ def _from_version_3(state: Mapping[str, Any]) -> State:
     layers = {}
     for name, layer in state["layers"].items():
         inverse = {
-            key: torch.tensor(value, dtype=torch.float64) if isinstance(value, float) else value
+            key: torch.tensor(value, dtype=torch.float64) if isinstance(value, int | float) else value
             for key, value in layer["inverse"].items()
         }
         layers[name] = {**layer, "inverse": inverse}

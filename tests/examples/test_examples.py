@@ -4,21 +4,25 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from graph_emulator import EmulatedGraph
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from kfac_sua import KroneckerPreconditioner
+import kfac_sua
+from kfac_sua import CapturedStep, KroneckerPreconditioner
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples"
 NEEDS = {"accelerate_loop": "accelerate", "lightning_loop": "lightning"}
 # What each prints at least once, as evidence of what it shows.
 SAYS = {
     "accelerate_loop": "loss of the last micro-batch 0.0",
+    "captured": "epoch 3: mean loss 0.",
     "amp": "epoch 3: loss of the last mini-batch 0.0",
     "ddp": "epoch 3: loss 0.1",
     "lightning_loop": "loss of the last mini-batch 0.0",
@@ -66,6 +70,18 @@ def test_example_runs(name, capsys):
     need(name)
     runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
     assert SAYS[name] in capsys.readouterr().out
+
+
+def test_captured_example_trains_the_same_with_a_graph(monkeypatch, capsys):
+    """With an emulated graph most of its steps are replays, and the losses are those of the CPU."""
+    path = str(FOLDER / "captured.py")
+    runpy.run_path(path, run_name="__main__")
+    eager = capsys.readouterr().out.splitlines()
+    monkeypatch.setattr(kfac_sua, "CapturedStep", partial(CapturedStep, graph=EmulatedGraph()), raising=False)
+    runpy.run_path(path, run_name="__main__")
+    captured = capsys.readouterr().out.splitlines()
+    assert captured[:3] == eager[:3]
+    assert captured[3] == "43 of 54 steps were replays"
 
 
 @pytest.mark.slow

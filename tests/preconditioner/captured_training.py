@@ -1,4 +1,4 @@
-"""A small training that is carried out eagerly, or with captured steps on an emulated graph."""
+"""A small training that is carried out eagerly, or with captured steps: on an emulated graph, or on a CUDA device."""
 
 from __future__ import annotations
 
@@ -86,19 +86,21 @@ class Training:
     Args:
         case: What to train.
         is_captured: Whether plain steps are replays.
+        device: Where; on the CPU graphs are emulated.
     """
 
-    def __init__(self, case: Case, *, is_captured: bool) -> None:
+    def __init__(self, case: Case, *, is_captured: bool, device: str = "cpu") -> None:
         self.case = case
-        self.net = case.make()
+        self.device = device
+        self.net = case.make().to(device)
         optimizer = case.optimizer(self.net)
         self.optimizers = optimizer if isinstance(optimizer, list) else [optimizer]
         self.preconditioner = None
         if case.settings is not None:
             settings = {"inverse_period": PERIOD, "damping": 0.1} | case.settings
             self.preconditioner = KroneckerPreconditioner(self.net, **settings)
-        self.total = torch.zeros(())
-        self.graph = EmulatedGraph()
+        self.total = torch.zeros((), device=device)
+        self.graph = EmulatedGraph() if device == "cpu" else None
         self.captured = CapturedStep(self.function, self.net, self.optimizers, self.preconditioner, graph=self.graph)
         self._step = self.captured if is_captured else self.function
 
@@ -106,7 +108,7 @@ class Training:
         """Take one step."""
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        with torch.autocast("cpu", dtype=torch.bfloat16) if self.case.autocast else nullcontext():
+        with torch.autocast(self.device, dtype=torch.bfloat16) if self.case.autocast else nullcontext():
             logits = self.net(images)
             if self.preconditioner is not None:
                 self.preconditioner.fisher_backward(logits)
@@ -122,7 +124,13 @@ class Training:
 
     def take(self, num: int, start: int = 0, size: int = BATCH_SIZE) -> list[float]:
         """Take so many steps, and return their losses."""
-        return [float(self._step(images, labels)) for images, labels in batches(num, start, size)]
+        return [float(loss) for loss in self.losses(num, start, size)]
+
+    def losses(self, num: int, start: int = 0, size: int = BATCH_SIZE) -> Iterator[Tensor]:
+        """Take so many steps, yielding the loss of each as soon as it was taken, without waiting for it."""
+        like = next(self.net.parameters())
+        for images, labels in batches(num, start, size):
+            yield self._step(images.to(like, non_blocking=True), labels.to(self.device, non_blocking=True))
 
     def state(self) -> dict[str, Any]:
         """Return everything that training changes."""

@@ -10,6 +10,8 @@ from captured_training import LR, PERIOD, Case, Training, batches, make_net, muo
 from graph_emulator import DanglingError, EmulatedGraph
 from identical import assert_identical
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from kfac_sua.preconditioner import AdaptiveDamping, CapturedStep, KroneckerPreconditioner
 from kfac_sua.preconditioner.captured.step import MOST_FUTILE_CAPTURES, MOST_LEFTOVERS, WARM_UP_STEPS
@@ -181,6 +183,12 @@ def reduced_precision(training: Training) -> None:
     torch.backends.mkldnn.matmul.fp32_precision = "ieee"
 
 
+def deterministic(training: Training) -> None:
+    """Ask the whole process for deterministic operations."""
+    del training
+    torch.use_deterministic_algorithms(True)
+
+
 def drop_gradients(training: Training) -> None:
     """Drop the gradients of the last step outside of the function."""
     training.net.zero_grad(set_to_none=True)
@@ -200,7 +208,9 @@ CHANGES = {
     "eval": to_evaluation,
     "module": replace_activation,
     "precision": reduced_precision,
+    "determinism": deterministic,
     "grads": drop_gradients,
+    "layout": lambda training: training.net.to(memory_format=torch.channels_last),
     "double": lambda training: training.net.double(),
 }
 
@@ -210,6 +220,7 @@ def switches():
     """Restore the switches of the process."""
     before = torch.backends.mkldnn.matmul.fp32_precision
     yield
+    torch.use_deterministic_algorithms(False)
     torch.backends.mkldnn.matmul.fp32_precision = before
 
 
@@ -420,6 +431,28 @@ def test_micro_batches_are_accumulated_inside():
     assert_identical(results[1], results[0])
 
 
+def test_checkpointed_activations():
+    """Activation checkpointing, which runs parts of the forward pass again, needs no random numbers kept."""
+    results = []
+    for is_captured in (False, True):
+        net = make_net()
+        optimizer, preconditioner = sgd(net), KroneckerPreconditioner(net, inverse_period=10, **SUA)
+
+        def function(images, labels, net=net, optimizer=optimizer, preconditioner=preconditioner):
+            optimizer.zero_grad()
+            middle = checkpoint(net[:4], images, use_reentrant=False, preserve_rng_state=False)
+            nn.functional.cross_entropy(net[4:](middle), labels).backward()
+            preconditioner.step()
+            optimizer.step()
+
+        step = CapturedStep(function, net, optimizer, preconditioner, graph=EmulatedGraph())
+        for images, labels in batches(25):
+            (step if is_captured else function)(images, labels)
+        results.append(net.state_dict())
+    assert (step.num_captures, step.num_replays) == (1, 25 - 3 - WARM_UP_STEPS)
+    assert_identical(results[1], results[0])
+
+
 def test_a_region_of_autocast_around_the_step():
     """Casts that such a region keeps are not part of the graph; without the region the step is captured anew."""
     trainings = both(Case(SUA))
@@ -480,8 +513,11 @@ def refused(caplog, change, settings: dict[str, Any] | None = None, case: Case |
     return reason
 
 
+READS = "it reads a value back to the host (aten."
 HOST = {
-    "item": (lambda training, loss: loss.item(), "it reads a value back to the host (aten._local_scalar_dense"),
+    "item": (lambda training, loss: loss.item(), READS),
+    "text": (lambda training, loss: f"{loss:.3f}", READS),
+    "decision": (lambda training, loss: loss > 1e9 and None, READS),
     "constant": (lambda training, loss: loss * torch.tensor(2.0), "it makes a tensor of Python numbers, which would"),
     "nonzero": (lambda training, loss: loss[None].nonzero(), "it makes a tensor whose size depends on values (aten.n"),
     "mask": (
@@ -519,6 +555,42 @@ def test_two_steps_of_the_preconditioner_in_one_are_refused(caplog):
     """The counts of both would be wrong."""
     reason = refused(caplog, lambda training, loss: training.preconditioner.step())
     assert reason == "it took 2 steps of the preconditioner instead of one"
+
+
+def test_micro_batches_in_calls_of_their_own_are_refused(caplog):
+    """A call without a step of the preconditioner is no training step."""
+    nets = []
+    for is_captured in (False, True):
+        net = make_net()
+        optimizer, preconditioner = sgd(net), KroneckerPreconditioner(net, inverse_period=10, **SUA)
+
+        def function(images, labels, net=net):
+            (nn.functional.cross_entropy(net(images), labels) / 2).backward()
+
+        step = CapturedStep(function, net, optimizer, preconditioner, graph=EmulatedGraph())
+        for number, (images, labels) in enumerate(batches(30)):
+            (step if is_captured else function)(images, labels)
+            if number % 2:
+                preconditioner.step()
+                optimizer.step()
+                optimizer.zero_grad()
+        nets.append(net)
+    assert step.why_eager == "it took 0 steps of the preconditioner instead of one"
+    assert_identical(nets[1].state_dict(), nets[0].state_dict())
+
+
+def test_several_processes_are_refused(monkeypatch):
+    """Their communication belongs to no graph; the wrapper says that there are, or the preconditioner."""
+    net = make_net()
+    preconditioner = KroneckerPreconditioner(net)
+    wrapped = DistributedDataParallel.__new__(DistributedDataParallel)
+    nn.Module.__init__(wrapped)
+    wrapped.module = net
+    reason = "several processes share its mini-batch, and their communication is not captured"
+    assert CapturedStep(lambda: None, wrapped, sgd(net), preconditioner, graph=EmulatedGraph()).why_eager == reason
+    assert CapturedStep(lambda: None, net, sgd(net), preconditioner, graph=EmulatedGraph()).why_eager == ""
+    monkeypatch.setattr(preconditioner, "_processes", object())
+    assert CapturedStep(lambda: None, net, sgd(net), preconditioner, graph=EmulatedGraph()).why_eager == reason
 
 
 def test_a_mini_batch_that_is_freed_is_noticed():
