@@ -269,6 +269,17 @@ def test_learning_rate_of_a_fused_optimizer_is_read_from_the_device(options):
     assert trainings[1].optimizers[0].param_groups[0]["lr"] == LR * 0.5**4
 
 
+def test_learning_rate_that_changes_just_before_the_capture():
+    """To write it is no part of the graph: later ones are not overwritten by it."""
+    trainings = both(Case(SUA, optimizer=lambda net: sgd(net, fused=True)))
+    for step in range(12):
+        for training in trainings:
+            set_lr(training, LR / (1 + step))
+        take(trainings, 1, start=step)
+    assert_alike(*trainings)
+    assert trainings[1].captured.num_captures == 1
+
+
 def test_learning_rate_that_is_a_tensor_is_the_callers():
     """It is read where it lies; another tensor captures the step anew."""
     trainings = both(Case(SUA, optimizer=lambda net: sgd(net, fused=True, lr=torch.tensor(LR))))

@@ -15,13 +15,21 @@ from kfac_sua.preconditioner.kfac import KroneckerPreconditioner
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
 class Grad:
-    """A parameter, and its gradient before and after a captured step."""
+    """A parameter, and its gradient before and after a captured step.
 
-    parameter: nn.Parameter
-    before: Tensor | None
-    after: Tensor | None
+    Args:
+        parameter: The parameter.
+        before: Its gradient before.
+        after: Its gradient after.
+    """
+
+    def __init__(self, parameter: nn.Parameter, before: Tensor | None, after: Tensor | None) -> None:
+        self.parameter = parameter
+        self.after = after
+        self._was_missing = before is None
+        is_in_place = before is not None and after is not None and before.data_ptr() == after.data_ptr()
+        self._kept = before if is_in_place else None
 
     def fits(self) -> bool:
         """Whether the gradient at hand is what a replay would find.
@@ -29,11 +37,10 @@ class Grad:
         If the step works on the gradient that was there, in place, it must be that one. Otherwise the step makes one,
         and it matters only whether there was one: to be dropped, or to be added to.
         """
-        grad, before, after = self.parameter.grad, self.before, self.after
-        if grad is None or before is None:
-            return grad is before
-        is_in_place = after is not None and after.data_ptr() == before.data_ptr()
-        return not is_in_place or grad.data_ptr() == before.data_ptr()
+        grad = self.parameter.grad
+        if grad is None or self._was_missing:
+            return grad is None and self._was_missing
+        return self._kept is None or grad.data_ptr() == self._kept.data_ptr()
 
     def put(self) -> None:
         """Let the parameter's gradient be what a replay has filled."""

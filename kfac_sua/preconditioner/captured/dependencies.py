@@ -35,17 +35,18 @@ class Dependencies:
 
     def read(self) -> Reading:
         """Return what they are now."""
-        modules, parameters, buffers = [], [], []
-        for module in self._model.modules():
-            modules.append(_module(module))
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    parameters.append((*_place(parameter), parameter.requires_grad, _num_hooks(parameter)))
-            buffers += [_place(buffer) for buffer in module._buffers.values() if buffer is not None]
+        modules = list(_modules(self._model))
         return {
-            "module": modules,
-            "parameter": parameters,
-            "buffer": buffers,
+            "module": [_module(module) for module in modules],
+            "parameter": [
+                (*_place(parameter), parameter.requires_grad, _num_hooks(parameter))
+                for module in modules
+                for parameter in module._parameters.values()
+                if parameter is not None
+            ],
+            "buffer": [
+                _place(buffer) for module in modules for buffer in module._buffers.values() if buffer is not None
+            ],
             "numbers of optimizer group": self._optimizers.numbers(),
             "optimizer's state of parameter": self._optimizers.state(),
             "inverse of layer": self._inverses(),
@@ -73,7 +74,8 @@ class Dependencies:
 
     def _names(self, kind: str) -> list[str]:
         """Return the names of what is read of a kind, where it has names, in its order."""
-        named = list(self._model.named_modules())
+        names = {module: name for name, module in self._model.named_modules()}
+        named = [(names[module], module) for module in _modules(self._model)]
         if kind == "module":
             return [name for name, _ in named]
         if kind == "parameter":
@@ -88,6 +90,18 @@ class Dependencies:
 def parameters_device(model: nn.Module) -> torch.device:
     """Return the device of a model's first parameter."""
     return next(model.parameters()).device
+
+
+def _modules(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield a model and all modules in it, once each; ``model.modules()`` takes longer, as it makes up their names."""
+    stack, seen = [model], {id(model)}
+    while stack:
+        module = stack.pop()
+        yield module
+        for child in module._modules.values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                stack.append(child)
 
 
 def _module(module: nn.Module) -> tuple[Any, ...]:

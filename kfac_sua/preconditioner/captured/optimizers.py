@@ -110,13 +110,12 @@ class StepOptimizers:
             for group in optimizer.param_groups
         ]
 
-    def state(self) -> list[tuple[Any, ...]]:
+    def state(self) -> list[list[Any]]:
         """Return the numbers and addresses in the state of every parameter."""
         return [
-            (parameter.data_ptr(), *map(_identity, optimizer.state.get(parameter, {}).values()))
+            [value.data_ptr() if isinstance(value, Tensor) else value for value in state.values()]
             for optimizer in self._optimizers
-            for group in optimizer.param_groups
-            for parameter in group["params"]
+            for state in optimizer.state.values()
         ]
 
     def save_state(self) -> list[dict[Tensor, dict[str, Any]]]:
@@ -142,4 +141,4 @@ def _reads_rate_from_device(optimizer: Optimizer, group: Group) -> bool:
 
 def _identity(value: Any) -> Any:
     """Return what tells whether a graph that holds a value still holds the right one: an address, or the value."""
-    return (value.data_ptr(), value.shape, value.dtype) if isinstance(value, Tensor) else value
+    return (value.data_ptr(), value.dtype) if isinstance(value, Tensor) else value

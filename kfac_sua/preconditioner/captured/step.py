@@ -135,6 +135,8 @@ class CapturedStep(Generic[T]):
             if not isinstance(value, Tensor):
                 raise TypeError(f"A captured step takes tensors, got {type(value).__name__}.")
         if self.why_eager:
+            if self._capture is not None:
+                self._give_up("the model's device")
             return self._function(*inputs)
         self._follow_device()
         is_plain = self._preconditioner is None or self._preconditioner.step_is_plain
@@ -199,6 +201,7 @@ class CapturedStep(Generic[T]):
 
     def _captured(self, inputs: tuple[Tensor, ...]) -> Capture[T] | None:
         """Capture the coming step, which has then been counted but not taken; ``None`` if that fails."""
+        self._optimizers.refresh_rates()  # now, or writing them would be captured
         inspection, state = StepInspection(parameters_device(self._model)), self._host_state()
         reading, parameters = self._dependencies.read(), list(self._model.parameters())
 
