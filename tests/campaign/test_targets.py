@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
@@ -79,6 +79,7 @@ def test_first_reach(y, target, expected):
     assert first_reach(np.array([0.0, 10.0, 30.0]), np.array(y, dtype=float), target) == pytest.approx(expected)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=8), st.integers(0, 20))
 def test_first_reach_is_the_first_point_of_the_curve_at_or_below(values, target):
     """The curve is at the target there, or below it from the start, and above it everywhere before."""

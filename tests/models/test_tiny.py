@@ -41,13 +41,14 @@ def test_width_and_output_shape(width: float, channels: tuple[int, int]) -> None
 
 @pytest.mark.parametrize("batch_norm", [True, False])
 def test_it_learns_the_digits(batch_norm: bool) -> None:
-    """Four epochs of plain SGD must bring the validation error from 90 % to below 20 % (measured: 4 %, 13 %)."""
+    """Six epochs of plain SGD must bring the validation error from 90 % to below 20 % (measured: 3 to 7 %)."""
     splits = make_splits(*load_digits(), validation_size=250, train_size=None, split_seed=0)
     torch.manual_seed(0)
     model = TinyConvNet(10, batch_norm=batch_norm)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    # At a rate of 0.1 the rounding of a processor alone moves the error between 4 % and 22 %.
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9)
     loader = BatchLoader(splits.train, splits.mean, splits.std, batch_size=50)
-    for epoch in range(4):
+    for epoch in range(6):
         for inputs, labels in loader.epoch(0, epoch):
             optimizer.zero_grad()
             F.cross_entropy(model(inputs), labels).backward()

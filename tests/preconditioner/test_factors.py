@@ -191,7 +191,7 @@ def test_gram_matrices_of_wide_rows_are_symmetric_and_right(width, num_blocks):
     rows = torch.randn(num_blocks, 5, width, dtype=torch.float64)
     got = gram(rows)
     torch.testing.assert_close(got, rows.mT @ rows, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(got, got.mT, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(got, got.mT, rtol=1e-12, atol=1e-12)  # the smallest squares are computed whole
 
 
 def test_sequences_are_locations():
@@ -202,6 +202,7 @@ def test_sequences_are_locations():
     assert locations_of(module, inputs).shape == (4, 30, 1, 3)
 
 
+@settings(deadline=None)
 @given(num_channels=st.integers(1, 20), group_size=st.integers(1, 25))
 def test_split_and_merge_are_inverse(num_channels, group_size):
     """Splitting pads the last group with zeros, merging drops exactly that."""

@@ -121,6 +121,7 @@ def test_eigenbases_rebuild_the_factor():
         assert (basis.values >= 0).all()
 
 
+@settings(deadline=None)
 @given(width=st.integers(1, 600), vectors=st.integers(1, 600), period=st.integers(1, 200), blocks=st.integers(1, 20))
 def test_the_crossover_is_where_the_counts_cross(width, vectors, period, blocks):
     """Up to the crossover the Woodbury form is cheaper by count, one row beyond it is not."""

@@ -136,14 +136,18 @@ def test_messages_name_the_mini_batch(tmp_path, monkeypatch):
 
 def test_ctrl_c_after_a_first_signal_stops_at_once():
     """The first one is remembered, as is a SIGTERM after it; a SIGINT then raises; at last the handlers are the old."""
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with StopRequest() as stop:
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.signal_number == signal.SIGTERM
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.signal_number == signal.SIGTERM
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    finally:
+        signal.signal(signal.SIGINT, inherited)
 
 
 def test_an_ignored_signal_stays_ignored():

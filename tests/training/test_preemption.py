@@ -98,6 +98,7 @@ def test_a_scheduler_may_name_another_signal(monkeypatch):
     with StopRequest():
         assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
     before = signal.signal(signal.SIGUSR1, lambda number, frame: None)
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
     try:
         with StopRequest() as stop:
             os.kill(os.getpid(), signal.SIGUSR1)
@@ -108,6 +109,7 @@ def test_a_scheduler_may_name_another_signal(monkeypatch):
             assert stop.signal_number == signal.SIGINT
     finally:
         signal.signal(signal.SIGUSR1, before)
+        signal.signal(signal.SIGINT, inherited)
 
 
 @pytest.mark.parametrize(("calls", "hosts"), [(None, ["node2"]), (3, ["node1", "node2"])], ids=["anew", "resumed"])
