@@ -51,12 +51,37 @@ class Found:
         return torch.empty(0, dtype=self.dtype).set_(storage, self.offset, self.shape, self.stride)
 
 
+@dataclass
+class Operation:
+    """An operation with its arguments, and the tensors that it made, by their place among its results."""
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    made: list[tuple[int, Tensor]]
+
+    def carry_out(self) -> None:
+        """Carry it out again, on what lies where the arguments lay, into what it made."""
+        kwargs = {key: present(value) for key, value in self.kwargs.items()}
+        result = self.func(*present(self.args), **kwargs)
+        results = result if isinstance(result, list | tuple) else [result]
+        for place, tensor in self.made:
+            tensor.copy_(results[place])
+
+
+def present(value: Any) -> Any:
+    """Return an argument with the tensors in place of where they lie."""
+    if isinstance(value, Found):
+        return value.tensor()
+    return type(value)(map(present, value)) if isinstance(value, list | tuple) else value
+
+
 class Recorder(TorchDispatchMode):
     """Records the operations inside, carrying them out."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.operations: list[tuple[Any, Any, Any, Any]] = []
+        self.operations: list[Operation] = []
         self.made: dict[int, torch.UntypedStorage] = {}
         self.found: dict[int, tuple[StorageWeakRef, torch.UntypedStorage]] = {}
 
@@ -71,12 +96,15 @@ class Recorder(TorchDispatchMode):
                 self.found[storage._cdata] = StorageWeakRef(storage), storage.clone()
         out = func(*args, **kwargs)
         known = {tensor.untyped_storage()._cdata for tensor in inputs}
-        is_view = all(tensor.untyped_storage()._cdata in known for tensor in tensors_in(out))
-        for tensor in tensors_in(out):
-            if tensor.untyped_storage()._cdata not in known:
+        outputs = out if isinstance(out, list | tuple) else [out]
+        made = []
+        for place, tensor in enumerate(outputs):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in known:
                 self.made[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-        if func.namespace != "profiler" and not (is_view and not func._schema.is_mutable):
-            self.operations.append((func, *tree_map_only(Tensor, self._kept, (args, kwargs, out))))
+                made.append((place, self._kept(tensor)))
+        if func.namespace != "profiler" and (made or func._schema.is_mutable):  # else it is a view
+            kept = [] if func in UNDEFINED else made
+            self.operations.append(Operation(func, *tree_map_only(Tensor, self._kept, (args, kwargs)), kept))
         return out
 
     def _kept(self, tensor: Tensor) -> Tensor | Found:
@@ -101,15 +129,8 @@ class Recorder(TorchDispatchMode):
         for reference, _ in self.found.values():
             if reference.expired():
                 raise DanglingError("a replay reads a freed tensor")
-        for func, args, kwargs, out in self.operations:
-            args, kwargs = tree_map_only(Found, Found.tensor, (args, kwargs))
-            known = {tensor.untyped_storage()._cdata for tensor in tensors_in((args, kwargs))}
-            result = func(*args, **kwargs)
-            if func in UNDEFINED:
-                continue
-            for old, new in zip(tree_leaves(out), tree_leaves(result), strict=True):
-                if isinstance(old, Tensor) and old.untyped_storage()._cdata not in known:
-                    old.copy_(new)
+        for operation in self.operations:
+            operation.carry_out()
 
 
 class HostReads(TorchFunctionMode):
