@@ -142,6 +142,11 @@ class Capture:
             statistics.add_output_grads(grad, call, sample)
 
 
+def num_captures_on(model: nn.Module) -> int:
+    """Return how many captures record passes of a model or of modules in it: one for each preconditioner."""
+    return sum(isinstance(hook, _PassHook) for module in model.modules() for hook in module._forward_pre_hooks.values())
+
+
 def is_transformed() -> bool:
     """Whether a transformation of ``torch.func`` (``vmap``, ``grad``, …) is at work."""
     return torch._C._functorch.peek_interpreter_stack() is not None

@@ -160,6 +160,31 @@ def test_what_a_graph_cannot_hold_stays_eager(name):
     assert training.preconditioner.num_steps == 10
 
 
+def test_a_capture_that_cuda_breaks_off_leaves_no_trace():
+    """Training goes on eagerly on the caller's stream, dropout included, bit for bit but for the order of summation."""
+    results = []
+    for is_captured in (False, True):
+        case = Case({"structure": "sua"}, make=lambda: with_dropout().double())
+        training = Training(case, is_captured=is_captured, device="cuda")
+        function = training.captured._function
+
+        def breaking(*inputs: torch.Tensor, function: Callable[..., Any] = function) -> Any:
+            loss = function(*inputs)
+            if torch.cuda.is_current_stream_capturing():
+                torch.cuda.synchronize()  # not allowed, and no operation of PyTorch's
+            return loss
+
+        training.captured._function = breaking
+        torch.manual_seed(7)
+        training.take(30)
+        results.append(training.net.state_dict())
+    assert training.captured.why_eager
+    assert training.captured.num_replays == 0
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    for name, value in results[1].items():
+        torch.testing.assert_close(value, results[0][name], rtol=1e-6, atol=1e-6)
+
+
 def peak_bytes(settings: dict[str, Any] | None, *, is_captured: bool) -> int:
     """Return the most memory that VGG11 at full width reserves over three refreshes, mini-batches of 100."""
     gc.collect()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kfac_sua.preconditioner.captured.dependencies import Reading
 from kfac_sua.preconditioner.captured.inspection import StepInspection
-from kfac_sua.preconditioner.captured.optimizers import StepOptimizers
+from kfac_sua.preconditioner.captured.optimizers import PLAIN, StepOptimizers
 from kfac_sua.preconditioner.kfac import KroneckerPreconditioner
 
 T = TypeVar("T")
@@ -22,25 +22,28 @@ class Grad:
         parameter: The parameter.
         before: Its gradient before.
         after: Its gradient after.
+        is_read: Whether the step reads or writes the gradient before.
     """
 
-    def __init__(self, parameter: nn.Parameter, before: Tensor | None, after: Tensor | None) -> None:
+    def __init__(self, parameter: nn.Parameter, before: Tensor | None, after: Tensor | None, *, is_read: bool) -> None:
         self.parameter = parameter
         self.after = after
         self._was_missing = before is None
-        is_in_place = before is not None and after is not None and before.data_ptr() == after.data_ptr()
-        self._kept = before if is_in_place else None
+        self._is_read = is_read
+        self._kept = before if before is not None and after is not None and _is_at(before, after) else None
 
     def fits(self) -> bool:
         """Whether the gradient at hand is what a replay would find.
 
-        If the step works on the gradient that was there, in place, it must be that one. Otherwise the step makes one,
-        and it matters only whether there was one: to be dropped, or to be added to.
+        If the step works on the gradient that was there, in place, it must be that one. If it drops what is there
+        unread, anything will do. If there was none, there must be none, as it would be added to.
         """
         grad = self.parameter.grad
-        if grad is None or self._was_missing:
-            return grad is None and self._was_missing
-        return self._kept is None or grad.data_ptr() == self._kept.data_ptr()
+        if self._was_missing:
+            return grad is None
+        if self._kept is not None:
+            return grad is not None and _is_at(grad, self._kept)
+        return not self._is_read
 
     def put(self) -> None:
         """Let the parameter's gradient be what a replay has filled."""
@@ -75,13 +78,15 @@ class HostState:
     """What the Python of a step changes on the host, as it is now; a capture that fails must leave no trace of it.
 
     Args:
-        parameters: The model's parameters.
+        model: The bare model.
+        parameters: Those of the model and of the optimizers.
         optimizers: What updates them.
         preconditioner: What preconditions their gradients.
     """
 
     def __init__(
         self,
+        model: nn.Module,
         parameters: Sequence[nn.Parameter],
         optimizers: StepOptimizers,
         preconditioner: KroneckerPreconditioner | None,
@@ -90,14 +95,31 @@ class HostState:
         self._optimizers = optimizers
         self._preconditioner = preconditioner
         self.grads = [parameter.grad for parameter in parameters]
-        self._state: list[dict[Any, dict[str, Any]]] = optimizers.save_state()
-        self._num_steps = steps_of(preconditioner)
+        self._restore_optimizers = optimizers.save()
+        self._modules = [
+            (module, dict(module._parameters), dict(module._buffers), _plain(module)) for module in model.modules()
+        ]
+        self._num_steps = 0 if preconditioner is None else preconditioner.num_steps
         self._events = Counter() if preconditioner is None else preconditioner.events.copy()
+
+    def kept(self) -> list[Tensor]:
+        """Return what steps make once and then write in place.
+
+        That is what a capture depends on by its address, and gradients that were there before.
+        """
+        pairs = zip(self.grads, (parameter.grad for parameter in self._parameters), strict=True)
+        grads = [after for before, after in pairs if before is not None and after is not None and _is_at(before, after)]
+        buffers = [buffer for module, *_ in self._modules for buffer in module._buffers.values() if buffer is not None]
+        layers = () if self._preconditioner is None else self._preconditioner.layers
+        inverses = [tensor for layer in layers for tensor in layer.read_tensors]
+        scale = None if self._preconditioner is None else self._preconditioner.kl_scale
+        watched = [*self._parameters, *buffers, *self._optimizers.state_tensors, *inverses]
+        return [*watched, *grads] if scale is None else [*watched, *grads, scale]
 
     @property
     def num_steps_since(self) -> int:
         """Steps that the preconditioner has counted since."""
-        return steps_of(self._preconditioner) - self._num_steps
+        return 0 if self._preconditioner is None else self._preconditioner.num_steps - self._num_steps
 
     @property
     def events_since(self) -> Counter[str]:
@@ -108,7 +130,11 @@ class HostState:
         """Put it back."""
         for parameter, grad in zip(self._parameters, self.grads, strict=True):
             parameter.grad = grad
-        self._optimizers.restore_state(self._state)
+        self._restore_optimizers()
+        for module, parameters, buffers, attributes in self._modules:
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)
+            vars(module).update(attributes)
         if self._preconditioner is not None:
             self._preconditioner.discard()
             self._preconditioner.go_to_step(self._num_steps)
@@ -117,6 +143,9 @@ class HostState:
             events.update(self._events)
 
 
-def steps_of(preconditioner: KroneckerPreconditioner | None) -> int:
-    """Return the preconditioner's count of steps; 0 without one."""
-    return 0 if preconditioner is None else preconditioner.num_steps
+def _is_at(one: Tensor, other: Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr()
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    return {key: value for key, value in vars(module).items() if isinstance(value, PLAIN)}

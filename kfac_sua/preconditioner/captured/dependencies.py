@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfac_sua.preconditioner.captured.optimizers import StepOptimizers
+from kfac_sua.preconditioner.captured.optimizers import PLAIN, StepOptimizers
 from kfac_sua.preconditioner.kfac import KroneckerPreconditioner
 
 Reading = dict[str, list[Any]]
@@ -39,7 +39,7 @@ class Dependencies:
         return {
             "module": [_module(module) for module in modules],
             "parameter": [
-                (*_place(parameter), parameter.requires_grad, _num_hooks(parameter))
+                (*_place(parameter), parameter.requires_grad, *_hooks(parameter))
                 for module in modules
                 for parameter in module._parameters.values()
                 if parameter is not None
@@ -47,7 +47,7 @@ class Dependencies:
             "buffer": [
                 _place(buffer) for module in modules for buffer in module._buffers.values() if buffer is not None
             ],
-            "numbers of optimizer group": self._optimizers.numbers(),
+            "number of the optimizer": self._optimizers.numbers(),
             "optimizer's state of parameter": self._optimizers.state(),
             "inverse of layer": self._inverses(),
             "process-wide switch": _switches(parameters_device(self._model)),
@@ -61,6 +61,8 @@ class Dependencies:
                 if len(values) != len(before[kind]):
                     return f"the number of {kind}s"
                 index = next(i for i, (one, other) in enumerate(zip(values, before[kind], strict=True)) if one != other)
+                if kind == "number of the optimizer":
+                    return f"{values[index][0]}"
                 names = self._names(kind)
                 return f"{kind} {names[index] if index < len(names) else index}".rstrip()
         return ""
@@ -105,23 +107,29 @@ def _modules(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _module(module: nn.Module) -> tuple[Any, ...]:
+    """Return what a call of a module depends on: hooks by their numbers, which are never used again, and attributes."""
     return (
         id(module),
-        module.training,
-        len(module._forward_hooks),
-        len(module._forward_pre_hooks),
-        len(module._backward_hooks),
-        len(module._backward_pre_hooks),
+        *module._forward_hooks,
+        *module._forward_pre_hooks,
+        *module._backward_hooks,
+        *module._backward_pre_hooks,
         id(module.__dict__.get("forward")),
+        plain_attributes(module),
     )
+
+
+def plain_attributes(module: nn.Module) -> list[Any]:
+    """Return the values of a module's attributes that are plain: its mode, probabilities, counters and the like."""
+    return [value for value in vars(module).values() if isinstance(value, PLAIN)]
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
-def _num_hooks(parameter: Tensor) -> int:
-    return len(parameter._backward_hooks or ()) + len(getattr(parameter, "_post_accumulate_grad_hooks", None) or ())
+def _hooks(parameter: Tensor) -> list[int]:
+    return [*(parameter._backward_hooks or ()), *(getattr(parameter, "_post_accumulate_grad_hooks", None) or ())]
 
 
 def _keys(values: dict[str, Any]) -> Iterator[str]:
@@ -152,8 +160,5 @@ def _switches(device: torch.device) -> list[Any]:
         torch.backends.mkldnn.matmul.fp32_precision,  # type: ignore[attr-defined]
         torch.are_deterministic_algorithms_enabled(),
         torch.backends.cudnn.benchmark,
-        len(everywhere._global_forward_hooks)
-        + len(everywhere._global_forward_pre_hooks)
-        + len(everywhere._global_backward_hooks)
-        + len(everywhere._global_backward_pre_hooks),
+        [*everywhere._global_forward_hooks, *everywhere._global_forward_pre_hooks],
     ]

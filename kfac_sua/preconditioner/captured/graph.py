@@ -2,12 +2,12 @@
 
 A graph records kernels with the addresses that they read and write. Its intermediate results lie in a pool of memory of
 their own, which is idle between two replays. So an eager step (a refresh, which needs the same activations again) is
-run in that pool too: otherwise a captured training would hold most of its memory twice. What such a step leaves behind
-in the pool would be overwritten by the next replay, so whoever runs one must ask afterwards.
+run in that pool too: otherwise a captured training would hold most of its memory twice. The next replay overwrites what
+such a step leaves in the pool. ``has_left`` tells whether there is anything, and its caller must ask.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -75,13 +75,18 @@ class CudaStepGraph:
     def capture(self, function: Callable[[], T]) -> T:
         """Record what a function does, without doing it, in place of what was captured before."""
         self.release()
-        with torch.cuda.device(self._device):
+        # The stream is set outside as well: a capture that fails does not put the caller's back.
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             self._pool = torch.cuda.MemPool()
             graph = self._graph = torch.cuda.CUDAGraph()
             pool: Any = self._pool.id  # releases before 2.14 take the number alone
-            # "thread_local": what other threads do meanwhile (pinned memory of a data loader) is no part of the step.
-            with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
-                return function()
+            try:
+                # "thread_local": what other threads do (pinned memory of a data loader) is no part of the step.
+                with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
+                    return function()
+            except BaseException:
+                self._recover(pool)
+                raise
 
     def replay(self) -> None:
         """Do what was captured, on the caller's stream."""
@@ -99,9 +104,19 @@ class CudaStepGraph:
         with torch.cuda.device(self._device):
             callers = torch.cuda.current_stream(self._device)
             self._stream.wait_stream(callers)
-            with torch.cuda.stream(self._stream):
-                yield
-            callers.wait_stream(self._stream)
+            try:
+                with torch.cuda.stream(self._stream):
+                    yield
+            finally:  # after Ctrl-C too: a checkpoint must not read what is still being written
+                callers.wait_stream(self._stream)
+
+    def _recover(self, pool: Any) -> None:
+        """Undo what a capture that fails leaves of itself in PyTorch."""
+        index = torch.cuda.current_device()
+        with suppress(RuntimeError):  # as where the capture came to its own end of this
+            torch._C._cuda_endAllocateToPool(index, pool)
+        generator = torch.cuda.default_generators[index]
+        generator.graphsafe_set_state(generator.clone_state())  # the clone does not count offsets for a graph
 
     def _blocks_in_use(self) -> set[int]:
         """Return the addresses of the pool's blocks that somebody holds."""

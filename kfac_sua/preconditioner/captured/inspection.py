@@ -1,5 +1,7 @@
 """What a step does that no capture can hold, seen while it runs: each operation as PyTorch dispatches it."""
 
+import random
+import sys
 import sysconfig
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,7 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
+
+COMMUNICATION = {"c10d", "_c10d_functional", "c10d_functional"}
+"""Namespaces of the operations between processes."""
 
 _aten = torch.ops.aten
 INDEXING = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default}
@@ -33,12 +40,41 @@ class StepInspection(TorchDispatchMode):
         super().__init__()
         self.refusals: list[str] = []
         self._device = device
-        self._made: set[int] = set()
+        self._made: dict[int, StorageWeakRef] = {}
         self._found: dict[int, tuple[StorageWeakRef, str]] = {}
+        self._optimizers: set[Optimizer] = set()
+
+    def __enter__(self) -> "StepInspection":
+        """Begin to watch."""
+        self._host_randomness = _host_randomness()
+        self._handle = register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: self._optimizers.add(optimizer))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        """Stop watching."""
+        super().__exit__(*exception)
+        self._handle.remove()
+        if self._host_randomness != _host_randomness():
+            self.refusals.append("it draws random numbers of Python's or NumPy's, which a replay would not")
 
     def freed(self) -> list[str]:
         """Describe the tensors that the step found, rather than made, and that are gone by now."""
         return [description for reference, description in self._found.values() if reference.expired()]
+
+    def has_found(self, tensor: Tensor) -> bool:
+        """Whether the step has read or written a tensor that was there before."""
+        return _storage_key(tensor) in self._found
+
+    def carried_from(self, step_before: "StepInspection", kept: Iterable[Tensor]) -> list[str]:
+        """Describe the tensors that the step before has made and this one has found, other than those kept in place."""
+        expected = set(map(_storage_key, kept))
+        alive = {key for key, reference in step_before._made.items() if not reference.expired()}
+        return [text for key, (_, text) in self._found.items() if key in alive - expected]
+
+    def strangers(self, optimizers: Iterable[Optimizer]) -> list[Optimizer]:
+        """Return the optimizers that have taken a step and are not among these."""
+        return [one for one in self._optimizers if all(one is not other for other in optimizers)]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -51,7 +87,9 @@ class StepInspection(TorchDispatchMode):
             self._find(tensor)
         result = func(*args, **kwargs)
         outputs = list(_tensors((result,)))
-        self._made |= {key for key in map(_storage_key, outputs) if key not in self._found}
+        for tensor in outputs:
+            if (key := _storage_key(tensor)) not in self._found:
+                self._made[key] = StorageWeakRef(tensor.untyped_storage())
         if func.namespace != "profiler" and (clause := self._clause(func, args, kwargs, inputs, outputs)):
             self.refusals.append(f"{clause} ({func}{_users_line()})")
         return result
@@ -66,6 +104,8 @@ class StepInspection(TorchDispatchMode):
         self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], inputs: list[Tensor], outputs: list[Tensor]
     ) -> str:
         """Return why an operation cannot be captured; empty if it can."""
+        if func.namespace in COMMUNICATION:
+            return "it communicates with other processes"
         if torch.Tag.data_dependent_output in func.tags:
             return "it reads a value back to the host"
         if _has_dynamic_size(func, inputs):
@@ -79,6 +119,13 @@ class StepInspection(TorchDispatchMode):
         if any(_is_own_generator(value) for value in (*args, *kwargs.values())):
             return "it draws from a torch.Generator of its own; use the default one"
         return ""
+
+
+def _host_randomness() -> list[Any]:
+    """Return what tells whether random numbers have been drawn on the host, of Python's or NumPy's own generators."""
+    numpy = sys.modules.get("numpy")
+    state = numpy.random.get_state() if numpy is not None else ()
+    return [random.getstate(), [str(part) for part in state]]
 
 
 def _has_dynamic_size(func: Any, inputs: Iterable[Tensor]) -> bool:

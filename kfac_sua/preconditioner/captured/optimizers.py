@@ -1,15 +1,18 @@
 """The optimizers of a captured step: what of them a graph holds, and a learning rate that it reads from the device."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 Group = dict[str, Any]
+
+PLAIN = (bool, int, float, str)
+"""Types of plain values, which a graph holds as they were."""
 
 
 @dataclass
@@ -39,16 +42,25 @@ class StepOptimizers:
     """
 
     def __init__(self, optimizers: Sequence[Optimizer], device: torch.device) -> None:
-        self._optimizers = list(_with_inner(optimizers))
-        self._rates = [
-            _Rate(group, torch.zeros((), device=device))  # float32, which the fused kernels read
-            for optimizer in self._optimizers
-            for group in optimizer.param_groups
-            if _reads_rate_from_device(optimizer, group)
-        ]
+        self.all = list(_with_inner(optimizers))
+        self._device = device
+        self._rates: list[_Rate] = []
+        self._follow_groups()
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters of all groups."""
+        return [parameter for group in self._groups for parameter in group["params"]]
+
+    @property
+    def state_tensors(self) -> list[Tensor]:
+        """The tensors in the state of every parameter."""
+        states = (state for one in self.all for state in one.state.values())
+        return [value for state in states for value in state.values() if isinstance(value, Tensor)]
 
     def refresh_rates(self) -> None:
         """Bring the learning rates to the device, without waiting for it."""
+        self._follow_groups()
         for rate in self._rates:
             if rate.is_number and rate.group["lr"] != rate.number:
                 rate.number = rate.group["lr"]
@@ -81,8 +93,7 @@ class StepOptimizers:
     @contextmanager
     def capturable(self) -> Iterator[None]:
         """Let fused optimizers say that they can be captured: they keep their counts of steps on the device anyway."""
-        groups = [group for one in self._optimizers for group in one.param_groups]
-        changed = [group for group in groups if group.get("fused") and group.get("capturable") is False]
+        changed = [group for group in self._groups if group.get("fused") and group.get("capturable") is False]
         for group in changed:
             group["capturable"] = True
         try:
@@ -91,42 +102,56 @@ class StepOptimizers:
             for group in changed:
                 group["capturable"] = False
 
-    def numbers(self) -> list[tuple[Any, ...]]:
-        """Return the numbers and addresses in the groups that are part of a graph, a tuple per group."""
+    def numbers(self) -> list[tuple[str, Any]]:
+        """Return the numbers and addresses of the optimizers that are part of a graph, each with what it is."""
         from_device = {id(rate.group) for rate in self._rates if rate.is_number}
-        return [
-            (
-                type(optimizer).__name__,
-                len(group["params"]),
-                len(optimizer._optimizer_step_pre_hooks),
-                len(optimizer._optimizer_step_post_hooks),
-                *(
-                    (key, _identity(value))
-                    for key, value in group.items()
-                    if key != "params" and not (key == "lr" and id(group) in from_device)
-                ),
-            )
-            for optimizer in self._optimizers
-            for group in optimizer.param_groups
-        ]
+        values: list[tuple[str, Any]] = [("learning rates", [rate.tensor.data_ptr() for rate in self._rates])]
+        for one in self.all:
+            hooks = [*one._optimizer_step_pre_hooks, *one._optimizer_step_post_hooks]
+            values += [(f"{type(one).__name__}'s hooks", hooks)]
+            values += [(f"{key} of {type(one).__name__}", value) for key, value in _attributes(one).items()]
+        for index, group in enumerate(self._groups):
+            values.append((f"the parameters of group {index}", len(group["params"])))
+            for key, value in group.items():
+                if key != "params" and not (key == "lr" and id(group) in from_device):
+                    values.append((f"{key} of group {index}", _identity(value)))
+        return values
 
     def state(self) -> list[list[Any]]:
         """Return the numbers and addresses in the state of every parameter."""
         return [
             [value.data_ptr() if isinstance(value, Tensor) else value for value in state.values()]
-            for optimizer in self._optimizers
+            for optimizer in self.all
             for state in optimizer.state.values()
         ]
 
-    def save_state(self) -> list[dict[Tensor, dict[str, Any]]]:
-        """Return which tensors the state holds, not their values."""
-        return [{key: dict(value) for key, value in one.state.items()} for one in self._optimizers]
+    def save(self) -> Callable[[], None]:
+        """Note which numbers and tensors groups and state hold now; return what puts them back."""
+        groups = [(group, {key: value for key, value in group.items() if key != "params"}) for group in self._groups]
+        attributes = [(one, _attributes(one)) for one in self.all]
+        states = [(one, {key: dict(value) for key, value in one.state.items()}) for one in self.all]
 
-    def restore_state(self, saved: list[dict[Tensor, dict[str, Any]]]) -> None:
-        """Let the state hold those tensors again."""
-        for optimizer, state in zip(self._optimizers, saved, strict=True):
-            optimizer.state.clear()
-            optimizer.state.update({key: dict(value) for key, value in state.items()})
+        def restore() -> None:
+            for group, values in groups:
+                group.update(values)
+            for one, values in attributes:
+                vars(one).update(values)
+            for one, state in states:
+                one.state.clear()
+                one.state.update({key: dict(value) for key, value in state.items()})
+
+        return restore
+
+    @property
+    def _groups(self) -> list[Group]:
+        return [group for one in self.all for group in one.param_groups]
+
+    def _follow_groups(self) -> None:
+        """Have a learning rate on the device for each group of today: loading a state replaces them all."""
+        groups = [group for one in self.all for group in one.param_groups if _reads_rate_from_device(one, group)]
+        if [id(group) for group in groups] != [id(rate.group) for rate in self._rates]:
+            # In float32, which the fused kernels read.
+            self._rates = [_Rate(group, torch.zeros((), device=self._device)) for group in groups]
 
 
 def _with_inner(optimizers: Sequence[Optimizer]) -> Iterator[Optimizer]:
@@ -137,6 +162,11 @@ def _with_inner(optimizers: Sequence[Optimizer]) -> Iterator[Optimizer]:
 
 def _reads_rate_from_device(optimizer: Optimizer, group: Group) -> bool:
     return isinstance(optimizer, SGD | Adam) and bool(group.get("fused") or group.get("capturable"))
+
+
+def _attributes(optimizer: Optimizer) -> dict[str, Any]:
+    """Return the plain values that an optimizer counts or decides by; those of PyTorch's base class begin with _."""
+    return {key: value for key, value in vars(optimizer).items() if key[0] != "_" and isinstance(value, PLAIN)}
 
 
 def _identity(value: Any) -> Any:

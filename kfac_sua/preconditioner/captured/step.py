@@ -6,19 +6,19 @@ launching these one by one from Python takes longer than carrying them out. Capt
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from kfac_sua.preconditioner.captured import refusals
 from kfac_sua.preconditioner.captured.capture import Capture, Grad, HostState
 from kfac_sua.preconditioner.captured.dependencies import Dependencies, parameters_device
 from kfac_sua.preconditioner.captured.graph import CudaStepGraph, StepGraph
 from kfac_sua.preconditioner.captured.inspection import StepInspection
-from kfac_sua.preconditioner.captured.optimizers import StepOptimizers
-from kfac_sua.preconditioner.compiled import compiled_modules
+from kfac_sua.preconditioner.captured.optimizers import PLAIN, StepOptimizers
 from kfac_sua.preconditioner.kfac import KroneckerPreconditioner
 from kfac_sua.preconditioner.wrappers import bare_model
 
@@ -26,11 +26,14 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-WARM_UP_STEPS = 2
-"""Plain steps taken eagerly before a capture: the first makes what is made once (momentum), the second is inspected."""
+WARM_UP_STEPS = 3
+"""Plain steps taken eagerly before a capture: the first makes what is made once (momentum), two are compared."""
 
-MOST_FUTILE_CAPTURES = 3
-"""Captures in a row that are given up without a replay, after which all steps stay eager."""
+FEWEST_REPLAYS = 5
+"""Replays that make up for a capture, which costs the host about as much as so many eager steps."""
+
+MOST_FUTILE_CAPTURES = 5
+"""Captures in a row that are given up after fewer replays, after which all steps stay eager."""
 
 MOST_LEFTOVERS = 3
 """Eager steps that leave tensors in the graph's memory, after which they get memory of their own."""
@@ -47,16 +50,16 @@ class CapturedStep(Generic[T]):
             loss.backward()
             preconditioner.step()
             optimizer.step()
-            return loss
+            return loss.detach()
 
         step = CapturedStep(train_step, model, optimizer, preconditioner)
         for inputs, labels in batches:
             loss = step(inputs, labels)
 
     Steps with statistics or a refresh, and those that an observer is shown, call the function; so do all steps on the
-    CPU. Of the others the first two call it, the third captures it, and from then on a step copies the mini-batch into
-    the graph's inputs and replays it. Function and results are those of an ordinary loop; but Python code in the
-    function does not run at a replay, so it must not count, draw numbers on the host, or decide anything by either.
+    CPU. Of the others the first three call it, the fourth captures it, and from then on a step copies the mini-batch
+    into the graph's inputs and replays it. Function and results are those of an ordinary loop. Python does not run at a
+    replay: the function must not count in Python, nor draw random numbers in Python or NumPy.
 
     What the function returns, every ``.grad`` and ``preconditioner.kl_scale`` are the graph's tensors after a replay.
     The next step writes over them, as it may over those of an eager step: clone what you keep. Clip and log inside the
@@ -72,13 +75,14 @@ class CapturedStep(Generic[T]):
     Args:
         function: Takes one step, with one call of ``preconditioner.step()`` in it; its arguments are tensors. Other
             tensors that it reads or writes must stay where they are, as parameters do.
-        model: The model, wrapped or not.
+        model: The model, wrapped or not. If the function calls several, a module that holds them all.
         optimizer: What the function calls ``step()`` of; several in a sequence.
-        preconditioner: What the function calls ``step()`` of; ``None`` if nothing is preconditioned.
+        preconditioner: What the function calls ``step()`` of, of the model or a part of it; ``None`` if nothing is
+            preconditioned.
         graph: What captures and replays; by default CUDA graphs for a model on a CUDA device, and nothing elsewhere.
 
     Raises:
-        ValueError: If the preconditioner is that of another model.
+        ValueError: If the preconditioner is neither that of the model nor of a part of it.
 
     Attributes:
         num_captures: How often a step was captured.
@@ -96,16 +100,18 @@ class CapturedStep(Generic[T]):
     ) -> None:
         self._function = function
         self._model = bare_model(model)
-        if preconditioner is not None and preconditioner.model is not self._model:
+        if preconditioner is not None and all(preconditioner.model is not part for part in self._model.modules()):
             raise ValueError("The preconditioner was made for another model than the one given.")
         self._preconditioner = preconditioner
         self._optimizer_list = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         self._given_graph = graph
-        self._refusal = _why_never(model, preconditioner)
+        self._refusal = refusals.of_model(model, preconditioner)
         self.num_captures = self.num_replays = 0
         self._device: torch.device | None = None
         self._capture: Capture[T] | None = None
         self._inputs: tuple[Tensor, ...] | None = None
+        self._last_eager: StepInspection | None = None
+        self._last_numbers: list[Any] = []
         self._shapes: list[Any] | None = None
         self._other_shapes: list[Any] | None = None
         self._num_warm = self._num_futile = self._num_leftovers = 0
@@ -134,6 +140,8 @@ class CapturedStep(Generic[T]):
         for value in inputs:
             if not isinstance(value, Tensor):
                 raise TypeError(f"A captured step takes tensors, got {type(value).__name__}.")
+            if value.requires_grad and not self.why_eager:
+                self._refuse("an argument requires a gradient, which a replay would not leave in it")
         if self.why_eager:
             if self._capture is not None:
                 self._give_up("the model's device")
@@ -157,12 +165,17 @@ class CapturedStep(Generic[T]):
 
     def _run(self, function: Callable[[], T]) -> T:
         """Take a step eagerly, in the graph's memory if that can be."""
+        is_to_be_captured = self._capture is None and self._num_warm >= WARM_UP_STEPS - 1
+        inspection = StepInspection(parameters_device(self._model)) if is_to_be_captured else None
         try:
-            result = self._graph.run(function, is_shared=self._num_leftovers < MOST_LEFTOVERS)
+            with inspection or nullcontext():
+                result = self._graph.run(function, is_shared=self._num_leftovers < MOST_LEFTOVERS)
         except BaseException:
             self._let_go()  # nobody knows what the step has left in the graph's memory
             raise
-        grads = [parameter.grad for parameter in self._model.parameters() if parameter.grad is not None]
+        if inspection is not None:
+            self._last_eager, self._last_numbers = inspection, list(_numbers(result))
+        grads = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
         if self._capture is not None and self._graph.has_left([*grads, *_tensors(result)]):
             self._num_leftovers += 1
             self._give_up("what an eager step leaves in the graph's memory")
@@ -176,34 +189,36 @@ class CapturedStep(Generic[T]):
             self._inputs = tuple(map(torch.empty_like, inputs))
         _fill(self._inputs, inputs)
         if self._num_warm < WARM_UP_STEPS:
-            self._num_warm += 1
-            return self._run_inspected(self._inputs)
-        capture = self._captured(self._inputs)
-        if capture is None:
-            return self._run(lambda: self._call(inputs))
-        self._capture = capture
-        self.num_captures += 1
-        self._launch(capture)  # the capture's own Python has counted this step
-        return capture.result
+            return self._run_judged(self._inputs)
+        self._capture = self._captured(self._inputs)
+        return self._run(lambda: self._call(inputs)) if self._capture is None else self._capture.result
 
-    def _run_inspected(self, inputs: tuple[Tensor, ...]) -> T:
-        """Take a step eagerly, and look whether it can be captured."""
-        inspection, state = StepInspection(parameters_device(self._model)), self._host_state()
-
-        def inspected() -> T:
-            with inspection:
-                return self._call(inputs)
-
-        result = self._run(inspected)
-        if refusal := self._why_not(inspection, state):
+    def _run_judged(self, inputs: tuple[Tensor, ...]) -> T:
+        """Take a step eagerly, and judge by it and the step before whether it can be captured."""
+        step_before, numbers = self._last_eager, self._last_numbers
+        state, reading, versions = self._host_state(), self._dependencies.read(), [one._version for one in inputs]
+        result = self._run(lambda: self._call(inputs))
+        inspection = self._last_eager
+        assert step_before is not None
+        assert inspection is not None
+        refusal = self._why_not(inspection, state) or refusals.of_step_after(inspection, step_before, state.kept())
+        if [one._version for one in inputs] != versions:
+            refusal = "it writes into its arguments"
+        elif not refusal and self._last_numbers != numbers:
+            refusal = "it returns a Python number that changes from step to step"
+        if refusal:
             self._refuse(refusal)
+        elif change := self._dependencies.changed(reading):
+            self._count_futile(change)
+        else:
+            self._num_warm += 1
         return result
 
     def _captured(self, inputs: tuple[Tensor, ...]) -> Capture[T] | None:
-        """Capture the coming step, which has then been counted but not taken; ``None`` if that fails."""
+        """Capture the coming step and take it, by a first replay; ``None`` if that fails."""
         self._optimizers.refresh_rates()  # now, or writing them would be captured
         inspection, state = StepInspection(parameters_device(self._model)), self._host_state()
-        reading, parameters = self._dependencies.read(), list(self._model.parameters())
+        reading, parameters = self._dependencies.read(), self._parameters()
 
         def inspected() -> tuple[T, list[Tensor | None]]:
             with inspection:
@@ -217,10 +232,14 @@ class CapturedStep(Generic[T]):
             torch.clear_autocast_cache()
         except BaseException as error:
             state.restore()
+            self._let_go()
+            cause = error.__context__  # what the end of a capture that was broken off replaces by an error of its own
             if not isinstance(error, RuntimeError):
                 raise
+            if cause is not None and not isinstance(cause, Exception):
+                raise cause from None
             is_out_of_memory = isinstance(error, torch.OutOfMemoryError)
-            self._refuse("the device's memory does not hold it" if is_out_of_memory else str(error).splitlines()[0])
+            self._refuse("the device's memory does not hold it" if is_out_of_memory else _first_line(error))
             return None
         if refusal := self._why_not(inspection, state):
             state.restore()
@@ -232,15 +251,22 @@ class CapturedStep(Generic[T]):
             self._count_futile(change)
             return None
         logger.info("Captured the plain step.")
-        pairs = [Grad(*members) for members in zip(parameters, state.grads, grads, strict=True)]
-        return Capture(inputs, result, pairs, reading, inspection, state.events_since)
+        pairs = [
+            Grad(parameter, before, after, is_read=before is not None and inspection.has_found(before))
+            for parameter, before, after in zip(parameters, state.grads, grads, strict=True)
+        ]
+        capture = Capture(inputs, result, pairs, reading, inspection, state.events_since)
+        self.num_captures += 1
+        self._launch(capture)  # the capture's own Python has counted this step
+        return capture
 
     def _replay(self, capture: Capture[T], inputs: tuple[Tensor, ...]) -> T:
         """Replay the captured step, and do what its Python would have done."""
         _fill(capture.inputs, inputs)
         self._optimizers.refresh_rates()
         self._launch(capture)
-        self._num_futile = 0
+        if capture.num_replays == FEWEST_REPLAYS:
+            self._num_futile = 0
         for grad in capture.grads:
             grad.put()
         if self._preconditioner is not None:
@@ -280,22 +306,12 @@ class CapturedStep(Generic[T]):
 
     def _why_not(self, inspection: StepInspection, before: HostState) -> str:
         """Return why a step that was inspected cannot be captured; empty if it can."""
-        if inspection.refusals:
-            return inspection.refusals[0]
-        if freed := inspection.freed():
-            return (
-                f"it reads a tensor that is freed by its end ({freed[0]}), as where a variable is replaced in every "
-                f"step; write into one tensor instead, with copy_()"
-            )
-        num_steps = before.num_steps_since
-        if self._preconditioner is not None and num_steps != 1:
-            return f"it took {num_steps} steps of the preconditioner instead of one"
-        return ""
+        return refusals.of_step(inspection, before, self._model, self._optimizers, self._preconditioner)
 
     def _give_up(self, change: str) -> None:
         """Let go of the captured step, to capture it anew."""
         logger.info("The step is to be captured anew; what has changed is %s.", change)
-        is_futile = self._capture is not None and self._capture.num_replays == 1
+        is_futile = self._capture is not None and self._capture.num_replays < FEWEST_REPLAYS
         self._let_go()
         if is_futile:
             self._count_futile(change)
@@ -304,7 +320,10 @@ class CapturedStep(Generic[T]):
         """Count a capture that was of no use, and leave it at eager steps after some."""
         self._num_futile += 1
         if self._num_futile == MOST_FUTILE_CAPTURES:
-            self._refuse(f"{MOST_FUTILE_CAPTURES} captures in a row were of no use, as each step changes {change}")
+            self._refuse(
+                f"{MOST_FUTILE_CAPTURES} captures in a row were given up within {FEWEST_REPLAYS} replays, as this "
+                f"keeps changing: {change}"
+            )
 
     def _refuse(self, reason: str) -> None:
         """Leave it at eager steps, and say so."""
@@ -313,9 +332,10 @@ class CapturedStep(Generic[T]):
         self._let_go()
 
     def _let_go(self) -> None:
-        self._capture = self._inputs = None
+        self._capture = self._inputs = self._last_eager = None
         self._num_warm = 0
-        self._graph.release()
+        if self._device is not None:
+            self._graph.release()
 
     # --- what it works on -------------------------------------------------------------------------------------------
 
@@ -332,18 +352,18 @@ class CapturedStep(Generic[T]):
         self._dependencies = Dependencies(self._model, self._optimizers, self._preconditioner)
 
     def _host_state(self) -> HostState:
-        return HostState(list(self._model.parameters()), self._optimizers, self._preconditioner)
+        return HostState(self._model, self._parameters(), self._optimizers, self._preconditioner)
+
+    def _parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of the model and of the optimizers, once each."""
+        return list({id(one): one for one in (*self._model.parameters(), *self._optimizers.parameters)}.values())
 
 
-def _why_never(model: nn.Module, preconditioner: KroneckerPreconditioner | None) -> str:
-    """Return why steps of a model cannot be captured, whatever they do; empty if they may be."""
-    if isinstance(model, DistributedDataParallel) or (preconditioner is not None and preconditioner.processes):
-        return "several processes share its mini-batch, and their communication is not captured"
-    if any(True for _ in compiled_modules(model)):
-        return 'the model is compiled; torch.compile(mode="reduce-overhead") makes graphs of its own'
-    return ""
+def _first_line(error: RuntimeError) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+@torch.no_grad()
 def _fill(kept: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
     for tensor, value in zip(kept, inputs, strict=True):
         tensor.copy_(value)
@@ -351,10 +371,19 @@ def _fill(kept: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
 
 def _tensors(value: Any) -> Iterator[Tensor]:
     """Yield the tensors in what a function returned: in tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, list | tuple):
+    return (leaf for leaf in _leaves(value) if isinstance(leaf, Tensor))
+
+
+def _numbers(value: Any) -> Iterator[Any]:
+    """Yield the plain values in what a function returned."""
+    return (leaf for leaf in _leaves(value) if isinstance(leaf, PLAIN))
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
         for item in value:
-            yield from _tensors(item)
+            yield from _leaves(item)
+    else:
+        yield value

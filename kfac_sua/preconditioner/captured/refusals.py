@@ -1,0 +1,70 @@
+"""Why a step cannot be captured: clauses for the warning, from what is seen of a step that runs eagerly."""
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from kfac_sua.preconditioner.capture import num_captures_on
+from kfac_sua.preconditioner.captured.capture import HostState
+from kfac_sua.preconditioner.captured.inspection import StepInspection
+from kfac_sua.preconditioner.captured.optimizers import StepOptimizers
+from kfac_sua.preconditioner.compiled import compiled_modules
+from kfac_sua.preconditioner.kfac import KroneckerPreconditioner
+
+_CURE = "as where a variable is replaced in every step; write into one tensor instead, with copy_()"
+
+
+def of_model(model: nn.Module, preconditioner: KroneckerPreconditioner | None) -> str:
+    """Return why no step of a model can be captured, whatever it does; empty if one may be.
+
+    Args:
+        model: The model, wrapped or not.
+        preconditioner: Its preconditioner, if it has one.
+    """
+    if isinstance(model, DistributedDataParallel) or (preconditioner is not None and preconditioner.processes):
+        return "several processes share its mini-batch, and their communication is not captured"
+    if any(True for _ in compiled_modules(model)):
+        return 'the model is compiled; torch.compile(mode="reduce-overhead") makes graphs of its own'
+    return ""
+
+
+def of_step(
+    inspection: StepInspection,
+    before: HostState,
+    model: nn.Module,
+    optimizers: StepOptimizers,
+    preconditioner: KroneckerPreconditioner | None,
+) -> str:
+    """Return why a step cannot be captured; empty if it can.
+
+    Args:
+        inspection: What has watched the step.
+        before: The host's state before it.
+        model: The bare model.
+        optimizers: Those that were given.
+        preconditioner: What was given.
+    """
+    if inspection.refusals:
+        return inspection.refusals[0]
+    if strangers := inspection.strangers(optimizers.all):
+        return f"it takes a step of an optimizer that was not given ({type(strangers[0]).__name__})"
+    if num_captures_on(model) != (preconditioner is not None):
+        return "the model has a preconditioner that was not given; give it, or remove_hooks() of it"
+    if freed := inspection.freed():
+        return f"it reads a tensor that is freed by its end ({freed[0]}), {_CURE}"
+    if preconditioner is not None and before.num_steps_since != 1:
+        return f"it took {before.num_steps_since} steps of the preconditioner instead of one"
+    return ""
+
+
+def of_step_after(inspection: StepInspection, step_before: StepInspection, kept: Iterable[Tensor]) -> str:
+    """Return why a step cannot be replayed, as it goes on from what another step has made; empty if it can.
+
+    Args:
+        inspection: What has watched the step.
+        step_before: What has watched a step before it.
+        kept: Tensors that steps make once and then write in place: momentum, and gradients that are added to.
+    """
+    carried = inspection.carried_from(step_before, kept)
+    return f"it reads a tensor that the step before has made ({carried[0]}), {_CURE}" if carried else ""
