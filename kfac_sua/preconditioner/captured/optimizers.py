@@ -111,7 +111,7 @@ class StepOptimizers:
             values += [(f"{type(one).__name__}'s hooks", hooks)]
             values += [(f"{key} of {type(one).__name__}", value) for key, value in _attributes(one).items()]
         for index, group in enumerate(self._groups):
-            values.append((f"the parameters of group {index}", len(group["params"])))
+            values.append((f"the parameters of group {index}", [one.data_ptr() for one in group["params"]]))
             for key, value in group.items():
                 if key != "params" and not (key == "lr" and id(group) in from_device):
                     values.append((f"{key} of group {index}", _identity(value)))
