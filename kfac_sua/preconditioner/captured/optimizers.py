@@ -120,7 +120,7 @@ class StepOptimizers:
     def state(self) -> list[list[Any]]:
         """Return the numbers and addresses in the state of every parameter."""
         return [
-            [value.data_ptr() if isinstance(value, Tensor) else value for value in state.values()]
+            [_identity(value) for value in state.values()]
             for optimizer in self.all
             for state in optimizer.state.values()
         ]
@@ -171,4 +171,8 @@ def _attributes(optimizer: Optimizer) -> dict[str, Any]:
 
 def _identity(value: Any) -> Any:
     """Return what tells whether a graph that holds a value still holds the right one: an address, or the value."""
-    return (value.data_ptr(), value.dtype) if isinstance(value, Tensor) else value
+    if isinstance(value, Tensor):
+        return value.data_ptr(), value.dtype
+    if isinstance(value, dict):
+        return [(key, _identity(one)) for key, one in value.items()]
+    return [_identity(one) for one in value] if isinstance(value, list | tuple) else value

@@ -174,7 +174,7 @@ class CapturedStep(Generic[T]):
             self._let_go()  # nobody knows what the step has left in the graph's memory
             raise
         if inspection is not None:
-            self._last_eager, self._last_numbers = inspection, list(_numbers(result))
+            self._last_eager = inspection
         grads = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
         if self._capture is not None and self._graph.has_left([*grads, *_tensors(result)]):
             self._num_leftovers += 1
@@ -184,7 +184,9 @@ class CapturedStep(Generic[T]):
     def _warm_up_or_capture(self, inputs: tuple[Tensor, ...]) -> T:
         if self._num_warm < WARM_UP_STEPS - 1:
             self._num_warm += 1
-            return self._run(lambda: self._call(inputs))
+            result = self._run(lambda: self._call(inputs))
+            self._last_numbers = list(_numbers(result))
+            return result
         if self._inputs is None:
             self._inputs = tuple(map(torch.empty_like, inputs))
         _fill(self._inputs, inputs)
@@ -198,7 +200,7 @@ class CapturedStep(Generic[T]):
         step_before, numbers = self._last_eager, self._last_numbers
         state, reading, versions = self._host_state(), self._dependencies.read(), [one._version for one in inputs]
         result = self._run(lambda: self._call(inputs))
-        inspection = self._last_eager
+        inspection, self._last_numbers = self._last_eager, list(_numbers(result))
         assert step_before is not None
         assert inspection is not None
         refusal = self._why_not(inspection, state) or refusals.of_step_after(inspection, step_before, state.kept())
@@ -231,6 +233,7 @@ class CapturedStep(Generic[T]):
                 result, grads = self._graph.capture(inspected)
             torch.clear_autocast_cache()
         except BaseException as error:
+            torch.clear_autocast_cache()  # casts that were captured and never carried out
             state.restore()
             self._let_go()
             cause = error.__context__  # what the end of a capture that was broken off replaces by an error of its own
