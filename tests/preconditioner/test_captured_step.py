@@ -1045,6 +1045,71 @@ def test_buffers_that_a_capture_replaced_are_put_back():
     assert_alike(*trainings)
 
 
+class PoisonedGraph(FailingGraph):
+    """A graph whose captures fail, and leave behind what was never computed, as on a device."""
+
+    def capture(self, function):
+        """Fill all that the function made with NaN, and fail."""
+        EmulatedGraph.capture(self, function)
+        self._poison(set())
+        raise self._error
+
+
+def test_casts_of_a_capture_that_fails_are_not_used():
+    """A region of autocast around the step keeps casts of weights, which that capture never made."""
+    eager, captured = both(Case(SUA))
+    captured.captured._given_graph = PoisonedGraph(torch.OutOfMemoryError("CUDA out of memory"))
+    for images, labels in batches(15):
+        for training in (eager, captured):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                training._step(images, labels)
+    assert captured.captured.why_eager == "the device's memory does not hold it"
+    assert_alike(eager, captured)
+
+
+class Listed(torch.optim.SGD):
+    """Keeps its momentum in a list of tensors, and counts in a list."""
+
+    def step(self, closure=None):
+        """Take one step."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                momenta = self.state[parameter].setdefault("list", [torch.zeros_like(parameter)])
+                momenta[0].mul_(0.9).add_(parameter.grad)
+                with torch.no_grad():
+                    parameter.sub_(momenta[0], alpha=group["lr"])
+
+
+def test_state_in_lists_is_watched():
+    """Lists of tensors in an optimizer's state are compared by where these lie, and a list that is changed is seen."""
+    trainings = both(Case(SUA, optimizer=lambda net: Listed(net.parameters(), lr=LR)))
+    for training in trainings:
+        training.optimizers[0].param_groups[0]["numbers"] = [1, 2]
+    take(trainings, 10)
+    for training in trainings:
+        state = training.optimizers[0].state[training.net[0].weight]["list"]
+        state[0] = state[0].clone() * 0.5
+    take(trainings, 10, start=10)
+    for training in trainings:
+        training.optimizers[0].param_groups[0]["numbers"][0] = 5
+    take(trainings, 10, start=20)
+    assert trainings[1].captured.num_captures == 3
+    assert [one.net.state_dict()["0.weight"].tolist() for one in trainings[:1]] == [
+        one.net.state_dict()["0.weight"].tolist() for one in trainings[1:]
+    ]
+
+
+def test_numbers_of_short_mini_batches_are_not_compared():
+    """A function that returns how many examples there were may be given fewer between two usual mini-batches."""
+    training = Training(Case(SUA), is_captured=True)
+    function = training.function
+    training.captured._function = lambda images, labels: (function(images, labels), len(images))
+    sizes = [4, 4, 4, 3, 4, 4, 4, 4]
+    results = [training.captured(*next(batches(1, start, size)))[1] for start, size in enumerate(sizes)]
+    assert results == sizes
+    assert (training.captured.why_eager, training.captured.num_captures) == ("", 1)
+
+
 def test_an_error_without_words_is_named():
     """Its type stands in for them."""
     eager, captured = both(Case(SUA))

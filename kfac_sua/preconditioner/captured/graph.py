@@ -95,9 +95,12 @@ class CudaStepGraph:
 
     def release(self) -> None:
         """Forget what was captured, and let go of its memory."""
-        if self._graph is not None:
-            self._graph.reset()
-        self._graph = self._pool = None  # the graph first: it holds the pool
+        graph, self._graph = self._graph, None
+        try:
+            if graph is not None:
+                graph.reset()
+        finally:
+            self._pool = None  # after the graph, which holds it
 
     @contextmanager
     def _on_stream(self) -> Iterator[None]:
@@ -113,8 +116,12 @@ class CudaStepGraph:
     def _recover(self, pool: Any) -> None:
         """Undo what a capture that fails leaves of itself in PyTorch."""
         index = torch.cuda.current_device()
-        with suppress(RuntimeError):  # as where the capture came to its own end of this
+        # Each raises where the capture, or the line before, has come to its own end of it.
+        with suppress(RuntimeError):
+            self.release()
+        with suppress(RuntimeError):
             torch._C._cuda_endAllocateToPool(index, pool)
+            torch._C._cuda_releasePool(index, pool)
         generator = torch.cuda.default_generators[index]
         generator.graphsafe_set_state(generator.clone_state())  # the clone does not count offsets for a graph
 

@@ -56,7 +56,7 @@ class StepOptimizers:
     def state_tensors(self) -> list[Tensor]:
         """The tensors in the state of every parameter."""
         states = (state for one in self.all for state in one.state.values())
-        return [value for state in states for value in state.values() if isinstance(value, Tensor)]
+        return list(_tensors([*states]))
 
     def refresh_rates(self) -> None:
         """Bring the learning rates to the device, without waiting for it."""
@@ -162,6 +162,15 @@ def _with_inner(optimizers: Sequence[Optimizer]) -> Iterator[Optimizer]:
 
 def _reads_rate_from_device(optimizer: Optimizer, group: Group) -> bool:
     return isinstance(optimizer, SGD | Adam) and bool(group.get("fused") or group.get("capturable"))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested state."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(one)
 
 
 def _attributes(optimizer: Optimizer) -> dict[str, Any]:

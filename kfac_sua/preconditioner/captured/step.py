@@ -217,7 +217,7 @@ class CapturedStep(Generic[T]):
         return result
 
     def _captured(self, inputs: tuple[Tensor, ...]) -> Capture[T] | None:
-        """Capture the coming step and take it, by a first replay; ``None`` if that fails."""
+        """Capture the coming step and take it, by a first replay; ``None`` if that fails, without a trace."""
         self._optimizers.refresh_rates()  # now, or writing them would be captured
         inspection, state = StepInspection(parameters_device(self._model)), self._host_state()
         reading, parameters = self._dependencies.read(), self._parameters()
@@ -227,41 +227,37 @@ class CapturedStep(Generic[T]):
                 result = self._call(inputs)
             return result, [parameter.grad for parameter in parameters]
 
+        reason, capture = "", None
         try:
             torch.clear_autocast_cache()  # of a region around the step: what it holds was cast eagerly
             with self._optimizers.capturable():
                 result, grads = self._graph.capture(inspected)
-            torch.clear_autocast_cache()
-        except BaseException as error:
-            torch.clear_autocast_cache()  # casts that were captured and never carried out
-            state.restore()
-            self._let_go()
-            cause = error.__context__  # what the end of a capture that was broken off replaces by an error of its own
-            if not isinstance(error, RuntimeError):
-                raise
-            if cause is not None and not isinstance(cause, Exception):
-                raise cause from None
-            is_out_of_memory = isinstance(error, torch.OutOfMemoryError)
-            self._refuse("the device's memory does not hold it" if is_out_of_memory else _first_line(error))
-            return None
-        if refusal := self._why_not(inspection, state):
-            state.restore()
-            self._refuse(refusal)
-            return None
-        if change := self._dependencies.changed(reading):
-            state.restore()
-            self._let_go()
+            reason = self._why_not(inspection, state)
+            change = self._dependencies.changed(reading)
+            if not reason and not change:
+                pairs = [
+                    Grad(parameter, before, after, is_read=before is not None and inspection.has_found(before))
+                    for parameter, before, after in zip(parameters, state.grads, grads, strict=True)
+                ]
+                capture = Capture(inputs, result, pairs, reading, inspection, state.events_since)
+                self._launch(capture)  # the capture's own Python has counted this step
+        except RuntimeError as error:
+            reason = _why_failed(error)
+            capture = None
+        finally:
+            torch.clear_autocast_cache()  # casts that were captured, and perhaps never carried out
+            if capture is None or not capture.num_replays:
+                state.restore()
+                self._let_go()
+        if capture is not None:
+            logger.info("Captured the plain step.")
+            self.num_captures += 1
+            return capture
+        if reason:
+            self._refuse(reason)
+        else:
             self._count_futile(change)
-            return None
-        logger.info("Captured the plain step.")
-        pairs = [
-            Grad(parameter, before, after, is_read=before is not None and inspection.has_found(before))
-            for parameter, before, after in zip(parameters, state.grads, grads, strict=True)
-        ]
-        capture = Capture(inputs, result, pairs, reading, inspection, state.events_since)
-        self.num_captures += 1
-        self._launch(capture)  # the capture's own Python has counted this step
-        return capture
+        return None
 
     def _replay(self, capture: Capture[T], inputs: tuple[Tensor, ...]) -> T:
         """Replay the captured step, and do what its Python would have done."""
@@ -347,8 +343,8 @@ class CapturedStep(Generic[T]):
         device = parameters_device(self._model)
         if device == self._device:
             return
-        if self._capture is not None:
-            self._give_up("the model's device")
+        if self._device is not None:
+            self._let_go()  # the steps before say nothing of another device
         self._device = device
         self._graph: StepGraph = self._given_graph or CudaStepGraph(device)
         self._optimizers = StepOptimizers(self._optimizer_list, device)
@@ -362,8 +358,21 @@ class CapturedStep(Generic[T]):
         return list({id(one): one for one in (*self._model.parameters(), *self._optimizers.parameters)}.values())
 
 
-def _first_line(error: RuntimeError) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _why_failed(error: RuntimeError) -> str:
+    """Return why a capture failed, from what its end has raised.
+
+    CUDA ends a capture that was broken off by an error of its own, behind which lies what broke it off.
+
+    Raises:
+        BaseException: If that is Ctrl-C and the like.
+    """
+    cause = error.__context__
+    if cause is not None and not isinstance(cause, Exception):
+        raise cause from None
+    if isinstance(error, torch.OutOfMemoryError) or isinstance(cause, torch.OutOfMemoryError):
+        return "the device's memory does not hold it"
+    told = error if cause is None else cause
+    return (str(told).splitlines() or [type(told).__name__])[0]
 
 
 @torch.no_grad()
