@@ -1,5 +1,6 @@
 """Captured steps on a CUDA device: equal to eager ones, without waiting for it, and in about as much memory."""
 
+import copy
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -102,9 +103,15 @@ def batch() -> list[tuple[torch.Tensor, torch.Tensor]]:
 def test_a_wait_in_a_replayed_loop_is_noticed():
     """The guard above can fail: reading the loss waits."""
     training = Training(Case(None), is_captured=True, device="cuda")
-    training.take(5)
-    with no_waiting(), pytest.raises(RuntimeError, match="synchroniz"):
-        training.take(1)
+    training.take(6)
+    num_replays = training.captured.num_replays
+    (images, labels), *_ = batch()
+    images, labels = images.cuda(), labels.cuda()
+    with no_waiting():
+        loss = training._step(images, labels)
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            float(loss)
+    assert training.captured.num_replays == num_replays + 1
 
 
 def test_learning_rate_reaches_the_graph():
@@ -128,8 +135,10 @@ def test_captures_anew_on_another_stream_and_after_changes():
     for is_captured in (False, True):
         case = Case({"structure": "kfac"}, lambda: make_net().double())
         training = Training(case, is_captured=is_captured, device="cuda")
-        training.take(8)
-        training.preconditioner.load_state_dict(training.preconditioner.state_dict())
+        training.take(4)
+        state = copy.deepcopy(training.preconditioner.state_dict())
+        training.take(4, start=4)
+        training.preconditioner.load_state_dict(state)  # in place
         training.net[4].weight.requires_grad_(False)
         with torch.cuda.stream(torch.cuda.Stream()):
             training.take(30, start=8)
@@ -169,9 +178,12 @@ def test_a_capture_that_cuda_breaks_off_leaves_no_trace():
         training = Training(case, is_captured=is_captured, device="cuda")
         function = training.captured._function
 
-        def breaking(*inputs: torch.Tensor, function: Callable[..., Any] = function) -> Any:
+        captures = []
+
+        def breaking(*inputs: torch.Tensor, function: Callable[..., Any] = function, captures: Any = captures) -> Any:
             loss = function(*inputs)
             if torch.cuda.is_current_stream_capturing():
+                captures.append(True)
                 torch.cuda.synchronize()  # not allowed, and no operation of PyTorch's
             return loss
 
@@ -179,8 +191,9 @@ def test_a_capture_that_cuda_breaks_off_leaves_no_trace():
         torch.manual_seed(7)
         training.take(30)
         results.append(training.net.state_dict())
+    assert captures == [True]
     assert training.captured.why_eager
-    assert training.captured.num_replays == 0
+    assert training.captured.num_captures == training.captured.num_replays == 0
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     for name, value in results[1].items():
         torch.testing.assert_close(value, results[0][name], rtol=1e-6, atol=1e-6)

@@ -131,11 +131,11 @@ class CapturedStep(Generic[T]):
             inputs: What the function takes; tensors on the model's device.
 
         Returns:
-            What the function returns; after a replay, in the graph's tensors.
+            What the function returns; the next step may write over its tensors.
 
         Raises:
             TypeError: If an input is no tensor.
-            RuntimeError: If the function changes the learning rate.
+            RuntimeError: If the function changes a learning rate that is read from the device.
         """
         for value in inputs:
             if not isinstance(value, Tensor):
