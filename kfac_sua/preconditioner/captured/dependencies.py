@@ -59,7 +59,7 @@ class Dependencies:
         for kind, values in now.items():
             if values != before[kind]:
                 if len(values) != len(before[kind]):
-                    return f"the number of {kind}s"
+                    return f"how many there are of this: {kind}"
                 index = next(i for i, (one, other) in enumerate(zip(values, before[kind], strict=True)) if one != other)
                 if kind == "number of the optimizer":
                     return f"{values[index][0]}"

@@ -4,6 +4,7 @@ Plain steps, which only apply the inverses at hand, are all alike: the same oper
 launching these one by one from Python takes longer than carrying them out. Captured, a step is one launch.
 """
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -382,7 +383,7 @@ def _fill(kept: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in what a function returned: in tuples, lists and dicts."""
+    """Yield the tensors in what a function returned: in tuples, lists, dicts and dataclasses."""
     return (leaf for leaf in _leaves(value) if isinstance(leaf, Tensor))
 
 
@@ -392,6 +393,8 @@ def _numbers(value: Any) -> Iterator[Any]:
 
 
 def _leaves(value: Any) -> Iterator[Any]:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = vars(value)
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, list | tuple):
