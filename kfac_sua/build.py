@@ -6,10 +6,8 @@ from torch import nn
 from kfac_sua.config import (
     AdamWConfig,
     Config,
-    ConfigError,
     DatasetConfig,
     DatasetName,
-    Device,
     KroneckerConfig,
     ModelConfig,
     ModelName,
@@ -27,33 +25,6 @@ from kfac_sua.preconditioner import AdaptiveDamping, KroneckerPreconditioner
 
 # Networks whose batch normalisation can be left out.
 PLAIN_NETS = {ModelName.vgg11: VGG11, ModelName.tiny: TinyConvNet}
-
-
-def choose_device(device: Device) -> torch.device:
-    """Return the device to train on.
-
-    Args:
-        device: ``auto`` takes CUDA where there is a usable device.
-
-    Returns:
-        The device, of type ``cpu`` or ``cuda``.
-
-    Raises:
-        ConfigError: If CUDA is asked for and there is none.
-    """
-    has_cuda = torch.cuda.is_available()
-    if device is Device.cuda and not has_cuda:
-        raise ConfigError("device=cuda, but PyTorch finds no usable CUDA device here; use device=cpu or device=auto.")
-    return torch.device("cuda" if has_cuda and device is not Device.cpu else "cpu")
-
-
-def device_type(device: Device) -> str:
-    """Return ``cpu`` or ``cuda``: what ``auto`` comes to here, or what is asked for, be it of another machine.
-
-    Args:
-        device: As configured.
-    """
-    return choose_device(device).type if device is Device.auto else device.value
 
 
 def build_splits(config: DatasetConfig) -> Splits:

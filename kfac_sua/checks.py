@@ -87,6 +87,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda number: number is None or 1 <= number <= 1024,
         "between 1 and 1024, or null (PyTorch's choice)",
     ),
+    "capture": (lambda capture: capture in (True, False, "auto"), "auto, true or false"),
     "output_dir": (bool, "the path of a directory"),
     "model.width": (lambda width: 0 < width <= 64, "> 0 and at most 64"),
     "dataset.validation_size": (_at_least_one, "≥ 1"),

@@ -89,9 +89,14 @@ class OptimizerName(Choice):
 
 
 class Precision(Choice):
-    """In which the network computes; parameters, factors and inverses are float32 always."""
+    """In what convolutions and matrix products compute, of the network and of the preconditioner's application.
 
+    Parameters are float32 always; so are factors and the forming of inverses, in IEEE arithmetic.
+    """
+
+    auto = "auto"
     float32 = "float32"
+    tf32 = "tf32"
     bfloat16 = "bfloat16"
 
 
@@ -223,6 +228,8 @@ class Config:
     channels_last: bool
     sync_batch_norm: bool
     precision: Precision
+    capture: bool | str
+    deterministic: bool
     num_threads: int | None
     non_finite: NonFinite
     checkpoint_interval_s: float | None

@@ -21,7 +21,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
-from kfac_sua.build import choose_device, device_type
 from kfac_sua.campaign.conduct import CampaignError, conduct
 from kfac_sua.campaign.definition import campaign_names, keep_methods, load_campaign, load_scale, scale_names
 from kfac_sua.campaign.dry_run import describe
@@ -35,6 +34,7 @@ from kfac_sua.command_line import BAD_INPUT, FAILED, count, say
 from kfac_sua.compose import compose_config
 from kfac_sua.config import ConfigError
 from kfac_sua.data import DataError
+from kfac_sua.device import choose_device, device_type
 from kfac_sua.figures.curves import FigureError
 from kfac_sua.launchers import launcher_overrides
 from kfac_sua.runs.collect import CollectError

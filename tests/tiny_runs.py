@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from kfac_sua.build import device_type
 from kfac_sua.compose import compose_config
 from kfac_sua.config import Config
+from kfac_sua.device import device_type
 from kfac_sua.runs.directory import RunDirectory, run_directory
 from kfac_sua.runs.record import EpochRecord, read_records
 

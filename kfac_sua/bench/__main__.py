@@ -31,9 +31,9 @@ from kfac_sua.bench.tables import (
     split_table,
     steps_table,
 )
-from kfac_sua.build import choose_device
 from kfac_sua.command_line import BAD_INPUT, FAILED, INTERRUPTED, as_number, count, say
 from kfac_sua.config import ConfigError, KroneckerConfig
+from kfac_sua.device import choose_device
 from kfac_sua.preconditioner import FisherType
 from kfac_sua.runs.record import RecordError
 

@@ -5,9 +5,9 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 
-from kfac_sua.build import choose_device
 from kfac_sua.compose import compose_config
 from kfac_sua.config import Config, ConfigError, KroneckerConfig, PreconditionerName
+from kfac_sua.device import choose_device
 
 BASELINE = PreconditionerName.baseline.value
 DEFAULT_SETTINGS = tuple(name.value for name in PreconditionerName)

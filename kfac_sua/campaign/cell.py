@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 
-from kfac_sua.build import device_type
 from kfac_sua.checks import check
 from kfac_sua.compose import compose_config
 from kfac_sua.config import Config, ConfigError, KroneckerConfig
+from kfac_sua.device import device_type
 from kfac_sua.runs.directory import RunDirectory, run_directory
 from kfac_sua.runs.lock import RunBusyError, exclusive
 from kfac_sua.runs.record import (

@@ -26,12 +26,12 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext
 from omegaconf import DictConfig
 
-from kfac_sua.build import choose_device
 from kfac_sua.campaign.cell import Cell, log_path, read_state, run_log
 from kfac_sua.campaign.launcher import JOBLIB, SLURM, SUBMITIT_LOCAL, Launcher
 from kfac_sua.campaign.plan import quoted
 from kfac_sua.campaign.pool import LEAVING_TIME_S, Task, run_into_log
 from kfac_sua.compose import composed_hydra, to_config
+from kfac_sua.device import choose_device
 from kfac_sua.launchers import was_killed
 from kfac_sua.runs.directory import run_directory
 from kfac_sua.runs.record import failure_reason

@@ -25,6 +25,7 @@ PHASES = {
     "application": ("Application", "#EE9A3A", "...."),
     "optimizer": ("Optimizer", "#777777", ""),
     "data": ("Mini-batches", "#F0E442", "\\\\\\\\"),
+    "captured": ("Captured steps", "#009E73", "----"),
     "other": ("Other", "#FFFFFF", "xxxx"),
 }
 _NEGLIGIBLE = 1e-3  # of an epoch; less is the clock's own cost and rounding
@@ -93,7 +94,7 @@ def _mean_split(runs: pd.DataFrame) -> tuple[dict[str, float], int]:
     finished = runs[(runs["status"] == "finished") & (runs["epoch"] > 0)]
     last = finished.sort_values("epoch").groupby("run").last()
     measured = [phase for phase in PHASES if phase != "other"]
-    # Tables of before data_s was measured lack it; there, it is in forward_backward_s.
+    # Tables of before data_s was measured lack it; there, it is in forward_backward_s. Captured steps came later.
     split = {phase: float((last.get(f"{phase}_s", 0.0 * last["epoch"]) / last["epoch"]).mean()) for phase in measured}
     total = float((last["train_time_s"] / last["epoch"]).mean())
     other = total - sum(split.values())

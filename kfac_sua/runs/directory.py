@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from kfac_sua.config import Config, KroneckerConfig, to_plain
+from kfac_sua.device import choose_precision
 
 # These do not change what is computed, or (seed) have their own level in the path.
-_NOT_IN_FINGERPRINT = ("seed", "output_dir", "progress", "num_threads", "checkpoint_interval_s")
-
+_NOT_IN_FINGERPRINT = ("seed", "output_dir", "progress", "num_threads", "checkpoint_interval_s", "capture")
 
 # Keys that came after the first runs, with the value that says what these did: node, key, value.
 _ADDED_LATER = (
     ("", "non_finite", "stop"),
     ("", "sync_batch_norm", True),
     ("", "precision", "float32"),
+    ("", "deterministic", False),
     ("preconditioner", "activation_rows", None),
     ("preconditioner", "kl_clip", None),
     ("preconditioner", "damping_final", None),
@@ -82,6 +83,8 @@ def fingerprint(config: Config, device: str, num_processes: int = 1) -> str:
         64 hexadecimal digits.
     """
     values = resolved(config, device)
+    if device == "cuda":  # where float32 once meant TF32 in convolutions and IEEE float32 in products
+        values["precision"] += " in convolutions and products"
     if num_processes > 1 and _depends_on_processes(config):
         values["num_processes"] = num_processes
     for key in _NOT_IN_FINGERPRINT:
@@ -102,7 +105,7 @@ def _depends_on_processes(config: Config) -> bool:
 
 
 def resolved(config: Config, device: str) -> dict[str, Any]:
-    """Return the configuration as plain values, with the device that is used instead of ``auto``.
+    """Return the configuration as plain values, with device and precision that are used instead of ``auto``.
 
     Args:
         config: The checked configuration.
@@ -110,9 +113,12 @@ def resolved(config: Config, device: str) -> dict[str, Any]:
 
     Returns:
         What run.json and config.yaml hold.
+
+    Raises:
+        ConfigError: If the device does not have the precision that is asked for.
     """
     values: dict[str, Any] = to_plain(config)
-    return values | {"device": device}
+    return values | {"device": device, "precision": choose_precision(config.precision, device).value}
 
 
 def _cell_name(config: Config) -> str:

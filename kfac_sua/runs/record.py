@@ -36,10 +36,11 @@ class EpochRecord:
     network, they are those of evaluation mode on the fixed training subset, as ``train_eval_loss`` is everywhere.
 
     ``train_time_s`` is the wall time from each epoch's request for its first mini-batch to the end of its last step:
-    the sum of the five columns after it, of ``data_s`` (mini-batches being made) and of ``other_s`` (metrics, progress
-    and the loop itself). ``evaluation_s`` and ``writing_s`` lie outside of it; the latter, of records and checkpoints,
-    is what it took up to this row. The last four are zero in files of before they were measured, where
-    ``forward_backward_s`` includes ``data_s``.
+    the sum of the five columns after it, of ``data_s`` (mini-batches being made), of ``other_s`` (metrics, progress
+    and the loop itself) and of ``captured_s`` (captured steps, which a device carries out as a whole).
+    ``evaluation_s`` and ``writing_s`` lie outside of it; the latter, of records and checkpoints, is what it took up to
+    this row. The last five are zero in files of before they were measured, where ``forward_backward_s`` includes
+    ``data_s``.
     """
 
     epoch: int
@@ -60,6 +61,7 @@ class EpochRecord:
     other_s: float = 0.0
     evaluation_s: float = 0.0
     writing_s: float = 0.0
+    captured_s: float = 0.0
 
 
 def _header(columns: Sequence[str]) -> bytes:
@@ -69,8 +71,10 @@ def _header(columns: Sequence[str]) -> bytes:
 COLUMN_TYPES: dict[str, type[int] | type[float]] = get_type_hints(EpochRecord)
 COLUMNS = tuple(COLUMN_TYPES)
 _HEADER = _header(COLUMNS)
-# Header -> number of columns, of all files that can be read: those of today, and those without the last four columns.
-_HEADERS = {_header(COLUMNS[:count]): count for count in (len(COLUMNS), len(COLUMNS) - 4)}
+# Header -> number of columns, of all files that can be read: those of today, and two with fewer of the last columns.
+_HEADERS = {_header(COLUMNS[:count]): count for count in (len(COLUMNS), len(COLUMNS) - 1, len(COLUMNS) - 5)}
+# Columns that came after the first digests: where they are zero, they are no part of them.
+_NOT_IN_OLD_DIGESTS = ("captured_s",)
 
 
 def append_record(path: Path, record: EpochRecord) -> None:
@@ -127,7 +131,7 @@ def records_digest(records: Sequence[EpochRecord]) -> str:
     Args:
         records: The rows, in order.
     """
-    return hashlib.sha256(b"".join(_format(record) for record in records)).hexdigest()
+    return hashlib.sha256(b"".join(map(_digested, records))).hexdigest()
 
 
 def read_ended_records(path: Path, info: "RunInfo") -> list[EpochRecord]:
@@ -159,10 +163,15 @@ def rewrite_records(path: Path, records: list[EpochRecord]) -> None:
     write_atomically(path, _HEADER + b"".join(_format(record) for record in records))
 
 
-def _format(record: EpochRecord) -> bytes:
+def _format(record: EpochRecord, columns: Sequence[str] = COLUMNS) -> bytes:
     """Return the row of a record; ``repr`` gives the shortest text that reads back as the same float."""
-    values = (repr(kind(getattr(record, name))) for name, kind in COLUMN_TYPES.items())
+    values = (repr(COLUMN_TYPES[name](getattr(record, name))) for name in columns)
     return (",".join(values) + "\n").encode("ascii")
+
+
+def _digested(record: EpochRecord) -> bytes:
+    """Return what of a record a digest is made of."""
+    return _format(record, [name for name in COLUMNS if name not in _NOT_IN_OLD_DIGESTS or getattr(record, name)])
 
 
 def _parse(path: Path, number: int, line: bytes, num_columns: int) -> EpochRecord:

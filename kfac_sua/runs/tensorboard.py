@@ -31,6 +31,7 @@ SCALARS = {
     "time/optimizer": "optimizer_s",
     "time/data": "data_s",
     "time/other": "other_s",
+    "time/captured": "captured_s",
     "time/evaluation": "evaluation_s",
     "time/writing": "writing_s",
 }

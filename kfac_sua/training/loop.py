@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from kfac_sua.build import choose_device
 from kfac_sua.config import Config, ProgressStyle
 from kfac_sua.data import BatchLoader
+from kfac_sua.device import choose_device
 from kfac_sua.runs.directory import RunDirectory, run_directory
 from kfac_sua.runs.lock import Hold, RunBusyError, RunLostError, exclusive
 from kfac_sua.runs.record import EpochRecord, RunInfo, append_record

@@ -10,8 +10,18 @@ import torch
 
 Item = TypeVar("Item")
 
-# Together the wall time of an epoch's training part: `other` is what no other phase takes of it (metrics, progress).
-TRAINING_PHASES = ("data", "forward_backward", "statistics", "inversion", "application", "optimizer", "other")
+# Together the wall time of an epoch's training part: `captured` are steps that the device carries out as a whole, and
+# `other` is what no other phase takes of it (metrics, progress).
+TRAINING_PHASES = (
+    "data",
+    "forward_backward",
+    "statistics",
+    "inversion",
+    "application",
+    "optimizer",
+    "captured",
+    "other",
+)
 # Around the training parts: evaluation, and the writing of records and checkpoints.
 OUTSIDE_PHASES = ("evaluation", "writing")
 PHASES = (*TRAINING_PHASES, *OUTSIDE_PHASES)

@@ -20,9 +20,9 @@ from kfac_sua.bench.scaling.measure import Measurement
 from kfac_sua.bench.scaling.record import Machine, ScalingError, from_frame, read_table, to_frame, write_table
 from kfac_sua.bench.scaling.report import describe_study
 from kfac_sua.bench.scaling.study import StudySettings, measure_missing
-from kfac_sua.build import choose_device
 from kfac_sua.command_line import BAD_INPUT, FAILED, INTERRUPTED, as_number, count, say
 from kfac_sua.config import ConfigError, Device
+from kfac_sua.device import choose_device
 from kfac_sua.figures.scaling import draw_scaling
 from kfac_sua.runs.environment import environment
 from kfac_sua.runs.lock import RunBusyError, exclusive

@@ -1,0 +1,62 @@
+"""What ``auto`` comes to on this machine: the device, and the precision of its products."""
+
+import torch
+
+from kfac_sua.config import ConfigError, Device, Precision
+
+
+def choose_device(device: Device) -> torch.device:
+    """Return the device to train on.
+
+    Args:
+        device: ``auto`` takes CUDA where there is a usable device.
+
+    Returns:
+        The device, of type ``cpu`` or ``cuda``.
+
+    Raises:
+        ConfigError: If CUDA is asked for and there is none.
+    """
+    has_cuda = torch.cuda.is_available()
+    if device is Device.cuda and not has_cuda:
+        raise ConfigError("device=cuda, but PyTorch finds no usable CUDA device here; use device=cpu or device=auto.")
+    return torch.device("cuda" if has_cuda and device is not Device.cpu else "cpu")
+
+
+def device_type(device: Device) -> str:
+    """Return ``cpu`` or ``cuda``: what ``auto`` comes to here, or what is asked for, be it of another machine.
+
+    Args:
+        device: As configured.
+    """
+    return choose_device(device).type if device is Device.auto else device.value
+
+
+def choose_precision(precision: Precision, device: str) -> Precision:
+    """Return the precision to train in.
+
+    Args:
+        precision: As configured; ``auto`` takes TF32 on CUDA devices that have it, and float32 elsewhere.
+        device: ``cpu`` or ``cuda``. A CUDA device of another machine counts as one that has TF32 and bfloat16, as all
+            since 2020 do.
+
+    Returns:
+        Any but ``auto``.
+
+    Raises:
+        ConfigError: If the device has none of the precision that is asked for.
+    """
+    is_cuda, is_here = device == "cuda", torch.cuda.is_available()
+    has = {
+        Precision.tf32: is_cuda and (not is_here or torch.cuda.is_tf32_supported()),
+        # On a CPU it is autocast, be it emulated.
+        Precision.bfloat16: not (is_cuda and is_here) or torch.cuda.is_bf16_supported(including_emulation=False),
+    }
+    if precision is Precision.auto:
+        return Precision.tf32 if has[Precision.tf32] else Precision.float32
+    if not has.get(precision, True):
+        where = torch.cuda.get_device_name() if is_cuda else "the CPU"
+        raise ConfigError(
+            f"precision={precision}, which {where} does not have; use precision=float32 or precision=auto."
+        )
+    return precision
