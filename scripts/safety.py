@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import json
 import statistics
 import time
@@ -27,7 +26,6 @@ from kfac_sua.runs.record import EpochRecord, read_ended_records, read_run_info
 from kfac_sua.training.checkpoint import load_checkpoint
 from kfac_sua.training.loop import run
 from kfac_sua.training.state import Training
-from kfac_sua.training.step import take_step
 
 OUT = Path("outputs/runs/safety")
 FIXED = (
@@ -100,10 +98,10 @@ def measure_cost() -> None:
     for round_number in range(ROUNDS + 1):  # the first is for warming up
         for name, training in trainings.items():
             training.model.train()
-            batches = list(itertools.islice(training.loader.epoch(0, round_number), PERIOD))
+            training.loader.begin_epoch(0, round_number)
             started = time.process_time()
-            for inputs, labels in batches:
-                take_step(training, inputs, labels)
+            for _ in range(PERIOD):
+                training.take_step()
             if round_number:
                 seconds[name].append((time.process_time() - started) / PERIOD)
     OUT.mkdir(parents=True, exist_ok=True)
@@ -144,9 +142,10 @@ def print_traces() -> None:
         scales, ratios = [], []
         for training in (clipped, adapted):
             training.model.train()
-            batches = training.loader.epoch(0, period // 2)
-            for inputs, labels in itertools.islice(batches, period % 2 * PERIOD, (period % 2 + 1) * PERIOD):
-                take_step(training, inputs, labels)
+            training.loader.begin_epoch(0, period // 2, first=period % 2 * PERIOD)
+            for _ in range(PERIOD):
+                training.take_step()
+                training.batch += 1
                 if training is clipped:
                     assert clip.kl_scale is not None
                     scales.append(float(clip.kl_scale))

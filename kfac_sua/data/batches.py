@@ -2,7 +2,8 @@
 
 CIFAR fits on any device as uint8 (150 MB), so no worker processes and no copy per step are needed. Random
 numbers are drawn on the CPU, once per epoch, from a generator fixed by the run's seed and the epoch: the same
-batches come on every device, and a resumed run needs no saved random state.
+batches come on every device, and a resumed run needs no saved random state. They are kept in tensors that stay where
+they are, and a counter on the device says whose turn it is, so that a captured step can make its own mini-batch.
 """
 
 from __future__ import annotations
@@ -120,37 +121,78 @@ class BatchLoader:
         self._images = images.images.to(device).contiguous(memory_format=memory_format)
         self._labels = images.labels.to(device)
         self._mean, self._std = self._as_image(mean), self._as_image(std)
+        if batch_size is not None:
+            shape = len(self), len(range(batch_size)[self._own_part(0, batch_size)])  # [mini-batches, own part]
+            self._order = torch.zeros(shape, dtype=torch.int64, device=device)
+            self._flips = torch.zeros(shape, dtype=torch.bool, device=device)
+            self._offsets = torch.zeros((*shape, 2), dtype=torch.int64, device=device)
+            self._turn = torch.zeros(1, dtype=torch.int64, device=device)
 
     def __len__(self) -> int:
         """Return the number of training mini-batches per epoch."""
         return len(self._labels) // self._training_batch_size()
 
-    def epoch(self, seed: int, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the shuffled, augmented mini-batches of one epoch; a last incomplete one is left out.
+    @property
+    def part_size(self) -> int:
+        """Images of a training mini-batch that are this process's."""
+        return self._order.shape[1]
+
+    def begin_epoch(self, seed: int, epoch: int, first: int = 0) -> None:
+        """Draw the order and the augmentation of an epoch; a last incomplete mini-batch is left out.
 
         Args:
             seed: Seed of the run.
             epoch: Epoch, counted from 0; with ``seed`` it fixes order and augmentation.
             first: Mini-batch to begin with, counted from 0; those before it have been taken by an earlier process.
 
-        Yields:
+        Raises:
+            ValueError: If the loader was made without a ``batch_size``.
+        """
+        self._training_batch_size()
+        order = torch.randperm(len(self._labels), generator=epoch_generator(seed, epoch, "order"))
+        self._order.copy_(self._by_batch(order))
+        if self.augmentation == "flip_crop":
+            flips, offsets = draw_flip_crop(len(order), epoch_generator(seed, epoch, "augmentation"))
+            self._flips.copy_(self._by_batch(flips))
+            self._offsets.copy_(self._by_batch(offsets))
+        self._turn.fill_(first)
+
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        """Return the mini-batch whose turn it is, of the epoch that was begun last.
+
+        Whose turn it is stands on the device, and nothing here is read back to the host: a CUDA graph that has captured
+        this makes the next mini-batch at each replay.
+
+        Returns:
             Inputs, ``[batch, channels, height, width]``, float32, normalised, in ``memory_format``; and
             labels, ``[batch]``, int64.
+        """
+        order = self._order.index_select(0, self._turn)[0]  # [batch]
+        inputs = self._normalised(self._images[order])
+        if self.augmentation == "flip_crop":
+            flips = self._flips.index_select(0, self._turn)[0]  # [batch]
+            offsets = self._offsets.index_select(0, self._turn)[0]  # [batch, 2]
+            inputs = flip_crop(inputs, flips, offsets)
+        self._turn += 1
+        return inputs.contiguous(memory_format=self.memory_format), self._labels[order]
+
+    def epoch(self, seed: int, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the mini-batches of one epoch, of which a loader serves one at a time.
+
+        Args:
+            seed: As for :meth:`begin_epoch`.
+            epoch: As there.
+            first: As there.
+
+        Yields:
+            What :meth:`next_batch` returns.
 
         Raises:
             ValueError: If the loader was made without a ``batch_size``.
         """
-        batch_size, device = self._training_batch_size(), self._labels.device
-        order = torch.randperm(len(self._labels), generator=epoch_generator(seed, epoch, "order")).to(device)
-        if self.augmentation == "flip_crop":
-            flips, offsets = draw_flip_crop(len(order), epoch_generator(seed, epoch, "augmentation"))
-            flips, offsets = flips.to(device), offsets.to(device)
-        for start in range(first * batch_size, len(self) * batch_size, batch_size):
-            batch = self._own_part(start, start + batch_size)
-            inputs = self._normalised(self._images[order[batch]])
-            if self.augmentation == "flip_crop":
-                inputs = flip_crop(inputs, flips[batch], offsets[batch])
-            yield inputs.contiguous(memory_format=self.memory_format), self._labels[order[batch]]
+        self.begin_epoch(seed, epoch, first)
+        for _ in range(first, len(self)):
+            yield self.next_batch()
 
     def sequential(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield all images once, in order and without augmentation; the last mini-batch may be smaller.
@@ -161,7 +203,7 @@ class BatchLoader:
             batch_size: Images per mini-batch, at least 1; may exceed the number of images.
 
         Yields:
-            Inputs and labels as from :meth:`epoch`.
+            Inputs and labels as from :meth:`next_batch`.
 
         Raises:
             ValueError: If ``batch_size`` is less than 1.
@@ -185,6 +227,12 @@ class BatchLoader:
     def _normalised(self, images: Tensor) -> Tensor:
         """Convert grey levels to PyTorch's default dtype, with zero mean and unit variance per channel."""
         return images.to(torch.get_default_dtype()).sub_(self._mean).div_(self._std)
+
+    def _by_batch(self, values: Tensor) -> Tensor:
+        """Return this process's part of values that are given per image, ``[mini-batches, own part, ...]``."""
+        batch_size = self._training_batch_size()
+        whole = values[: len(self) * batch_size].unflatten(0, (len(self), batch_size))
+        return whole[:, self._own_part(0, batch_size)]
 
     def _own_part(self, start: int, stop: int) -> slice:
         """Return this process's part of a range, of which the first processes have one more if need be."""

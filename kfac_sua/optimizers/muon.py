@@ -33,7 +33,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             [{"params": hidden, "lr": lr, "lr_ratio": 1.0}, {"params": others, "lr": lr * ratio, "lr_ratio": ratio}],
             defaults={},
         )
-        self._weights = hidden
+        self._parameters, self._weights, self._adamw_lr_ratio = [*hidden, *others], hidden, ratio
         self._matrices = [as_matrix(weight.detach(), like=weight) for weight in hidden]
         assert all(
             matrix.data_ptr() == weight.data_ptr() for matrix, weight in zip(self._matrices, hidden, strict=True)
@@ -54,11 +54,25 @@ class MuonWithAdamW(torch.optim.Optimizer):
             weight_decay=config.weight_decay,
             fused=others[0].is_cuda,  # as in build.py
         )
+        self._share_groups()
+
+    def _share_groups(self) -> None:
+        """Have the groups of the inner optimizers as own ones, so that a learning rate that is set here is theirs."""
+        muon, adamw = self._muon.param_groups[0], self._adamw.param_groups[0]
+        muon["lr_ratio"], adamw["lr_ratio"] = 1.0, self._adamw_lr_ratio
+        self.param_groups = [muon, adamw]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop, or set to zero, the gradients of all parameters; Muon's group holds matrices in place of weights."""
+        for parameter in self._parameters:
+            if parameter.grad is not None:
+                if set_to_none:
+                    parameter.grad = None
+                else:
+                    parameter.grad.zero_()
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Take one step of both optimizers; a closure that evaluates the loss again is not supported."""
-        for inner, group in zip((self._muon, self._adamw), self.param_groups, strict=True):
-            inner.param_groups[0]["lr"] = group["lr"]
         for matrix, weight in zip(self._matrices, self._weights, strict=True):
             matrix.grad = None if weight.grad is None else as_matrix(weight.grad, like=weight)
         self._muon.step()
@@ -74,6 +88,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         """Go on from the state that :meth:`state_dict` returned for the same network and settings."""
         self._muon.load_state_dict(state_dict["muon"])
         self._adamw.load_state_dict(state_dict["adamw"])
+        self._share_groups()  # loading has replaced them
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

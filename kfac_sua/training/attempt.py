@@ -25,7 +25,6 @@ from kfac_sua.runs.record import (
     write_run_info,
 )
 from kfac_sua.training.checkpoint import Checkpoint, CheckpointError, load_checkpoint, previous_path
-from kfac_sua.training.saving import Saver
 from kfac_sua.training.state import Training
 
 
@@ -46,11 +45,8 @@ def read_own_info(directory: RunDirectory) -> RunInfo | None:
     return info
 
 
-def resume(training: Training, directory: RunDirectory) -> tuple[bool, list[EpochRecord]]:
-    """Load the last checkpoint, if there is one, and return whether there was and the records up to it."""
-    checkpoint, records = training.world.from_first(lambda: _read_checkpoint(training, directory))
-    if checkpoint is None:
-        return False, []
+def restore(training: Training, checkpoint: Checkpoint, directory: RunDirectory) -> None:
+    """Go on from a checkpoint, or say that it does not fit."""
     try:
         training.restore(checkpoint)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -60,10 +56,9 @@ def resume(training: Training, directory: RunDirectory) -> tuple[bool, list[Epoc
             f"{directory.checkpoint} does not fit ({failure_reason(error).removesuffix('.')}); move it away to start "
             "this run from the beginning."
         ) from error
-    return True, records
 
 
-def _read_checkpoint(training: Training, directory: RunDirectory) -> tuple[Checkpoint | None, list[EpochRecord]]:
+def read_checkpoint(training: Training, directory: RunDirectory) -> tuple[Checkpoint | None, list[EpochRecord]]:
     """Return the last checkpoint, if there is one, and the records up to it."""
     checkpoint = load_checkpoint(
         directory.checkpoint,
@@ -133,18 +128,12 @@ def prepare_directory(directory: RunDirectory, info: RunInfo, records: list[Epoc
     rewrite_records(directory.metrics, records)
 
 
-def write_end(saver: Saver, info: RunInfo, outcome: dict[str, Any]) -> RunInfo:
+def write_end(
+    directory: RunDirectory, info: RunInfo, records: list[EpochRecord], skipped_steps: int, outcome: dict[str, Any]
+) -> RunInfo:
     """Write how the run ended into run.json, and remove the checkpoint before the last; return what it says now."""
-    directory = saver.directory
-    assert saver.hold is not None
-    saver.hold.check()
-    ended = dataclasses.replace(
-        info,
-        finished=_now(),
-        skipped_steps=saver.training.skipped_steps,
-        records_digest=records_digest(saver.records),
-        **outcome,
-    )
+    digest = records_digest(records)
+    ended = dataclasses.replace(info, finished=_now(), skipped_steps=skipped_steps, records_digest=digest, **outcome)
     write_run_info(directory.info, ended)
     for leftover in (previous_path(directory.checkpoint), directory.checkpoint.with_name("checkpoint.pt.tmp")):
         leftover.unlink(missing_ok=True)

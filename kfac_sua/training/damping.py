@@ -1,12 +1,18 @@
 """Damping that changes during a run: by its schedule at the start of an epoch, or by how well a step was predicted."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from kfac_sua.config import KroneckerConfig
 from kfac_sua.training.precision import compute_logits
 from kfac_sua.training.schedule import scheduled_damping
-from kfac_sua.training.state import Training
+
+if TYPE_CHECKING:
+    from kfac_sua.training.state import Training
 
 
 def schedule_damping(training: Training) -> None:
@@ -19,7 +25,7 @@ def schedule_damping(training: Training) -> None:
         training.preconditioner.damping = damping
 
 
-def adapt_damping(training: Training, inputs: Tensor, labels: Tensor, loss: Tensor, loss_weight: float = 1.0) -> None:
+def adapt_damping(training: Training, inputs: Tensor, labels: Tensor, loss: Tensor) -> None:
     """Judge the step that was just taken and adapt the damping, if that is due.
 
     Args:
@@ -27,13 +33,12 @@ def adapt_damping(training: Training, inputs: Tensor, labels: Tensor, loss: Tens
         inputs: Images of the step's mini-batch.
         labels: Their classes.
         loss: Their mean loss before the step.
-        loss_weight: What it is multiplied with before it is averaged over processes.
     """
-    adaptive = training.adaptive_damping
+    adaptive, weight = training.adaptive_damping, training.loss_weight
     if adaptive is None or not adaptive.is_due:
         return
     with training.watch.phase("forward_backward"), adaptive.measuring():
         logits = compute_logits(training.model, inputs, training.config.precision)
         loss_after = F.cross_entropy(logits, labels)
     with training.watch.phase("application"):
-        adaptive.update(loss * loss_weight, loss_after * loss_weight)
+        adaptive.update(loss * weight, loss_after * weight)

@@ -25,7 +25,8 @@ class Evaluation:
 class ErrorCounter:
     """Sums losses and errors over mini-batches on the device, so that nothing waits for it until the end.
 
-    Of several processes each adds its own part; whatever is asked for is over all of them, and all have to ask.
+    Of several processes each adds its own part; whatever is asked for is over all of them, and all have to ask. The
+    sums stay where they are, for captured steps that add to them.
 
     Args:
         device: Device of the logits that will come.
@@ -36,7 +37,7 @@ class ErrorCounter:
         self._world = world or World()
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self._num_errors = torch.zeros((), dtype=torch.int64, device=device)
-        self._num_images = 0
+        self._num_images = torch.zeros((), dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def add(self, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
@@ -51,9 +52,14 @@ class ErrorCounter:
         self._num_errors += (logits.argmax(1) != labels).sum()
         self._num_images += len(labels)
 
-    def is_finite(self) -> bool:
-        """Say whether all losses so far were finite; waits for the device."""
-        return bool(self._world.add_up(self._loss_sum).isfinite())
+    def reset(self) -> None:
+        """Begin again from zero."""
+        for value in (self._loss_sum, self._num_errors, self._num_images):
+            value.zero_()
+
+    def loss_sum(self) -> Tensor:
+        """Return the sum of all losses so far, on the device, ``[]`` in float64."""
+        return self._world.add_up(self._loss_sum)
 
     def result(self) -> Evaluation:
         """Return the means over all images, NaN if there were none; waits for the device."""
@@ -68,21 +74,16 @@ class ErrorCounter:
         return {"loss_sum": loss_sum, "num_errors": num_errors, "num_images": num_images}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from the sums of an earlier run, which the first process takes over."""
-        if self._world.is_first:
-            self._loss_sum, self._num_errors = (
-                state[name].to(own.device, copy=True)
-                for name, own in (("loss_sum", self._loss_sum), ("num_errors", self._num_errors))
-            )
-            self._num_images = state["num_images"]
+        """Go on from the sums of an earlier run, of which each process takes a share."""
+        self._loss_sum.copy_(self._world.share_of(state["loss_sum"]))
+        self._num_errors.copy_(self._world.share_of(state["num_errors"]))
+        self._num_images.copy_(self._world.share_of(torch.as_tensor(state["num_images"])))
 
     def _totals(self) -> tuple[Tensor, Tensor, int]:
         """Return the sums over all processes."""
-        if self._world.size == 1:
-            return self._loss_sum, self._num_errors, self._num_images
-        # Counts of images are whole numbers far below 2**53.
-        counts = [self._num_errors.double(), self._loss_sum.new_tensor(self._num_images)]
-        loss_sum, num_errors, num_images = self._world.add_up(torch.stack([self._loss_sum, *counts])).unbind()
+        # Counts of images are whole numbers far below 2**53, which float64 holds exactly.
+        own = torch.stack([self._loss_sum, self._num_errors.double(), self._num_images.double()])
+        loss_sum, num_errors, num_images = self._world.add_up(own).unbind()
         return loss_sum, num_errors.long(), int(num_images)
 
 

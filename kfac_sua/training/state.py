@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,8 +20,11 @@ from kfac_sua.config import Config
 from kfac_sua.data import BatchLoader, ImageSet, Splits, epoch_generator
 from kfac_sua.models.sync_batch_norm import synchronise_batch_norm
 from kfac_sua.preconditioner import AdaptiveDamping, KroneckerPreconditioner
+from kfac_sua.training.capturing import training_step
 from kfac_sua.training.checkpoint import Checkpoint
+from kfac_sua.training.damping import schedule_damping
 from kfac_sua.training.evaluate import ErrorCounter
+from kfac_sua.training.schedule import learning_rate
 from kfac_sua.training.seeding import seed_everything
 from kfac_sua.training.timing import Stopwatch
 from kfac_sua.training.world import World
@@ -37,12 +41,12 @@ class Training:
         data_digest: Digest of all images and labels.
         epoch: Completed epochs.
         batch: Mini-batches of the epoch after these that have been taken.
-        step: Completed optimisation steps.
         skipped_steps: Mini-batches that took no step, as something in them was not finite.
         sums: Losses and errors of the epoch's mini-batches.
         world: The processes that carry out the run.
         forward: What mini-batches are sent through: the network, wrapped where gradients are averaged over processes.
         adaptive_damping: Adapts the damping, if it is to be.
+        take_step: Takes one step; see ``step.py``.
     """
 
     config: Config
@@ -56,27 +60,34 @@ class Training:
     sums: ErrorCounter
     data_digest: str
     world: World
+    adaptive_damping: AdaptiveDamping | None
     forward: nn.Module
+    take_step: Callable[[], None] = dataclasses.field(init=False)
     epoch: int = 0
     batch: int = 0
-    step: int = 0
     skipped_steps: int = 0
-    adaptive_damping: AdaptiveDamping | None = None
 
     @classmethod
     def start(cls, config: Config, device: torch.device, world: World | None = None) -> "Training":
-        """Return the state before the first step, without touching the disk but to read the data set.
+        """Build everything and return the state before the first step; of the disk, only images are read.
 
         Args:
-            config: The checked configuration.
+            config: The checked configuration, its ``precision`` resolved.
             device: Where to train.
-            world: The processes that carry out the run, to be connected afterwards; ``None`` for this one alone.
+            world: The processes that carry out the run, all of which call this; ``None`` for this one alone.
 
         Raises:
-            ConfigError: If the preconditioner's settings do not fit the network.
+            ConfigError: If the preconditioner's settings do not fit the network, or ``capture=true`` anything else.
             DataError: If the data set is missing, damaged or too small, or the mini-batch for so many processes.
         """
         world = world or World()
+        training = world.each(lambda: cls._build(config, device, world))
+        training.forward = world.averaging(training.model, shares_buffers=not config.sync_batch_norm)
+        return training
+
+    @classmethod
+    def _build(cls, config: Config, device: torch.device, world: World) -> "Training":
+        """Build what a process can by itself."""
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         splits = build_splits(config.dataset)
@@ -99,7 +110,7 @@ class Training:
         if preconditioner is not None:
             preconditioner.phase = watch.phase
         optimizer = build_optimizer(config.optimizer, model)
-        return cls(
+        training = cls(
             config,
             device,
             splits,
@@ -111,13 +122,29 @@ class Training:
             ErrorCounter(device, world),
             splits.digest(),
             world,
-            model,
-            adaptive_damping=build_adaptive_damping(config.preconditioner, preconditioner),
+            build_adaptive_damping(config.preconditioner, preconditioner),
+            forward=model,
         )
+        training.take_step = training_step(training)
+        return training
 
-    def connect(self) -> None:
-        """Average gradients over all processes from now on; all have to call it."""
-        self.forward = self.world.averaging(self.model, shares_buffers=not self.config.sync_batch_norm)
+    @property
+    def step(self) -> int:
+        """Completed optimisation steps."""
+        return self.epoch * len(self.loader) + self.batch - self.skipped_steps
+
+    @property
+    def statistics_due(self) -> bool:
+        """Whether the coming step measures statistics."""
+        return self.preconditioner is not None and self.preconditioner.statistics_due
+
+    @property
+    def loss_weight(self) -> float:
+        """What to multiply the mean loss of this process's part with, so that averages over processes are right.
+
+        Parts of a mini-batch may differ by one example.
+        """
+        return self.world.size * self.loader.part_size / self.config.batch_size if self.world.size > 1 else 1.0
 
     @functools.cached_property
     def train_subset(self) -> BatchLoader:
@@ -145,17 +172,23 @@ class Training:
             part=self.world.part,
         )
 
-    def loss_weight(self, num_examples: int) -> float:
-        """Return what to multiply the mean loss of this process's part with, so that averages over processes are right.
+    def lr(self, epoch: int) -> float:
+        """Return the learning rate of an epoch, counted from 0."""
+        return learning_rate(self.config.schedule, self.config.optimizer.lr, epoch, self.config.epochs)
 
-        Args:
-            num_examples: Examples of the part; parts may differ by one.
-        """
-        return self.world.size * num_examples / self.config.batch_size if self.world.size > 1 else 1.0
+    def begin_epoch(self) -> None:
+        """Prepare the epoch that begins, or goes on after a resume: rates, damping, and the order of the images."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr(self.epoch) * group.get("lr_ratio", 1.0)
+        schedule_damping(self)
+        self.model.train()
+        with self.watch.phase("data"):
+            self.loader.begin_epoch(self.config.seed, self.epoch, first=self.batch)
 
     def end_epoch(self) -> None:
         """Count an epoch whose mini-batches have all been taken."""
-        self.epoch, self.batch, self.sums = self.epoch + 1, 0, ErrorCounter(self.device, self.world)
+        self.epoch, self.batch = self.epoch + 1, 0
+        self.sums.reset()
 
     def checkpoint(self, fingerprint: str, records_digest: str) -> Checkpoint:
         """Return the state as it is between two mini-batches; all processes have to ask, and get the same."""
@@ -177,8 +210,7 @@ class Training:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint of the same configuration and seed."""
-        self.epoch, self.batch = checkpoint.epoch, checkpoint.batch
-        self.step, self.skipped_steps = checkpoint.step, checkpoint.skipped_steps
+        self.epoch, self.batch, self.skipped_steps = checkpoint.epoch, checkpoint.batch, checkpoint.skipped_steps
         self.model.load_state_dict(checkpoint.model)
         load_optimizer_state(self.optimizer, checkpoint.optimizer)
         if self.preconditioner is not None and checkpoint.preconditioner is not None:

@@ -1,66 +1,99 @@
-"""One mini-batch: forward, backward, preconditioner, optimizer; and what to do if something in it is not finite."""
+"""One training step, from the mini-batch to the optimizer, under two policies for what is not finite.
+
+A step takes no argument and returns nothing: whose turn it is stands on the device, and all that it changes are tensors
+that stay where they are. So a plain step can be captured and replayed; what a replay cannot do, such as counting, the
+loop does.
+"""
+
+from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kfac_sua.config import NonFinite
 from kfac_sua.training.damping import adapt_damping
+from kfac_sua.training.divergence import Diverged
 from kfac_sua.training.precision import compute_logits
-from kfac_sua.training.state import Training
 
-# Steps between looks at whether the loss is still finite: each look waits for the device.
-DIVERGENCE_CHECK_PERIOD = 50
+if TYPE_CHECKING:
+    from kfac_sua.training.state import Training
 
 
-def take_step(training: Training, inputs: Tensor, labels: Tensor) -> bool:
-    """Take one optimisation step, or skip it.
-
-    With ``non_finite=stop``, the loss is looked at now and then; with ``skip``, loss and gradient at every mini-batch,
-    which waits for the device.
+def take_step(training: Training) -> None:
+    """Take one optimisation step (``non_finite=stop``).
 
     Args:
         training: The state, changed in place.
-        inputs: Images of the mini-batch.
-        labels: Their classes.
 
-    Returns:
-        False if the loss was seen not to be finite and the run must end as diverged.
+    Raises:
+        Diverged: If statistics are due and a loss was not finite: those of NaN would be dropped. This waits for the
+            device.
     """
-    weight = training.loss_weight(len(labels))
-    may_skip = training.config.non_finite is NonFinite.skip
-    buffers = [(buffer, buffer.clone()) for buffer in training.model.buffers()] if may_skip else []
+    with training.watch.phase("other"):
+        inputs, labels = _next_batch(training)
+        logits, loss = _forward(training, inputs, labels)
+        training.sums.add(logits, labels, loss)
+        if training.statistics_due and not training.sums.loss_sum().isfinite():
+            raise Diverged
+        _backward(training, logits, loss)
+        _precondition(training)
+        with training.watch.phase("optimizer"):
+            training.optimizer.step()
+        adapt_damping(training, inputs, labels, loss)
+
+
+def take_step_if_finite(training: Training) -> None:
+    """Take one optimisation step, or none if its loss or gradient is not finite (``non_finite=skip``).
+
+    A mini-batch that is skipped leaves no trace but in ``training.skipped_steps``. Looking waits for the device, at
+    every mini-batch.
+
+    Args:
+        training: The state, changed in place.
+    """
+    with training.watch.phase("other"):
+        inputs, labels = _next_batch(training)
+        buffers = [(buffer, buffer.clone()) for buffer in training.model.buffers()]
+        logits, loss = _forward(training, inputs, labels)
+        _backward(training, logits, loss)
+        if training.world.any(not _is_finite(loss, training.model)):
+            _skip(training, buffers)
+            return
+        training.sums.add(logits, labels, loss)
+        _precondition(training)
+        with training.watch.phase("optimizer"):
+            training.optimizer.step()
+        adapt_damping(training, inputs, labels, loss)
+
+
+def _next_batch(training: Training) -> tuple[Tensor, Tensor]:
+    with training.watch.phase("data"):
+        return training.loader.next_batch()
+
+
+def _forward(training: Training, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the logits, ``[batch, classes]``, and their mean loss."""
     with training.watch.phase("forward_backward"):
         logits = compute_logits(training.forward, inputs, training.config.precision)
-        loss = F.cross_entropy(logits, labels)
-    if not may_skip:
-        training.sums.add(logits, labels, loss)
-        if check_is_due(training) and not training.sums.is_finite():
-            return False
+        return logits, F.cross_entropy(logits, labels)
+
+
+def _backward(training: Training, logits: Tensor, loss: Tensor) -> None:
+    weight = training.loss_weight
     with training.watch.phase("forward_backward"):
         training.optimizer.zero_grad(set_to_none=True)
         if training.preconditioner is not None:
             training.preconditioner.fisher_backward(logits)
         (loss if weight == 1 else loss * weight).backward()
-    if may_skip:
-        if training.world.any(not _is_finite(loss, training.model)):
-            _skip(training, buffers)
-            return True
-        training.sums.add(logits, labels, loss)
-    _update(training, weight)
-    adapt_damping(training, inputs, labels, loss, weight)
-    return True
 
 
-def _update(training: Training, loss_weight: float) -> None:
+def _precondition(training: Training) -> None:
     if training.preconditioner is not None:
         with training.watch.phase("application"):
             lr = training.optimizer.param_groups[0]["lr"]
-            training.preconditioner.step(loss_weight=loss_weight, lr=lr)
-    with training.watch.phase("optimizer"):
-        training.optimizer.step()
-    training.step += 1
+            training.preconditioner.step(loss_weight=training.loss_weight, lr=lr)
 
 
 def _skip(training: Training, buffers: list[tuple[Tensor, Tensor]]) -> None:
@@ -81,10 +114,3 @@ def _is_finite(loss: Tensor, model: nn.Module) -> bool:
     tensors = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     tensors += [buffer for buffer in model.buffers() if buffer.is_floating_point()]
     return bool((loss.detach() + nn.utils.get_total_norm(tensors, norm_type=math.inf)).isfinite())
-
-
-def check_is_due(training: Training) -> bool:
-    """Look at the loss now and then, and always before statistics: those of NaN would be dropped."""
-    preconditioner = training.preconditioner
-    is_measuring = preconditioner is not None and preconditioner.statistics_due
-    return is_measuring or training.step % DIVERGENCE_CHECK_PERIOD == 0

@@ -2,13 +2,10 @@
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeVar
 
 import torch
-
-Item = TypeVar("Item")
 
 # Together the wall time of an epoch's training part: `captured` are steps that the device carries out as a whole, and
 # `other` is what no other phase takes of it (metrics, progress).
@@ -33,6 +30,8 @@ class Stopwatch:
     Entering and leaving only leaves marks on a timeline: the clock's reading on the CPU, an event in the stream on
     CUDA, where kernels run long after they are launched. :meth:`totals` waits for the device once and adds up the
     intervals between marks. What happens outside every phase (preparation, messages) is not counted.
+
+    While a step is captured as a CUDA graph it leaves none: a replay is timed as a whole, by the phase around it.
 
     Args:
         device: The device whose work is timed.
@@ -67,25 +66,6 @@ class Stopwatch:
             self._open.pop()
             self._mark()
 
-    def iterate(self, name: str, items: Iterable[Item]) -> Iterator[Item]:
-        """Yield the items, attributing to ``name`` the time it takes to make them.
-
-        Args:
-            name: One of ``PHASES``.
-            items: Usually a generator, such as that of the mini-batches.
-
-        Yields:
-            The items, unchanged.
-        """
-        iterator = iter(items)
-        while True:
-            with self.phase(name):
-                try:
-                    item = next(iterator)
-                except StopIteration:
-                    return
-            yield item
-
     def totals(self) -> dict[str, float]:
         """Return the seconds per phase since the start, waiting for the device."""
         if self._is_cuda:
@@ -107,6 +87,8 @@ class Stopwatch:
     def _mark(self) -> None:
         instant: float | torch.cuda.Event
         if self._is_cuda:
+            if torch.cuda.is_current_stream_capturing():  # the event would be part of the graph
+                return
             instant = torch.cuda.Event(enable_timing=True)
             instant.record()
         else:

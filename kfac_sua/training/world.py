@@ -135,6 +135,10 @@ class World:
         dist.all_reduce(total)
         return total
 
+    def share_of(self, total: Tensor) -> Tensor:
+        """Return this process's share of what was added up before: all of it on the first, zero on the others."""
+        return total if self.is_first else torch.zeros_like(total)
+
     def averaging(self, model: nn.Module, *, shares_buffers: bool) -> nn.Module:
         """Return what a model is called through so that its gradients are averages over all processes.
 

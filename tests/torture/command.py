@@ -19,13 +19,12 @@ from signal import SIG_DFL, SIGINT, SIGKILL, SIGTERM, default_int_handler, signa
 
 # What a run imports only when it comes to it; every child would pay for these anew.
 import sklearn.datasets  # noqa: F401
-import torch
-import torch._dynamo  # of every optimizer
-import torch.utils.tensorboard
 
 from kfac_sua import train
-from kfac_sua.training import loop, saving
+from kfac_sua.training import loop, writer
 from kfac_sua.training.checkpoint import Checkpoint
+from kfac_sua.training.evaluate import Evaluation
+from kfac_sua.training.progress import Progress
 from kfac_sua.training.state import Training
 
 TIMEOUT_S = 600.0
@@ -161,25 +160,27 @@ def call(arguments: Sequence[str], log_dir: Path, prepare: Callable[[], None] = 
 
 def after_each_step(action: Callable[[Training], None]) -> None:
     """Have this process do something after every optimisation step."""
-    original = loop.take_step
+    original = loop.train_epoch
 
-    def take_step(training: Training, inputs: torch.Tensor, labels: torch.Tensor) -> bool:
-        is_going_on = original(training, inputs, labels)
-        action(training)
-        return is_going_on
+    def train_epoch(training: Training, progress: Progress, after_batch: Callable[[], None]) -> Evaluation:
+        def after_step() -> None:
+            action(training)
+            after_batch()
 
-    loop.take_step = take_step
+        return original(training, progress, after_step)
+
+    loop.train_epoch = train_epoch
 
 
 def after_each_save(action: Callable[[int], None]) -> None:
     """Have this process do something after every checkpoint, of which it is told the step."""
-    original = saving.save_checkpoint
+    original = writer.save_checkpoint
 
     def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         original(path, checkpoint)
         action(checkpoint.step)
 
-    saving.save_checkpoint = save_checkpoint
+    writer.save_checkpoint = save_checkpoint
 
 
 def before_file_operation(action: Callable[[], None]) -> None:

@@ -13,7 +13,7 @@ from tiny_runs import TINY, TINY_PERIOD
 
 from kfac_sua.compose import compose_config
 from kfac_sua.config import Config
-from kfac_sua.training import saving
+from kfac_sua.training import writer
 from kfac_sua.training.launch import Launch
 from kfac_sua.training.loop import run
 from kfac_sua.training.signals import Interrupted
@@ -138,11 +138,11 @@ def _work(rank: int, size: int, root: str, names: list[str], ports: list[int]) -
 
 def _ask_to_stop(rank: int, step: int) -> None:
     """Let one process, not the first, be asked to stop after a step."""
-    wish = saving.Saver._wish
+    wish = writer.RunWriter._wish
 
-    def asked(saver: saving.Saver) -> int:
-        if rank == 1 and saver.training.step == step:
-            saver._stop.signal_number = signal.SIGTERM
-        return wish(saver)
+    def asked(run_writer: writer.RunWriter) -> int:
+        if rank == 1 and run_writer.training.step == step:
+            run_writer._stop.signal_number = signal.SIGTERM
+        return wish(run_writer)
 
-    saving.Saver._wish = asked
+    writer.RunWriter._wish = asked

@@ -13,7 +13,7 @@ from identical import assert_identical
 from tiny_runs import TINY, TINY_PERIOD, directory_of, metrics_without_times, tiny_config
 
 from kfac_sua.runs.lock import RunLostError
-from kfac_sua.training import attempt, loop, saving
+from kfac_sua.training import attempt, capturing, loop, writer
 from kfac_sua.training.checkpoint import load_checkpoint
 from kfac_sua.training.loop import run
 from kfac_sua.training.signals import Interrupted, StopRequest
@@ -61,14 +61,14 @@ def final_state(config):
 
 def stop_after(monkeypatch, calls: int) -> None:
     """Ask the next run to stop after so many mini-batches, of training or of evaluation."""
-    between, count = saving.Saver.between, iter(range(1, calls + 1))
+    between, count = writer.RunWriter.between, iter(range(1, calls + 1))
 
-    def counting(saver):
+    def counting(run_writer):
         if next(count, None) == calls:
-            saver._stop.signal_number = signal.SIGTERM
-        between(saver)
+            run_writer._stop.signal_number = signal.SIGTERM
+        between(run_writer)
 
-    monkeypatch.setattr(saving.Saver, "between", counting)
+    monkeypatch.setattr(writer.RunWriter, "between", counting)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -104,7 +104,7 @@ def test_stopped_between_any_two_mini_batches_a_run_ends_where_it_would_have(tmp
 def test_within_an_epoch_checkpoints_are_written_by_the_clock(tmp_path, monkeypatch):
     """A run that dies without a word loses no more than checkpoint_interval_s of work."""
     config = tiny_config(tmp_path, "preconditioner=baseline", "epochs=1", "checkpoint_interval_s=1e-9")
-    take_step, steps = loop.take_step, iter(range(BATCHES))
+    take_step, steps = capturing.take_step, iter(range(BATCHES))
 
     def dying(*arguments):
         if next(steps) == 2:
@@ -112,7 +112,7 @@ def test_within_an_epoch_checkpoints_are_written_by_the_clock(tmp_path, monkeypa
         return take_step(*arguments)
 
     with monkeypatch.context() as context:
-        context.setattr(loop, "take_step", dying)
+        context.setattr(capturing, "take_step", dying)
         with pytest.raises(SystemExit):
             run(config)
     state = final_state(config)
@@ -232,7 +232,7 @@ def test_what_goes_wrong_after_the_end_does_not_undo_it(tmp_path, monkeypatch):
         raise BrokenPipeError(32, "Broken pipe")
 
     with monkeypatch.context() as context:
-        context.setattr(loop, "summary_line", closed)
+        context.setattr(writer, "summary_line", closed)
         with pytest.raises(BrokenPipeError):
             run(config)
     assert run(config).status == "finished"

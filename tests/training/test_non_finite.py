@@ -13,7 +13,6 @@ from kfac_sua.data import BatchLoader
 from kfac_sua.runs.record import read_records
 from kfac_sua.training.loop import run
 from kfac_sua.training.state import Training
-from kfac_sua.training.step import take_step
 
 SETTINGS = {
     "baseline": ("preconditioner=baseline",),
@@ -32,21 +31,27 @@ SETTINGS = {
 def start(tmp_path, *overrides: str) -> Training:
     """Return a run before its first step."""
     training = Training.start(tiny_config(tmp_path, "non_finite=skip", *overrides), torch.device("cpu"))
-    training.model.train()
+    training.begin_epoch()
     return training
+
+
+def step_on(training: Training, inputs: torch.Tensor, labels: torch.Tensor) -> None:
+    """Take a step on this mini-batch."""
+    training.loader.next_batch = lambda: (inputs, labels)
+    training.take_step()
 
 
 def spoil(monkeypatch, batches: set[int], value: float) -> None:
     """Put a value into one pixel of some of the training mini-batches of a run, counted over epochs."""
-    epoch, count = BatchLoader.epoch, itertools.count()
+    next_batch, count = BatchLoader.next_batch, itertools.count()
 
-    def spoiled_epoch(loader, *arguments, **options):
-        for inputs, labels in epoch(loader, *arguments, **options):
-            if next(count) in batches:
-                inputs[3, 1, 5, 7] = value
-            yield inputs, labels
+    def spoiled_batch(loader):
+        inputs, labels = next_batch(loader)
+        if next(count) in batches:
+            inputs[3, 1, 5, 7] = value
+        return inputs, labels
 
-    monkeypatch.setattr(BatchLoader, "epoch", spoiled_epoch)
+    monkeypatch.setattr(BatchLoader, "next_batch", spoiled_batch)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -60,10 +65,13 @@ def test_a_skipped_mini_batch_leaves_no_trace(tmp_path, setting, bad_step, value
         if step == bad_step:
             spoiled = inputs.clone()
             spoiled[3, 1, 5, 7] = value
-            assert take_step(with_bad, spoiled, labels)
+            step_on(with_bad, spoiled, labels)
+            with_bad.batch += 1
         for training in (with_bad, without):
-            assert take_step(training, inputs, labels)
+            step_on(training, inputs, labels)
+            training.batch += 1
     got, want = (vars(training.checkpoint("f" * 64, "e" * 64)) for training in (with_bad, without))
+    assert (got.pop("batch"), want.pop("batch")) == (len(batches) + 1, len(batches))
     assert (got.pop("skipped_steps"), want.pop("skipped_steps")) == (1, 0)
     for state in (got, want):
         del state["times"]
@@ -103,7 +111,8 @@ def test_a_step_that_is_not_skipped_is_the_same_under_both_policies(tmp_path):
     for policy in ("skip", "stop"):
         config = tiny_config(tmp_path / policy, "preconditioner=kfac", TINY_PERIOD, f"non_finite={policy}")
         training = Training.start(config, torch.device("cpu"))
-        for inputs, labels in training.loader.epoch(0, 0):
-            take_step(training, inputs, labels)
+        training.begin_epoch()
+        for _ in range(len(training.loader)):
+            training.take_step()
         states.append(copy.deepcopy(training.model.state_dict()))
     assert_identical(states[0], states[1])

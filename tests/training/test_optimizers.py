@@ -14,8 +14,9 @@ from kfac_sua.optimizers import MuonWithAdamW
 from kfac_sua.optimizers.muon import as_matrix, split_parameters
 from kfac_sua.training import loop
 from kfac_sua.training.checkpoint import Checkpoint, load_checkpoint
-from kfac_sua.training.loop import Interrupted, run
+from kfac_sua.training.loop import run
 from kfac_sua.training.progress import Progress
+from kfac_sua.training.signals import Interrupted
 from kfac_sua.training.state import Training
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from tiny_runs import directory_of, metrics_without_times, tiny_config
 
-from kfac_sua.training import saving
+from kfac_sua.training import writer
 from kfac_sua.training.checkpoint import load_checkpoint
 from kfac_sua.training.loop import run
 from kfac_sua.training.signals import StopRequest
@@ -35,15 +35,15 @@ def handled() -> Iterator[list[int]]:
 
 def send_after(monkeypatch, calls: int, number: int, after: Callable[[], None] = lambda: None) -> None:
     """Send this process a signal after so many mini-batches of the next run."""
-    between, count = saving.Saver.between, iter(range(1, calls + 1))
+    between, count = writer.RunWriter.between, iter(range(1, calls + 1))
 
-    def sending(saver):
+    def sending(run_writer):
         if next(count, None) == calls:
             os.kill(os.getpid(), number)
             after()
-        between(saver)
+        between(run_writer)
 
-    monkeypatch.setattr(saving.Saver, "between", sending)
+    monkeypatch.setattr(writer.RunWriter, "between", sending)
 
 
 def steps_saved(config) -> int:
@@ -72,8 +72,8 @@ def test_pre_emption_is_handed_on_once_the_run_is_saved(tmp_path, monkeypatch, h
 def test_where_pre_emption_may_come_sigterm_saves_and_the_run_goes_on(tmp_path, monkeypatch, handled):
     """A scheduler sends SIGTERM before either signal that ends a job: nothing is lost by the one, nor by the other."""
     config = tiny_config(tmp_path, "preconditioner=baseline", "epochs=1", "checkpoint_interval_s=null")
-    saved, save = [], saving.Saver.save
-    monkeypatch.setattr(saving.Saver, "save", lambda saver: (save(saver), saved.append(saver.training.step)))
+    saved, save = [], writer.RunWriter.save
+    monkeypatch.setattr(writer.RunWriter, "save", lambda one: (save(one), saved.append(one.training.step)))
     send_after(monkeypatch, 2, signal.SIGTERM)
     assert run(config).status == "finished"
     assert (saved, handled) == ([2, 4], [])
@@ -120,7 +120,7 @@ def test_a_run_knows_every_machine_that_its_seconds_come_from(tmp_path, monkeypa
         monkeypatch.setattr(socket, "gethostname", lambda host=host: host)
         with monkeypatch.context() as context:
             if not is_last and calls is None:
-                context.setattr(saving.Saver, "save", lambda saver: None)
+                context.setattr(writer.RunWriter, "save", lambda _: None)
             if not is_last:
                 send_after(context, calls or 2, signal.SIGUSR2)
             with contextlib.suppress(SystemExit):

@@ -14,7 +14,6 @@ from kfac_sua.training import loop
 from kfac_sua.training.evaluate import ErrorCounter
 from kfac_sua.training.progress import Progress
 from kfac_sua.training.state import Training
-from kfac_sua.training.step import check_is_due
 
 PERIOD = "preconditioner.inverse_period=4"
 REDUCE = "preconditioner.weight_sharing=reduce"
@@ -88,7 +87,7 @@ class Steps(Progress):
     def step(self) -> None:
         """Count the step that ends, and look at the one that begins."""
         super().step()
-        is_plain = self._training.step < self._last and not check_is_due(self._training)
+        is_plain = self._training.batch < self._last and not self._training.statistics_due
         self.num_plain += is_plain
         self._forbid(is_plain)
 
@@ -110,9 +109,9 @@ def start(tmp_path, device: str, *overrides: str) -> Training:
 
 
 def expected_plain(overrides: tuple[str, ...]) -> int:
-    """Return how many of eight steps neither measure, refresh nor look at the loss."""
+    """Return how many of eight steps are watched and neither measure nor refresh."""
     if PERIOD not in overrides:
-        return 7  # the loss is looked at in step 0
+        return 7  # watching begins with the second step
     return 4 if "preconditioner.factor_period=2" in overrides else 6
 
 
@@ -168,7 +167,7 @@ def test_a_read_in_a_plain_step_is_noticed(tmp_path, monkeypatch, read):
 @pytest.mark.parametrize("overrides", CUDA_SETTINGS.values(), ids=CUDA_SETTINGS)
 def test_plain_steps_never_synchronise_on_cuda(tmp_path, overrides):
     """PyTorch itself raises where the host would wait for the GPU in a plain step."""
-    training = start(tmp_path, "cuda", *overrides)
+    training = start(tmp_path, "cuda", "capture=false", *overrides)
 
     def forbid(is_forbidden: bool) -> None:
         torch.cuda.set_sync_debug_mode("error" if is_forbidden else "default")

@@ -103,24 +103,6 @@ def test_a_phase_ends_with_an_exception(watch, clock):
     assert nonzero(watch) == {"inversion": 3}
 
 
-def test_iterate_times_the_making_of_items_only(watch, clock):
-    """The body of the loop is not attributed to the phase of the iterator, its preparation and end are."""
-
-    def batches():
-        clock.work(1)
-        for item in (10, 20):
-            clock.work(2)
-            yield item
-        clock.work(4)
-
-    seen = []
-    for item in watch.iterate("forward_backward", batches()):
-        seen.append(item)
-        clock.work(50)
-    assert seen == [10, 20]
-    assert nonzero(watch) == {"forward_backward": 1 + 2 + 2 + 4}
-
-
 def test_restore_goes_on_from_earlier_totals(watch, clock):
     """Seconds of an earlier process are kept and added to."""
     watch.restore({**dict.fromkeys(PHASES, 0.0), "statistics": 5.0})

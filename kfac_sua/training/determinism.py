@@ -1,0 +1,57 @@
+"""The same bits every time: deterministic kernels, for runs that ask for them."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+import torch.utils.deterministic
+
+from kfac_sua.config import ConfigError
+
+CUBLAS_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
+CUBLAS_VALUES = (":4096:8", ":16:8")
+"""Workspaces with which NVIDIA promises the same bits every time; cuBLAS reads the variable at its first use."""
+
+
+@contextlib.contextmanager
+def determinism(is_asked_for: bool, device: torch.device) -> Iterator[None]:
+    """Let PyTorch choose deterministic kernels inside, and raise where an operation has none.
+
+    Args:
+        is_asked_for: If not, nothing is changed.
+        device: Where to compute.
+
+    Raises:
+        ConfigError: If this process has used the GPU before without what cuBLAS needs.
+    """
+    if not is_asked_for:
+        yield
+        return
+    if device.type == "cuda":
+        _prepare_cublas()
+    settings = torch.utils.deterministic
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        settings.fill_uninitialized_memory,  # type: ignore[attr-defined]  # a property of the module
+    )
+    try:
+        torch.use_deterministic_algorithms(True)
+        # It would fill every new tensor with NaN, at the price of a kernel each; no result here depends on that.
+        settings.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        settings.fill_uninitialized_memory = before[2]  # type: ignore[attr-defined]
+
+
+def _prepare_cublas() -> None:
+    if os.environ.get(CUBLAS_VARIABLE) in CUBLAS_VALUES:
+        return
+    if torch.cuda.is_initialized():
+        raise ConfigError(
+            f"deterministic=true needs {CUBLAS_VARIABLE}={CUBLAS_VALUES[0]} in the environment before the first use of "
+            "the GPU, and this process has used it; give runs with deterministic=true a command of their own."
+        )
+    os.environ[CUBLAS_VARIABLE] = CUBLAS_VALUES[0]

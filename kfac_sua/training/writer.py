@@ -1,0 +1,289 @@
+"""What a run leaves: its lock, run.json, rows of metrics.csv, TensorBoard events, checkpoints, and what it says.
+
+Where several processes carry out a run, all of them make the same calls, and the first one reads and writes. No other
+part of the loop knows which one that is.
+"""
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from typing import Any
+
+from kfac_sua.config import ProgressStyle
+from kfac_sua.runs.directory import RunDirectory
+from kfac_sua.runs.lock import Hold, RunBusyError, RunLostError, exclusive
+from kfac_sua.runs.record import EpochRecord, RunInfo, append_record, records_digest
+from kfac_sua.runs.tensorboard import TensorBoardLog
+from kfac_sua.training.attempt import (
+    continued_info,
+    find_ended,
+    new_info,
+    prepare_directory,
+    read_checkpoint,
+    read_own_info,
+    record_early_failure,
+    record_failure,
+    restore,
+    summary_line,
+    write_end,
+)
+from kfac_sua.training.checkpoint import Checkpoint, save_checkpoint
+from kfac_sua.training.progress import Progress, print_once
+from kfac_sua.training.signals import Interrupted, StopRequest
+from kfac_sua.training.state import Training
+from kfac_sua.training.world import World, named_losses
+
+_SAVE = 1
+
+
+class RunWriter:
+    """Writes one run into its directory.
+
+    Args:
+        directory: The run's directory.
+        world: The processes that carry it out.
+        clock: Seconds of a monotonic clock.
+
+    Attributes:
+        info: What run.json says; ``None`` until the run has begun, or has been found ended.
+        records: The rows of metrics.csv.
+    """
+
+    info: RunInfo | None = None
+    training: Training
+    progress: Progress
+    _stop: StopRequest
+    _hold: Hold | None = None
+    _log: TensorBoardLog | None = None
+
+    def __init__(self, directory: RunDirectory, world: World, clock: Callable[[], float] = time.monotonic) -> None:
+        self.directory = directory
+        self.records: list[EpochRecord] = []
+        self._world = world
+        self._clock = clock
+
+    # --- begin ------------------------------------------------------------------------------------------------------
+
+    def find_ended(self) -> RunInfo | None:
+        """Say so if the run has finished or diverged, and return what it left."""
+        return self._world.from_first(lambda: find_ended(self.directory))
+
+    @contextlib.contextmanager
+    def noting_early_failure(self) -> Iterator[None]:
+        """Note in run.json why an attempt fails inside, before the directory is locked; nothing if it has none yet."""
+        try:
+            yield
+        except Exception as error:
+            if self._world.is_first:
+                with contextlib.suppress(RunBusyError):
+                    record_early_failure(self.directory, error)
+            raise
+
+    @contextlib.contextmanager
+    def holding(self) -> Iterator[None]:
+        """Hold the run's directory inside, and note in run.json why an attempt fails.
+
+        Raises:
+            RunBusyError: If another process holds it.
+            LostContactError: If one of several processes has gone.
+        """
+        with contextlib.ExitStack() as stack:
+            self._world.from_first(lambda: self._enter(stack))
+            try:
+                with named_losses(self._world.rank, self._world.size):
+                    yield
+            except RunLostError:  # what lies there now is another's
+                raise
+            except Exception as error:
+                if self._world.is_first:
+                    record_failure(self.directory, error)
+                raise
+
+    def _enter(self, stack: contextlib.ExitStack) -> None:
+        self._hold = stack.enter_context(exclusive(self.directory.path))
+
+    def resume(self, training: Training) -> None:
+        """Go on from the run's checkpoint if there is one, and write what stands before the next step.
+
+        Args:
+            training: The state before the first step, changed in place.
+
+        Raises:
+            CheckpointError: If the checkpoint is damaged or belongs to another run.
+            RecordError: If the run's records are damaged.
+        """
+        world, directory, self.training = self._world, self.directory, training
+        begun, info = world.from_first(lambda: read_own_info(directory)), new_info(training, directory.fingerprint)
+        checkpoint, self.records = world.from_first(lambda: read_checkpoint(training, directory))
+        if checkpoint is not None:
+            restore(training, checkpoint, directory)
+        self.info = info if begun is None else continued_info(begun, info, is_resumed=checkpoint is not None)
+        world.from_first(self._prepare)
+        where = f"{world.size} processes, {training.device.type}" if world.size > 1 else training.device.type
+        world.say(f"{'resumed' if checkpoint is not None else 'started'} on {where}: {directory.path}")
+
+    def _prepare(self) -> None:
+        assert self.info is not None
+        prepare_directory(self.directory, self.info, self.records)
+        if self.training.preconditioner is not None:
+            print_once(str(self.training.preconditioner.describe()))
+
+    # --- while it trains --------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def logging(self) -> Iterator[None]:
+        """Answer signals, and keep TensorBoard's log and the progress bar open inside.
+
+        Raises:
+            Interrupted: On SIGINT and SIGTERM, after which the same command resumes.
+        """
+        world = self._world
+        if world.is_first:
+            self._log = self._open_tensorboard()
+        self.progress = self._open_progress()
+        self._saved_at, self._position = self._clock(), self._next_position()
+        with StopRequest(is_speaker=world.is_first, is_alone=world.size == 1) as self._stop:
+            try:
+                yield
+            except Interrupted:
+                raise
+            except KeyboardInterrupt as interrupt:
+                raise self._interrupted(self._signal_number) from interrupt
+            finally:
+                self.progress.close()
+                if self._log is not None:
+                    self._log.close()
+
+    def log(self, record: EpochRecord) -> None:
+        """Write a row."""
+        self._world.forget_wishes()
+        with self.training.watch.phase("writing"):
+            self._world.from_first(lambda: self._append(record))
+        self.records.append(record)
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        self._world.forget_wishes()
+        with self.training.watch.phase("writing"):
+            checkpoint = self.training.checkpoint(self.directory.fingerprint, records_digest(self.records))
+            self._world.from_first(lambda: self._write(checkpoint))
+        self._saved_at, self._position = self._clock(), self._next_position()
+        self._stop.is_to_save = False
+
+    def between(self) -> None:
+        """Called between two mini-batches: save if it is time to, or if the run is to stop.
+
+        Raises:
+            Interrupted: If the run has been asked to stop, after it has been saved.
+        """
+        wish = self._world.agree(self._wish())
+        if wish:
+            self.save()
+        if wish > _SAVE:
+            raise self._interrupted(wish - _SAVE)
+
+    def stop_if_asked(self) -> None:
+        """Called where there is nothing to save yet.
+
+        Raises:
+            Interrupted: If the run has been asked to stop.
+        """
+        wish = self._world.agree(self._wish())
+        if wish > _SAVE:
+            raise self._interrupted(wish - _SAVE)
+
+    def end(self, **outcome: Any) -> RunInfo:
+        """Write how the run ended, after which the checkpoint before the last is of no use.
+
+        Raises:
+            Interrupted: If the run has been asked to stop: the runs of a sweep that would come next must not begin.
+        """
+        self._world.forget_wishes()
+        self.info = self._world.from_first(lambda: self._write_end(outcome))
+        wish = self._world.largest(self._signal_number if self._stop.signal_number is not None else 0)
+        if wish:
+            raise Interrupted("interrupted; this run has ended.", wish)
+        return self.info
+
+    def say_end(self) -> None:
+        """Say how the run ended."""
+        assert self.info is not None
+        if self._world.is_first:
+            print(summary_line(self.directory, self.info), flush=True)
+
+    # --- inside -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _signal_number(self) -> int:
+        """The signal that has come, SIGINT if none has."""
+        return self._stop.signal_number or signal.SIGINT
+
+    def _wish(self) -> int:
+        """Return 0 to go on, ``_SAVE`` to save, and more to stop as well, by the signal that the excess numbers."""
+        interval = self.training.config.checkpoint_interval_s
+        if self._stop.signal_number is not None:
+            return _SAVE + self._stop.signal_number
+        is_due = interval is not None and self._clock() - self._saved_at >= interval
+        return _SAVE if self._stop.is_to_save or (is_due and self._world.is_first) else 0
+
+    def _interrupted(self, signal_number: int) -> Interrupted:
+        """Return what to raise when the run stops here, by a signal that another process may have got."""
+        self._world.forget_wishes()
+        return Interrupted(f"interrupted; the same command resumes {self._position}.", signal_number)
+
+    def _next_position(self) -> str:
+        """Return where a run that is loaded now goes on."""
+        training = self.training
+        if training.epoch == training.config.epochs:
+            return "with the evaluation on the test set"
+        epoch, num_batches = f"epoch {training.epoch + 1}", len(training.loader)
+        if training.batch == 0:
+            return f"from {epoch}"
+        if training.batch == num_batches:
+            return f"with the evaluation of {epoch}"
+        return f"from {epoch}, mini-batch {training.batch + 1} of {num_batches}"
+
+    def _append(self, record: EpochRecord) -> None:
+        assert self._hold is not None
+        assert self._log is not None
+        self._hold.check()
+        append_record(self.directory.metrics, record)
+        self._log.log(record)
+
+    def _write(self, checkpoint: Checkpoint) -> None:
+        assert self._hold is not None
+        self._hold.check()
+        save_checkpoint(self.directory.checkpoint, checkpoint)
+
+    def _write_end(self, outcome: dict[str, Any]) -> RunInfo:
+        assert self._hold is not None
+        assert self.info is not None
+        self._hold.check()
+        return write_end(self.directory, self.info, self.records, self.training.skipped_steps, outcome)
+
+    def _open_tensorboard(self) -> TensorBoardLog:
+        assert self.info is not None
+        started_unix_s = datetime.fromisoformat(self.info.started).timestamp()
+        return TensorBoardLog(self.directory.path, started_unix_s, dict(_flat(self.info.config)), self.records)
+
+    def _open_progress(self) -> Progress:
+        training, config = self.training, self.training.config
+        num_batches = len(training.loader)
+        return Progress(
+            config.progress if self._world.is_first else ProgressStyle.none,
+            f"{config.preconditioner.name} seed {config.seed}",
+            total_steps=config.epochs * num_batches,
+            done_steps=training.epoch * num_batches + training.batch,
+            epochs=config.epochs,
+        )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, int | float | str | bool]]:
+    """Yield dotted keys and values; TensorBoard's HPARAMS tab takes neither null nor lists."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value if isinstance(value, int | float | str) else str(value)
