@@ -76,7 +76,7 @@ test-slow: $(INSTALLED) ## The tests that `make test` leaves out because they ta
 	$(TEST_ENV) $(RUN) -m pytest -n $(TEST_JOBS) --dist worksteal -m "slow and not gpu"
 
 test-gpu: $(INSTALLED) ## Tests that need a CUDA device
-	$(RUN) -m pytest -m gpu
+	CUBLAS_WORKSPACE_CONFIG=:4096:8 $(RUN) -m pytest -m gpu
 
 docs: $(INSTALLED) ## The documentation as a site, site/index.html, without a network
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict $(ARGS)

@@ -3,6 +3,7 @@
 import contextlib
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,22 +27,40 @@ def computing_in(precision: Precision, device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    # The older of PyTorch's two interfaces: it keeps both in agreement, where the newer one makes torch.compile of
-    # releases before 2.12 raise.
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
+    older, newer = _older_switches(), [switch.fp32_precision for switch in _newer_switches()]
+    is_allowed = precision is not Precision.float32
     try:
-        _allow_tf32(*[precision is not Precision.float32] * 2)
+        _allow_tf32(is_allowed, is_allowed)
         yield
     finally:
-        _allow_tf32(*before)
+        if older is not None:
+            _allow_tf32(*older)
+        for switch, value in zip(_newer_switches(), newer, strict=True):
+            if switch.fp32_precision != value:
+                switch.fp32_precision = value
 
 
 def _allow_tf32(in_products: bool, in_convolutions: bool) -> None:
+    """Set the switches through the older of PyTorch's two interfaces, which keeps both in agreement.
+
+    Where the newer one is used alone, whatever reads the older one raises, in torch.compile of some releases too.
+    """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Please use the new API settings")  # releases before 2.12
+        warnings.filterwarnings("ignore", "Please use the new API settings")  # said by some releases
         torch.backends.cuda.matmul.allow_tf32 = in_products
         torch.backends.cudnn.allow_tf32 = in_convolutions
+
+
+def _older_switches() -> tuple[bool, bool] | None:
+    try:
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # the newer interface has set something else since
+        return None
+
+
+def _newer_switches() -> list[Any]:
+    cudnn: Any = torch.backends.cudnn
+    return [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn]
 
 
 def compute_logits(network: nn.Module, inputs: Tensor, precision: Precision) -> Tensor:

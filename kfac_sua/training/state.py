@@ -179,7 +179,9 @@ class Training:
     def begin_epoch(self) -> None:
         """Prepare the epoch that begins, or goes on after a resume: rates, damping, and the order of the images."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr(self.epoch) * group.get("lr_ratio", 1.0)
+            lr = self.lr(self.epoch) * group.get("lr_ratio", 1.0)
+            # A captured step of a fused optimizer reads it from the device, in float32; an eager one must do the same.
+            group["lr"] = torch.tensor(lr, dtype=torch.float32).item() if group.get("fused") else lr
         schedule_damping(self)
         self.model.train()
         with self.watch.phase("data"):

@@ -1,17 +1,19 @@
-"""Runs whose network computes in bfloat16."""
+"""In what runs compute: bfloat16 by autocast, and the switches of float32 arithmetic on a CUDA device."""
 
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny_runs import TINY_PERIOD, directory_of, metrics_without_times, tiny_config
 
 from kfac_sua.config import Precision
 from kfac_sua.models import TinyConvNet
+from kfac_sua.preconditioner.precision import IEEE, factor_precision
 from kfac_sua.runs.record import read_run_info
 from kfac_sua.training.checkpoint import load_checkpoint
 from kfac_sua.training.loop import run
-from kfac_sua.training.precision import compute_logits
+from kfac_sua.training.precision import compute_logits, computing_in
 
 
 @pytest.mark.parametrize(
@@ -67,3 +69,64 @@ def tensors(state):
         yield from (one for value in state.values() for one in tensors(value))
     elif isinstance(state, list | tuple):
         yield from (one for value in state for one in tensors(value))
+
+
+def switches() -> tuple[str, ...]:
+    """Return in what float32 convolutions and products compute on a CUDA device."""
+    cudnn = torch.backends.cudnn
+    return torch.backends.cuda.matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+
+
+def set_older() -> None:
+    """Allow TF32 in products through PyTorch's older interface."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+
+
+def set_newer() -> None:
+    """Allow TF32 in products through the newer one, and forbid it in convolutions."""
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+
+
+@pytest.mark.parametrize("prepare", [lambda: None, set_older, set_newer], ids=["default", "older", "newer"])
+@pytest.mark.parametrize("precision", [Precision.float32, Precision.tf32, Precision.bfloat16])
+def test_convolutions_and_products_compute_in_one_precision(prepare, precision):
+    """On CUDA inside, through both of PyTorch's interfaces; outside, everything is as the caller has set it."""
+    untouched = switches()
+    try:
+        prepare()
+        before = switches()
+        with computing_in(precision, torch.device("cpu")):
+            assert switches() == before
+        with computing_in(precision, torch.device("cuda")):
+            is_tf32 = precision is not Precision.float32
+            assert [value == "tf32" for value in switches()] == [is_tf32] * 3
+            assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == is_tf32
+            with factor_precision():
+                assert torch.backends.cuda.matmul.fp32_precision in IEEE
+            assert (torch.backends.cuda.matmul.fp32_precision == "tf32") is is_tf32
+        assert switches() == before
+        with pytest.raises(KeyboardInterrupt), computing_in(precision, torch.device("cuda")):
+            raise KeyboardInterrupt
+        assert switches() == before
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cuda.matmul.fp32_precision = untouched[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("precision", "error"), [("float32", (0, 1e-5)), ("tf32", (1e-4, 1e-2))])
+def test_a_cuda_device_computes_in_the_precision(precision, error):
+    """Of a convolution and of a product, against float64: TF32 has 10 bits of mantissa."""
+    if precision == "tf32" and not torch.cuda.is_tf32_supported():
+        pytest.skip("needs a CUDA device that has TF32")
+    torch.manual_seed(0)
+    images, weight = torch.randn(8, 64, 16, 16, device="cuda"), torch.randn(64, 64, 3, 3, device="cuda")
+    matrix = torch.randn(512, 512, device="cuda")
+    with computing_in(Precision[precision], torch.device("cuda")):
+        results = [F.conv2d(images, weight), matrix @ matrix]
+    exact = [F.conv2d(images.double(), weight.double()), matrix.double() @ matrix.double()]
+    for got, want in zip(results, exact, strict=True):
+        assert error[0] <= ((got - want).norm() / want.norm()).item() <= error[1]

@@ -1,0 +1,78 @@
+"""deterministic=true: PyTorch's switches, what cuBLAS needs before its first use, and that both end with the run."""
+
+import os
+
+import pytest
+import torch
+import torch.utils.deterministic
+from tiny_runs import directory_of, metrics_without_times, tiny_config
+
+from kfac_sua.config import ConfigError
+from kfac_sua.training import capturing
+from kfac_sua.training.determinism import CUBLAS_VARIABLE, determinism
+from kfac_sua.training.loop import run
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def switches() -> tuple[bool, bool, bool]:
+    """Return what is in force."""
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
+
+
+@pytest.mark.parametrize("before", [(False, False), (True, True)])
+def test_switches_are_on_inside_and_come_back(monkeypatch, before):
+    """Errors rather than warnings, and new tensors are not filled; also after an exception."""
+    monkeypatch.setenv(CUBLAS_VARIABLE, ":16:8")
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    outside = switches()
+    try:
+        for device in (CPU, CUDA):
+            with determinism(True, device):
+                assert switches() == (True, False, False)
+            with pytest.raises(KeyboardInterrupt), determinism(True, device):
+                raise KeyboardInterrupt
+            assert switches() == outside
+        with determinism(False, CPU):
+            assert switches() == outside
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert os.environ[CUBLAS_VARIABLE] == ":16:8"  # the user's, which is as good
+
+
+def test_cublas_is_told_before_its_first_use(monkeypatch):
+    """On a GPU only; a process that has used it already cannot be made deterministic any more, and says so."""
+    monkeypatch.delenv(CUBLAS_VARIABLE, raising=False)
+    with determinism(True, CPU):
+        assert CUBLAS_VARIABLE not in os.environ
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with (
+        pytest.raises(ConfigError, match=r"needs CUBLAS_WORKSPACE_CONFIG=:4096:8 .* a command of their own\.$"),
+        determinism(True, CUDA),
+    ):
+        pytest.fail("went on")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    with determinism(True, CUDA):
+        assert os.environ[CUBLAS_VARIABLE] == ":4096:8"
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with determinism(True, CUDA):  # a second run of a sweep
+        pass
+    monkeypatch.setenv(CUBLAS_VARIABLE, ":4096:2:16:8")
+    with pytest.raises(ConfigError), determinism(True, CUDA):
+        pytest.fail("went on")
+
+
+def test_a_run_is_deterministic_while_it_trains(tmp_path, monkeypatch):
+    """The switches are on in its steps, in a directory of its own; on a CPU the numbers are those of without."""
+    seen, take_step = [], capturing.take_step
+    monkeypatch.setattr(capturing, "take_step", lambda training: (seen.append(switches()), take_step(training))[1])
+    configs = [tiny_config(tmp_path, "epochs=1", f"deterministic={flag}") for flag in ("true", "false")]
+    for config in configs:
+        assert run(config).status == "finished"
+    assert seen == [(True, False, False)] * 4 + [(False, False, True)] * 4
+    assert directory_of(configs[0]) != directory_of(configs[1])
+    assert metrics_without_times(configs[0]) == metrics_without_times(configs[1])
