@@ -58,6 +58,7 @@ def run(config: Config, launch: Launch | None = None) -> RunInfo:
         # --- Build everything; nothing is written yet ---------------------------------------------------------------
         with writer.noting_early_failure():
             training = Training.start(config, device, world)
+        stack.callback(training.close)
 
         with writer.holding():
             if ended := writer.find_ended():  # meanwhile, by another process

@@ -192,6 +192,13 @@ class Training:
         self.epoch, self.batch = self.epoch + 1, 0
         self.sums.reset()
 
+    def close(self) -> None:
+        """Let go of what was captured: a graph that waits for the garbage collector might be freed in another capture.
+
+        No further step can be taken.
+        """
+        del self.take_step
+
     def checkpoint(self, fingerprint: str, records_digest: str) -> Checkpoint:
         """Return the state as it is between two mini-batches; all processes have to ask, and get the same."""
         return Checkpoint(

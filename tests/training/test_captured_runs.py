@@ -1,13 +1,17 @@
 """Whole runs of the command with captured steps, on an emulated graph: what they leave, and how they end."""
 
+import contextlib
+import gc
 import itertools
 import signal
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from emulated_runs import emulated  # noqa: F401  # a fixture
+from graph_emulator import EmulatedGraph
 from identical import assert_identical
 from tiny_runs import directory_of, metrics_without_times, tiny_config
 
@@ -15,6 +19,7 @@ import kfac_sua
 from kfac_sua.config import ConfigError
 from kfac_sua.data import BatchLoader
 from kfac_sua.models import TinyConvNet
+from kfac_sua.preconditioner import CapturedStep
 from kfac_sua.preconditioner.captured.step import WARM_UP_STEPS
 from kfac_sua.runs.record import read_records
 from kfac_sua.training import capturing, writer
@@ -255,6 +260,30 @@ def test_ctrl_c_in_a_capture_leaves_a_run_that_goes_on(tmp_path, monkeypatch, em
     straight = tiny_config(tmp_path / "straight", *SMALL, *SETTINGS["kfac"], "epochs=2")
     run(straight)
     assert_identical(final_state(config), final_state(straight))
+
+
+def test_a_graph_ends_with_its_run(tmp_path, monkeypatch):
+    """Without the garbage collector, also where the run fails: the next run of a sweep may be about to capture."""
+    graphs = []
+
+    class Emulated(CapturedStep):
+        def __init__(self, *arguments):
+            graph = EmulatedGraph()
+            graphs.append(weakref.ref(graph))
+            super().__init__(*arguments, graph=graph)
+
+    monkeypatch.setattr(capturing, "DEVICES", ("cpu",))
+    monkeypatch.setattr(capturing, "CapturedStep", Emulated)
+    gc.disable()
+    try:
+        run(tiny_config(tmp_path, *SMALL, *SETTINGS["kfac"], "epochs=1", "capture=true"))
+        assert [graph() for graph in graphs] == [None]
+        monkeypatch.setattr(writer.RunWriter, "log", lambda one, record: 1 / (record.epoch == 0))
+        with contextlib.suppress(ZeroDivisionError):
+            run(tiny_config(tmp_path / "failing", *SMALL, *SETTINGS["kfac"], "epochs=1", "capture=true"))
+        assert [graph() for graph in graphs] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_every_epoch_replays_the_graph_of_the_first(tmp_path, emulated):  # noqa: F811
