@@ -1110,12 +1110,21 @@ def test_numbers_of_short_mini_batches_are_not_compared():
     assert (training.captured.why_eager, training.captured.num_captures) == ("", 1)
 
 
-def test_an_error_without_words_is_named():
-    """Its type stands in for them."""
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (NotImplementedError(), "NotImplementedError"),
+        (RuntimeError(" \n"), "RuntimeError"),
+        (RuntimeError("\n  operation not permitted\nwhen stream is capturing"), "operation not permitted"),
+    ],
+)
+def test_an_error_without_words_is_named(error, reason):
+    """Its type stands in for them; an empty line before them is passed over."""
     eager, captured = both(Case(SUA))
-    captured.captured._given_graph = FailingGraph(NotImplementedError())
+    captured.captured._given_graph = FailingGraph(error)
     take((eager, captured), 10)
-    assert captured.captured.why_eager == "NotImplementedError"
+    assert captured.captured.why_eager == reason
+    assert_alike(eager, captured)
 
 
 def test_ctrl_c_that_breaks_a_capture_off_is_ctrl_c():

@@ -228,7 +228,7 @@ class CapturedStep(Generic[T]):
                 result = self._call(inputs)
             return result, [parameter.grad for parameter in parameters]
 
-        reason, capture = "", None
+        reason, change, capture = "", "", None
         try:
             torch.clear_autocast_cache()  # of a region around the step: what it holds was cast eagerly
             with self._optimizers.capturable():
@@ -373,7 +373,7 @@ def _why_failed(error: RuntimeError) -> str:
     if isinstance(error, torch.OutOfMemoryError) or isinstance(cause, torch.OutOfMemoryError):
         return "the device's memory does not hold it"
     told = error if cause is None else cause
-    return (str(told).splitlines() or [type(told).__name__])[0]
+    return (str(told).strip().splitlines() or [type(told).__name__])[0]
 
 
 @torch.no_grad()
