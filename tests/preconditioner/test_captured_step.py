@@ -290,6 +290,42 @@ def test_what_a_call_would_notice_captures_anew(settings, name):
     assert trainings[1].captured.num_replays > 20
 
 
+def of_flatten(module: nn.Module, *grads: Any) -> tuple[Tensor] | None:
+    """Change the gradient in one module, as a backward hook of all of them."""
+    return (grads[0][0] * 0.5,) if isinstance(module, nn.Flatten) else None
+
+
+def with_activations_of_their_own() -> nn.Sequential:
+    """Return the net without operations in place, which backward hooks of all modules do not allow."""
+    net = make_net()
+    for module in net.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+    return net
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # the mini-batch requires no gradient
+@pytest.mark.parametrize(
+    "register",
+    [
+        nn.modules.module.register_module_forward_pre_hook,
+        nn.modules.module.register_module_full_backward_hook,
+        nn.modules.module.register_module_full_backward_pre_hook,
+    ],
+)
+def test_a_hook_of_all_modules_captures_anew(register):
+    """One that is registered between two replays changes what comes after, as it does in eager steps."""
+    trainings = both(Case(SUA, make=with_activations_of_their_own))
+    take(trainings, 8)
+    handle = register(of_flatten)
+    try:
+        take(trainings, 8, start=8)
+    finally:
+        handle.remove()
+    assert_alike(*trainings)
+    assert trainings[1].captured.num_captures == 2
+
+
 @pytest.mark.parametrize("options", [{"fused": True}, {"fused": True, "nesterov": True}])
 def test_learning_rate_of_a_fused_optimizer_is_read_from_the_device(options):
     """A schedule captures nothing anew, and the groups hold numbers outside of the step."""

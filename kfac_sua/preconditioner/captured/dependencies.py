@@ -160,5 +160,10 @@ def _switches(device: torch.device) -> list[Any]:
         torch.backends.mkldnn.matmul.fp32_precision,  # type: ignore[attr-defined]
         torch.are_deterministic_algorithms_enabled(),
         torch.backends.cudnn.benchmark,
-        [*everywhere._global_forward_hooks, *everywhere._global_forward_pre_hooks],
+        [
+            *everywhere._global_forward_hooks,
+            *everywhere._global_forward_pre_hooks,
+            *everywhere._global_backward_hooks,
+            *everywhere._global_backward_pre_hooks,
+        ],
     ]
