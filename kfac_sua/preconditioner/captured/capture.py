@@ -3,13 +3,14 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from torch import Tensor, nn
 
 from kfac_sua.preconditioner.captured.dependencies import Reading
 from kfac_sua.preconditioner.captured.inspection import StepInspection
-from kfac_sua.preconditioner.captured.optimizers import PLAIN, StepOptimizers
+from kfac_sua.preconditioner.captured.optimizers import StepOptimizers
+from kfac_sua.preconditioner.captured.values import plain_attributes
 from kfac_sua.preconditioner.kfac import KroneckerPreconditioner
 
 T = TypeVar("T")
@@ -97,7 +98,8 @@ class HostState:
         self.grads = [parameter.grad for parameter in parameters]
         self._restore_optimizers = optimizers.save()
         self._modules = [
-            (module, dict(module._parameters), dict(module._buffers), _plain(module)) for module in model.modules()
+            (module, dict(module._parameters), dict(module._buffers), plain_attributes(module))
+            for module in model.modules()
         ]
         self._num_steps = 0 if preconditioner is None else preconditioner.num_steps
         self._events = Counter() if preconditioner is None else preconditioner.events.copy()
@@ -145,7 +147,3 @@ class HostState:
 
 def _is_at(one: Tensor, other: Tensor) -> bool:
     return one.data_ptr() == other.data_ptr()
-
-
-def _plain(module: nn.Module) -> dict[str, Any]:
-    return {key: value for key, value in vars(module).items() if isinstance(value, PLAIN)}

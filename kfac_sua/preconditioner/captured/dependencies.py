@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfac_sua.preconditioner.captured.optimizers import PLAIN, StepOptimizers
+from kfac_sua.preconditioner.captured.optimizers import StepOptimizers
+from kfac_sua.preconditioner.captured.values import plain_attributes
 from kfac_sua.preconditioner.kfac import KroneckerPreconditioner
 
 Reading = dict[str, list[Any]]
@@ -117,11 +118,6 @@ def _module(module: nn.Module) -> tuple[Any, ...]:
         id(module.__dict__.get("forward")),
         plain_attributes(module),
     )
-
-
-def plain_attributes(module: nn.Module) -> list[Any]:
-    """Return the values of a module's attributes that are plain: its mode, probabilities, counters and the like."""
-    return [value for value in vars(module).values() if isinstance(value, PLAIN)]
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:

@@ -4,7 +4,7 @@ import random
 import sys
 import sysconfig
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from kfac_sua.preconditioner.captured.values import tensors
 
 COMMUNICATION = {"c10d", "_c10d_functional", "c10d_functional"}
 """Namespaces of the operations between processes."""
@@ -82,11 +84,11 @@ class StepInspection(TorchDispatchMode):
         """Look at one operation, and carry it out."""
         del types
         kwargs = kwargs or {}
-        inputs = list(_tensors((*args, *kwargs.values())))
+        inputs = list(tensors((*args, *kwargs.values())))
         for tensor in inputs:
             self._find(tensor)
         result = func(*args, **kwargs)
-        outputs = list(_tensors((result,)))
+        outputs = list(tensors(result))
         for tensor in outputs:
             if (key := _storage_key(tensor)) not in self._found:
                 self._made[key] = StorageWeakRef(tensor.untyped_storage())
@@ -139,15 +141,6 @@ def _is_own_generator(value: object) -> bool:
         return False
     defaults = (torch.default_generator, *torch.cuda.default_generators)
     return all(value is not default for default in defaults)
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """Yield the tensors among the arguments of an operation, which nests them in lists at most."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)
 
 
 def _storage_key(tensor: Tensor) -> int:

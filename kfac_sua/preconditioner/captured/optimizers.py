@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
-Group = dict[str, Any]
+from kfac_sua.preconditioner.captured.values import identity, plain_attributes, tensors
 
-PLAIN = (bool, int, float, str)
-"""Types of plain values, which a graph holds as they were."""
+Group = dict[str, Any]
 
 
 @dataclass
@@ -56,7 +55,7 @@ class StepOptimizers:
     def state_tensors(self) -> list[Tensor]:
         """The tensors in the state of every parameter."""
         states = (state for one in self.all for state in one.state.values())
-        return list(_tensors([*states]))
+        return list(tensors([*states]))
 
     def refresh_rates(self) -> None:
         """Bring the learning rates to the device, without waiting for it."""
@@ -114,13 +113,13 @@ class StepOptimizers:
             values.append((f"the parameters of group {index}", [one.data_ptr() for one in group["params"]]))
             for key, value in group.items():
                 if key != "params" and not (key == "lr" and id(group) in from_device):
-                    values.append((f"{key} of group {index}", _identity(value)))
+                    values.append((f"{key} of group {index}", identity(value)))
         return values
 
     def state(self) -> list[list[Any]]:
         """Return the numbers and addresses in the state of every parameter."""
         return [
-            [_identity(value) for value in state.values()]
+            [identity(value) for value in state.values()]
             for optimizer in self.all
             for state in optimizer.state.values()
         ]
@@ -164,24 +163,6 @@ def _reads_rate_from_device(optimizer: Optimizer, group: Group) -> bool:
     return isinstance(optimizer, SGD | Adam) and bool(group.get("fused") or group.get("capturable"))
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested state."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict | list | tuple):
-        for one in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(one)
-
-
 def _attributes(optimizer: Optimizer) -> dict[str, Any]:
     """Return the plain values that an optimizer counts or decides by; those of PyTorch's base class begin with _."""
-    return {key: value for key, value in vars(optimizer).items() if key[0] != "_" and isinstance(value, PLAIN)}
-
-
-def _identity(value: Any) -> Any:
-    """Return what tells whether a graph that holds a value still holds the right one: an address, or the value."""
-    if isinstance(value, Tensor):
-        return value.data_ptr(), value.dtype
-    if isinstance(value, dict):
-        return [(key, _identity(one)) for key, one in value.items()]
-    return [_identity(one) for one in value] if isinstance(value, list | tuple) else value
+    return {key: value for key, value in plain_attributes(optimizer).items() if key[0] != "_"}

@@ -4,9 +4,8 @@ Plain steps, which only apply the inverses at hand, are all alike: the same oper
 launching these one by one from Python takes longer than carrying them out. Captured, a step is one launch.
 """
 
-import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, Generic, TypeVar
 
@@ -19,7 +18,8 @@ from kfac_sua.preconditioner.captured.capture import Capture, Grad, HostState
 from kfac_sua.preconditioner.captured.dependencies import Dependencies, parameters_device
 from kfac_sua.preconditioner.captured.graph import CudaStepGraph, StepGraph
 from kfac_sua.preconditioner.captured.inspection import StepInspection
-from kfac_sua.preconditioner.captured.optimizers import PLAIN, StepOptimizers
+from kfac_sua.preconditioner.captured.optimizers import StepOptimizers
+from kfac_sua.preconditioner.captured.values import plain_values, tensors
 from kfac_sua.preconditioner.kfac import KroneckerPreconditioner
 from kfac_sua.preconditioner.wrappers import bare_model
 
@@ -177,7 +177,7 @@ class CapturedStep(Generic[T]):
         if inspection is not None:
             self._last_eager = inspection
         grads = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
-        if self._capture is not None and self._graph.has_left([*grads, *_tensors(result)]):
+        if self._capture is not None and self._graph.has_left([*grads, *tensors(result)]):
             self._num_leftovers += 1
             self._give_up("what an eager step leaves in the graph's memory")
         return result
@@ -186,7 +186,7 @@ class CapturedStep(Generic[T]):
         if self._num_warm < WARM_UP_STEPS - 1:
             self._num_warm += 1
             result = self._run(lambda: self._call(inputs))
-            self._last_numbers = list(_numbers(result))
+            self._last_numbers = list(plain_values(result))
             return result
         if self._inputs is None:
             self._inputs = tuple(map(torch.empty_like, inputs))
@@ -201,7 +201,7 @@ class CapturedStep(Generic[T]):
         step_before, numbers = self._last_eager, self._last_numbers
         state, reading, versions = self._host_state(), self._dependencies.read(), [one._version for one in inputs]
         result = self._run(lambda: self._call(inputs))
-        inspection, self._last_numbers = self._last_eager, list(_numbers(result))
+        inspection, self._last_numbers = self._last_eager, list(plain_values(result))
         assert step_before is not None
         assert inspection is not None
         refusal = self._why_not(inspection, state) or refusals.of_step_after(inspection, step_before, state.kept())
@@ -380,25 +380,3 @@ def _why_failed(error: RuntimeError) -> str:
 def _fill(kept: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
     for tensor, value in zip(kept, inputs, strict=True):
         tensor.copy_(value)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in what a function returned: in tuples, lists, dicts and dataclasses."""
-    return (leaf for leaf in _leaves(value) if isinstance(leaf, Tensor))
-
-
-def _numbers(value: Any) -> Iterator[Any]:
-    """Yield the plain values in what a function returned."""
-    return (leaf for leaf in _leaves(value) if isinstance(leaf, PLAIN))
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = vars(value)
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        for item in value:
-            yield from _leaves(item)
-    else:
-        yield value

@@ -1,0 +1,61 @@
+"""Nested values, as functions return them and optimizers keep them: what they hold, and whether it is still the same.
+
+Values are nested in lists, tuples, dicts and dataclasses; anything else is a leaf.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+PLAIN = (int, float, str)
+"""Types of plain values, which a graph holds as they were; ``bool`` is an ``int``, and each type more takes time."""
+
+_USUAL_LEAVES = (Tensor, *PLAIN, type(None))
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a value."""
+    return (leaf for leaf in _leaves(value) if isinstance(leaf, Tensor))
+
+
+def plain_values(value: Any) -> Iterator[Any]:
+    """Yield the plain values in a value."""
+    return (leaf for leaf in _leaves(value) if isinstance(leaf, PLAIN))
+
+
+def plain_attributes(owner: object) -> dict[str, Any]:
+    """Return an object's attributes that are plain: a module's mode, probabilities, counters and the like."""
+    return {key: value for key, value in vars(owner).items() if isinstance(value, PLAIN)}
+
+
+def identity(value: Any) -> Any:
+    """Return what tells whether a graph that holds a value still holds the right one: an address, or the value."""
+    if isinstance(value, Tensor):
+        return value.data_ptr(), value.dtype
+    items = _items(value)
+    return value if items is None else [(key, identity(one)) for key, one in items]
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    items = _items(value)
+    if items is None:
+        yield value
+        return
+    for _, one in items:
+        yield from _leaves(one)
+
+
+def _items(value: Any) -> Iterable[tuple[Any, Any]] | None:
+    """Return what a value nests, each with its key; ``None`` for a leaf.
+
+    What there is most of is told first, as this is asked for all of an optimizer's state before each replay.
+    """
+    if isinstance(value, _USUAL_LEAVES):
+        return None
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [(field.name, getattr(value, field.name, None)) for field in dataclasses.fields(value)]
+    if isinstance(value, Mapping):
+        return value.items()
+    return enumerate(value) if isinstance(value, list | tuple) else None
