@@ -42,7 +42,7 @@ from kfac_sua.preconditioner.settings import (
 )
 from kfac_sua.preconditioner.sharing import validate_flops_per_byte
 from kfac_sua.preconditioner.sharing_report import report_sharing
-from kfac_sua.preconditioner.state import STATE_VERSION, check_state, up_to_date
+from kfac_sua.preconditioner.state import STATE_VERSION, check_state, up_to_date, written_over
 from kfac_sua.preconditioner.statistics import LayerFactors, finite_layers
 from kfac_sua.preconditioner.wrappers import bare_model
 
@@ -600,7 +600,8 @@ class KroneckerPreconditioner:
                 with nullcontext() if clip is None else clip.measuring(layer.preconditioned_grads):
                     layer.precondition_(sides)
             if clip is not None:
-                self._kl_scale = clip.scale_(self._kl_scale)
+                scale = clip.scale_()
+                self._kl_scale = None if scale is None else written_over(self._kl_scale, scale, scale)
 
     def _run_uncompiled(self, modules: Iterable[nn.Module]) -> None:
         """Leave compiled modules uncompiled while statistics are recorded."""

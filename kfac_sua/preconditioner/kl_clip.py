@@ -65,11 +65,8 @@ class KLClip:
         self._products += [before.mul_(after).sum() for before, after in zip(plain, grads, strict=True)]
         self._grads += grads
 
-    def scale_(self, last: Tensor | None) -> Tensor | None:
+    def scale_(self) -> Tensor | None:
         """Shorten all gradients taken in, if need be.
-
-        Args:
-            last: What the step before returned, to be written over.
 
         Returns:
             What they were multiplied with, a 0-d tensor; ``None`` if there were none.
@@ -79,9 +76,7 @@ class KLClip:
         scale = clip_scale(torch.stack(on_one_device(self._products)), self._lr, self._kl_clip)
         for grad in self._grads:
             grad.mul_(scale.to(grad.device))
-        if last is None or (last.dtype, last.device) != (scale.dtype, scale.device):
-            return scale
-        return last.copy_(scale)
+        return scale
 
 
 def _checked_lr(lr: float | Tensor | None, kl_clip: float) -> float | Tensor:
