@@ -1,12 +1,13 @@
-"""Why a step cannot be captured: clauses for the warning, from what is seen of a step that runs eagerly."""
+"""Why a step cannot be captured: clauses for the warning, from what is seen of an eager step or raised by a capture."""
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kfac_sua.preconditioner.capture import num_captures_on
-from kfac_sua.preconditioner.captured.capture import HostState
+from kfac_sua.preconditioner.captured.host_state import HostState
 from kfac_sua.preconditioner.captured.inspection import StepInspection
 from kfac_sua.preconditioner.captured.optimizers import StepOptimizers
 from kfac_sua.preconditioner.compiled import compiled_modules
@@ -68,3 +69,23 @@ def of_step_after(inspection: StepInspection, step_before: StepInspection, kept:
     """
     carried = inspection.carried_from(step_before, kept)
     return f"it reads a tensor that the step before has made ({carried[0]}), {_CURE}" if carried else ""
+
+
+def of_failure(error: RuntimeError) -> str:
+    """Return why a capture has failed, from what its end has raised; never empty.
+
+    CUDA ends a capture that was broken off by an error of its own, behind which lies what broke it off.
+
+    Args:
+        error: What it has raised.
+
+    Raises:
+        BaseException: If that is Ctrl-C and the like.
+    """
+    cause = error.__context__
+    if cause is not None and not isinstance(cause, Exception):
+        raise cause from None
+    if isinstance(error, torch.OutOfMemoryError) or isinstance(cause, torch.OutOfMemoryError):
+        return "the device's memory does not hold it"
+    told = error if cause is None else cause
+    return (str(told).strip().splitlines() or [type(told).__name__])[0]

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kfac_sua.preconditioner.captured import refusals
-from kfac_sua.preconditioner.captured.capture import Capture, Grad, HostState
 from kfac_sua.preconditioner.captured.dependencies import Dependencies, parameters_device
 from kfac_sua.preconditioner.captured.graph import CudaStepGraph, StepGraph
+from kfac_sua.preconditioner.captured.host_state import HostState
 from kfac_sua.preconditioner.captured.inspection import StepInspection
 from kfac_sua.preconditioner.captured.optimizers import StepOptimizers
+from kfac_sua.preconditioner.captured.recording import Grad, Recording
 from kfac_sua.preconditioner.captured.values import plain_values, tensors
 from kfac_sua.preconditioner.kfac import KroneckerPreconditioner
 from kfac_sua.preconditioner.wrappers import bare_model
@@ -109,7 +110,7 @@ class CapturedStep(Generic[T]):
         self._refusal = refusals.of_model(model, preconditioner)
         self.num_captures = self.num_replays = 0
         self._device: torch.device | None = None
-        self._capture: Capture[T] | None = None
+        self._recording: Recording[T] | None = None
         self._inputs: tuple[Tensor, ...] | None = None
         self._last_eager: StepInspection | None = None
         self._last_numbers: list[Any] = []
@@ -144,17 +145,17 @@ class CapturedStep(Generic[T]):
             if value.requires_grad and not self.why_eager:
                 self._refuse("an argument requires a gradient, which a replay would not leave in it")
         if self.why_eager:
-            if self._capture is not None:
+            if self._recording is not None:
                 self._give_up("the model's device")
             return self._function(*inputs)
         self._follow_device()
         is_plain = self._preconditioner is None or self._preconditioner.step_is_plain
         if not is_plain or not self._has_usual_shapes(inputs):
             return self._run(lambda: self._call(inputs))
-        if self._capture is not None and (change := self._change(self._capture)):
+        if self._recording is not None and (change := self._change(self._recording)):
             self._give_up(change)
-        if self._capture is not None:
-            return self._replay(self._capture, inputs)
+        if self._recording is not None:
+            return self._replay(self._recording, inputs)
         return self._warm_up_or_capture(inputs)
 
     # --- how a step is taken ----------------------------------------------------------------------------------------
@@ -166,7 +167,7 @@ class CapturedStep(Generic[T]):
 
     def _run(self, function: Callable[[], T]) -> T:
         """Take a step eagerly, in the graph's memory if that can be."""
-        is_to_be_captured = self._capture is None and self._num_warm >= WARM_UP_STEPS - 1
+        is_to_be_captured = self._recording is None and self._num_warm >= WARM_UP_STEPS - 1
         inspection = StepInspection(parameters_device(self._model)) if is_to_be_captured else None
         try:
             with inspection or nullcontext():
@@ -176,10 +177,11 @@ class CapturedStep(Generic[T]):
             raise
         if inspection is not None:
             self._last_eager = inspection
-        grads = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
-        if self._capture is not None and self._graph.has_left([*grads, *tensors(result)]):
-            self._num_leftovers += 1
-            self._give_up("what an eager step leaves in the graph's memory")
+        if self._recording is not None:
+            grads = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
+            if self._graph.has_left([*grads, *tensors(result)]):
+                self._num_leftovers += 1
+                self._give_up("what an eager step leaves in the graph's memory")
         return result
 
     def _warm_up_or_capture(self, inputs: tuple[Tensor, ...]) -> T:
@@ -193,8 +195,8 @@ class CapturedStep(Generic[T]):
         _fill(self._inputs, inputs)
         if self._num_warm < WARM_UP_STEPS:
             return self._run_judged(self._inputs)
-        self._capture = self._captured(self._inputs)
-        return self._run(lambda: self._call(inputs)) if self._capture is None else self._capture.result
+        self._recording = self._captured(self._inputs)
+        return self._run(lambda: self._call(inputs)) if self._recording is None else self._recording.result
 
     def _run_judged(self, inputs: tuple[Tensor, ...]) -> T:
         """Take a step eagerly, and judge by it and the step before whether it can be captured."""
@@ -217,7 +219,7 @@ class CapturedStep(Generic[T]):
             self._num_warm += 1
         return result
 
-    def _captured(self, inputs: tuple[Tensor, ...]) -> Capture[T] | None:
+    def _captured(self, inputs: tuple[Tensor, ...]) -> Recording[T] | None:
         """Capture the coming step and take it, by a first replay; ``None`` if that fails, without a trace."""
         self._optimizers.refresh_rates()  # now, or writing them would be captured
         inspection, state = StepInspection(parameters_device(self._model)), self._host_state()
@@ -228,7 +230,7 @@ class CapturedStep(Generic[T]):
                 result = self._call(inputs)
             return result, [parameter.grad for parameter in parameters]
 
-        reason, change, capture = "", "", None
+        reason, change, recording = "", "", None
         try:
             torch.clear_autocast_cache()  # of a region around the step: what it holds was cast eagerly
             with self._optimizers.capturable():
@@ -240,43 +242,43 @@ class CapturedStep(Generic[T]):
                     Grad(parameter, before, after, is_read=before is not None and inspection.has_found(before))
                     for parameter, before, after in zip(parameters, state.grads, grads, strict=True)
                 ]
-                capture = Capture(inputs, result, pairs, reading, inspection, state.events_since)
-                self._launch(capture)  # the capture's own Python has counted this step
+                recording = Recording(inputs, result, pairs, reading, inspection, state.events_since)
+                self._launch(recording)  # the capture's own Python has counted this step
         except RuntimeError as error:
-            reason = _why_failed(error)
-            capture = None
+            reason = refusals.of_failure(error)
+            recording = None
         finally:
             torch.clear_autocast_cache()  # casts that were captured, and perhaps never carried out
-            if capture is None or not capture.num_replays:
+            if recording is None or not recording.num_replays:
                 state.restore()
                 self._let_go()
-        if capture is not None:
+        if recording is not None:
             logger.info("Captured the plain step.")
             self.num_captures += 1
-            return capture
+            return recording
         if reason:
             self._refuse(reason)
         else:
             self._count_futile(change)
         return None
 
-    def _replay(self, capture: Capture[T], inputs: tuple[Tensor, ...]) -> T:
+    def _replay(self, recording: Recording[T], inputs: tuple[Tensor, ...]) -> T:
         """Replay the captured step, and do what its Python would have done."""
-        _fill(capture.inputs, inputs)
+        _fill(recording.inputs, inputs)
         self._optimizers.refresh_rates()
-        self._launch(capture)
-        if capture.num_replays == FEWEST_REPLAYS:
+        self._launch(recording)
+        if recording.num_replays == FEWEST_REPLAYS:
             self._num_futile = 0
-        for grad in capture.grads:
+        for grad in recording.grads:
             grad.put()
         if self._preconditioner is not None:
-            self._preconditioner.events.update(capture.events)
+            self._preconditioner.events.update(recording.events)
             self._preconditioner.go_to_step(self._preconditioner.num_steps + 1)
-        return capture.result
+        return recording.result
 
-    def _launch(self, capture: Capture[T]) -> None:
+    def _launch(self, recording: Recording[T]) -> None:
         self._graph.replay()
-        capture.num_replays += 1
+        recording.num_replays += 1
         self.num_replays += 1
 
     # --- whether it may be captured, and replayed -------------------------------------------------------------------
@@ -290,18 +292,18 @@ class CapturedStep(Generic[T]):
         if shapes != self._other_shapes:
             self._other_shapes = shapes
             return False
-        if self._capture is not None:
+        if self._recording is not None:
             self._give_up("the shape of the mini-batch")
         self._shapes, self._other_shapes, self._inputs = shapes, None, None
         return True
 
-    def _change(self, capture: Capture[T]) -> str:
+    def _change(self, recording: Recording[T]) -> str:
         """Return what a capture depends on that has changed since; empty if nothing has."""
-        if change := self._dependencies.changed(capture.reading):
+        if change := self._dependencies.changed(recording.reading):
             return change
-        if not all(grad.fits() for grad in capture.grads):
+        if not all(grad.fits() for grad in recording.grads):
             return "the gradients at hand before the step"
-        freed = capture.found.freed()
+        freed = recording.found.freed()
         return f"a tensor that the function found and that has been freed since ({freed[0]})" if freed else ""
 
     def _why_not(self, inspection: StepInspection, before: HostState) -> str:
@@ -311,7 +313,7 @@ class CapturedStep(Generic[T]):
     def _give_up(self, change: str) -> None:
         """Let go of the captured step, to capture it anew."""
         logger.info("The step is to be captured anew; what has changed is %s.", change)
-        is_futile = self._capture is not None and self._capture.num_replays < FEWEST_REPLAYS
+        is_futile = self._recording is not None and self._recording.num_replays < FEWEST_REPLAYS
         self._let_go()
         if is_futile:
             self._count_futile(change)
@@ -332,7 +334,7 @@ class CapturedStep(Generic[T]):
         self._let_go()
 
     def _let_go(self) -> None:
-        self._capture = self._inputs = self._last_eager = None
+        self._recording = self._inputs = self._last_eager = None
         self._num_warm = 0
         if self._device is not None:
             self._graph.release()
@@ -357,23 +359,6 @@ class CapturedStep(Generic[T]):
     def _parameters(self) -> list[nn.Parameter]:
         """Return the parameters of the model and of the optimizers, once each."""
         return list({id(one): one for one in (*self._model.parameters(), *self._optimizers.parameters)}.values())
-
-
-def _why_failed(error: RuntimeError) -> str:
-    """Return why a capture failed, from what its end has raised.
-
-    CUDA ends a capture that was broken off by an error of its own, behind which lies what broke it off.
-
-    Raises:
-        BaseException: If that is Ctrl-C and the like.
-    """
-    cause = error.__context__
-    if cause is not None and not isinstance(cause, Exception):
-        raise cause from None
-    if isinstance(error, torch.OutOfMemoryError) or isinstance(cause, torch.OutOfMemoryError):
-        return "the device's memory does not hold it"
-    told = error if cause is None else cause
-    return (str(told).strip().splitlines() or [type(told).__name__])[0]
 
 
 @torch.no_grad()

@@ -38,6 +38,11 @@ def identity(value: Any) -> Any:
     return value if items is None else [(key, identity(one)) for key, one in items]
 
 
+def is_at(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors lie at the same address."""
+    return one.data_ptr() == other.data_ptr()
+
+
 def _leaves(value: Any) -> Iterator[Any]:
     items = _items(value)
     if items is None:

@@ -1,78 +1,13 @@
-"""One captured step: what it reads and fills, and the host's state around it."""
+"""The host's state around a step."""
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Generic, TypeVar
 
 from torch import Tensor, nn
 
-from kfac_sua.preconditioner.captured.dependencies import Reading
-from kfac_sua.preconditioner.captured.inspection import StepInspection
 from kfac_sua.preconditioner.captured.optimizers import StepOptimizers
-from kfac_sua.preconditioner.captured.values import plain_attributes
+from kfac_sua.preconditioner.captured.values import is_at, plain_attributes
 from kfac_sua.preconditioner.kfac import KroneckerPreconditioner
-
-T = TypeVar("T")
-
-
-class Grad:
-    """A parameter, and its gradient before and after a captured step.
-
-    Args:
-        parameter: The parameter.
-        before: Its gradient before.
-        after: Its gradient after.
-        is_read: Whether the step reads or writes the gradient before.
-    """
-
-    def __init__(self, parameter: nn.Parameter, before: Tensor | None, after: Tensor | None, *, is_read: bool) -> None:
-        self.parameter = parameter
-        self.after = after
-        self._was_missing = before is None
-        self._is_read = is_read
-        self._kept = before if before is not None and after is not None and _is_at(before, after) else None
-
-    def fits(self) -> bool:
-        """Whether the gradient at hand is what a replay would find.
-
-        If the step works on the gradient that was there, in place, it must be that one. If it drops what is there
-        unread, anything will do. If there was none, there must be none, as it would be added to.
-        """
-        grad = self.parameter.grad
-        if self._was_missing:
-            return grad is None
-        if self._kept is not None:
-            return grad is not None and _is_at(grad, self._kept)
-        return not self._is_read
-
-    def put(self) -> None:
-        """Let the parameter's gradient be what a replay has filled."""
-        if self.parameter.grad is not self.after:
-            self.parameter.grad = self.after
-
-
-@dataclass
-class Capture(Generic[T]):
-    """A captured step.
-
-    Args:
-        inputs: The tensors that it reads a mini-batch from.
-        result: What the function returned: tensors that replays fill.
-        grads: Every parameter's gradient.
-        reading: What it depends on.
-        found: Knows the tensors that it found rather than made.
-        events: What a step reports of the preconditioner's layers, such as frozen ones.
-        num_replays: How often it was replayed.
-    """
-
-    inputs: tuple[Tensor, ...]
-    result: T
-    grads: list[Grad]
-    reading: Reading
-    found: StepInspection
-    events: Counter[str] = field(default_factory=Counter)
-    num_replays: int = 0
 
 
 class HostState:
@@ -110,7 +45,7 @@ class HostState:
         That is what a capture depends on by its address, and gradients that were there before.
         """
         pairs = zip(self.grads, (parameter.grad for parameter in self._parameters), strict=True)
-        grads = [after for before, after in pairs if before is not None and after is not None and _is_at(before, after)]
+        grads = [after for before, after in pairs if before is not None and after is not None and is_at(before, after)]
         buffers = [buffer for module, *_ in self._modules for buffer in module._buffers.values() if buffer is not None]
         layers = () if self._preconditioner is None else self._preconditioner.layers
         inverses = [tensor for layer in layers for tensor in layer.read_tensors]
@@ -143,7 +78,3 @@ class HostState:
             events = self._preconditioner.events
             events.clear()
             events.update(self._events)
-
-
-def _is_at(one: Tensor, other: Tensor) -> bool:
-    return one.data_ptr() == other.data_ptr()
