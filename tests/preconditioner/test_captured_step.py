@@ -353,6 +353,18 @@ def test_learning_rate_of_groups_that_a_loaded_state_brings():
     assert trainings[1].captured.num_captures == 2
 
 
+def test_learning_rate_of_groups_that_are_loaded_between_the_steps_before_a_capture():
+    """The first of the two that are compared puts it on the device, where it is there to stay: no reason to refuse."""
+    trainings = both(Case(SUA, optimizer=lambda net: sgd(net, fused=True)))
+    take(trainings, WARM_UP_STEPS - 1)
+    for training in trainings:
+        training.optimizers[0].load_state_dict(copy.deepcopy(training.optimizers[0].state_dict()))
+    take(trainings, 12, start=WARM_UP_STEPS - 1)
+    assert trainings[1].captured.why_eager == ""
+    assert trainings[1].captured.num_captures == 1
+    assert_alike(*trainings)
+
+
 def test_learning_rate_that_changes_just_before_the_capture():
     """To write it is no part of the graph: later ones are not overwritten by it."""
     trainings = both(Case(SUA, optimizer=lambda net: sgd(net, fused=True)))

@@ -25,14 +25,20 @@ class Dependencies:
         model: The bare model.
         optimizers: What updates its parameters.
         preconditioner: What preconditions its gradients; ``None`` for nothing.
+        device: Where they are; the switches of others are not read.
     """
 
     def __init__(
-        self, model: nn.Module, optimizers: StepOptimizers, preconditioner: KroneckerPreconditioner | None
+        self,
+        model: nn.Module,
+        optimizers: StepOptimizers,
+        preconditioner: KroneckerPreconditioner | None,
+        device: torch.device,
     ) -> None:
         self._model = model
         self._optimizers = optimizers
         self._preconditioner = preconditioner
+        self._device = device
 
     def read(self) -> Reading:
         """Return what they are now."""
@@ -51,8 +57,16 @@ class Dependencies:
             "number of the optimizer": self._optimizers.numbers(),
             "optimizer's state of parameter": self._optimizers.state(),
             "inverse of layer": self._inverses(),
-            "process-wide switch": _switches(parameters_device(self._model)),
+            "process-wide switch": _switches(self._device),
         }
+
+    def tensors(self) -> list[Tensor]:
+        """Return what is read by its address, as it is now: what steps make once and then write in place."""
+        layers = () if self._preconditioner is None else self._preconditioner.layers
+        inverses = (tensor for layer in layers for tensor in layer.read_tensors)
+        scale = None if self._preconditioner is None else self._preconditioner.kl_scale
+        found = [*self._model.parameters(), *self._model.buffers(), *self._optimizers.tensors, *inverses]
+        return found if scale is None else [*found, scale]
 
     def changed(self, before: Reading) -> str:
         """Return what has changed since, in a few words; empty if nothing has."""

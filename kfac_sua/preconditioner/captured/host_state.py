@@ -39,19 +39,10 @@ class HostState:
         self._num_steps = 0 if preconditioner is None else preconditioner.num_steps
         self._events = Counter() if preconditioner is None else preconditioner.events.copy()
 
-    def kept(self) -> list[Tensor]:
-        """Return what steps make once and then write in place.
-
-        That is what a capture depends on by its address, and gradients that were there before.
-        """
+    def kept_grads(self) -> list[Tensor]:
+        """Return the gradients that were there before and still are: a step has written into them in place."""
         pairs = zip(self.grads, (parameter.grad for parameter in self._parameters), strict=True)
-        grads = [after for before, after in pairs if before is not None and after is not None and is_at(before, after)]
-        buffers = [buffer for module, *_ in self._modules for buffer in module._buffers.values() if buffer is not None]
-        layers = () if self._preconditioner is None else self._preconditioner.layers
-        inverses = [tensor for layer in layers for tensor in layer.read_tensors]
-        scale = None if self._preconditioner is None else self._preconditioner.kl_scale
-        watched = [*self._parameters, *buffers, *self._optimizers.state_tensors, *inverses]
-        return [*watched, *grads] if scale is None else [*watched, *grads, scale]
+        return [after for before, after in pairs if before is not None and after is not None and is_at(before, after)]
 
     @property
     def num_steps_since(self) -> int:

@@ -52,10 +52,10 @@ class StepOptimizers:
         return [parameter for group in self._groups for parameter in group["params"]]
 
     @property
-    def state_tensors(self) -> list[Tensor]:
-        """The tensors in the state of every parameter."""
-        states = (state for one in self.all for state in one.state.values())
-        return list(tensors([*states]))
+    def tensors(self) -> list[Tensor]:
+        """The tensors in groups and state, parameters among them, and the learning rates on the device."""
+        states = [state for one in self.all for state in one.state.values()]
+        return [*tensors([self._groups, states]), *(rate.tensor for rate in self._rates)]
 
     def refresh_rates(self) -> None:
         """Bring the learning rates to the device, without waiting for it."""

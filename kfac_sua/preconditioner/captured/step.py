@@ -206,7 +206,8 @@ class CapturedStep(Generic[T]):
         inspection, self._last_numbers = self._last_eager, list(plain_values(result))
         assert step_before is not None
         assert inspection is not None
-        refusal = self._why_not(inspection, state) or refusals.of_step_after(inspection, step_before, state.kept())
+        kept = [*self._dependencies.tensors(), *state.kept_grads()]
+        refusal = self._why_not(inspection, state) or refusals.of_step_after(inspection, step_before, kept)
         if [one._version for one in inputs] != versions:
             refusal = "it writes into its arguments"
         elif not refusal and self._last_numbers != numbers:
@@ -351,7 +352,7 @@ class CapturedStep(Generic[T]):
         self._device = device
         self._graph: StepGraph = self._given_graph or CudaStepGraph(device)
         self._optimizers = StepOptimizers(self._optimizer_list, device)
-        self._dependencies = Dependencies(self._model, self._optimizers, self._preconditioner)
+        self._dependencies = Dependencies(self._model, self._optimizers, self._preconditioner, device)
 
     def _host_state(self) -> HostState:
         return HostState(self._model, self._parameters(), self._optimizers, self._preconditioner)
