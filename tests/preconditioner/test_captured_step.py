@@ -3,6 +3,8 @@
 import copy
 import logging
 import random
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,12 +23,17 @@ from kfac_sua.preconditioner.captured.step import MOST_FUTILE_CAPTURES, MOST_LEF
 from kfac_sua.preconditioner.preconditioned_layer import PreconditionedLayer
 
 SUA = {"structure": "sua"}
+SHORT = {"structure": "sua", "inverse_period": 10}
 FIRST_REPLAY = 1 + WARM_UP_STEPS  # the refresh and the steps before the capture
 
 
-def both(case: Case) -> tuple[Training, Training]:
-    """Return the same training, eager and captured."""
-    return Training(case, is_captured=False), Training(case, is_captured=True)
+def both(case: Case, function: Callable[..., Tensor] | None = None) -> tuple[Training, Training]:
+    """Return the same training, eager and captured; with a function of it and a mini-batch in place of its own."""
+    eager, captured = Training(case, is_captured=False), Training(case, is_captured=True)
+    if function is not None:
+        eager._step = partial(function, eager)
+        captured.captured._function = partial(function, captured)
+    return eager, captured
 
 
 def assert_alike(eager: Training, captured: Training) -> None:
@@ -484,49 +491,44 @@ def test_mini_batches_that_stay_of_another_shape_are_captured():
 @pytest.mark.parametrize("to_none", [True, False])
 def test_gradients_may_be_zeroed_anywhere(where, to_none):
     """Inside the function, at its beginning or its end, by dropping them or by writing zeros."""
-    nets = []
-    for is_captured in (False, True):
-        net = make_net()
-        optimizer, preconditioner = sgd(net), KroneckerPreconditioner(net, inverse_period=10, **SUA)
 
-        def function(images, labels, net=net, optimizer=optimizer, preconditioner=preconditioner):
-            if where == "before":
-                optimizer.zero_grad(set_to_none=to_none)
-            nn.functional.cross_entropy(net(images), labels).backward()
-            preconditioner.step()
-            optimizer.step()
-            if where == "after":
-                optimizer.zero_grad(set_to_none=to_none)
+    def function(training: Training, images: Tensor, labels: Tensor) -> Tensor:
+        (optimizer,) = training.optimizers
+        if where == "before":
+            optimizer.zero_grad(set_to_none=to_none)
+        loss = nn.functional.cross_entropy(training.net(images), labels)
+        loss.backward()
+        training.preconditioner.step()
+        optimizer.step()
+        if where == "after":
+            optimizer.zero_grad(set_to_none=to_none)
+        return loss.detach()
 
-        step = CapturedStep(function, net, optimizer, preconditioner, graph=EmulatedGraph())
-        for images, labels in batches(25):
-            (step if is_captured else function)(images, labels)
-        nets.append(net)
-    assert (step.why_eager, step.num_captures) == ("", 1)
-    assert_identical(nets[1].state_dict(), nets[0].state_dict())
+    trainings = both(Case(SHORT), function)
+    take(trainings, 25)
+    assert (trainings[1].captured.why_eager, trainings[1].captured.num_captures) == ("", 1)
+    assert_alike(*trainings)
 
 
 @pytest.mark.parametrize("outside", [True, False])
 def test_gradients_that_are_never_zeroed_add_up(outside):
     """They do in eager steps; a captured one that finds gradients is not replayed where there are none."""
-    nets = []
-    for is_captured in (False, True):
-        net = make_net()
-        optimizer = sgd(net, lr=LR / 10)
 
-        def function(images, labels, net=net, optimizer=optimizer):
-            nn.functional.cross_entropy(net(images), labels).backward()
-            optimizer.step()
+    def function(training: Training, images: Tensor, labels: Tensor) -> Tensor:
+        loss = nn.functional.cross_entropy(training.net(images), labels)
+        loss.backward()
+        training.optimizers[0].step()
+        return loss.detach()
 
-        step = CapturedStep(function, net, optimizer, graph=EmulatedGraph())
-        for number, (images, labels) in enumerate(batches(25)):
-            if outside and number % 12 == 0:
-                optimizer.zero_grad()
-            (step if is_captured else function)(images, labels)
-        nets.append(net)
-    assert step.why_eager == ""
-    assert_identical(nets[1].state_dict(), nets[0].state_dict())
-    assert step.num_replays > 10
+    trainings = both(Case(None, optimizer=lambda net: sgd(net, lr=LR / 10)), function)
+    for number in range(25):
+        if outside and number % 12 == 0:
+            for training in trainings:
+                training.optimizers[0].zero_grad()
+        take(trainings, 1, start=number)
+    assert trainings[1].captured.why_eager == ""
+    assert_alike(*trainings)
+    assert trainings[1].captured.num_replays > 10
 
 
 # --- what is captured with the step -----------------------------------------------------------------------------------
@@ -551,46 +553,40 @@ def test_dropout_draws_as_in_eager_steps_also_after_a_resume():
 
 def test_micro_batches_are_accumulated_inside():
     """One call that runs several backward passes before its step is captured as one."""
-    results = []
-    for is_captured in (False, True):
-        net = make_net()
-        optimizer, preconditioner = sgd(net), KroneckerPreconditioner(net, inverse_period=10, **SUA)
 
-        def function(images, labels, net=net, optimizer=optimizer, preconditioner=preconditioner):
-            optimizer.zero_grad()
-            for part in range(2):
-                (nn.functional.cross_entropy(net(images[part::2]), labels[part::2]) / 2).backward()
-            preconditioner.step()
-            optimizer.step()
+    def function(training: Training, images: Tensor, labels: Tensor) -> Tensor:
+        (optimizer,) = training.optimizers
+        optimizer.zero_grad()
+        for part in range(2):
+            loss = nn.functional.cross_entropy(training.net(images[part::2]), labels[part::2]) / 2
+            loss.backward()
+        training.preconditioner.step()
+        optimizer.step()
+        return loss.detach()
 
-        step = CapturedStep(function, net, optimizer, preconditioner, graph=EmulatedGraph())
-        for images, labels in batches(25):
-            (step if is_captured else function)(images, labels)
-        results.append(net.state_dict())
-    assert (step.num_captures, step.num_replays) == (1, 25 - 3 - WARM_UP_STEPS)
-    assert_identical(results[1], results[0])
+    trainings = both(Case(SHORT), function)
+    take(trainings, 25)
+    assert (trainings[1].captured.num_captures, trainings[1].captured.num_replays) == (1, 25 - 3 - WARM_UP_STEPS)
+    assert_alike(*trainings)
 
 
 def test_checkpointed_activations():
     """Activation checkpointing, which runs parts of the forward pass again, needs no random numbers kept."""
-    results = []
-    for is_captured in (False, True):
-        net = make_net()
-        optimizer, preconditioner = sgd(net), KroneckerPreconditioner(net, inverse_period=10, **SUA)
 
-        def function(images, labels, net=net, optimizer=optimizer, preconditioner=preconditioner):
-            optimizer.zero_grad()
-            middle = checkpoint(net[:4], images, use_reentrant=False, preserve_rng_state=False)
-            nn.functional.cross_entropy(net[4:](middle), labels).backward()
-            preconditioner.step()
-            optimizer.step()
+    def function(training: Training, images: Tensor, labels: Tensor) -> Tensor:
+        (optimizer,) = training.optimizers
+        optimizer.zero_grad()
+        middle = checkpoint(training.net[:4], images, use_reentrant=False, preserve_rng_state=False)
+        loss = nn.functional.cross_entropy(training.net[4:](middle), labels)
+        loss.backward()
+        training.preconditioner.step()
+        optimizer.step()
+        return loss.detach()
 
-        step = CapturedStep(function, net, optimizer, preconditioner, graph=EmulatedGraph())
-        for images, labels in batches(25):
-            (step if is_captured else function)(images, labels)
-        results.append(net.state_dict())
-    assert (step.num_captures, step.num_replays) == (1, 25 - 3 - WARM_UP_STEPS)
-    assert_identical(results[1], results[0])
+    trainings = both(Case(SHORT), function)
+    take(trainings, 25)
+    assert (trainings[1].captured.num_captures, trainings[1].captured.num_replays) == (1, 25 - 3 - WARM_UP_STEPS)
+    assert_alike(*trainings)
 
 
 def test_a_region_of_autocast_around_the_step():
@@ -631,19 +627,13 @@ def test_a_function_without_arguments_reads_what_stays_in_place():
 
 def refused(caplog, change, settings: dict[str, Any] | None = None, case: Case | None = None) -> str:
     """Return why a training whose function does something more is not captured; it must go on as eagerly."""
-    trainings = both(case or Case(SUA if settings is None else settings))
-    for training in trainings:
-        function = training.function
 
-        def changed(*inputs, training=training, function=function):
-            loss = function(*inputs)
-            change(training, loss)
-            return loss
+    def changed(training: Training, *inputs: Tensor) -> Tensor:
+        loss = training.function(*inputs)
+        change(training, loss)
+        return loss
 
-        if training is trainings[1]:
-            training.captured._function = changed
-        else:
-            training._step = changed
+    trainings = both(case or Case(SUA if settings is None else settings), changed)
     with caplog.at_level(logging.INFO, "kfac_sua.preconditioner.captured"):
         take(trainings, 25)
     assert_alike(*trainings)
@@ -704,7 +694,7 @@ def test_a_variable_that_is_replaced_and_kept_elsewhere_is_refused(caplog):
     assert ours == theirs
 
 
-def test_gradients_that_are_replaced_and_kept_elsewhere_are_refused(caplog):
+def test_gradients_that_are_replaced_and_kept_elsewhere_are_refused():
     """An average of gradients that is made anew in each step would go on from one of them."""
     kept: list[Any] = []
 
@@ -718,9 +708,7 @@ def test_gradients_that_are_replaced_and_kept_elsewhere_are_refused(caplog):
         training.optimizers[0].step()
         return loss.detach()
 
-    trainings = both(Case(None))
-    trainings[0]._step = lambda *inputs: function(trainings[0], *inputs)
-    trainings[1].captured._function = lambda *inputs: function(trainings[1], *inputs)
+    trainings = both(Case(None), function)
     take(trainings, 15)
     assert "it reads a tensor that the step before has made" in trainings[1].captured.why_eager
     assert_alike(*trainings)
@@ -817,16 +805,7 @@ def test_arguments_that_require_gradients_are_refused():
 
 def test_arguments_that_are_written_to_are_refused():
     """The caller's tensor would stay as it is."""
-    trainings = both(Case(SUA))
-    for training in trainings:
-        function = training.function
-
-        def writing(images, labels, function=function):
-            return function(images.mul_(0.5), labels)
-
-        training._step = writing
-        training.captured._function = writing
-    trainings[1]._step = trainings[1].captured
+    trainings = both(Case(SUA), lambda training, images, labels: training.function(images.mul_(0.5), labels))
     take(trainings, 10)
     assert trainings[1].captured.why_eager == "it writes into its arguments"
     assert_alike(*trainings)
@@ -888,26 +867,23 @@ def test_two_steps_of_the_preconditioner_in_one_are_refused(caplog):
     assert reason == "it took 2 steps of the preconditioner instead of one"
 
 
-def test_micro_batches_in_calls_of_their_own_are_refused(caplog):
+def test_micro_batches_in_calls_of_their_own_are_refused():
     """A call without a step of the preconditioner is no training step."""
-    nets = []
-    for is_captured in (False, True):
-        net = make_net()
-        optimizer, preconditioner = sgd(net), KroneckerPreconditioner(net, inverse_period=10, **SUA)
 
-        def function(images, labels, net=net):
-            (nn.functional.cross_entropy(net(images), labels) / 2).backward()
+    def function(training: Training, images: Tensor, labels: Tensor) -> Tensor:
+        loss = nn.functional.cross_entropy(training.net(images), labels) / 2
+        loss.backward()
+        return loss.detach()
 
-        step = CapturedStep(function, net, optimizer, preconditioner, graph=EmulatedGraph())
-        for number, (images, labels) in enumerate(batches(30)):
-            (step if is_captured else function)(images, labels)
-            if number % 2:
-                preconditioner.step()
-                optimizer.step()
-                optimizer.zero_grad()
-        nets.append(net)
-    assert step.why_eager == "it took 0 steps of the preconditioner instead of one"
-    assert_identical(nets[1].state_dict(), nets[0].state_dict())
+    trainings = both(Case(SHORT), function)
+    for number in range(30):
+        take(trainings, 1, start=number)
+        for training in trainings if number % 2 else ():
+            training.preconditioner.step()
+            training.optimizers[0].step()
+            training.optimizers[0].zero_grad()
+    assert trainings[1].captured.why_eager == "it took 0 steps of the preconditioner instead of one"
+    assert_alike(*trainings)
 
 
 def test_several_processes_are_refused(monkeypatch):
@@ -940,28 +916,26 @@ def test_a_mini_batch_that_is_freed_is_noticed():
     assert "as this keeps changing: a tensor that the function found and that has been freed" in step.why_eager
 
 
-def test_a_loss_scaler_is_refused(caplog):
+def test_a_loss_scaler_is_refused():
     """Whether the step is taken is decided on the host."""
-    nets = []
-    for is_captured in (False, True):
-        net = make_net()
-        optimizer, preconditioner = sgd(net), KroneckerPreconditioner(net, inverse_period=10, **SUA)
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
 
-        def function(images, labels, net=net, optimizer=optimizer, preconditioner=preconditioner, scaler=scaler):
-            optimizer.zero_grad()
-            scaler.scale(nn.functional.cross_entropy(net(images), labels)).backward()
-            scaler.unscale_(optimizer)
-            preconditioner.step(loss_scale=scaler.get_scale())
-            scaler.step(optimizer)
-            scaler.update()
+    def function(training: Training, images: Tensor, labels: Tensor) -> Tensor:
+        (optimizer,), scaler = training.optimizers, training.scaler
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(training.net(images), labels)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        training.preconditioner.step(loss_scale=scaler.get_scale())
+        scaler.step(optimizer)
+        scaler.update()
+        return loss.detach()
 
-        step = CapturedStep(function, net, optimizer, preconditioner, graph=EmulatedGraph())
-        for images, labels in batches(15):
-            (step if is_captured else function)(images, labels)
-        nets.append(net)
-    assert "it reads a value back to the host" in step.why_eager
-    assert_identical(nets[1].state_dict(), nets[0].state_dict())
+    trainings = both(Case(SHORT), function)
+    for training in trainings:
+        training.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    take(trainings, 15)
+    assert "it reads a value back to the host" in trainings[1].captured.why_eager
+    assert_alike(*trainings)
 
 
 def test_an_optimizer_that_counts_on_the_host_is_refused():
@@ -1226,21 +1200,17 @@ def test_state_made_during_a_capture_is_not_kept():
 
 def test_what_eager_steps_leave_in_the_graphs_memory_ends_it():
     """Losses of refreshes that the caller keeps stay as they are; after some, eager steps get memory of their own."""
-    eager, captured = both(Case({"structure": "sua", "inverse_period": 5}))
-    kept: dict[int, list[Tensor]] = {id(eager): [], id(captured): []}
-    for training in (eager, captured):
-        function = training.function
+    kept: dict[Training, list[Tensor]] = {}
 
-        def keeping(*inputs, training=training, function=function):
-            loss = function(*inputs)
-            if training.preconditioner.num_steps % 5 == 1:
-                kept[id(training)].append(loss.clone())
-            return loss
+    def keeping(training: Training, *inputs: Tensor) -> Tensor:
+        loss = training.function(*inputs)
+        if training.preconditioner.num_steps % 5 == 1:
+            kept.setdefault(training, []).append(loss.clone())
+        return loss
 
-        training.captured._function = keeping
-        training._step = training.captured if training is captured else keeping
+    eager, captured = both(Case({"structure": "sua", "inverse_period": 5}), keeping)
     take((eager, captured), 45)
-    assert kept[id(eager)] == kept[id(captured)]
+    assert kept[eager] == kept[captured]
     assert captured.captured.num_captures == 1 + MOST_LEFTOVERS
     assert_alike(eager, captured)
 
