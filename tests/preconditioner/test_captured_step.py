@@ -622,6 +622,36 @@ def test_a_function_without_arguments_reads_what_stays_in_place():
     assert step.num_replays == 25 - 2 - WARM_UP_STEPS
 
 
+@pytest.mark.parametrize("settings", [None, SHORT, SHORT | {"kl_clip": 1e-3}])
+def test_a_function_without_arguments_reads_its_mini_batch_by_a_position(settings):
+    """It gathers rows by a tensor that it advances in place: replays, refreshes and the capture alike."""
+    num_rows = 15
+    images, labels = (torch.stack(tensors) for tensors in zip(*batches(num_rows), strict=True))
+    losses: list[list[float]] = []
+    positions: list[Tensor] = []
+    trainings = both(Case(settings))
+    for training in trainings:
+        position = torch.zeros(1, dtype=torch.int64)
+
+        def function(training=training, position=position) -> Tensor:
+            rows = (values.index_select(0, position).squeeze(0) for values in (images, labels))
+            loss = training.function(*rows)
+            position.add_(1).remainder_(num_rows)
+            return loss
+
+        training.captured._function = function
+        step = training.captured if training is trainings[1] else function
+        losses.append([float(step()) for _ in range(40)])
+        positions.append(position)
+    assert losses[0] == losses[1]
+    assert positions[0] == positions[1] == 40 % num_rows
+    assert_alike(*trainings)
+    captured = trainings[1].captured
+    num_refreshes = 0 if settings is None else 4
+    assert (captured.why_eager, captured.num_captures) == ("", 1)
+    assert captured.num_replays == 40 - num_refreshes - WARM_UP_STEPS
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 

@@ -75,8 +75,9 @@ class CapturedStep(Generic[T]):
     says why: see :attr:`why_eager` and the table in the documentation.
 
     Args:
-        function: Takes one step, with one call of ``preconditioner.step()`` in it; its arguments are tensors. Other
-            tensors that it reads or writes must stay where they are, as parameters do.
+        function: Takes one step, with one call of ``preconditioner.step()`` in it. Its arguments are tensors; it may
+            have none, and read its mini-batch by a position on the device that it advances in place. Other tensors that
+            it reads or writes must stay where they are, as parameters do.
         model: The model, wrapped or not. If the function calls several, a module that holds them all.
         optimizer: What the function calls ``step()`` of; several in a sequence.
         preconditioner: What the function calls ``step()`` of, of the model or a part of it; ``None`` if nothing is
@@ -130,7 +131,7 @@ class CapturedStep(Generic[T]):
         """Take one step on a mini-batch.
 
         Args:
-            inputs: What the function takes; tensors on the model's device.
+            inputs: What the function takes, if anything; tensors on the model's device.
 
         Returns:
             What the function returns; the next step may write over its tensors.
