@@ -152,9 +152,14 @@ class PreconditionedLayer:
         return [] if self.inverse is None else self.inverse.tensors()
 
     def refreshed(self, factors: LayerFactors) -> None:
-        """Drop what the refresh that has just been made, of these factors, does not leave to the next one."""
+        """Drop what the refresh that has just been made, of these factors, does not leave to the next one.
+
+        Factors that stay are written over those of the refresh before: beside a captured step, new tensors would lie in
+        memory that its next replay overwrites.
+        """
         self.is_fresh = False
-        self.factors = factors if self.keeps_factors else None
+        kept = factors_to_state(self.factors), factors_to_state(factors) if self.keeps_factors else {}
+        self.factors = factors_from_state(written_over(*kept, factors.gradient.values), self.statistics.geometry)
         if self.average.decay == 0:
             self.average = RunningAverage(0.0)
 

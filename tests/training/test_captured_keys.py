@@ -10,7 +10,7 @@ from tiny_runs import tiny_config
 
 from kfac_sua.compose import compose_config
 from kfac_sua.config import AdamWConfig, Config, KroneckerConfig, ScheduleName, to_plain
-from kfac_sua.preconditioner.captured.step import MOST_LEFTOVERS, WARM_UP_STEPS
+from kfac_sua.preconditioner.captured.step import WARM_UP_STEPS
 from kfac_sua.training.loop import train_epoch
 from kfac_sua.training.progress import Progress
 from kfac_sua.training.state import Training
@@ -141,8 +141,7 @@ def check(tmp_path, steps: list[EmulatedStep], *overrides: str) -> None:
 def expected(training: Training) -> tuple[int, int]:
     """Return how many captures and replays there must have been: of all plain steps but those before a capture.
 
-    There are as many captures as learning rates, where the optimizer holds it as a number. Adaptive damping keeps the
-    factors of a refresh, which lie in the graph's memory: refreshes get their own after some captures.
+    There are as many captures as learning rates, where the optimizer holds it as a number.
     """
     num_steps, num_captures, eager = training.step, 1, set()
     config, preconditioner = training.config, training.preconditioner
@@ -152,7 +151,6 @@ def expected(training: Training) -> tuple[int, int]:
         eager |= set(range(0, num_steps, preconditioner.factor_period))
         if period := config.preconditioner.adaptive_damping:
             eager |= set(range(0, num_steps, period))
-            num_captures += MOST_LEFTOVERS
     return num_captures, num_steps - len(eager) - WARM_UP_STEPS * num_captures
 
 
