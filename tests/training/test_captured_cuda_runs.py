@@ -1,12 +1,11 @@
 """Runs on a CUDA device with captured steps: the bits of eager ones, also after a kill, and no wait for the device."""
 
-import itertools
 import os
-import signal
 
 import pytest
 import torch
 from identical import assert_identical
+from stops import stop_after
 from tiny_runs import TINY, directory_of, metrics_without_times
 
 from kfac_sua.compose import compose_config
@@ -14,7 +13,6 @@ from kfac_sua.config import Config
 from kfac_sua.preconditioner import CapturedStep
 from kfac_sua.preconditioner.captured.step import WARM_UP_STEPS
 from kfac_sua.runs.record import read_records, read_run_info
-from kfac_sua.training import writer
 from kfac_sua.training.checkpoint import load_checkpoint
 from kfac_sua.training.loop import run
 from kfac_sua.training.signals import Interrupted
@@ -76,7 +74,7 @@ def test_captured_runs_have_the_bits_of_eager_ones(tmp_path, monkeypatch, settin
     run(straight)
     for steps in (33, 41, 50):
         with monkeypatch.context() as context:
-            _stop_after(context, steps)
+            stop_after(context, steps)
             with pytest.raises(Interrupted):
                 run(stopped)
     assert run(stopped).status == "finished"
@@ -85,17 +83,6 @@ def test_captured_runs_have_the_bits_of_eager_ones(tmp_path, monkeypatch, settin
     for config in (straight, stopped):
         assert metrics_without_times(config) == metrics_without_times(eager)
         assert_identical(final_state(config), final_state(eager))
-
-
-def _stop_after(monkeypatch, steps: int) -> None:
-    between, count = writer.RunWriter.between, itertools.count(1)
-
-    def counting(run_writer):
-        if next(count) == steps:
-            run_writer._stop.signal_number = signal.SIGTERM
-        between(run_writer)
-
-    monkeypatch.setattr(writer.RunWriter, "between", counting)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import itertools
-import signal
 import sys
 import weakref
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from emulated_runs import emulated  # noqa: F401  # a fixture
 from graph_emulator import EmulatedGraph
 from identical import assert_identical
+from stops import stop_after
 from tiny_runs import directory_of, metrics_without_times, tiny_config
 
 import kfac_sua
@@ -76,18 +76,6 @@ def test_a_captured_run_that_is_stopped_anywhere_ends_where_it_would_have(tmp_pa
     for config in (straight, stopped):
         assert metrics_without_times(config) == metrics_without_times(eager)
         assert_identical(final_state(config), final_state(eager))
-
-
-def stop_after(monkeypatch, steps: int) -> None:
-    """Ask the next run to stop after so many mini-batches, of training or of evaluation."""
-    between, count = writer.RunWriter.between, itertools.count(1)
-
-    def counting(run_writer):
-        if next(count) == steps:
-            run_writer._stop.signal_number = signal.SIGTERM
-        between(run_writer)
-
-    monkeypatch.setattr(writer.RunWriter, "between", counting)
 
 
 def test_capture_changes_neither_the_directory_nor_who_may_resume(tmp_path, monkeypatch, emulated):  # noqa: F811

@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 from identical import assert_identical
+from stops import stop_after
 from tiny_runs import TINY, TINY_PERIOD, directory_of, metrics_without_times, tiny_config
 
 from kfac_sua.runs.lock import RunLostError
@@ -57,18 +58,6 @@ def final_state(config):
     return load_checkpoint(
         directory.checkpoint, fingerprint=directory.fingerprint, seed=config.seed, device=torch.device("cpu")
     )
-
-
-def stop_after(monkeypatch, calls: int) -> None:
-    """Ask the next run to stop after so many mini-batches, of training or of evaluation."""
-    between, count = writer.RunWriter.between, iter(range(1, calls + 1))
-
-    def counting(run_writer):
-        if next(count, None) == calls:
-            run_writer._stop.signal_number = signal.SIGTERM
-        between(run_writer)
-
-    monkeypatch.setattr(writer.RunWriter, "between", counting)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
