@@ -395,7 +395,7 @@ BAD_RECORDS = {
     "metrics.csv": {
         "foreign": BadFile(lambda path: path.write_text("a,b\n1,2\n"), r"line 1: expected the header of metrics.csv"),
         "text for a number": BadFile(
-            lambda path: path.write_text(path.read_text().replace("\n0,", "\nzero,")), r"line 2: expected 18 numbers"
+            lambda path: path.write_text(path.read_text().replace("\n0,", "\nzero,")), r"line 2: expected 19 numbers"
         ),
         "missing epoch": BadFile(
             lambda path: path.write_text("".join(path.read_text().splitlines(keepends=True)[:1])), r"lacks epochs that"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import hashlib
 import json
 import math
 import socket
@@ -24,8 +25,10 @@ from kfac_sua.runs.record import (
     RecordError,
     append_record,
     failure_reason,
+    read_ended_records,
     read_records,
     read_run_info,
+    records_digest,
     rewrite_records,
     write_run_info,
 )
@@ -49,7 +52,8 @@ def test_columns_are_those_of_the_contract():
     """The columns of metrics.csv have the agreed names and order."""
     assert ",".join(COLUMNS) == (
         "epoch,step,lr,train_loss,train_error,train_eval_loss,val_loss,val_error,train_time_s,"
-        "forward_backward_s,statistics_s,inversion_s,application_s,optimizer_s,data_s,other_s,evaluation_s,writing_s"
+        "forward_backward_s,statistics_s,inversion_s,application_s,optimizer_s,data_s,other_s,evaluation_s,writing_s,"
+        "captured_s"
     )
 
 
@@ -69,7 +73,7 @@ def test_file_has_one_header_and_one_line_per_epoch(metrics):
     """The file is plain CSV, which other tools can read."""
     lines = metrics.read_text().splitlines()
     assert lines[0] == ",".join(COLUMNS)
-    assert lines[2] == "2,100,0.1,1.0,0.25,0.75,1.25,0.3,20.0,12.0,2.0,3.0,1.5,1.0,0.0,0.0,0.0,0.0"
+    assert lines[2] == "2,100,0.1,1.0,0.25,0.75,1.25,0.3,20.0,12.0,2.0,3.0,1.5,1.0,0.0,0.0,0.0,0.0,0.0"
     assert len(lines) == 4
 
 
@@ -81,7 +85,7 @@ def test_numbers_of_numpy_and_torch_are_written_as_plain_numbers(tmp_path):
     assert (read.train_loss, read.val_loss) == (0.5, 1.0)
 
 
-@pytest.mark.parametrize("tail", [b"4", b"4,200,0.1,", b"4,200" + b",0.5" * 16, b"4,200,0.1\n", b"\0\0\0"])
+@pytest.mark.parametrize("tail", [b"4", b"4,200,0.1,", b"4,200" + b",0.5" * 17, b"4,200,0.1\n", b"\0\0\0"])
 def test_torn_last_line_is_dropped_and_overwritten(metrics, tail):
     """A last line without newline or with too few fields is left out, and the next epoch takes its place."""
     metrics.write_bytes(metrics.read_bytes() + tail)
@@ -107,19 +111,19 @@ def test_appending_to_an_empty_file_or_torn_header_writes_the_header(metrics, cu
     assert read_records(metrics) == [epoch_record(1)]
 
 
-@pytest.mark.parametrize("line", ["2,100,0.1", "", "2,100,abc" + ",0" * 15, "2,100" + ",0" * 17, "2.5,1" + ",0" * 16])
+@pytest.mark.parametrize("line", ["2,100,0.1", "", "2,100,abc" + ",0" * 16, "2,100" + ",0" * 18, "2.5,1" + ",0" * 17])
 def test_malformed_inner_line_names_file_and_line(metrics, line):
     """Only the last line may be torn: damage elsewhere is reported with its place."""
     lines = metrics.read_text().split("\n")
     lines[2] = line
     metrics.write_text("\n".join(lines))
-    with pytest.raises(RecordError, match=r"metrics\.csv, line 3: expected 18 numbers"):
+    with pytest.raises(RecordError, match=r"metrics\.csv, line 3: expected 19 numbers"):
         read_records(metrics)
 
 
 def test_complete_last_line_that_is_not_numbers_is_an_error(metrics):
     """A last line with its newline and all fields is not torn, so damage in it is reported."""
-    metrics.write_text(metrics.read_text() + "x,200" + ",0" * 16 + "\n")
+    metrics.write_text(metrics.read_text() + "x,200" + ",0" * 17 + "\n")
     with pytest.raises(RecordError, match="line 5"):
         read_records(metrics)
 
@@ -135,19 +139,29 @@ def test_foreign_file_is_neither_read_nor_overwritten(tmp_path):
     assert path.read_text() == "epoch,loss\n1,0.5\n"
 
 
-@pytest.fixture
-def old_metrics(metrics: Path) -> Path:
-    """The same file as it was before the last four columns were measured, all zero in these records."""
+# Columns that a file had at the time, and the last of them.
+OLD_FILES = {14: "optimizer_s", 18: "writing_s"}
+
+
+@pytest.fixture(params=OLD_FILES)
+def old_metrics(metrics: Path, request: pytest.FixtureRequest) -> Path:
+    """The same file as it was before the last columns were measured, all zero in these records."""
     lines = metrics.read_text().splitlines()
-    metrics.write_text("".join(",".join(line.split(",")[:-4]) + "\n" for line in lines))
+    metrics.write_text("".join(",".join(line.split(",")[: request.param]) + "\n" for line in lines))
     return metrics
+
+
+def _num_columns(path: Path) -> int:
+    """Return how many columns the header of a file has."""
+    return path.read_text().splitlines()[0].count(",") + 1
 
 
 def test_file_without_the_newer_columns_is_read(old_metrics):
     """What was not measured then is zero; a torn last line is dropped as in any file."""
-    assert old_metrics.read_text().splitlines()[0].endswith(",application_s,optimizer_s")
+    num_columns = _num_columns(old_metrics)
+    assert old_metrics.read_text().splitlines()[0].endswith(f",{OLD_FILES[num_columns]}")
     assert read_records(old_metrics) == [epoch_record(1), epoch_record(2), epoch_record(3)]
-    for tail in ("4,200" + ",0.5" * 8 + "\n", "4,200" + ",0.5" * 12):
+    for tail in ("4,200" + ",0.5" * (num_columns - 6) + "\n", "4,200" + ",0.5" * (num_columns - 2)):
         torn = old_metrics.with_name(f"torn-{len(tail)}.csv")
         torn.write_text(old_metrics.read_text() + tail)
         assert read_records(torn) == [epoch_record(1), epoch_record(2), epoch_record(3)]
@@ -157,7 +171,7 @@ def test_file_without_the_newer_columns_is_read(old_metrics):
 def test_appending_to_a_file_without_the_newer_columns_adds_them(old_metrics, tail):
     """Every row gets all columns, so that the file stays one table."""
     old_metrics.write_text(old_metrics.read_text() + tail)
-    added = epoch_record(4, data_s=0.25, other_s=0.5, evaluation_s=2.0, writing_s=0.125)
+    added = epoch_record(4, data_s=0.25, other_s=0.5, evaluation_s=2.0, writing_s=0.125, captured_s=3.0)
     append_record(old_metrics, added)
     assert read_records(old_metrics) == [*map(epoch_record, (1, 2, 3)), added]
     assert {line.count(",") + 1 for line in old_metrics.read_text().splitlines()} == {len(COLUMNS)}
@@ -165,11 +179,54 @@ def test_appending_to_a_file_without_the_newer_columns_adds_them(old_metrics, ta
 
 def test_old_file_with_a_row_of_all_columns_is_an_error(old_metrics):
     """The header decides how many numbers a row has."""
+    num_columns = _num_columns(old_metrics)
     lines = old_metrics.read_text().splitlines()
-    lines[2] += ",0.0" * 4
+    lines[2] += ",0.0" * (len(COLUMNS) - num_columns)
     old_metrics.write_text("\n".join(lines) + "\n")
-    with pytest.raises(RecordError, match=r"metrics\.csv, line 3: expected 14 numbers"):
+    with pytest.raises(RecordError, match=rf"metrics\.csv, line 3: expected {num_columns} numbers"):
         read_records(old_metrics)
+
+
+def test_file_with_a_number_of_columns_that_none_ever_had_is_an_error(metrics):
+    """Of the last columns either all are there, or those that came together are not."""
+    lines = metrics.read_text().splitlines()
+    metrics.write_text("".join(",".join(line.split(",")[:16]) + "\n" for line in lines))
+    with pytest.raises(RecordError, match="line 1: expected the header"):
+        read_records(metrics)
+
+
+# Of the 18 columns that there were when digests came to be kept, of the rows of ``metrics``.
+OLD_DIGEST = "beed7ba4d1bb1e27877f33ea50858f6c1a5ec80cb7a5bd192917c8c80078e5f6"
+OLD_ROWS = """\
+1,50,0.1,2.0,0.5,1.5,2.5,0.6,10.0,6.0,1.0,1.5,0.75,0.5,0.0,0.0,0.0,0.0
+2,100,0.1,1.0,0.25,0.75,1.25,0.3,20.0,12.0,2.0,3.0,1.5,1.0,0.0,0.0,0.0,0.0
+3,150,0.1,0.6666666666666666,0.16666666666666666,0.5,0.8333333333333334,0.19999999999999998,30.0,18.0,3.0,4.5,2.25,1.5,0.0,0.0,0.0,0.0
+"""
+
+
+def test_digests_kept_before_steps_were_captured_still_hold(metrics, old_metrics):
+    """A digest of rows without captured steps is that of the 18 columns of then, whatever the file has now."""
+    assert hashlib.sha256(OLD_ROWS.encode()).hexdigest() == OLD_DIGEST
+    assert records_digest(read_records(old_metrics)) == OLD_DIGEST
+    append_record(old_metrics, epoch_record(4))
+    assert records_digest(read_records(metrics)[:3]) == OLD_DIGEST
+
+
+def test_digests_see_the_seconds_of_captured_steps():
+    """Seconds of captured steps cannot be changed, added or removed without a digest that says so."""
+    rows = [epoch_record(1), epoch_record(2, captured_s=4.0)]
+    changes = [rows, [rows[0], epoch_record(2, captured_s=4.5)], [rows[0], epoch_record(2)], rows[:1]]
+    changes += [[epoch_record(1, captured_s=4.0), rows[1]], [epoch_record(1, captured_s=4.0), epoch_record(2)]]
+    assert len(set(map(records_digest, changes))) == len(changes)
+
+
+def test_an_ended_run_whose_file_has_fewer_columns_is_the_one_of_its_digest(old_metrics):
+    """Records of before are believed, and one changed digit in them is not."""
+    info = run_info(records_digest=OLD_DIGEST)
+    assert len(read_ended_records(old_metrics, info)) == 3
+    old_metrics.write_text(old_metrics.read_text().replace(",0.6,", ",0.5,"))
+    with pytest.raises(RecordError, match="not as it was at the end of the run"):
+        read_ended_records(old_metrics, info)
 
 
 def test_missing_file_is_an_error(tmp_path):
