@@ -25,7 +25,7 @@ PHASES = {
     "application": ("Application", "#EE9A3A", "...."),
     "optimizer": ("Optimizer", "#777777", ""),
     "data": ("Mini-batches", "#F0E442", "\\\\\\\\"),
-    "captured": ("Captured steps", "#009E73", "----"),
+    "captured": ("Captured steps", "#7BCFB0", "----"),
     "other": ("Other", "#FFFFFF", "xxxx"),
 }
 _NEGLIGIBLE = 1e-3  # of an epoch; less is the clock's own cost and rounding
@@ -41,6 +41,10 @@ def draw_time_split(
 ) -> list[Path]:
     """Draw stacked bars of the seconds per epoch.
 
+    A captured step has no parts of its own, as the device carries out forward and backward pass, application and
+    optimizer as one graph. All of it is in ``captured``, and the parts are those of the other steps alone, such as
+    those with statistics: of methods whose steps are captured, compare totals, statistics and inversion.
+
     Args:
         finals: Rows of ``collect_runs``, with ``panel`` and ``method`` or without; the finished runs are drawn.
         out_dir: Directory of the files, made if missing.
@@ -51,7 +55,8 @@ def draw_time_split(
 
     Returns:
         Paths of the PNG (200 dpi), the SVG (same table, same bytes) and the CSV: per panel, method and phase the mean
-        over seeds; phase ``other`` is what is in ``train_time_s`` but in no phase, ``total`` all of it.
+        over seeds; phase ``other`` is what is in ``train_time_s`` but in no phase, zero where rounding makes it
+        negligible or negative, ``total`` all of it.
 
     Raises:
         FigureError: If a method has no style, a panel named has no rows, or there is no row.
@@ -94,7 +99,7 @@ def _mean_split(runs: pd.DataFrame) -> tuple[dict[str, float], int]:
     finished = runs[(runs["status"] == "finished") & (runs["epoch"] > 0)]
     last = finished.sort_values("epoch").groupby("run").last()
     measured = [phase for phase in PHASES if phase != "other"]
-    # Tables of before data_s was measured lack it; there, it is in forward_backward_s. Captured steps came later.
+    # Tables of before data_s was measured lack it; there, it is in forward_backward_s. captured_s came later still.
     split = {phase: float((last.get(f"{phase}_s", 0.0 * last["epoch"]) / last["epoch"]).mean()) for phase in measured}
     total = float((last["train_time_s"] / last["epoch"]).mean())
     other = total - sum(split.values())

@@ -50,6 +50,43 @@ def test_time_in_no_phase_is_shown_if_there_is_any(drawn, tmp_path):
     assert "Other" in texts(drawn[1])
 
 
+def test_phases_that_exceed_the_total_by_rounding_leave_nothing_over(drawn, tmp_path):
+    """What is in no phase is never negative: then it is zero, and has neither a segment nor an entry."""
+    frame = finals()
+    frame["forward_backward_s"] *= 1 + 1e-6
+    table = pd.read_csv(draw_time_split(frame, tmp_path)[2])
+    assert table.loc[table["phase"] == "other", "seconds_per_epoch"].tolist() == [0.0] * 5
+    assert "Other" not in texts(drawn[0])
+    assert min(bar.get_width() for bar in drawn[0].axes[0].patches) == 0.0
+
+
+def _with_captured_steps(frame: pd.DataFrame, share: float) -> pd.DataFrame:
+    """Return the frame as it were with this share of all steps without statistics captured."""
+    parts = ["forward_backward_s", "application_s", "optimizer_s"]
+    captured = share * frame[parts].sum(axis=1)
+    return frame.assign(captured_s=captured, **{part: (1 - share) * frame[part] for part in parts})
+
+
+def test_captured_steps_are_a_phase_without_parts(drawn, tmp_path):
+    """They have a segment of their own where there are any, and what they consist of is in no other one."""
+    eager = finals()
+    captured = _with_captured_steps(eager, 0.9)
+    captured = pd.concat([captured[captured["method"] != "kfac"], eager[eager["method"] == "kfac"]])
+    captured["captured_s"] = captured["captured_s"].fillna(0.0)  # K-FAC's steps are not
+    paths = [draw_time_split(frame, tmp_path / name) for name, frame in (("eager", eager), ("captured", captured))]
+    before, after = (pd.read_csv(files[2]).set_index(["method", "phase"])["seconds_per_epoch"] for files in paths)
+    assert "Captured steps" not in texts(drawn[0])
+    assert "Captured steps" in texts(drawn[1])
+    assert "Other" not in texts(drawn[1])
+    parts = [("sua", part) for part in ("forward_backward", "application", "optimizer")]
+    np.testing.assert_allclose(after["sua", "captured"], 0.9 * before[parts].sum())
+    np.testing.assert_allclose(after[parts], 0.1 * before[parts])
+    for kept in [("sua", "statistics"), ("sua", "inversion"), ("sua", "total"), ("kfac", "forward_backward")]:
+        np.testing.assert_allclose(after[kept], before[kept])
+    assert after["kfac", "captured"] == before["sua", "captured"] == 0.0
+    assert_readable(drawn[1])
+
+
 def test_making_mini_batches_is_a_phase(drawn, tmp_path):
     """Where it was measured it has a segment of its own; in older tables it has none, and the chart no entry for it."""
     frame = finals()
