@@ -119,7 +119,7 @@ def method_curves(name: str, rows: pd.DataFrame) -> Method:
     if not counts.keys() & set(ENDED):
         raise FigureError(f"No run of method {name!r} has ended; let them finish, or leave the method out.")
     runs = rows[rows["status"] == next(iter(counts))]
-    keys = ("dataset", "model", "base_lr", "damping", "fingerprint", "status")
+    keys = ("dataset", "model", "base_lr", "damping", "precision", "fingerprint", "status")
     setting = {key: runs[key].iloc[0] for key in keys}
     finite = _common_finite_epochs(runs)
     errors = [error_curve(finite, column) for column in ("val_error", "train_error")]

@@ -26,7 +26,7 @@ from kfac_sua.runs.record import (
     read_run_info,
 )
 
-SETTING_COLUMNS = ("dataset", "model", "preconditioner", "base_lr", "damping", "fingerprint")
+SETTING_COLUMNS = ("dataset", "model", "preconditioner", "base_lr", "damping", "precision", "fingerprint")
 RUN_COLUMNS = ("run", *SETTING_COLUMNS, "seed", "status", "test_error")
 QUANTITIES = (
     "epochs",
@@ -52,8 +52,8 @@ def collect_runs(root: Path) -> pd.DataFrame:
     Returns:
         The columns of metrics.csv plus ``RUN_COLUMNS``: ``run`` is the directory relative to ``root``,
         ``base_lr`` the configured learning rate (``lr`` is that of the epoch, under a schedule), ``damping``
-        NaN for the baseline, ``test_error`` NaN until the run has finished. A run without a complete epoch
-        has one row with epoch 0 and NaN for what is measured, so that no run is lost.
+        NaN for the baseline, ``precision`` that of ``RunInfo``, ``test_error`` NaN until the run has finished. A run
+        without a complete epoch has one row with epoch 0 and NaN for what is measured, so that no run is lost.
 
     Raises:
         CollectError: If there is no run, a directory has metrics.csv without run.json, or a run occurs twice.
@@ -112,6 +112,27 @@ def require_runs(frame: pd.DataFrame, names: Sequence[str]) -> None:
         )
 
 
+def require_one_precision(frame: pd.DataFrame) -> None:
+    """Check that the seconds of runs can be compared: that all computed in the same precision.
+
+    Args:
+        frame: Rows of ``collect_runs``, or any table with its ``precision``. A table of before there was this column
+            holds one precision that is not known, which is no other table's.
+
+    Raises:
+        CollectError: If there are several; the message names each, with the methods that have it.
+    """
+    names = frame["method"] if "method" in frame else frame["preconditioner"]
+    precisions = pd.Series(frame.get("precision"), index=frame.index, dtype=object).fillna("not recorded")
+    methods = names.groupby(precisions).unique()
+    if len(methods) > 1:
+        found = "; ".join(f"{precision}: {', '.join(methods[precision])}" for precision in methods.index)
+        raise CollectError(
+            f"Seconds of runs in {len(methods)} precisions cannot be compared ({found}); give the runs of one of these,"
+            " or train all with the same, such as precision=float32."
+        )
+
+
 def _unended_note(runs: pd.DataFrame) -> str:
     """Return in brackets which methods have runs that failed or still run, empty if there are none."""
     names = {status: sorted(set(runs.loc[runs["status"] == status, "preconditioner"])) for status in UNENDED}
@@ -157,7 +178,12 @@ def select_best(frame: pd.DataFrame, by: str = "best_val_error") -> pd.DataFrame
 
     Returns:
         The rows of ``frame`` that belong to the chosen settings.
+
+    Raises:
+        CollectError: If seconds decide, and runs are of several precisions.
     """
+    if by == "seconds_per_epoch":
+        require_one_precision(frame)
     ended = final_table(frame[frame["status"].isin(ENDED)])
     ranked = ended.sort_values(["diverged", f"{by}_mean", "train_loss_mean"], kind="stable")
     best = ranked.drop_duplicates(["dataset", "model", "preconditioner"])
@@ -167,13 +193,17 @@ def select_best(frame: pd.DataFrame, by: str = "best_val_error") -> pd.DataFrame
 def format_table(table: pd.DataFrame) -> str:
     """Return the result of ``final_table`` as text, each quantity as mean ± standard deviation.
 
+    Settings say in which precision they computed where that is not the same for all, so that seconds are not compared.
+
     Args:
         table: Result of ``final_table``.
 
     Returns:
         Lines for a terminal, without a newline at the end.
     """
-    shown = table[["dataset", "model", "preconditioner", "base_lr", "damping"]].copy()
+    has_several = table["precision"].nunique() > 1
+    settings = ["dataset", "model", "preconditioner", "base_lr", "damping", *(["precision"] if has_several else [])]
+    shown = table[settings].copy()
     shown["damping"] = [f"{value:g}" if not math.isnan(value) else "-" for value in table["damping"]]
     shown["runs"] = [_count_text(row) for _, row in table.iterrows()]
     for name in QUANTITIES:
@@ -197,13 +227,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         frame = collect_runs(options.root)
+        shown = select_best(frame, options.best_by) if options.best_by else frame
         if options.csv:
             frame.to_csv(options.csv, index=False)
     except (CollectError, RecordError) as error:
         raise SystemExit(str(error)) from error
     except OSError as error:
         raise SystemExit(f"Cannot write {options.csv}: {error.strerror or error}.") from error
-    print(format_table(final_table(select_best(frame, options.best_by) if options.best_by else frame)))
+    print(format_table(final_table(shown)))
 
 
 def _run_values(root: Path, path: Path, info: RunInfo) -> dict[str, Any]:
@@ -218,6 +249,7 @@ def _run_values(root: Path, path: Path, info: RunInfo) -> dict[str, Any]:
             "preconditioner": name,
             "base_lr": float(info.config["optimizer"]["lr"]),
             "damping": math.nan if name == "baseline" else float(preconditioner["damping"]),
+            "precision": info.precision,
             "fingerprint": info.fingerprint,
             "seed": info.seed,
             "status": info.status,

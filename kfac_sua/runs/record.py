@@ -207,6 +207,10 @@ def _intact_size(path: Path, content: bytes) -> int:
     return start if is_short else end
 
 
+# What else to say of runs on CUDA of before ``precision`` held for convolutions and products alike.
+_PRECISIONS_OF_BEFORE = {"float32": "convolutions in TF32", "bfloat16": "of the network alone"}
+
+
 @dataclasses.dataclass
 class RunInfo:
     """Content of run.json: what the run was, where it ran and how it ended.
@@ -265,6 +269,18 @@ class RunInfo:
             if not _matches(value, hint):
                 wanted = hint.__name__ if isinstance(hint, type) else str(hint).removeprefix("typing.")
                 raise RecordError(f"{name} must be {wanted}, got {value!r}.")
+
+    @property
+    def precision(self) -> str:
+        """In what convolutions and matrix products computed: seconds can be compared where this is the same.
+
+        The key ``precision`` came to hold for both at once together with the key ``capture``. Before, on CUDA, float32
+        left TF32 to convolutions, and bfloat16 was the network's alone; on a CPU it is what it was.
+        """
+        name = str(self.config.get("precision", "float32"))
+        if self.device == "cuda" and "capture" not in self.config:
+            return f"{name} ({_PRECISIONS_OF_BEFORE.get(name, 'as it was meant before')})"
+        return name
 
 
 def failure_reason(error: BaseException) -> str:

@@ -49,7 +49,7 @@ def campaign(panels: Mapping[str, Sequence[str]] | None = None, **values: Any) -
 def run_frame(panel: str, method: str, seed: int, *, stage: str = "final", **values: Any) -> pd.DataFrame:
     """Return the rows of one run, epoch 0 to the last, whose numbers follow from method, seed and epoch."""
     settings: dict[str, Any] = {"lr": 0.1, "damping": math.nan if method == "baseline" else 0.01, "status": "finished"}
-    settings |= values
+    settings |= {"precision": "float32"} | values
     name = f"{stage}-{panel}-{method}-{settings['lr']:g}-{settings['damping']:g}"
     rows = []
     for epoch in range(EPOCHS + 1):
@@ -59,6 +59,7 @@ def run_frame(panel: str, method: str, seed: int, *, stage: str = "final", **val
             {
                 **{"panel": panel, "method": method, "run": f"{name}/seed={seed}", "dataset": "cifar10"},
                 **{"model": "vgg11", "preconditioner": method, "base_lr": settings["lr"]},
+                "precision": settings["precision"],
                 **{"damping": settings["damping"], "fingerprint": name, "seed": seed, "status": settings["status"]},
                 "test_error": 0.25 + 0.01 * seed if settings["status"] == "finished" else math.nan,
                 **{"epoch": epoch, "step": 450 * epoch, "lr": settings["lr"], "train_loss": loss},

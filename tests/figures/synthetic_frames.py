@@ -20,6 +20,7 @@ def run_rows(
     status: str = "finished",
     quality: float = 1.0,
     dataset: str = "cifar10",
+    precision: str = "float32",
 ) -> pd.DataFrame:
     """Return the rows of one run; a higher quality falls faster and lower."""
     speed = SPEED.get(method, 1.4) * quality
@@ -36,6 +37,7 @@ def run_rows(
             "preconditioner": method if method in PAPER else "baseline",
             "base_lr": lr,
             "damping": damping,
+            "precision": precision,
             "fingerprint": fingerprint,
             "seed": seed,
             "status": status,

@@ -6,17 +6,22 @@ import sys
 
 import pandas as pd
 import pytest
-from runs.synthetic_runs import epoch_record, write_run
+from runs.synthetic_runs import epoch_record, run_info, write_run
 
+from kfac_sua.compose import compose_config
+from kfac_sua.config import Precision
+from kfac_sua.device import choose_precision
 from kfac_sua.runs.collect import (
     CollectError,
     collect_runs,
     final_table,
     format_table,
     main,
+    require_one_precision,
     require_runs,
     select_best,
 )
+from kfac_sua.runs.directory import resolved
 from kfac_sua.runs.record import COLUMNS
 
 
@@ -47,6 +52,78 @@ def test_run_without_an_epoch_is_not_lost(tmp_path):
     frame = collect_runs(tmp_path)
     assert frame[["epoch", "status"]].to_numpy().tolist() == [[0, "diverged"]]
     assert math.isnan(frame["val_error"][0])
+
+
+@pytest.mark.parametrize(
+    ("device", "added", "precision"),
+    [
+        ("cpu", {}, "float32"),
+        ("cpu", {"precision": "float32"}, "float32"),
+        ("cpu", {"precision": "bfloat16"}, "bfloat16"),
+        ("cpu", {"precision": "float32", "capture": "auto"}, "float32"),
+        ("cuda", {}, "float32 (convolutions in TF32)"),
+        ("cuda", {"precision": "float32"}, "float32 (convolutions in TF32)"),
+        ("cuda", {"precision": "bfloat16"}, "bfloat16 (of the network alone)"),
+        ("cuda", {"precision": "float32", "capture": "auto"}, "float32"),
+        ("cuda", {"precision": "tf32", "capture": False}, "tf32"),
+        ("cuda", {"precision": "bfloat16", "capture": True}, "bfloat16"),
+    ],
+)
+def test_runs_say_in_what_they_computed(tmp_path, device, added, precision):
+    """On CUDA a run of before the key held for convolutions and products alike is of a kind of its own."""
+    write_run(tmp_path, _epochs(0.5), device=device, config=run_info().config | added)
+    assert collect_runs(tmp_path)["precision"].tolist() == [precision]
+
+
+def test_new_runs_have_the_key_by_which_older_ones_are_told(tmp_path):
+    """What run.json holds of a run that starts today says in what it computes, and has ``capture``."""
+    config = compose_config(["model=tiny", "dataset=digits"])
+    for device in ("cpu", "cuda"):
+        info = run_info(config=resolved(config, device), device=device)
+        assert info.precision == choose_precision(Precision.auto, device)
+
+
+def _two_precisions(root) -> None:
+    """Write two runs on CUDA of one precision, one of another, and one of before."""
+    new = {"capture": "auto"}
+    for name, lr, added in [
+        ("kfac", 0.1, {"precision": "float32"}),
+        ("sua", 0.1, new | {"precision": "tf32"}),
+        ("sua", 0.3, new | {"precision": "tf32"}),
+        ("sua", 1.0, new | {"precision": "float32"}),
+    ]:
+        config = run_info(name, lr=lr).config | added
+        write_run(root, _epochs(0.5, 0.5 * lr), name, lr=lr, device="cuda", config=config)
+
+
+def test_seconds_are_compared_within_one_precision(tmp_path):
+    """The error names every precision with its methods, and what to do; a table that lacks it is of one, unknown."""
+    _two_precisions(tmp_path)
+    frame = collect_runs(tmp_path)
+    found = r"\(float32: sua; float32 \(convolutions in TF32\): kfac; tf32: sua\)"
+    cure = r"give the runs of one of these, or train all with the same, such as precision=float32\."
+    with pytest.raises(CollectError, match=rf"^Seconds of runs in 3 precisions cannot be compared {found}; {cure}$"):
+        require_one_precision(frame)
+    require_one_precision(frame[frame["precision"] == "tf32"])
+    require_one_precision(frame.iloc[:0])
+    old = frame.drop(columns="precision")
+    require_one_precision(old)
+    with pytest.raises(CollectError, match=r"\(not recorded: kfac, sua; tf32: sua\)"):
+        require_one_precision(pd.concat([old, frame[frame["precision"] == "tf32"]]))
+
+
+def test_a_setting_is_not_chosen_by_seconds_of_several_precisions(tmp_path, capsys):
+    """Errors and losses choose among all runs; seconds do not. The table then says which is of which precision."""
+    _two_precisions(tmp_path)
+    with pytest.raises(SystemExit, match="Seconds of runs in 3 precisions cannot be compared"):
+        main([str(tmp_path), "--best-by", "seconds_per_epoch", "--csv", str(tmp_path / "epochs.csv")])
+    assert not (tmp_path / "epochs.csv").exists()
+    main([str(tmp_path), "--best-by", "best_val_error"])
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split()[:6] == ["dataset", "model", "preconditioner", "base_lr", "damping", "precision"]
+    assert [("convolutions in TF32" in line, " tf32 " in line) for line in lines] == [(True, False), (False, True)]
+    main([str(tmp_path / "digits-tiny-kfac"), "--best-by", "seconds_per_epoch"])
+    assert "precision" not in capsys.readouterr().out
 
 
 def test_empty_root_is_an_error(tmp_path):
