@@ -25,6 +25,7 @@ from kfac_sua.campaign.targets import (
     mean_curve,
     resampled_curves,
 )
+from kfac_sua.runs.collect import require_one_precision
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -170,6 +171,11 @@ class Claim:
         """Names of the methods needed, each once."""
         return tuple(dict.fromkeys(name for criterion in self.criteria for name in criterion.methods))
 
+    @property
+    def is_timed(self) -> bool:
+        """Whether one of the criteria compares seconds."""
+        return any(criterion.measure.is_timed for criterion in self.criteria)
+
 
 def judge(claim: str, finals: pd.DataFrame) -> Verdict:
     """Decide a claim from the final runs.
@@ -187,11 +193,15 @@ def judge(claim: str, finals: pd.DataFrame) -> Verdict:
 
     Raises:
         ValueError: If there is no such claim.
-        CollectError: If a method has several settings.
+        CollectError: If a method has several settings, or the claim is about seconds and its runs are of several
+            precisions.
     """
     if claim not in CLAIMS:
         raise ValueError(f"There is no claim {claim!r}; known are {', '.join(CLAIMS)}.")
     definition = CLAIMS[claim]
+    if definition.is_timed:
+        is_compared = (finals["panel"] == definition.panel) & finals["method"].isin(definition.methods)
+        require_one_precision(finals[is_compared])
     runs = {method: finished_runs(finals, definition.panel, method) for method in definition.methods}
     seeds = {method: rows["seed"].nunique() for method, rows in runs.items()}
     means = {method: mean_curve(rows) for method, rows in runs.items() if len(rows)}

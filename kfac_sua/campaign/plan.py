@@ -9,6 +9,8 @@ from kfac_sua.campaign.cell import Cell, Stage, make_cell
 from kfac_sua.campaign.definition import Campaign, Curve, Scale
 from kfac_sua.campaign.grid import Grid, load_grid
 from kfac_sua.config import ConfigError
+from kfac_sua.device import device_type
+from kfac_sua.runs.directory import resolved
 
 # A curve of a campaign: the names of its panel and its method.
 CurveKey = tuple[str, str]
@@ -71,11 +73,18 @@ class Plan:
         """Compose every curve's runs, so that a typo ends before anything is written.
 
         Raises:
-            ConfigError: If a run cannot be configured.
+            ConfigError: If a run cannot be configured, or the final runs, whose seconds are compared, would be of
+                several precisions.
         """
         grids = self.grids()
         self.all_grid_cells(grids)
-        self.final_cells({key: next(grid.points()) for key, grid in grids.items()})
+        cells = self.final_cells({key: next(grid.points()) for key, grid in grids.items()})
+        precisions = sorted({resolved(cell.config, device_type(cell.config.device))["precision"] for cell in cells})
+        if len(precisions) > 1:
+            raise ConfigError(
+                f"The curves of {self.campaign.name} compute in {' and '.join(precisions)}, but seconds are compared"
+                " within one precision only; give one for all runs, such as precision=float32."
+            )
 
     def grid_cells(self, key: CurveKey, grid: Grid) -> list[Cell]:
         """Return the runs of the grid of one curve.

@@ -41,7 +41,9 @@ def publish(plan: Plan, *, scale: str, device: str, rule: Rule, results: Results
 
     Raises:
         FigureError: If a figure cannot be drawn from the runs.
+        CollectError: If the final runs are of several precisions; what an earlier call has written is left then.
     """
+    targets, claims = target_table(results.finals), _decidable(plan.campaign)
     out_dir = plan.root / "report"
     out_dir.mkdir(parents=True, exist_ok=True)
     for path in out_dir.iterdir():  # what an earlier call with other curves has left would pass for this one's
@@ -49,7 +51,6 @@ def publish(plan: Plan, *, scale: str, device: str, rule: Rule, results: Results
             path.unlink()
     results.grid.to_csv(out_dir / "grid_runs.csv", index=False)
     results.finals.to_csv(out_dir / "final_runs.csv", index=False)
-    targets, claims = target_table(results.finals), _decidable(plan.campaign)
     report = ReportInput(
         campaign=plan.campaign,
         scale=scale,

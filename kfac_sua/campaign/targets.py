@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from kfac_sua.campaign.bootstrap import RESAMPLES, interval, resampled_seeds
-from kfac_sua.runs.collect import CollectError
+from kfac_sua.runs.collect import CollectError, require_one_precision
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 BASELINE = "baseline"
 TABLE_COLUMNS = (
     *("panel", "method", "target", "target_value"),
-    *("epochs", "epochs_low", "epochs_high", "seconds", "seconds_low", "seconds_high", "seeds"),
+    *("epochs", "epochs_low", "epochs_high", "seconds", "seconds_low", "seconds_high", "seeds", "precision"),
 )
 
 # A sum over seeds is rounded, and that must not decide between a target that is reached exactly and one that never is.
@@ -158,8 +158,9 @@ def target_table(finals: pd.DataFrame, resamples: int = RESAMPLES) -> pd.DataFra
         finished baseline and a method without a finished run have no rows.
 
     Raises:
-        CollectError: If a method has several settings.
+        CollectError: If a method has several settings, or the runs are of several precisions.
     """
+    require_one_precision(finals)
     rows = [
         row
         for panel in finals["panel"].unique()
@@ -187,7 +188,7 @@ def _rows(
         for unit, needed in (("epochs", target.epochs), ("seconds", target.seconds)):
             low, high = interval(needed(curves, references)) if has_spread else (np.nan, np.nan)
             row |= {unit: float(needed(curve, reference)), f"{unit}_low": low, f"{unit}_high": high}
-        rows.append(row | {"seeds": seeds})
+        rows.append(row | {"seeds": seeds, "precision": runs["precision"].iloc[0]})
     return rows
 
 

@@ -38,6 +38,7 @@ from kfac_sua.runs.collect import (
     collect_runs,
     final_table,
     format_table,
+    require_one_precision,
     require_runs,
     select_best,
 )
@@ -74,12 +75,13 @@ def draw_figure1(
     Raises:
         FigureError: If there are several data sets, models or settings of a method, an unknown method, or no
             training time covered by all finished seeds of a method.
-        CollectError: If a method has no run that has ended.
+        CollectError: If a method has no run that has ended, or the runs are of several precisions.
     """
     frame = with_names(frame)
     check_uniform(frame, "Figure 1")
     names = method_names(frame, styles)
     require_runs(frame.assign(preconditioner=frame["method"]), names)
+    require_one_precision(frame)
     methods = [method_curves(method, frame[frame["method"] == method]) for method in names]
     numbers = _plotted_numbers(methods)
     return write_figure(lambda figure: _draw(figure, methods, styles), numbers, out_dir, name, (PAGE_WIDTH, 3.6), title)

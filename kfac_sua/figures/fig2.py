@@ -26,6 +26,7 @@ from kfac_sua.figures.lines import (
 )
 from kfac_sua.figures.panels import check_uniform, method_names, panel_titles, with_names
 from kfac_sua.figures.style import METHODS, MethodStyle, wrapped
+from kfac_sua.runs.collect import require_one_precision
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,9 +63,11 @@ def draw_figure2(
     Raises:
         FigureError: If a panel has no runs, or several data sets or models; if a method has no style, no run that has
             ended, several settings in a panel, or no training time covered by all its finished seeds.
+        CollectError: If the runs drawn are of several precisions.
     """
     frame = with_names(frame)
     titles = panel_titles(frame, panels)
+    require_one_precision(frame[frame["panel"].isin(list(titles))])
     drawn = {panel: _panel_methods(frame[frame["panel"] == panel], panel, styles) for panel in titles}
     columns = min(len(drawn), _COLUMNS)
     rows = -(-len(drawn) // columns)

@@ -12,6 +12,7 @@ from kfac_sua.figures.files import PAGE_WIDTH, write_figure
 from kfac_sua.figures.lines import legend_columns
 from kfac_sua.figures.panels import method_names, panel_titles, with_names
 from kfac_sua.figures.style import BASELINE, METHODS, MethodStyle, short_number
+from kfac_sua.runs.collect import require_one_precision
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,9 +61,11 @@ def draw_time_split(
 
     Raises:
         FigureError: If a method has no style, a panel named has no rows, or there is no row.
+        CollectError: If the runs drawn are of several precisions.
     """
     frame = with_names(finals)
     names, titles = method_names(frame, styles), panel_titles(frame, panels)
+    require_one_precision(frame[frame["panel"].isin(list(titles))])
     numbers = _seconds_per_epoch(frame, names, list(titles))
     counts = [len(_methods(numbers, panel)) for panel in titles]
     height = row_height(names, styles, least=0.3)

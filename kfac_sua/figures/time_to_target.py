@@ -12,6 +12,7 @@ from kfac_sua.figures.curves import FigureError
 from kfac_sua.figures.files import PAGE_WIDTH, write_figure
 from kfac_sua.figures.panels import method_names, panel_titles
 from kfac_sua.figures.style import BASELINE, METHODS, MethodStyle, short_number, wrapped
+from kfac_sua.runs.collect import require_one_precision
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,6 +49,7 @@ def draw_time_to_target(
 
     Raises:
         FigureError: If there is no row, no panel named has any, a method has no style, or a method has a target twice.
+        CollectError: If the times drawn are of several precisions.
     """
     names = method_names(table, styles)
     titles = panel_titles(table, [pair for pair in panels if pair[0] in set(table["panel"])] or panels)
@@ -55,6 +57,7 @@ def draw_time_to_target(
         raise FigureError("A method has a target twice in one panel; give the table of one campaign.")
     order = {method: position for position, method in enumerate(names)}
     shown = pd.concat([table[table["panel"] == panel] for panel in titles])
+    require_one_precision(shown)
     shown = shown.sort_values("method", key=lambda column: column.map(order), kind="stable")
     groups = [
         (panel, target, rows)

@@ -19,6 +19,7 @@ def _rows(panel, method, seed, loss, error, seconds, status="finished"):
         "method": method,
         "run": f"{panel}/{method}/{seed}",
         "fingerprint": method,
+        "precision": "float32",
         "seed": seed,
         "status": status,
         "epoch": EPOCHS[: len(loss)],
@@ -119,6 +120,29 @@ def test_verdict(claim, changes, outcome, values):
     assert [part.value for part in verdict.parts] == pytest.approx(values, abs=1e-9, nan_ok=True)
     assert verdict.outcome == outcome
     assert (verdict.claim, verdict.seeds) == (claim, 3)
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_claims_about_seconds_are_judged_in_one_precision(claim):
+    """A faster arithmetic is no faster method: such a claim is refused, one about epochs is judged as before."""
+    finals = _panel_finals(claim)
+    method = CLAIMS[claim].criteria[0].first
+    mixed = finals.assign(precision=np.where(finals["method"] == method, "tf32", "float32"))
+    if CLAIMS[claim].is_timed:
+        with pytest.raises(CollectError, match=rf"\(float32: baseline.*; tf32: {method}\); give the runs of one"):
+            judge(claim, mixed)
+    else:
+        assert judge(claim, mixed) == judge(claim, finals)
+    assert judge(claim, finals.assign(precision="tf32")) == judge(claim, finals)
+
+
+def test_precisions_of_methods_that_a_claim_does_not_name_are_no_matter():
+    """C2 compares baseline, K-FAC and SUA, in one panel."""
+    finals = _panel_finals("C2")
+    other = finals["method"].isin(["grouped", "sua_grouped"])
+    elsewhere = finals[finals["method"] == "sua"].assign(panel="other", precision="tf32")
+    mixed = pd.concat([finals.assign(precision=np.where(other, "tf32", "float32")), elsewhere])
+    assert judge("C2", mixed) == judge("C2", finals)
 
 
 def test_every_claim_has_all_three_outcomes_above():

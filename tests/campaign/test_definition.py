@@ -1,5 +1,7 @@
 """Every campaign at every scale is made of runs that can start."""
 
+import dataclasses
+
 import pytest
 
 from kfac_sua.campaign.cell import Stage
@@ -33,6 +35,19 @@ def test_every_run_composes(tmp_path, name, scale):
     finals = plan.final_cells({key: next(grid.points()) for key, grid in grids.items()})
     assert len(finals) == plan.seeds * len(grids)
     assert all(tmp_path in cell.directory.path.parents for cell in (*cells, *finals))
+
+
+def test_curves_of_several_precisions_are_refused_before_they_are_trained(tmp_path):
+    """Their seconds could not be compared after hours of training; one precision for all is the cure."""
+    campaign = load_campaign("fig1")
+    (panel,) = campaign.panels
+    panel = dataclasses.replace(panel, curves=panel.curves[:2])
+    panel.curves[0] = dataclasses.replace(panel.curves[0], overrides=[*panel.curves[0].overrides, "precision=bfloat16"])
+    campaign = dataclasses.replace(campaign, panels=[panel])
+    scale = load_scale(campaign, "smoke")
+    with pytest.raises(ConfigError, match=r"curves of fig1 compute in bfloat16 and float32, .* precision=float32\."):
+        Plan(campaign, scale, tmp_path, 1, ("device=cpu",)).check()
+    Plan(campaign, scale, tmp_path, 1, ("device=cpu", "precision=float32")).check()
 
 
 @pytest.mark.parametrize("scale", scale_names())

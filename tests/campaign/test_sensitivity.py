@@ -19,6 +19,7 @@ def cell(method: str, name: str, loss: float, error: float, status: str = "finis
         "fingerprint": f"{method}/{name}",
         "base_lr": 0.1,
         "damping": 1.0,
+        "precision": "float32",
         "seed": 0,
         "status": status,
         "epoch": EPOCHS,

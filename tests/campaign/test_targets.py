@@ -22,6 +22,7 @@ def _run(method, seed, train_loss, val_error=None, seconds=10.0, panel="vgg11", 
         "method": method,
         "run": f"{panel}/{method}/{seed}",
         "fingerprint": method,
+        "precision": "float32",
         "seed": seed,
         "status": status,
         "epoch": epochs,
@@ -154,8 +155,19 @@ def test_a_target_that_is_never_reached_is_infinitely_far():
     """Infinity, also as an interval, and not NaN."""
     baseline = [_run("baseline", seed, [4.0, 2.0]) for seed in range(3)]
     sua = [_run("sua", seed, [4.0, 3.0]) for seed in range(3)]
-    numbers = _table(*baseline, *sua).loc[("vgg11", "sua", "val_error")].drop(["target_value", "seeds"])
+    numbers = _table(*baseline, *sua).loc[("vgg11", "sua", "val_error")]
+    numbers = numbers.drop(["target_value", "seeds", "precision"])
     assert_array_equal(numbers.to_numpy(dtype=float), np.full(6, np.inf))
+
+
+def test_seconds_of_several_precisions_are_refused():
+    """Times to a target are those of one precision, which the table names; another panel's count too."""
+    baseline, sua = _run("baseline", 0, [4.0, 2.0]), _run("sua", 0, [4.0, 1.0])
+    tf32 = [run.assign(precision="tf32") for run in (baseline, sua)]
+    assert set(_table(*tf32)["precision"]) == {"tf32"}
+    for runs in ((baseline, tf32[1]), (baseline, sua, tf32[0].assign(panel="other"))):
+        with pytest.raises(CollectError, match=r"in 2 precisions cannot be compared \(float32: .*; tf32: "):
+            _table(*runs)
 
 
 @pytest.mark.parametrize(("baseline_seeds", "sua_seeds"), [(1, 3), (3, 1)])

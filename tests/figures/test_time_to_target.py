@@ -13,7 +13,7 @@ from kfac_sua.figures.style import METHODS, method_styles
 from kfac_sua.figures.time_to_target import draw_time_to_target
 
 COLUMNS = ["panel", "method", "target", "target_value", "epochs", "epochs_low", "epochs_high"]
-COLUMNS += ["seconds", "seconds_low", "seconds_high", "seeds"]
+COLUMNS += ["seconds", "seconds_low", "seconds_high", "seeds", "precision"]
 
 
 def _table(methods=PAPER, panels=("vgg11",), has_spread=True) -> pd.DataFrame:
@@ -26,7 +26,7 @@ def _table(methods=PAPER, panels=("vgg11",), has_spread=True) -> pd.DataFrame:
                 spread = 0.1 if has_spread else math.nan
                 low, high = 1 - spread, 1 + spread
                 times = [epochs, low * epochs, high * epochs, seconds, low * seconds, high * seconds]
-                rows.append([panel, name, target, value, *times, 3 if has_spread else 1])
+                rows.append([panel, name, target, value, *times, 3 if has_spread else 1, "float32"])
     return pd.DataFrame(rows, columns=COLUMNS)
 
 

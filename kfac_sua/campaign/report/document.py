@@ -81,7 +81,7 @@ def write_report(report: ReportInput, out_dir: Path) -> tuple[Path, Path]:
         Paths of report.md and report.html.
 
     Raises:
-        CollectError: If the final runs of a method have several settings.
+        CollectError: If the final runs of a method have several settings, or those of all have several precisions.
         OSError: If a figure cannot be read or a file not be written.
     """
     out_dir.mkdir(parents=True, exist_ok=True)

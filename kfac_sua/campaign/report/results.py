@@ -24,7 +24,7 @@ from kfac_sua.campaign.report.text import (
     table,
 )
 from kfac_sua.campaign.targets import BASELINE
-from kfac_sua.runs.collect import QUANTITIES, CollectError, final_table
+from kfac_sua.runs.collect import QUANTITIES, CollectError, final_table, require_one_precision
 from kfac_sua.runs.record import UNENDED, RunInfo
 
 _DIGITS = 3  # of ratios and times, whose spread over seeds is seldom below a percent
@@ -55,8 +55,9 @@ def final_section(campaign: Campaign, finals: pd.DataFrame, seeds: int, infos: S
         infos: run.json of these runs, for the epochs in which they diverged and the reasons why they failed.
 
     Raises:
-        CollectError: If a method has several settings in a panel.
+        CollectError: If a method has several settings in a panel, or the runs are of several precisions.
     """
+    require_one_precision(finals)
     sizes = run_sizes(finals, infos)
     explanation = (
         f"{f'Runs of {sizes}. ' if sizes else ''}Mean ± sample standard deviation over the finished seeds. Losses, in"
