@@ -23,6 +23,7 @@ from campaign.report_inputs import (
 
 from kfac_sua.campaign.report.text import escape, number
 from kfac_sua.campaign.report.tuning import budget_sentence
+from kfac_sua.runs.collect import CollectError
 
 
 def test_tuning_table_has_grid_bounds_and_the_choice(tmp_path):
@@ -179,6 +180,51 @@ def test_seconds_from_several_machines_are_not_compared_without_a_word(tmp_path,
     where = section(markdown, "Hardware, versions and commit")
     last = escape(" and then ".join(finals[-1].machines))
     assert (f"Machines: node1 (a processor): {len(infos) - 1} runs; {last}: 1 run" in where) == bool(changes)
+
+
+def test_precision_is_told_beside_the_hardware_and_the_settings(tmp_path):
+    """One for all runs; grids may have been searched in another, which is counted."""
+    report = report_input(campaign(TWO, claims=[]), final_frame(campaign(TWO)))
+    new = {"capture": "auto", "deterministic": False, "precision": "tf32"}
+    infos = [dataclasses.replace(info, device="cuda", config=info.config | new) for info in report.infos]
+    markdown, _ = written(dataclasses.replace(report, infos=infos, final_infos=infos[-6:]), tmp_path)
+    where = section(markdown, "Hardware, versions and commit")
+    assert "Precision of convolutions and products: tf32\n" in where
+    assert rows(section(markdown, "What differs from the paper"), "precision")[0][1:] == ["not stated", "tf32", "–"]
+    assert "Caution" not in markdown
+    infos[0] = dataclasses.replace(infos[0], config=infos[0].config | {"precision": "float32"})
+    markdown, _ = written(dataclasses.replace(report, infos=infos, final_infos=infos[-6:]), tmp_path)
+    assert f"tf32: {len(infos) - 1} runs; float32: 1 run\n" in section(markdown, "Hardware, versions and commit")
+
+
+@pytest.mark.parametrize(
+    ("device", "changes", "caution"),
+    [
+        ("cuda", {"capture": False}, "2 settings of capture; their seconds cannot be compared**"),
+        ("cuda", {"deterministic": True}, "2 settings of deterministic; their seconds cannot be compared**"),
+        ("cuda", {"capture": True}, ""),
+        ("cpu", {"capture": False, "deterministic": True}, ""),
+    ],
+)
+def test_seconds_of_runs_that_compute_in_other_ways_are_not_compared_without_a_word(tmp_path, device, changes, caution):
+    """On a GPU it costs time not to capture steps, or to give the same bits every time; on a CPU it is all the same."""
+    report = report_input(campaign(TWO, claims=[]), final_frame(campaign(TWO)))
+    new = {"capture": "auto", "deterministic": False, "precision": "float32"}
+    infos = [dataclasses.replace(info, device=device, config=info.config | new) for info in report.infos]
+    infos[-1] = dataclasses.replace(infos[-1], config=infos[-1].config | changes)
+    markdown, _ = written(dataclasses.replace(report, infos=infos, final_infos=infos[-6:]), tmp_path)
+    assert f"**Caution: the final runs are of {caution}" in markdown if caution else "Caution" not in markdown
+
+
+def test_final_runs_of_several_precisions_are_refused(tmp_path):
+    """Their seconds per epoch stand side by side in one table, so there is no report, whatever else it would say."""
+    definition = campaign(TWO, claims=[])
+    finals = final_frame(definition)
+    report = report_input(definition, finals)
+    finals = finals.assign(precision=finals["method"].map({"baseline": "tf32", "sua": "float32"}))
+    with pytest.raises(CollectError, match=r"\(float32: sua; tf32: baseline\)"):
+        written(dataclasses.replace(report, finals=finals), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_one_clean_commit_needs_no_caution(tmp_path):

@@ -305,5 +305,6 @@ SETTINGS = (
         _from("preconditioner.fisher_type"),
         {"fig1": "mc (implied by footnote 1)", "fig2": "mc (implied by footnote 1)"},
     ),
+    Setting("precision", lambda info: info.precision),
     Setting("device", lambda info: info.device_name),
 )

@@ -39,6 +39,7 @@ def environment_section(
     items = [
         f"Hardware: {_with_counts(hardware)}",
         *_machines_item(infos),
+        f"Precision of convolutions and products: {_with_counts(Counter(escape(info.precision) for info in infos))}",
         f"Versions: {', '.join(versions)}",
         f"Commit of the runs: {_with_counts(Counter(_commit(info.commit) for info in infos))}",
         f"Commit of figures, statistics and verdicts: {_commit(source_commit)}",
@@ -88,7 +89,9 @@ def dirty_warning(infos: Sequence[RunInfo]) -> str:
 
 
 def timing_warning(infos: Sequence[RunInfo]) -> str:
-    """Say that the final runs do not share their machine, threads or versions; empty if they do.
+    """Say that the final runs do not share their machine, threads, versions or ways of computing; empty if they do.
+
+    Their precision is no matter of a caution: reports of several are refused (``require_one_precision``).
 
     Args:
         infos: run.json of the final runs. What they say of themselves counts, not where the report is made.
@@ -99,6 +102,10 @@ def timing_warning(infos: Sequence[RunInfo]) -> str:
         "numbers of processes": {count for info in infos for count in info.process_counts},
         "numbers of CPU threads": {info.num_threads for info in infos},
         "sets of versions": {tuple(sorted(info.versions.items(), key=str)) for info in infos},
+        "settings of capture": {info.config.get("capture") is False for info in infos if info.device == "cuda"},
+        "settings of deterministic": {
+            bool(info.config.get("deterministic")) for info in infos if info.device == "cuda"
+        },
     }
     mixed = [f"{len(values)} {what}" for what, values in kinds.items() if len(values) > 1]
     if not mixed:
