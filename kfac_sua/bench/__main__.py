@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from kfac_sua.bench.against import changes, circumstances, refuse_other_conditions
-from kfac_sua.bench.contender import Precision
+from kfac_sua.bench.arithmetic import FLOAT64, NAMES, Arithmetic
 from kfac_sua.bench.measure import Plan, carry_out
 from kfac_sua.bench.record import Arguments, BenchRecord, read_record, write_record
 from kfac_sua.bench.settings import (
@@ -32,8 +32,8 @@ from kfac_sua.bench.tables import (
     steps_table,
 )
 from kfac_sua.command_line import BAD_INPUT, FAILED, INTERRUPTED, as_number, count, say
-from kfac_sua.config import ConfigError, KroneckerConfig
-from kfac_sua.device import choose_device
+from kfac_sua.config import Config, ConfigError, KroneckerConfig, Precision
+from kfac_sua.device import choose_device, choose_precision
 from kfac_sua.preconditioner import FisherType
 from kfac_sua.runs.record import RecordError
 
@@ -77,7 +77,7 @@ def _carry_out(options: argparse.Namespace) -> int:
     record = carry_out(plan)
     if options.json:  # before anything is printed: a pipe that is closed must not cost minutes of measuring
         write_record(options.json, record)
-    print("\n\n".join(_tables(record, plan.precision)))
+    print("\n\n".join(_tables(record, plan.arithmetic)))
     return 0 if old is None else _compare(old, record, options.tolerance)
 
 
@@ -94,6 +94,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         "device": options.device,
         "num_threads": options.threads,
         PERIOD_KEY: options.period,
+        "precision": Precision.float32 if options.precision == FLOAT64 else options.precision,
     }
     base = base_config(overrides, values)
     values["num_threads"] = cpu_threads(base)
@@ -106,14 +107,23 @@ def _plan(options: argparse.Namespace) -> Plan:
         batch_size=base.batch_size,
         period=common_period(base),
         device=choose_device(base.device).type,
-        dtype=options.dtype,
+        precision=_precision(options.precision, base, overrides),
         num_threads=values["num_threads"] or torch.get_num_threads(),
         overrides=overrides,
         rounds=options.rounds,
         refresh_rounds=options.refresh_rounds,
         repeats=options.repeats,
+        steps_together=1,
     )
     return Plan(settings, arguments, with_layers=options.layers)
+
+
+def _precision(option: str, base: Config, overrides: Sequence[str]) -> str:
+    """Return the name of the arithmetic; like other keys, ``precision=…`` stands above the option."""
+    is_overridden = any(text.partition("=")[0] == "precision" for text in overrides)
+    if option == FLOAT64 and not is_overridden:
+        return FLOAT64
+    return choose_precision(base.precision, choose_device(base.device).type).value
 
 
 def _refuse_exact_fisher(settings: Sequence[Setting]) -> None:
@@ -134,12 +144,12 @@ def _refuse_unwritable(path: Path) -> None:
         path.unlink()
 
 
-def _tables(record: BenchRecord, precision: Precision) -> list[str]:
+def _tables(record: BenchRecord, arithmetic: Arithmetic) -> list[str]:
     tables = [costs_table(record), split_table(record.costs), memory_table(record.costs), rates_table(record.rates)]
     if record.steps:
-        tables.append(steps_table(record.steps, record.rates, precision))
+        tables.append(steps_table(record.steps, record.rates, arithmetic))
     if record.layers:
-        tables.append(layers_table(record.layers, record.rates, precision))
+        tables.append(layers_table(record.layers, record.rates, arithmetic))
     return tables
 
 
@@ -167,10 +177,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=100, metavar="N", help="images (%(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (%(default)s)")
     parser.add_argument(
-        "--dtype",
-        choices=[str(precision) for precision in Precision],
-        default="float32",
-        help="of training; bfloat16 is autocast, with factors in float32 (%(default)s)",
+        "--precision",
+        choices=NAMES,
+        default="auto",
+        help="of convolutions and matrix products: auto takes tf32 where CUDA has it, else float32; bfloat16 is "
+        "autocast; factors are float32, but everything is float64 in float64 (%(default)s)",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="of PyTorch on the CPU (1 where it trains there)")
     parser.add_argument("--period", type=int, metavar="N", help="mini-batches between refreshes (as configured: 50)")

@@ -15,7 +15,7 @@ CONDITIONS = {
     "batch_size": "--batch-size",
     "period": "--period",
     "device": "--device",
-    "dtype": "--dtype",
+    "precision": "--precision",
 }
 
 
@@ -45,6 +45,11 @@ def refuse_other_conditions(path: Path, old: Arguments, new: Arguments, settings
     Raises:
         RecordError: If a condition differs, or no setting but plain SGD is in both.
     """
+    if old.device == "cuda" and old.steps_together == 1:
+        raise RecordError(
+            f"{path} was measured on CUDA by an earlier version, with convolutions in TF32 but products in IEEE "
+            f"float32, and with a wait for the device after every step; measure it again with --json."
+        )
     for name, option in CONDITIONS.items():
         before, now = getattr(old, name), getattr(new, name)
         if before != now:

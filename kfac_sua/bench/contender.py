@@ -8,41 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kfac_sua.bench.arithmetic import Arithmetic
 from kfac_sua.bench.clock import seconds_now
 from kfac_sua.build import build_model, build_optimizer, build_preconditioner, memory_format
 from kfac_sua.config import Config
 from kfac_sua.preconditioner import KroneckerPreconditioner
-from kfac_sua.preconditioner.settings import Choice
+from kfac_sua.training.precision import compute_logits
 from kfac_sua.training.timing import Stopwatch
 
 NUM_CLASSES = 10
 PHASES = ("forward_backward", "statistics", "inversion", "application", "optimizer")
 """Parts of a step. The stopwatch may know others, such as the making of mini-batches, which has no part here."""
-
-
-class Precision(Choice):
-    """The number format of training."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    """Float32 parameters under autocast; factors and inverses stay in float32."""
-    float64 = "float64"
-    """Everything in float64."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the matrix products of the forward and backward pass."""
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}[self.value]
-
-    @property
-    def factor_dtype(self) -> torch.dtype:
-        """Of factors and inverses."""
-        return torch.float64 if self is Precision.float64 else torch.float32
-
-
-def autocast(precision: Precision, device: torch.device) -> torch.autocast:
-    """Return the context of the forward pass."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision is Precision.bfloat16)
 
 
 class StepKind(StrEnum):
@@ -76,12 +52,12 @@ class Batch:
     labels: Tensor
 
     @classmethod
-    def random(cls, size: int, precision: Precision, device: torch.device) -> "Batch":
+    def random(cls, size: int, arithmetic: Arithmetic) -> "Batch":
         """Draw images from a normal distribution; what a step costs does not depend on what they show."""
         generator = torch.Generator().manual_seed(0)
-        inputs = torch.randn(size, 3, 32, 32, generator=generator).to(precision.factor_dtype)
+        inputs = torch.randn(size, 3, 32, 32, generator=generator).to(arithmetic.dtype)
         labels = torch.randint(NUM_CLASSES, (size,), generator=generator)
-        return cls(inputs.to(device), labels.to(device))
+        return cls(inputs.to(arithmetic.device), labels.to(arithmetic.device))
 
 
 class Contender:
@@ -89,17 +65,17 @@ class Contender:
 
     Args:
         config: Its configuration.
-        precision: The number format of training.
+        arithmetic: The number formats of training.
         batch: The mini-batch.
     """
 
-    def __init__(self, config: Config, precision: Precision, batch: Batch) -> None:
+    def __init__(self, config: Config, arithmetic: Arithmetic, batch: Batch) -> None:
         torch.manual_seed(config.seed)
         self._device = batch.inputs.device
         self._inputs = batch.inputs.to(memory_format=memory_format(config))
         self._labels = batch.labels
-        self._precision = precision
-        self.model = build_model(config, NUM_CLASSES, self._device).to(precision.factor_dtype)
+        self._precision = arithmetic.precision
+        self.model = build_model(config, NUM_CLASSES, self._device).to(arithmetic.dtype)
         self.preconditioner = build_preconditioner(config.preconditioner, self.model, config.seed)
         self._optimizer = build_optimizer(config.optimizer, self.model)
 
@@ -115,9 +91,8 @@ class Contender:
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Return the logits, ``[batch, classes]``, and the loss."""
-        with autocast(self._precision, self._device):
-            logits = self.model(self._inputs)
-            return logits, F.cross_entropy(logits, self._labels)
+        logits = compute_logits(self.model, self._inputs, self._precision)
+        return logits, F.cross_entropy(logits, self._labels)
 
     def step(self, watch: Stopwatch) -> None:
         """Take one training step, its parts attributed to phases as in ``training/loop.py``."""

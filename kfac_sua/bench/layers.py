@@ -13,20 +13,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from kfac_sua.bench.contender import (
-    PHASES,
-    Batch,
-    Contender,
-    Precision,
-    StepKind,
-    autocast,
-    make_due,
-    steps_per_period,
-)
+from kfac_sua.bench.contender import PHASES, Contender, StepKind, make_due, steps_per_period
 from kfac_sua.bench.costs import TimeCost
 from kfac_sua.bench.flops import count_flops
 from kfac_sua.bench.progress import Announcer
+from kfac_sua.config import Precision
 from kfac_sua.preconditioner import FisherType, KroneckerPreconditioner, KroneckerSettings
+from kfac_sua.training.precision import compute_logits
 from kfac_sua.training.timing import Stopwatch
 
 
@@ -86,14 +79,13 @@ def count_steps(contenders: Mapping[str, Contender], costs: Sequence[TimeCost], 
 
 
 def measure_layers(
-    contenders: Mapping[str, Contender], precision: Precision, batch: Batch, rounds: int, announcer: Announcer
+    contenders: Mapping[str, Contender], precision: Precision, rounds: int, announcer: Announcer
 ) -> list[LayerWork]:
     """Measure every preconditioned layer of every setting by itself.
 
     Args:
         contenders: Setting to contender, one of them plain SGD, whose network has no hooks.
-        precision: The number format of training.
-        batch: The mini-batch.
+        precision: In what convolutions and matrix products compute.
         rounds: Steps of each kind per layer, of which medians count.
         announcer: Told of every layer.
 
@@ -155,8 +147,7 @@ class _LoneLayer:
         return count_flops(self.step)
 
     def _forward(self) -> Tensor:
-        with autocast(self._precision, self._inputs.device):
-            return self._model(self._inputs)
+        return compute_logits(self._model, self._inputs, self._precision)
 
 
 def _layer_work(setting: str, name: str, layer: _LoneLayer, rounds: int) -> LayerWork:

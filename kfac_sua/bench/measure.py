@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 import torch
 
-from kfac_sua.bench.contender import Batch, Contender, Precision, StepKind
+from kfac_sua.bench.arithmetic import Arithmetic
+from kfac_sua.bench.contender import Batch, Contender, StepKind
 from kfac_sua.bench.costs import Rounds, measure_costs
 from kfac_sua.bench.layers import LayerWork, StepWork, count_steps, measure_layers
 from kfac_sua.bench.memory import peak_bytes
@@ -34,9 +35,9 @@ class Plan:
     with_layers: bool
 
     @property
-    def precision(self) -> Precision:
-        """The number format of training."""
-        return Precision(self.arguments.dtype)
+    def arithmetic(self) -> Arithmetic:
+        """The number formats of training, and where it computes."""
+        return Arithmetic(self.arguments.precision, torch.device(self.arguments.device))
 
 
 def carry_out(plan: Plan) -> BenchRecord:
@@ -52,39 +53,43 @@ def carry_out(plan: Plan) -> BenchRecord:
         ConfigError: If a preconditioner's settings do not fit the network.
         RuntimeError: If a setting cannot be carried out, as when memory runs out.
     """
-    arguments, precision, announcer = plan.arguments, plan.precision, Announcer()
-    torch.set_num_threads(arguments.num_threads)
-    device = torch.device(arguments.device)
-    batch = Batch.random(arguments.batch_size, precision, device)
-    contenders = {one.name: Contender(one.config, precision, batch) for one in plan.settings}
-    rates = measure_rates(device, precision.dtype, precision.factor_dtype, announcer)
+    torch.set_num_threads(plan.arguments.num_threads)
+    with plan.arithmetic.computing():
+        return _measure(plan, Announcer())
+
+
+def _measure(plan: Plan, announcer: Announcer) -> BenchRecord:
+    arguments, arithmetic = plan.arguments, plan.arithmetic
+    batch = Batch.random(arguments.batch_size, arithmetic)
+    contenders = {one.name: Contender(one.config, arithmetic, batch) for one in plan.settings}
+    rates = measure_rates(arithmetic, announcer)
     rounds = Rounds(arguments.rounds, arguments.refresh_rounds, arguments.repeats)
     times = measure_costs(contenders, rounds, announcer)
     steps: list[StepWork] = []
     layers: list[LayerWork] = []
     if plan.with_layers:
         steps = count_steps(contenders, times, announcer)
-        layers = measure_layers(contenders, precision, batch, rounds.refresh, announcer)
+        layers = measure_layers(contenders, arithmetic.precision, rounds.refresh, announcer)
     contenders.clear()  # their memory is another's now
     # After the timing, which fills caches that all settings share.
-    memory = [_peak(one, precision, batch, announcer) for one in plan.settings]
+    memory = [_peak(one, arithmetic, batch, announcer) for one in plan.settings]
     announcer.clear()
     costs = [
         Cost(setting.name, time, Memory(peak, peak / memory[0]))
         for setting, time, peak in zip(plan.settings, times, memory, strict=True)
     ]
-    return BenchRecord(arguments, environment(device.type), rates, costs, steps, layers)
+    return BenchRecord(arguments, environment(arguments.device), rates, costs, steps, layers)
 
 
-def _peak(setting: Setting, precision: Precision, batch: Batch, announcer: Announcer) -> int:
+def _peak(setting: Setting, arithmetic: Arithmetic, batch: Batch, announcer: Announcer) -> int:
     """Return the most memory that construction and a few steps of one setting alone hold at once."""
     announcer.show("memory", setting.name)
 
     def train() -> None:
-        contender = Contender(setting.config, precision, batch)
+        contender = Contender(setting.config, arithmetic, batch)
         for kind in MEMORY_STEPS:
             if kind in contender.steps_per_period:
                 contender.make_due(kind)
                 contender.timed_step()
 
-    return peak_bytes(train, batch.inputs.device)
+    return peak_bytes(train, arithmetic.device)

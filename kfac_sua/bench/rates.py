@@ -8,12 +8,17 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from kfac_sua.bench.arithmetic import Arithmetic
 from kfac_sua.bench.clock import seconds_now
+from kfac_sua.bench.contender import PHASES
 from kfac_sua.bench.progress import Announcer
+from kfac_sua.config import Precision
+from kfac_sua.training.precision import computing_in
 
 GEMM_SHAPES = ((512, 4608, 4608), (1600, 512, 512))
 """``[m, k] @ [k, n]``: a K-FAC activation inverse applied in VGG11, and a convolution's locations times channels."""
 CHOLESKY_WIDTHS = (1024, 2304)
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 LEAST_SECONDS = 0.05
 """Of a measurement: shorter calls are repeated, so that the clock's and the launch's own time counts little."""
 
@@ -24,7 +29,7 @@ class Rate:
 
     Args:
         operation: ``gemm`` (2 m k n FLOPs) or ``cholesky_inverse`` (factorisation and inverse, n³ FLOPs).
-        dtype: Number format.
+        dtype: Number format: that of PyTorch, or ``tf32``.
         shape: ``[m, k, n]`` or ``[n]``.
         gflop_per_s: 10⁹ FLOPs per second of the clock of ``clock.py``.
     """
@@ -35,41 +40,41 @@ class Rate:
     gflop_per_s: float
 
 
-def measure_rates(
-    device: torch.device, dtype: torch.dtype, factor_dtype: torch.dtype, announcer: Announcer, calls: int = 5
-) -> list[Rate]:
+def measure_rates(arithmetic: Arithmetic, announcer: Announcer, calls: int = 5) -> list[Rate]:
     """Measure the rates that bound a step from below.
 
     Args:
-        device: Where.
-        dtype: Of the matrix products of the forward and backward pass.
-        factor_dtype: Of factors and inverses, whose matrix products are measured too.
+        arithmetic: The number formats, and where to compute.
         announcer: Told of every rate.
         calls: Measurements per rate, of which the median counts.
 
     Returns:
-        The rates of matrix products in both number formats, then those of Cholesky inverses.
+        The rates of matrix products in every number format of a step, then those of Cholesky inverses.
     """
+    device, of_factors = arithmetic.device, arithmetic.format_of("inversion")
     rates = []
-    for kind in dict.fromkeys((dtype, factor_dtype)):
+    for kind in dict.fromkeys(map(arithmetic.format_of, PHASES)):
         for shape in GEMM_SHAPES:
             announcer.show("machine rates", f"gemm {shape}")
-            rates.append(_rate("gemm", kind, shape, _gemm(shape, kind, device), 2 * math.prod(shape), device, calls))
+            work = _gemm(shape, DTYPES[kind], device)
+            with computing_in(Precision.tf32 if kind == "tf32" else Precision.float32, device):
+                rates.append(_rate("gemm", kind, shape, work, 2 * math.prod(shape), device, calls))
     for width in CHOLESKY_WIDTHS:
         announcer.show("machine rates", f"Cholesky inverse of width {width}")
-        work = _cholesky_inverse(width, factor_dtype, device)
-        rates.append(_rate("cholesky_inverse", factor_dtype, (width,), work, width**3, device, calls))
+        work = _cholesky_inverse(width, DTYPES[of_factors], device)
+        with computing_in(Precision.float32, device):
+            rates.append(_rate("cholesky_inverse", of_factors, (width,), work, width**3, device, calls))
     return rates
 
 
-def best_gemm_rate(rates: Sequence[Rate], dtype: torch.dtype) -> float:
+def best_gemm_rate(rates: Sequence[Rate], dtype: str) -> float:
     """Return the fastest measured rate of matrix products in a number format, in FLOPs per second."""
-    return 1e9 * max(rate.gflop_per_s for rate in rates if rate.operation == "gemm" and rate.dtype == _name(dtype))
+    return 1e9 * max(rate.gflop_per_s for rate in rates if rate.operation == "gemm" and rate.dtype == dtype)
 
 
 def _rate(
     operation: str,
-    dtype: torch.dtype,
+    dtype: str,
     shape: Sequence[int],
     work: Callable[[], object],
     flops: int,
@@ -77,7 +82,7 @@ def _rate(
     calls: int,
 ) -> Rate:
     seconds = statistics.median(_seconds_per_call(work, device, calls))
-    return Rate(operation, _name(dtype), list(shape), flops / seconds / 1e9)
+    return Rate(operation, dtype, list(shape), flops / seconds / 1e9)
 
 
 def _seconds_per_call(work: Callable[[], object], device: torch.device, calls: int) -> list[float]:
@@ -109,7 +114,3 @@ def _cholesky_inverse(width: int, dtype: torch.dtype, device: torch.device) -> C
 def _random(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Draw a matrix; a GPU multiplies equal numbers with less power, and so faster, than those of training."""
     return torch.randn(height, width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

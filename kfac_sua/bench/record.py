@@ -12,7 +12,9 @@ from kfac_sua.bench.rates import Rate
 from kfac_sua.runs.environment import Environment
 from kfac_sua.runs.record import RecordError
 
-FORMAT = 2
+FORMAT = 3
+OLDER_FORMAT = 2
+"""Also read: without captured steps, and with ``dtype`` for the precision."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +27,13 @@ class Arguments:
         batch_size: Images per mini-batch.
         period: Mini-batches between refreshes, in settings without one of their own.
         device: ``cpu`` or ``cuda``.
-        dtype: Number format of training.
+        precision: In what it computes: ``float32``, ``tf32``, ``bfloat16`` or ``float64``.
         num_threads: Threads that PyTorch uses on the CPU.
         overrides: Further keys of the configuration, as given.
         rounds: Plain steps per setting.
         refresh_rounds: Steps of each other kind per setting.
         repeats: Measurements of everything.
+        steps_together: Plain steps between two waits for the device, at most; single ones on a CPU.
     """
 
     model: str
@@ -38,12 +41,13 @@ class Arguments:
     batch_size: int
     period: int
     device: str
-    dtype: str
+    precision: str
     num_threads: int
     overrides: list[str]
     rounds: int
     refresh_rounds: int
     repeats: int
+    steps_together: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +107,8 @@ def read_record(path: Path) -> BenchRecord:
     """Return a measurement that an earlier call has written.
 
     Raises:
-        RecordError: If the file is missing, is not JSON, or does not hold exactly what this version writes.
+        RecordError: If the file is missing, is not JSON, or does not hold exactly what this version writes or
+            the one before wrote.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -112,16 +117,26 @@ def read_record(path: Path) -> BenchRecord:
     except ValueError as error:
         raise RecordError(f"{path} is not valid JSON ({error}); measure it again with --json.") from error
     found = content.get("format") if isinstance(content, dict) else None
-    if found != FORMAT:
+    if found not in (OLDER_FORMAT, FORMAT):
         raise RecordError(
-            f"{path} has format {json.dumps(found)}, where this version reads format {FORMAT}; measure it again with "
-            f"--json."
+            f"{path} has format {json.dumps(found)}, where this version reads {OLDER_FORMAT} and {FORMAT}; measure it "
+            f"again with --json."
         )
     del content["format"]
+    if found == OLDER_FORMAT:
+        _bring_up_to_date(content)
     try:
         return _decode(BenchRecord, content, "the file")
     except RecordError as error:
         raise RecordError(f"{path} was not written by this version: {error}") from error
+
+
+def _bring_up_to_date(content: dict[str, Any]) -> None:
+    """Say what a file of the older format says as this version does."""
+    arguments = content.get("arguments")
+    if isinstance(arguments, dict) and "dtype" in arguments:
+        arguments["precision"] = arguments.pop("dtype")
+        arguments["steps_together"] = 1
 
 
 def _decode(hint: Any, value: Any, where: str) -> Any:

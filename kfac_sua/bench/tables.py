@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 
-import torch
-
 from kfac_sua.bench.against import Change
-from kfac_sua.bench.contender import PHASES, Precision, StepKind
+from kfac_sua.bench.arithmetic import Arithmetic
+from kfac_sua.bench.contender import PHASES, StepKind
 from kfac_sua.bench.costs import Spread, StepCost
 from kfac_sua.bench.layers import LayerWork, StepWork, Work
 from kfac_sua.bench.rates import Rate, best_gemm_rate
@@ -56,27 +55,27 @@ def rates_table(rates: Sequence[Rate]) -> str:
     return table("Machine rates", ["operation", "shape", "dtype", "GF/s"], rows)
 
 
-def steps_table(works: Sequence[StepWork], rates: Sequence[Rate], precision: Precision) -> str:
+def steps_table(works: Sequence[StepWork], rates: Sequence[Rate], arithmetic: Arithmetic) -> str:
     """Return counted FLOPs of every part of a step, the seconds they would take at the machine's rate, and the real."""
     rows = []
     for work in works:
         parts = {phase: part for phase, part in work.parts.items() if part.flops or part.seconds}
         parts["whole step"] = Work(sum(p.flops for p in parts.values()), sum(p.seconds for p in parts.values()))
-        floor = sum(_floor(part.flops, rates, _dtype(precision, name)) for name, part in work.parts.items())
+        floor = sum(_floor(part.flops, rates, arithmetic.format_of(name)) for name, part in work.parts.items())
         for name, part in parts.items():
-            least = floor if name == "whole step" else _floor(part.flops, rates, _dtype(precision, name))
+            least = floor if name == "whole step" else _floor(part.flops, rates, arithmetic.format_of(name))
             rows.append([work.setting, work.step, HEADINGS.get(name, name), *_work_cells(part, least)])
     title = "Work of a step; the floor is its FLOPs at the fastest measured rate of matrix products"
     return table(title, ["setting", "step", "part", "MFLOP", "floor ms", "measured ms", "measured/floor"], rows)
 
 
-def layers_table(works: Sequence[LayerWork], rates: Sequence[Rate], precision: Precision) -> str:
+def layers_table(works: Sequence[LayerWork], rates: Sequence[Rate], arithmetic: Arithmetic) -> str:
     """Return the work on every preconditioned layer, measured on the layer alone."""
     rows = []
     for work in works:
         parts = {"statistics": work.statistics, "inversion": work.inversion, "application": work.application}
         for name, part in parts.items():
-            least = _floor(part.flops, rates, precision.factor_dtype)
+            least = _floor(part.flops, rates, arithmetic.format_of(name))
             rows.append([work.setting, work.layer, name, *_work_cells(part, least)])
     title = "Work on each layer, measured on the layer alone"
     return table(title, ["setting", "layer", "part", "MFLOP", "floor ms", "measured ms", "measured/floor"], rows)
@@ -119,7 +118,7 @@ def _conditions(arguments: Arguments) -> str:
     where = f"cpu, {threads}, process CPU time" if arguments.device == "cpu" else f"{arguments.device}, wall time"
     return (
         f"{arguments.model} width {arguments.width:g}, batch {arguments.batch_size}, refresh every {arguments.period}, "
-        f"{arguments.dtype}, {where}"
+        f"{arguments.precision}, {where}"
     )
 
 
@@ -141,11 +140,7 @@ def _part(seconds: float) -> str:
     return f"{seconds:.4f}" if seconds else NOTHING
 
 
-def _dtype(precision: Precision, phase: str) -> torch.dtype:
-    return precision.dtype if phase == "forward_backward" else precision.factor_dtype
-
-
-def _floor(flops: int, rates: Sequence[Rate], dtype: torch.dtype) -> float:
+def _floor(flops: int, rates: Sequence[Rate], dtype: str) -> float:
     return flops / best_gemm_rate(rates, dtype)
 
 

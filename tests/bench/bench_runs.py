@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from kfac_sua.bench import rates
-from kfac_sua.bench.contender import Batch, Contender, Precision
+from kfac_sua.bench.arithmetic import Arithmetic
+from kfac_sua.bench.contender import Batch, Contender
 from kfac_sua.bench.settings import compose_settings, parse_items
 
 TINY = ("--model", "tiny", "--device", "cpu", "--batch-size", "8", "--rounds", "1", "--refresh-rounds", "1")
@@ -17,8 +18,9 @@ def shrink_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rates, "LEAST_SECONDS", 0.0)
 
 
-def tiny_contenders(*items: str, precision: Precision = Precision.float32, batch_size: int = 8) -> dict[str, Contender]:
+def tiny_contenders(*items: str, precision: str = "float32", batch_size: int = 8) -> dict[str, Contender]:
     """Return contenders on the tiny network, plain SGD first."""
-    batch = Batch.random(batch_size, precision, torch.device("cpu"))
+    arithmetic = Arithmetic(precision, torch.device("cpu"))
+    batch = Batch.random(batch_size, arithmetic)
     settings = compose_settings(parse_items(items), [], {"model": "tiny", "batch_size": batch_size, "device": "cpu"})
-    return {setting.name: Contender(setting.config, precision, batch) for setting in settings}
+    return {setting.name: Contender(setting.config, arithmetic, batch) for setting in settings}

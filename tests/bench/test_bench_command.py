@@ -1,15 +1,18 @@
 """The benchmark command measures what it says, on a tiny network, and compares with an earlier measurement."""
 
+import contextlib
 import dataclasses
 import json
 import re
 
 import pytest
+import torch
 from bench_runs import TINY, shrink_rates
 
+from kfac_sua.bench import arithmetic
 from kfac_sua.bench.__main__ import main
 from kfac_sua.bench.against import refuse_other_conditions
-from kfac_sua.bench.contender import PHASES
+from kfac_sua.bench.contender import PHASES, Contender
 from kfac_sua.bench.record import read_record, write_record
 from kfac_sua.runs.record import RecordError
 
@@ -57,7 +60,7 @@ def test_the_file_says_what_was_measured(measured):
     """Plain SGD comes first by itself, an override after --settings is not taken for one, and nothing is left out."""
     code, content, _ = measured
     assert code == 0
-    assert content["format"] == 2
+    assert content["format"] == 3
     assert [cost["setting"] for cost in content["costs"]] == ["baseline", "sua", AVERAGED]
     arguments = content["arguments"]
     assert (arguments["model"], arguments["batch_size"], arguments["period"]) == ("tiny", 8, 50)
@@ -131,7 +134,7 @@ def test_against_lets_pass_what_got_faster(measured, tmp_path, monkeypatch, caps
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda content: content.update(format=1), "has format 1, where this version reads format 2"),
+        (lambda content: content.update(format=1), "has format 1, where this version reads 2 and 3"),
         (lambda content: content.pop("format"), "has format null"),
         (lambda content: content["arguments"].pop("width"), "the file.arguments has missing or unknown fields (width)"),
         (lambda content: content["costs"][0].update(extra=1), "unknown fields (extra)"),
@@ -162,7 +165,7 @@ def test_other_files_are_refused(change, sentence, measured, tmp_path):
         ({"batch_size": 4}, "batch_size=8, this is batch_size=4; give --batch-size 8"),
         ({"period": 7}, "period=50, this is period=7; give --period 50"),
         ({"device": "cuda"}, "device=cpu, this is device=cuda; give --device cpu"),
-        ({"dtype": "float64"}, "dtype=float32, this is dtype=float64; give --dtype float32"),
+        ({"precision": "float64"}, "precision=float32, this is precision=float64; give --precision float32"),
     ],
 )
 def test_other_conditions_are_refused(other, sentence, measured):
@@ -173,6 +176,66 @@ def test_other_conditions_are_refused(other, sentence, measured):
     with pytest.raises(RecordError, match=re.escape(sentence)):
         refuse_other_conditions(path, old, new, ["baseline", "sua"])
     refuse_other_conditions(path, old, dataclasses.replace(old, rounds=1, repeats=3), ["baseline", "sua"])
+
+
+def in_the_older_format(content):
+    """Put a measurement on a CPU as the version before wrote it."""
+    content["format"] = 2
+    content["arguments"]["dtype"] = content["arguments"].pop("precision")
+    del content["arguments"]["steps_together"]
+
+
+def test_the_older_format_is_read(measured, tmp_path):
+    """It holds the same numbers; of a CPU they are of the same quantity."""
+    path = altered(measured[2], tmp_path, in_the_older_format)
+    old, new = read_record(path), read_record(measured[2])
+    assert old == new
+    refuse_other_conditions(path, old.arguments, new.arguments, ["baseline", "sua"])
+
+
+def test_older_files_of_cuda_are_refused(measured, tmp_path):
+    """They are of other arithmetic, whatever their precision is called."""
+    path = altered(measured[2], tmp_path, in_the_older_format)
+    old = dataclasses.replace(read_record(path).arguments, device="cuda")
+    new = dataclasses.replace(old, steps_together=10)
+    with pytest.raises(RecordError, match="with convolutions in TF32 but products in IEEE float32"):
+        refuse_other_conditions(path, old, new, ["baseline", "sua"])
+    refuse_other_conditions(path, new, new, ["baseline", "sua"])
+
+
+@pytest.mark.parametrize(
+    ("options", "precision", "dtype"),
+    [
+        ([], "float32", torch.float32),
+        (["--precision", "bfloat16"], "bfloat16", torch.bfloat16),
+        (["--precision", "float64"], "float64", torch.float64),
+        (["--precision", "bfloat16", "precision=float32"], "float32", torch.float32),
+        (["--precision", "float64", "precision=bfloat16"], "bfloat16", torch.bfloat16),
+    ],
+)
+def test_steps_compute_in_the_precision_that_the_file_says(options, precision, dtype, tmp_path, monkeypatch):
+    """Within the context of training, in which an override stands above the option as for other keys."""
+    entered, seen, forward = [], set(), Contender.forward
+
+    @contextlib.contextmanager
+    def computing_in(precision, device):
+        entered.append(precision)
+        yield
+        entered.pop()
+
+    def watched(contender):
+        assert len(entered) == 1
+        handle = contender.model.classifier.register_forward_hook(lambda *given: seen.add(given[-1].dtype))
+        result = forward(contender)
+        handle.remove()
+        return result
+
+    monkeypatch.setattr(arithmetic, "computing_in", computing_in)
+    monkeypatch.setattr(Contender, "forward", watched)
+    assert remeasure(monkeypatch, *options, "--json", str(tmp_path / "new.json")) == 0
+    assert read_record(tmp_path / "new.json").arguments.precision == precision
+    assert seen == {dtype}
+    assert not entered
 
 
 def test_a_comparison_that_compares_nothing_is_refused_before_measuring(measured, capsys):
@@ -187,7 +250,7 @@ def test_a_comparison_that_compares_nothing_is_refused_before_measuring(measured
 def test_a_file_that_is_no_json_is_refused(tmp_path):
     """A torn or foreign file is named."""
     path = tmp_path / "torn.json"
-    path.write_text('{"format": 2,')
+    path.write_text('{"format": 3,')
     with pytest.raises(RecordError, match=r"torn\.json is not valid JSON"):
         read_record(path)
 
@@ -209,6 +272,8 @@ def test_a_file_that_is_no_json_is_refused(tmp_path):
         (["--period", "0"], "preconditioner.inverse_period must be"),
         (["--threads", "0"], "num_threads must be"),
         (["lr=1"], "There is no key 'lr'"),
+        (["--precision", "tf32"], "precision=tf32, which the CPU does not have; use precision=float32"),
+        (["precision=tf32"], "precision=tf32, which the CPU does not have; use precision=float32"),
         (["--json", "/no/such/directory/bench.json", "--settings", "sua"], "Cannot use /no/such/directory/bench.json"),
         (["--against", "/no/such/bench.json", "--settings", "sua"], "Cannot read /no/such/bench.json"),
     ],
@@ -223,7 +288,7 @@ def test_bad_input_is_one_sentence(arguments, sentence, capsys):
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("--rounds", "0"), ("--repeats", "x"), ("--tolerance", "-1"), ("--dtype", "float16")]
+    ("option", "value"), [("--rounds", "0"), ("--repeats", "x"), ("--tolerance", "-1"), ("--precision", "float16")]
 )
 def test_options_out_of_range_name_what_they_take(option, value, capsys):
     """The parser's own errors name option and value, with exit code 2 too."""

@@ -3,7 +3,7 @@
 import pytest
 from bench_runs import tiny_contenders
 
-from kfac_sua.bench.contender import PHASES, Precision, StepKind, StepTime
+from kfac_sua.bench.contender import PHASES, StepKind, StepTime
 from kfac_sua.bench.costs import Rounds, measure_costs
 from kfac_sua.bench.progress import Announcer
 
@@ -80,7 +80,7 @@ def test_steps_are_of_the_kind_that_is_due(keys, counts):
         assert split["application"] > 0
 
 
-@pytest.mark.parametrize("precision", list(Precision))
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float64"])
 def test_the_parts_of_a_step_sum_to_it(precision):
     """Every part lies within the step, and next to nothing of the step outside every part."""
     for contender in tiny_contenders("kfac", precision=precision).values():

@@ -4,11 +4,12 @@ import pytest
 import torch
 from bench_runs import tiny_contenders
 
-from kfac_sua.bench.contender import Batch, Precision, StepKind
+from kfac_sua.bench.contender import StepKind
 from kfac_sua.bench.costs import Rounds, measure_costs
 from kfac_sua.bench.flops import count_flops
 from kfac_sua.bench.layers import count_steps, measure_layers
 from kfac_sua.bench.progress import Announcer
+from kfac_sua.config import Precision
 
 CASES = {
     "product": (lambda: torch.ones(3, 5) @ torch.ones(5, 7), 2 * 3 * 5 * 7),
@@ -79,8 +80,7 @@ def test_layers_by_themselves_add_up_to_the_whole_step(items):
     contenders = tiny_contenders(*items)
     costs = measure_costs(contenders, Rounds(1, 1, 1), Announcer())
     steps = count_steps(contenders, costs, Announcer())
-    batch = Batch.random(8, Precision.float32, torch.device("cpu"))
-    layers = measure_layers(contenders, Precision.float32, batch, 1, Announcer())
+    layers = measure_layers(contenders, Precision.float32, 1, Announcer())
     for item, contender in contenders.items():
         whole = {work.step: work.parts for work in steps if work.setting == item}
         own = [work for work in layers if work.setting == item]

@@ -7,6 +7,7 @@ import torch
 from bench_runs import shrink_rates
 
 from kfac_sua.bench import rates
+from kfac_sua.bench.arithmetic import Arithmetic
 from kfac_sua.bench.progress import Announcer
 
 
@@ -15,7 +16,7 @@ def test_rates_by_a_clock_that_ticks_once_per_reading(monkeypatch):
     shrink_rates(monkeypatch)
     ticks = itertools.count()
     monkeypatch.setattr(rates, "seconds_now", lambda device: float(next(ticks)))
-    found = rates.measure_rates(torch.device("cpu"), torch.bfloat16, torch.float32, Announcer())
+    found = rates.measure_rates(Arithmetic("bfloat16", torch.device("cpu")), Announcer())
     product, inverse = 2 * 16 * 8 * 32 / 1e9, 16**3 / 1e9
     assert [(rate.operation, rate.dtype, rate.shape, rate.gflop_per_s) for rate in found] == [
         ("gemm", "bfloat16", [16, 8, 32], pytest.approx(product)),
@@ -32,4 +33,21 @@ def test_best_rate_is_that_of_the_number_format():
         rates.Rate("gemm", "bfloat16", [2, 2, 2], 20.0),
         rates.Rate("cholesky_inverse", "float32", [2], 99.0),
     ]
-    assert rates.best_gemm_rate(found, torch.float32) == 7e9
+    assert rates.best_gemm_rate(found, "float32") == 7e9
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "formats"),
+    [
+        ("float32", "cuda", ["float32", "float32", "float32"]),
+        ("tf32", "cuda", ["tf32", "float32", "tf32"]),
+        ("bfloat16", "cuda", ["bfloat16", "float32", "tf32"]),
+        ("bfloat16", "cpu", ["bfloat16", "float32", "float32"]),
+        ("float64", "cuda", ["float64", "float64", "float64"]),
+    ],
+)
+def test_parts_of_a_step_have_formats_of_their_own(name, device, formats):
+    """Factors and inverses are made in IEEE arithmetic; their application and the network are not bound to it."""
+    arithmetic = Arithmetic(name, torch.device(device))
+    assert [arithmetic.format_of(phase) for phase in ("forward_backward", "inversion", "application")] == formats
+    assert arithmetic.format_of("statistics") == arithmetic.format_of("inversion")

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from kfac_sua.bench.arithmetic import Arithmetic
 from kfac_sua.bench.communication.counted import kept_bytes, part_sizes
-from kfac_sua.bench.contender import PHASES, Batch, Contender, Precision, StepKind
+from kfac_sua.bench.contender import PHASES, Batch, Contender, StepKind
 from kfac_sua.bench.memory import peak_bytes
 from kfac_sua.bench.settings import Setting
 from kfac_sua.config import KroneckerConfig
@@ -34,6 +35,7 @@ from kfac_sua.preconditioner import KroneckerPreconditioner
 from kfac_sua.training.timing import Stopwatch
 
 _CPU = torch.device("cpu")
+_FLOAT32 = Arithmetic("float32", _CPU)
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def _work(
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=num_processes, timeout=timedelta(minutes=10))
     try:
-        batch = Batch.random(batch_size, Precision.float32, _CPU)
+        batch = Batch.random(batch_size, _FLOAT32)
         own = Batch(batch.inputs.tensor_split(num_processes)[rank], batch.labels.tensor_split(num_processes)[rank])
         found = [_Rank(setting, own, flops_per_byte).measure(repeats) for setting in settings]
     finally:
@@ -143,7 +145,7 @@ class _Rank:
         config = setting.config.preconditioner
         assert isinstance(config, KroneckerConfig)
         self.sent: Counter[str] = Counter()
-        self._contender = contender = Contender(setting.config, Precision.float32, batch)
+        self._contender = contender = Contender(setting.config, _FLOAT32, batch)
         if contender.preconditioner is not None:
             contender.preconditioner.remove_hooks()  # it may know of no processes
         net = contender.model
