@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from kfac_sua.bench.against import changes, circumstances, refuse_other_conditions
+from kfac_sua.bench.against import changes, circumstances, refuse_other_capture, refuse_other_conditions
 from kfac_sua.bench.arithmetic import FLOAT64, NAMES, Arithmetic
+from kfac_sua.bench.contender import STEPS_TOGETHER, why_no_graphs
 from kfac_sua.bench.measure import Plan, carry_out
 from kfac_sua.bench.record import Arguments, BenchRecord, read_record, write_record
 from kfac_sua.bench.settings import (
@@ -72,13 +73,18 @@ def _carry_out(options: argparse.Namespace) -> int:
     if old is not None:
         shared = [cost.setting for cost in old.costs if cost.setting in names]
         refuse_other_conditions(options.against, old.arguments, plan.arguments, shared)
+        if not any(setting.config.capture for setting in plan.settings):
+            refuse_other_capture(options.against, old.costs, dict.fromkeys(shared, False))
     if options.json:
         _refuse_unwritable(options.json)
     record = carry_out(plan)
     if options.json:  # before anything is printed: a pipe that is closed must not cost minutes of measuring
         write_record(options.json, record)
     print("\n\n".join(_tables(record, plan.arithmetic)))
-    return 0 if old is None else _compare(old, record, options.tolerance)
+    if old is None:
+        return 0
+    refuse_other_capture(options.against, old.costs, {cost.setting: cost.is_captured for cost in record.costs})
+    return _compare(old, record, options.tolerance)
 
 
 def _plan(options: argparse.Namespace) -> Plan:
@@ -101,19 +107,22 @@ def _plan(options: argparse.Namespace) -> Plan:
     settings = compose_settings(items, overrides, values)
     if options.layers:
         _refuse_exact_fisher(settings)
+    device = choose_device(base.device)
+    if base.capture is True and (reason := why_no_graphs(device)):
+        raise ConfigError(f"capture=true, but {reason}; give capture=auto or capture=false.")
     arguments = Arguments(
         model=base.model.name.value,
         width=base.model.width,
         batch_size=base.batch_size,
         period=common_period(base),
-        device=choose_device(base.device).type,
+        device=device.type,
         precision=_precision(options.precision, base, overrides),
         num_threads=values["num_threads"] or torch.get_num_threads(),
         overrides=overrides,
         rounds=options.rounds,
         refresh_rounds=options.refresh_rounds,
         repeats=options.repeats,
-        steps_together=1,
+        steps_together=STEPS_TOGETHER[device.type],
     )
     return Plan(settings, arguments, with_layers=options.layers)
 
@@ -193,7 +202,13 @@ def _parser() -> argparse.ArgumentParser:
         help=f"of {', '.join(DEFAULT_SETTINGS)}, each with keys of its own such as kfac:damping=0.3,ema_decay=0.9; "
         "baseline is always measured (all five)",
     )
-    parser.add_argument("--rounds", type=count, default=9, metavar="N", help="plain steps per setting (%(default)s)")
+    parser.add_argument(
+        "--rounds",
+        type=count,
+        default=9,
+        metavar="N",
+        help="plain steps per setting; on CUDA up to 10 each (%(default)s)",
+    )
     parser.add_argument(
         "--refresh-rounds", type=count, default=3, metavar="N", help="steps of each other kind (%(default)s)"
     )

@@ -1,10 +1,10 @@
 """Comparison with an earlier measurement: which settings got slower."""
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
-from kfac_sua.bench.record import Arguments, BenchRecord
+from kfac_sua.bench.record import Arguments, BenchRecord, Cost
 from kfac_sua.bench.settings import BASELINE
 from kfac_sua.runs.record import RecordError
 
@@ -59,6 +59,27 @@ def refuse_other_conditions(path: Path, old: Arguments, new: Arguments, settings
             )
     if not set(settings) - {BASELINE}:
         raise RecordError(f"{path} and this measurement share no setting but {BASELINE}; give --settings as there.")
+
+
+def refuse_other_capture(path: Path, old: Iterable[Cost], is_captured: Mapping[str, bool]) -> None:
+    """Refuse an earlier measurement that replayed what this one launches step by step, or the other way round.
+
+    Args:
+        path: Where it lies, for the message.
+        old: What it measured.
+        is_captured: Setting to whether plain steps are replays now.
+
+    Raises:
+        RecordError: If it differs for a setting in both, be it plain SGD.
+    """
+    words = {True: "captured", False: "eager"}
+    for cost in old:
+        now = is_captured.get(cost.setting, cost.is_captured)
+        if now != cost.is_captured:
+            raise RecordError(
+                f"{path} measured {cost.setting} with {words[cost.is_captured]} plain steps, this has {words[now]} "
+                f"ones; give capture={'auto' if cost.is_captured else 'false'} or leave out --against."
+            )
 
 
 def changes(old: BenchRecord, new: BenchRecord) -> list[Change]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import time
-from enum import StrEnum
 
 import torch
 import torch.nn.functional as F
@@ -10,33 +9,44 @@ from torch import Tensor
 
 from kfac_sua.bench.arithmetic import Arithmetic
 from kfac_sua.bench.clock import seconds_now
+from kfac_sua.bench.step_kinds import StepKind, make_due, steps_per_period
 from kfac_sua.build import build_model, build_optimizer, build_preconditioner, memory_format
 from kfac_sua.config import Config
-from kfac_sua.preconditioner import KroneckerPreconditioner
+from kfac_sua.preconditioner import CapturedStep, StepGraph
+from kfac_sua.training import capturing
 from kfac_sua.training.precision import compute_logits
 from kfac_sua.training.timing import Stopwatch
 
 NUM_CLASSES = 10
 PHASES = ("forward_backward", "statistics", "inversion", "application", "optimizer")
 """Parts of a step. The stopwatch may know others, such as the making of mini-batches, which has no part here."""
+CAPTURED = "captured"
+"""The only part of a step that is a replay: the device tells nothing apart inside."""
 
+STEPS_TOGETHER = {"cpu": 1, "cuda": 10}
+"""Plain steps between two waits for the device, at most. A wait after every step would let the host fall behind."""
 
-class StepKind(StrEnum):
-    """What a step does besides applying the inverses at hand."""
-
-    plain = "plain"
-    statistics = "statistics"
-    """Also measures statistics."""
-    refresh = "refresh"
-    """Also measures statistics and inverts."""
+MOST_STEPS_TO_CAPTURE = 10
+"""Plain steps until one is a replay, if any ever is: three to warm up, one to capture, and some to spare."""
+ENOUGH_REPLAYS = 6
+"""After which a capture is not counted as futile when it is given up."""
+MOST_ROUNDS = 5
+"""Refreshes until captures outlast them, if they ever do."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step, by the clock of ``clock.py``, and of its parts."""
+    """Seconds of one step, by the clock of ``clock.py``, and of its parts.
+
+    Args:
+        seconds: Of the whole step.
+        split: Phase to seconds: ``PHASES``, and ``captured`` where there were replays.
+        is_replay: Whether a captured step was replayed.
+    """
 
     seconds: float
     split: dict[str, float]
+    is_replay: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,14 +73,18 @@ class Batch:
 class Contender:
     """One setting with a network of its own.
 
+    Where training would replay its plain steps as a CUDA graph, so does this, unless ``capture=false``.
+
     Args:
         config: Its configuration.
         arithmetic: The number formats of training.
         batch: The mini-batch.
+        graph: What captures and replays, on any device; by default CUDA graphs on CUDA, and nothing elsewhere.
     """
 
-    def __init__(self, config: Config, arithmetic: Arithmetic, batch: Batch) -> None:
+    def __init__(self, config: Config, arithmetic: Arithmetic, batch: Batch, graph: StepGraph | None = None) -> None:
         torch.manual_seed(config.seed)
+        self._config = config
         self._device = batch.inputs.device
         self._inputs = batch.inputs.to(memory_format=memory_format(config))
         self._labels = batch.labels
@@ -78,11 +92,46 @@ class Contender:
         self.model = build_model(config, NUM_CLASSES, self._device).to(arithmetic.dtype)
         self.preconditioner = build_preconditioner(config.preconditioner, self.model, config.seed)
         self._optimizer = build_optimizer(config.optimizer, self.model)
+        self._watch = self._new_watch()
+        self._captured: CapturedStep[None] | None = None
+        if self._why_not_tried(graph) == "":
+            self._captured = CapturedStep(
+                self._watched_step, self.model, self._optimizer, self.preconditioner, graph=graph
+            )
+        self._last_is_replay = False
+        self._num_timed = self._num_replayed = 0
 
     @property
     def steps_per_period(self) -> dict[StepKind, int]:
         """How many steps of each kind a refresh period has, without kinds that it has none of."""
         return {StepKind.plain: 1} if self.preconditioner is None else steps_per_period(self.preconditioner)
+
+    @property
+    def steps_together(self) -> int:
+        """Plain steps that are timed as one: as many as come in a row, up to ``STEPS_TOGETHER``."""
+        most = STEPS_TOGETHER[self._device.type]
+        return most if self.preconditioner is None else max(1, min(most, self.preconditioner.factor_period - 1))
+
+    @property
+    def is_capturing(self) -> bool:
+        """Whether plain steps are replayed, or will be."""
+        return self._captured is not None and not self._captured.why_eager
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether all plain steps that were timed were replays, of one step at least."""
+        return 0 < self._num_timed == self._num_replayed
+
+    @property
+    def why_eager(self) -> str:
+        """Why not all plain steps that were timed were replays; empty if they were."""
+        if self.is_captured:
+            return ""
+        if self._captured is None or self._captured.why_eager:
+            return self._why_not_tried() if self._captured is None else self._captured.why_eager
+        if StepKind.plain not in self.steps_per_period:
+            return "no step is plain"
+        return f"{self._num_replayed} of {self._num_timed} were replays, as what a capture depends on has changed"
 
     def make_due(self, kind: StepKind) -> None:
         """Make the next step one of this kind, which must be one of ``steps_per_period``."""
@@ -95,7 +144,7 @@ class Contender:
         return logits, F.cross_entropy(logits, self._labels)
 
     def step(self, watch: Stopwatch) -> None:
-        """Take one training step, its parts attributed to phases as in ``training/loop.py``."""
+        """Take one training step eagerly, its parts attributed to phases as in ``training/step.py``."""
         preconditioner = self.preconditioner
         if preconditioner is not None:
             preconditioner.phase = watch.phase
@@ -111,31 +160,103 @@ class Contender:
         with watch.phase("optimizer"):
             self._optimizer.step()
 
+    def warm_up(self) -> None:
+        """Take a refresh and a plain step, and what it takes until plain steps are replays and refreshes leave them so.
+
+        Raises:
+            RuntimeError: If ``capture=true`` and steps cannot be captured.
+        """
+        self.timed_step()  # the first refresh
+        self.timed_step()
+        for _ in range(MOST_ROUNDS):
+            if not self.is_capturing or not self._changes_captures():
+                break
+        if self._config.capture is True and not self.is_capturing:
+            raise RuntimeError(
+                f"capture=true, but with preconditioner={self._config.preconditioner.name}: {self.why_eager}; give "
+                f"capture=auto or capture=false."
+            )
+
+    def timed_turn(self, kind: StepKind) -> StepTime:
+        """Take steps of this kind, which must be one of ``steps_per_period``, and return the seconds of one.
+
+        On CUDA several plain steps are timed together, so that the host runs ahead of the device as in training.
+        """
+        if kind is not StepKind.plain:
+            self.make_due(kind)
+            return self.timed_step()
+        self._settle()
+        count = self.steps_together
+        if count > 1 and self.preconditioner is not None:
+            self.preconditioner.go_to_step(1)  # so that as many are plain
+        self.make_due(kind)
+        time = self._timed(count)
+        self._num_timed += 1
+        self._num_replayed += time.is_replay
+        return time
+
     def timed_step(self) -> StepTime:
-        """Take one training step and return its seconds."""
-        watch = Stopwatch(self._device, time.process_time)
+        """Take the training step that is due and return its seconds."""
+        return self._timed(1)
+
+    def _timed(self, count: int) -> StepTime:
+        """Take steps between two waits for the device, and return the mean seconds of one."""
+        watch = self._watch = self._new_watch()
+        num_replays = 0
         started = seconds_now(self._device)
-        self.step(watch)
-        seconds = seconds_now(self._device) - started
+        for _ in range(count):
+            self._take_step(watch)
+            num_replays += self._last_is_replay
+        seconds = (seconds_now(self._device) - started) / count
         totals = watch.totals()
-        return StepTime(seconds, {phase: totals[phase] for phase in PHASES})
+        # Around an eager step lies only what the host looks at, which no phase is to have.
+        phases = (*PHASES, CAPTURED) if num_replays else PHASES
+        return StepTime(seconds, {phase: totals[phase] / count for phase in phases}, num_replays == count)
+
+    def _take_step(self, watch: Stopwatch) -> None:
+        """Take the step that is due as training would: by a replay, if it is plain and captured."""
+        captured = self._captured
+        if captured is None or captured.why_eager:
+            self._last_is_replay = False
+            self.step(watch)
+            return
+        before = captured.num_replays
+        with watch.phase(CAPTURED):
+            captured()
+        self._last_is_replay = captured.num_replays > before
+
+    def _watched_step(self) -> None:
+        with self._watch.phase("other"):  # or what the phases inside leave would count as a replay's
+            self.step(self._watch)
+
+    def _changes_captures(self) -> bool:
+        """Take all kinds of steps, and return whether a plain one was captured meanwhile."""
+        assert self._captured is not None
+        before = self._captured.num_captures
+        for kind in reversed(self.steps_per_period):
+            self._settle()
+            for _ in range(ENOUGH_REPLAYS if kind is StepKind.plain else 1):
+                self.make_due(kind)
+                self.timed_step()
+        return self._captured.num_captures > before
+
+    def _settle(self) -> None:
+        """Take plain steps until one is a replay, so that none of those that are timed warms up or is captured."""
+        for _ in range(MOST_STEPS_TO_CAPTURE):
+            if not self.is_capturing or self._last_is_replay or StepKind.plain not in self.steps_per_period:
+                break
+            self.make_due(StepKind.plain)
+            self.timed_step()
+
+    def _why_not_tried(self, graph: StepGraph | None = None) -> str:
+        if self._config.capture is False:
+            return "capture=false"
+        return "" if graph is not None else why_no_graphs(self._device)
+
+    def _new_watch(self) -> Stopwatch:
+        return Stopwatch(self._device, time.process_time)
 
 
-def steps_per_period(preconditioner: KroneckerPreconditioner) -> dict[StepKind, int]:
-    """Return how many steps of each kind a refresh period has, without kinds that it has none of."""
-    period, factor_period = preconditioner.settings.inverse_period, preconditioner.factor_period
-    measuring = period // factor_period
-    counts = {StepKind.plain: period - measuring, StepKind.statistics: measuring - 1, StepKind.refresh: 1}
-    return {kind: count for kind, count in counts.items() if count}
-
-
-def make_due(preconditioner: KroneckerPreconditioner, kind: StepKind) -> None:
-    """Make the next step one of this kind, which must be one of ``steps_per_period``."""
-    is_due = {
-        StepKind.plain: not preconditioner.statistics_due,
-        StepKind.statistics: preconditioner.statistics_due and not preconditioner.inverses_due,
-        StepKind.refresh: preconditioner.inverses_due,
-    }
-    if not is_due[kind]:
-        position = {StepKind.plain: 1, StepKind.statistics: preconditioner.factor_period, StepKind.refresh: 0}
-        preconditioner.go_to_step(position[kind])
+def why_no_graphs(device: torch.device) -> str:
+    """Return why nothing is captured on a device, in a clause; empty if it is."""
+    return "" if device.type in capturing.DEVICES else f"device={device.type} has no CUDA graphs"

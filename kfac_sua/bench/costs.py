@@ -8,8 +8,9 @@ import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 
-from kfac_sua.bench.contender import PHASES, Contender, StepKind, StepTime
+from kfac_sua.bench.contender import CAPTURED, PHASES, Contender, StepTime
 from kfac_sua.bench.progress import Announcer
+from kfac_sua.bench.step_kinds import StepKind
 
 Times = dict[StepKind, list[StepTime]]
 
@@ -35,7 +36,7 @@ class StepCost:
     Args:
         seconds: Of a step.
         ratio: Over plain SGD's step.
-        split: Seconds of its parts (see ``contender.PHASES``), which sum to ``seconds`` up to the medians.
+        split: Seconds of its parts (see ``contender.StepTime``), which sum to ``seconds`` up to the medians.
     """
 
     seconds: Spread
@@ -65,7 +66,7 @@ class Rounds:
     """How much is measured.
 
     Args:
-        plain: Plain steps per setting.
+        plain: Plain steps per setting; on CUDA, groups of them.
         refresh: Steps of each other kind per setting.
         repeats: Measurements of everything.
     """
@@ -88,8 +89,7 @@ def measure_costs(contenders: Mapping[str, Contender], rounds: Rounds, announcer
     """
     for name, contender in contenders.items():
         announcer.show("warm-up", name)
-        contender.timed_step()  # the first refresh
-        contender.timed_step()
+        contender.warm_up()
     repeats = [_repeat(contenders, rounds, repeat, announcer) for repeat in range(1, rounds.repeats + 1)]
     baseline = [_median_seconds(times[0][StepKind.plain]) for times in repeats]
     return [
@@ -118,8 +118,7 @@ def _take_turn(contender: Contender, kind: StepKind, times: Times) -> None:
     if contender.preconditioner is None:
         kind = StepKind.plain
     if kind in times:
-        contender.make_due(kind)
-        times[kind].append(contender.timed_step())
+        times[kind].append(contender.timed_turn(kind))
 
 
 def _cost(counts: Mapping[StepKind, int], repeats: Sequence[Times], baseline: Sequence[float]) -> TimeCost:
@@ -138,14 +137,19 @@ def _cost(counts: Mapping[StepKind, int], repeats: Sequence[Times], baseline: Se
 
 def _step_cost(repeats: Sequence[Sequence[StepTime]], baseline: Sequence[float]) -> StepCost:
     seconds = [_median_seconds(times) for times in repeats]
+    has_replays = any(CAPTURED in time.split for times in repeats for time in times)
     return StepCost(
         seconds=Spread.of(seconds),
         ratio=Spread.of([own / plain_sgd for own, plain_sgd in zip(seconds, baseline, strict=True)]),
         split={
-            phase: statistics.median(statistics.median(time.split[phase] for time in times) for times in repeats)
-            for phase in PHASES
+            phase: statistics.median(_median_part(times, phase) for times in repeats)
+            for phase in ((*PHASES, CAPTURED) if has_replays else PHASES)
         },
     )
+
+
+def _median_part(times: Sequence[StepTime], phase: str) -> float:
+    return statistics.median(time.split.get(phase, 0.0) for time in times)
 
 
 def _median_seconds(times: Sequence[StepTime]) -> float:

@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from kfac_sua.bench.contender import PHASES, Contender, StepKind, make_due, steps_per_period
+from kfac_sua.bench.contender import PHASES, Contender
 from kfac_sua.bench.costs import TimeCost
 from kfac_sua.bench.flops import count_flops
 from kfac_sua.bench.progress import Announcer
+from kfac_sua.bench.step_kinds import StepKind, make_due, steps_per_period
 from kfac_sua.config import Precision
 from kfac_sua.preconditioner import FisherType, KroneckerPreconditioner, KroneckerSettings
 from kfac_sua.training.precision import compute_logits
@@ -38,7 +39,7 @@ class StepWork:
     Args:
         setting: Its name.
         step: ``plain``, ``statistics`` or ``refresh``.
-        parts: Phase to its work.
+        parts: Phase to its work; of replays the seconds are in ``captured``, the FLOPs in the phases inside.
     """
 
     setting: str
@@ -74,7 +75,8 @@ def count_steps(contenders: Mapping[str, Contender], costs: Sequence[TimeCost], 
             contender.make_due(kind)
             flops = count_flops(contender.step)
             step = getattr(cost, kind.value)
-            works.append(StepWork(name, kind.value, {part: Work(flops[part], step.split[part]) for part in PHASES}))
+            parts = {part: Work(flops.get(part, 0), seconds) for part, seconds in step.split.items()}
+            works.append(StepWork(name, kind.value, parts))
     return works
 
 

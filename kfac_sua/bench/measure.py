@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from kfac_sua.bench.arithmetic import Arithmetic
-from kfac_sua.bench.contender import Batch, Contender, StepKind
+from kfac_sua.bench.contender import Batch, Contender
 from kfac_sua.bench.costs import Rounds, measure_costs
 from kfac_sua.bench.layers import LayerWork, StepWork, count_steps, measure_layers
 from kfac_sua.bench.memory import peak_bytes
@@ -14,6 +14,7 @@ from kfac_sua.bench.progress import Announcer
 from kfac_sua.bench.rates import measure_rates
 from kfac_sua.bench.record import Arguments, BenchRecord, Cost, Memory
 from kfac_sua.bench.settings import Setting
+from kfac_sua.bench.step_kinds import StepKind
 from kfac_sua.runs.environment import environment
 
 # The first step of a setting refreshes; the second refresh, with inverses at hand, is the one that needs most.
@@ -70,13 +71,14 @@ def _measure(plan: Plan, announcer: Announcer) -> BenchRecord:
     if plan.with_layers:
         steps = count_steps(contenders, times, announcer)
         layers = measure_layers(contenders, arithmetic.precision, rounds.refresh, announcer)
+    captures = [(one.is_captured, one.why_eager) for one in contenders.values()]
     contenders.clear()  # their memory is another's now
     # After the timing, which fills caches that all settings share.
     memory = [_peak(one, arithmetic, batch, announcer) for one in plan.settings]
     announcer.clear()
     costs = [
-        Cost(setting.name, time, Memory(peak, peak / memory[0]))
-        for setting, time, peak in zip(plan.settings, times, memory, strict=True)
+        Cost(setting.name, time, Memory(peak, peak / memory[0]), *capture)
+        for setting, time, peak, capture in zip(plan.settings, times, memory, captures, strict=True)
     ]
     return BenchRecord(arguments, environment(arguments.device), rates, costs, steps, layers)
 
@@ -87,6 +89,8 @@ def _peak(setting: Setting, arithmetic: Arithmetic, batch: Batch, announcer: Ann
 
     def train() -> None:
         contender = Contender(setting.config, arithmetic, batch)
+        if contender.is_capturing:
+            contender.warm_up()  # eagerly, with a capture, replays, and refreshes in its memory
         for kind in MEMORY_STEPS:
             if kind in contender.steps_per_period:
                 contender.make_due(kind)

@@ -30,7 +30,7 @@ class Arguments:
         precision: In what it computes: ``float32``, ``tf32``, ``bfloat16`` or ``float64``.
         num_threads: Threads that PyTorch uses on the CPU.
         overrides: Further keys of the configuration, as given.
-        rounds: Plain steps per setting.
+        rounds: Plain steps per setting, or groups of them.
         refresh_rounds: Steps of each other kind per setting.
         repeats: Measurements of everything.
         steps_together: Plain steps between two waits for the device, at most; single ones on a CPU.
@@ -65,11 +65,21 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What one setting costs."""
+    """What one setting costs.
+
+    Args:
+        setting: Its name.
+        time: Of its steps.
+        memory: At its peak.
+        is_captured: Whether its plain steps were replays of a CUDA graph.
+        why_eager: Why not, in a clause.
+    """
 
     setting: str
     time: TimeCost
     memory: Memory
+    is_captured: bool
+    why_eager: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +147,10 @@ def _bring_up_to_date(content: dict[str, Any]) -> None:
     if isinstance(arguments, dict) and "dtype" in arguments:
         arguments["precision"] = arguments.pop("dtype")
         arguments["steps_together"] = 1
+    costs = content.get("costs")
+    for cost in costs if isinstance(costs, list) else []:
+        if isinstance(cost, dict):
+            cost |= {"is_captured": False, "why_eager": ""}
 
 
 def _decode(hint: Any, value: Any, where: str) -> Any:

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 
 from kfac_sua.bench.against import Change
 from kfac_sua.bench.arithmetic import Arithmetic
-from kfac_sua.bench.contender import PHASES, StepKind
+from kfac_sua.bench.contender import CAPTURED, PHASES
 from kfac_sua.bench.costs import Spread, StepCost
 from kfac_sua.bench.layers import LayerWork, StepWork, Work
 from kfac_sua.bench.rates import Rate, best_gemm_rate
 from kfac_sua.bench.record import Arguments, BenchRecord, Cost
+from kfac_sua.bench.step_kinds import StepKind
 
 NOTHING = "–"
 HEADINGS = {"forward_backward": "forward/backward"}
@@ -20,24 +21,28 @@ def costs_table(record: BenchRecord) -> str:
     assert plain_sgd is not None
     title = f"Time over plain SGD's step of {plain_sgd.seconds.median:.4f} s; {_conditions(record.arguments)}"
     has_statistics = any(cost.time.statistics for cost in record.costs)
+    has_replays = record.arguments.device == "cuda" or any(cost.is_captured for cost in record.costs)
     header = ["setting", "plain", *(["statistics"] if has_statistics else []), "refresh", "amortised"]
+    header += ["plain steps"] if has_replays else []
     rows = []
     for cost in record.costs:
         kinds = [cost.time.plain, *([cost.time.statistics] if has_statistics else []), cost.time.refresh]
         ratios = [NOTHING if step is None else _ratio(step.ratio) for step in kinds]
-        rows.append([cost.setting, *ratios, _ratio(cost.time.amortised_ratio)])
-    return table(title, header, rows)
+        capture = [("replayed" if cost.is_captured else "eager")] if has_replays else []
+        rows.append([cost.setting, *ratios, _ratio(cost.time.amortised_ratio), *capture])
+    reasons = [f"{cost.setting} is not captured: {cost.why_eager}" for cost in record.costs if not cost.is_captured]
+    return "\n".join([table(title, header, rows), *(reasons if has_replays else [])])
 
 
 def split_table(costs: Sequence[Cost]) -> str:
     """Return where the seconds of each kind of step go."""
+    steps = [(cost, kind, step) for cost in costs for kind in StepKind if (step := _step(cost, kind)) is not None]
+    phases = (*PHASES, CAPTURED) if any(CAPTURED in step.split for _, _, step in steps) else PHASES
     rows = [
-        [cost.setting, kind.value, f"{step.seconds.median:.4f}", *(_part(step.split[phase]) for phase in PHASES)]
-        for cost in costs
-        for kind in StepKind
-        if (step := _step(cost, kind)) is not None
+        [cost.setting, kind.value, f"{step.seconds.median:.4f}", *(_part(step.split.get(p, 0.0)) for p in phases)]
+        for cost, kind, step in steps
     ]
-    return table("Seconds of a step", ["setting", "step", "total", *(HEADINGS.get(p, p) for p in PHASES)], rows)
+    return table("Seconds of a step", ["setting", "step", "total", *(HEADINGS.get(p, p) for p in phases)], rows)
 
 
 def memory_table(costs: Sequence[Cost]) -> str:
@@ -145,5 +150,7 @@ def _floor(flops: int, rates: Sequence[Rate], dtype: str) -> float:
 
 
 def _work_cells(work: Work, floor: float) -> list[str]:
-    far = f"{work.seconds / floor:.1f}×" if floor else NOTHING
-    return [f"{work.flops / 1e6:,.1f}", f"{1e3 * floor:,.2f}", f"{1e3 * work.seconds:,.2f}", far]
+    """Return FLOPs, floor, seconds and their ratio; a part of a replay has no seconds of its own."""
+    far = f"{work.seconds / floor:.1f}×" if floor and work.seconds else NOTHING
+    milliseconds = f"{1e3 * work.seconds:,.2f}" if work.seconds else NOTHING
+    return [f"{work.flops / 1e6:,.1f}", f"{1e3 * floor:,.2f}", milliseconds, far]

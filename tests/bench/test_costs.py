@@ -3,9 +3,10 @@
 import pytest
 from bench_runs import tiny_contenders
 
-from kfac_sua.bench.contender import PHASES, StepKind, StepTime
+from kfac_sua.bench.contender import PHASES, StepTime
 from kfac_sua.bench.costs import Rounds, measure_costs
 from kfac_sua.bench.progress import Announcer
+from kfac_sua.bench.step_kinds import StepKind
 
 
 class ScriptedContender:
@@ -23,12 +24,13 @@ class ScriptedContender:
         self._steps_of_warm_up_and_first_repeat = num_steps
         return self
 
-    def make_due(self, kind: StepKind) -> None:
-        """Choose the next step."""
-        self._kind = kind
+    def warm_up(self) -> None:
+        """Take two steps."""
+        self._taken += 2
 
-    def timed_step(self) -> StepTime:
+    def timed_turn(self, kind: StepKind) -> StepTime:
         """Say how long the step took."""
+        self._kind = kind
         self._taken += 1
         is_slow = self._taken > self._steps_of_warm_up_and_first_repeat
         seconds = self._seconds[self._kind] * (self._slowdown if is_slow else 1)

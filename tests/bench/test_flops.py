@@ -4,11 +4,11 @@ import pytest
 import torch
 from bench_runs import tiny_contenders
 
-from kfac_sua.bench.contender import StepKind
 from kfac_sua.bench.costs import Rounds, measure_costs
 from kfac_sua.bench.flops import count_flops
 from kfac_sua.bench.layers import count_steps, measure_layers
 from kfac_sua.bench.progress import Announcer
+from kfac_sua.bench.step_kinds import StepKind
 from kfac_sua.config import Precision
 
 CASES = {

@@ -12,9 +12,9 @@ from kfac_sua.bench.communication.counted import Costs, ShapeModel, count_costs
 from kfac_sua.bench.communication.study import Flops, step_seconds, study_frame
 from kfac_sua.bench.communication.study_report import _ranges, describe_study
 from kfac_sua.bench.communication.work import Work
-from kfac_sua.bench.contender import StepKind
 from kfac_sua.bench.flops import count_flops
 from kfac_sua.bench.settings import compose_settings, parse_items
+from kfac_sua.bench.step_kinds import StepKind
 from kfac_sua.figures.scaling_out import draw_scaling_out
 
 # A second per 10 bytes and a latency of 1 s within a node of two; 5 bytes and 2 s beyond it; rates in FLOPs per second.

@@ -27,9 +27,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kfac_sua.bench.arithmetic import Arithmetic
 from kfac_sua.bench.communication.counted import kept_bytes, part_sizes
-from kfac_sua.bench.contender import PHASES, Batch, Contender, StepKind
+from kfac_sua.bench.contender import PHASES, Batch, Contender
 from kfac_sua.bench.memory import peak_bytes
 from kfac_sua.bench.settings import Setting
+from kfac_sua.bench.step_kinds import StepKind
 from kfac_sua.config import KroneckerConfig
 from kfac_sua.preconditioner import KroneckerPreconditioner
 from kfac_sua.training.timing import Stopwatch
