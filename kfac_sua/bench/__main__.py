@@ -124,7 +124,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         repeats=options.repeats,
         steps_together=STEPS_TOGETHER[device.type],
     )
-    return Plan(settings, arguments, with_layers=options.layers)
+    return Plan(settings, arguments, with_layers=options.layers, with_compiled=options.compiled)
 
 
 def _precision(option: str, base: Config, overrides: Sequence[str]) -> str:
@@ -216,6 +216,9 @@ def _parser() -> argparse.ArgumentParser:
         "--repeats", type=count, default=1, metavar="N", help="measure it all so often: median (low to high) (1)"
     )
     parser.add_argument("--layers", action="store_true", help="also FLOPs and seconds per part of a step and per layer")
+    parser.add_argument(
+        "--compiled", action="store_true", help="also plain SGD through torch.compile, as a row of that name"
+    )
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the numbers here")
     parser.add_argument("--against", type=Path, metavar="FILE", help="compare with what --json wrote earlier")
     parser.add_argument(

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
+from kfac_sua.bench.compiled import COMPILED
 from kfac_sua.bench.record import Arguments, BenchRecord, Cost
 from kfac_sua.bench.settings import BASELINE
 from kfac_sua.runs.record import RecordError
@@ -83,12 +84,15 @@ def refuse_other_capture(path: Path, old: Iterable[Cost], is_captured: Mapping[s
 
 
 def changes(old: BenchRecord, new: BenchRecord) -> list[Change]:
-    """Return how the amortised ratio changed, for every setting in both but plain SGD, whose ratio is 1."""
+    """Return how the amortised ratio changed, for every setting in both but plain SGD, whose ratio is 1.
+
+    Nor is compiled SGD among them, whose time is not this project's.
+    """
     before = {cost.setting: cost.time.amortised_ratio.median for cost in old.costs}
     return [
         Change(cost.setting, before[cost.setting], cost.time.amortised_ratio.median)
         for cost in new.costs
-        if cost.setting in before and cost.setting != BASELINE
+        if cost.setting in before and cost.setting not in (BASELINE, COMPILED)
     ]
 
 

@@ -1,13 +1,14 @@
 """One measurement from start to end."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from kfac_sua.bench.arithmetic import Arithmetic
+from kfac_sua.bench.compiled import COMPILED, CompiledContender
 from kfac_sua.bench.contender import Batch, Contender
-from kfac_sua.bench.costs import Rounds, measure_costs
+from kfac_sua.bench.costs import Rounds, TimeCost, measure_costs
 from kfac_sua.bench.layers import LayerWork, StepWork, count_steps, measure_layers
 from kfac_sua.bench.memory import peak_bytes
 from kfac_sua.bench.progress import Announcer
@@ -29,11 +30,13 @@ class Plan:
         settings: Plain SGD first.
         arguments: Conditions and amounts.
         with_layers: Whether to measure every layer by itself too.
+        with_compiled: Whether to measure plain SGD through ``torch.compile`` too.
     """
 
     settings: Sequence[Setting]
     arguments: Arguments
     with_layers: bool
+    with_compiled: bool
 
     @property
     def arithmetic(self) -> Arithmetic:
@@ -65,22 +68,39 @@ def _measure(plan: Plan, announcer: Announcer) -> BenchRecord:
     contenders = {one.name: Contender(one.config, arithmetic, batch) for one in plan.settings}
     rates = measure_rates(arithmetic, announcer)
     rounds = Rounds(arguments.rounds, arguments.refresh_rounds, arguments.repeats)
+    why_not_compiled = _add_compiled(contenders, plan, batch, announcer) if plan.with_compiled else ""
     times = measure_costs(contenders, rounds, announcer)
-    steps: list[StepWork] = []
-    layers: list[LayerWork] = []
-    if plan.with_layers:
-        steps = count_steps(contenders, times, announcer)
-        layers = measure_layers(contenders, arithmetic.precision, rounds.refresh, announcer)
-    captures = [(one.is_captured, one.why_eager) for one in contenders.values()]
+    steps, layers = _count_and_measure(contenders, times, plan, announcer) if plan.with_layers else ([], [])
+    captures = {name: (one.is_captured, one.why_eager) for name, one in contenders.items()}
     contenders.clear()  # their memory is another's now
     # After the timing, which fills caches that all settings share.
-    memory = [_peak(one, arithmetic, batch, announcer) for one in plan.settings]
+    configs = {**{one.name: one.config for one in plan.settings}, COMPILED: plan.settings[0].config}
+    memory = [_peak(Setting(name, configs[name]), arithmetic, batch, announcer) for name in captures]
     announcer.clear()
     costs = [
-        Cost(setting.name, time, Memory(peak, peak / memory[0]), *capture)
-        for setting, time, peak, capture in zip(plan.settings, times, memory, captures, strict=True)
+        Cost(name, time, Memory(peak, peak / memory[0]), *capture)
+        for (name, capture), time, peak in zip(captures.items(), times, memory, strict=True)
     ]
-    return BenchRecord(arguments, environment(arguments.device), rates, costs, steps, layers)
+    return BenchRecord(arguments, environment(arguments.device), rates, costs, steps, layers, why_not_compiled)
+
+
+def _add_compiled(contenders: dict[str, Contender], plan: Plan, batch: Batch, announcer: Announcer) -> str:
+    """Let compiled SGD take part, or return why it cannot."""
+    announcer.show("compilation")
+    compiled = CompiledContender(plan.settings[0].config, plan.arithmetic, batch)
+    reason = compiled.try_warm_up()
+    if not reason:
+        contenders[COMPILED] = compiled
+    return reason
+
+
+def _count_and_measure(
+    contenders: Mapping[str, Contender], times: Sequence[TimeCost], plan: Plan, announcer: Announcer
+) -> tuple[list[StepWork], list[LayerWork]]:
+    """Return the work of steps and of layers; FLOPs are counted by operator, of which a compiled network has others."""
+    own = {setting.name: contenders[setting.name] for setting in plan.settings}
+    steps = count_steps(own, times[: len(own)], announcer)
+    return steps, measure_layers(own, plan.arithmetic.precision, plan.arguments.refresh_rounds, announcer)
 
 
 def _peak(setting: Setting, arithmetic: Arithmetic, batch: Batch, announcer: Announcer) -> int:
@@ -88,8 +108,9 @@ def _peak(setting: Setting, arithmetic: Arithmetic, batch: Batch, announcer: Ann
     announcer.show("memory", setting.name)
 
     def train() -> None:
-        contender = Contender(setting.config, arithmetic, batch)
-        if contender.is_capturing:
+        is_compiled = setting.name == COMPILED
+        contender = (CompiledContender if is_compiled else Contender)(setting.config, arithmetic, batch)
+        if is_compiled or contender.is_capturing:
             contender.warm_up()  # eagerly, with a capture, replays, and refreshes in its memory
         for kind in MEMORY_STEPS:
             if kind in contender.steps_per_period:

@@ -90,9 +90,10 @@ class BenchRecord:
         arguments: What was measured.
         environment: What it ran on.
         rates: What the machine can do.
-        costs: One per setting, plain SGD first.
+        costs: One per setting, plain SGD first, and ``compiled`` last if asked for.
         steps: Work per kind of step; empty unless asked for.
         layers: Work per layer; empty unless asked for.
+        why_not_compiled: Why plain SGD could not be compiled, in a clause; empty if it was, or was not asked for.
     """
 
     arguments: Arguments
@@ -101,6 +102,7 @@ class BenchRecord:
     costs: list[Cost]
     steps: list[StepWork]
     layers: list[LayerWork]
+    why_not_compiled: str
 
 
 def write_record(path: Path, record: BenchRecord) -> None:
@@ -147,6 +149,7 @@ def _bring_up_to_date(content: dict[str, Any]) -> None:
     if isinstance(arguments, dict) and "dtype" in arguments:
         arguments["precision"] = arguments.pop("dtype")
         arguments["steps_together"] = 1
+    content["why_not_compiled"] = ""
     costs = content.get("costs")
     for cost in costs if isinstance(costs, list) else []:
         if isinstance(cost, dict):

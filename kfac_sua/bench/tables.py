@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from kfac_sua.bench.against import Change
 from kfac_sua.bench.arithmetic import Arithmetic
+from kfac_sua.bench.compiled import COMPILED
 from kfac_sua.bench.contender import CAPTURED, PHASES
 from kfac_sua.bench.costs import Spread, StepCost
 from kfac_sua.bench.layers import LayerWork, StepWork, Work
@@ -28,10 +29,13 @@ def costs_table(record: BenchRecord) -> str:
     for cost in record.costs:
         kinds = [cost.time.plain, *([cost.time.statistics] if has_statistics else []), cost.time.refresh]
         ratios = [NOTHING if step is None else _ratio(step.ratio) for step in kinds]
-        capture = [("replayed" if cost.is_captured else "eager")] if has_replays else []
+        capture = [_how_plain_steps_run(cost)] if has_replays else []
         rows.append([cost.setting, *ratios, _ratio(cost.time.amortised_ratio), *capture])
-    reasons = [f"{cost.setting} is not captured: {cost.why_eager}" for cost in record.costs if not cost.is_captured]
-    return "\n".join([table(title, header, rows), *(reasons if has_replays else [])])
+    notes = [f"{COMPILED}  cannot be measured: {record.why_not_compiled}."] if record.why_not_compiled else []
+    if has_replays:
+        eager = [cost for cost in record.costs if not cost.is_captured and cost.setting != COMPILED]
+        notes += [f"{cost.setting} is not captured: {cost.why_eager}." for cost in eager]
+    return "\n".join([table(title, header, rows), *notes])
 
 
 def split_table(costs: Sequence[Cost]) -> str:
@@ -133,6 +137,12 @@ def _step(cost: Cost, kind: StepKind) -> StepCost | None:
         StepKind.statistics: cost.time.statistics,
         StepKind.refresh: cost.time.refresh,
     }[kind]
+
+
+def _how_plain_steps_run(cost: Cost) -> str:
+    if cost.setting == COMPILED:
+        return COMPILED
+    return "replayed" if cost.is_captured else "eager"
 
 
 def _ratio(spread: Spread) -> str:

@@ -182,7 +182,7 @@ def in_the_older_format(content):
     """Put a measurement on a CPU as the version before wrote it."""
     content["format"] = 2
     content["arguments"]["dtype"] = content["arguments"].pop("precision")
-    del content["arguments"]["steps_together"]
+    del content["arguments"]["steps_together"], content["why_not_compiled"]
     for cost in content["costs"]:
         del cost["is_captured"], cost["why_eager"]
 
