@@ -233,11 +233,12 @@ class Contender:
         """Take all kinds of steps, and return whether a plain one was captured meanwhile."""
         assert self._captured is not None
         before = self._captured.num_captures
-        for kind in reversed(self.steps_per_period):
+        for kind in self.steps_per_period:  # plain ones first
             self._settle()
             for _ in range(ENOUGH_REPLAYS if kind is StepKind.plain else 1):
                 self.make_due(kind)
                 self.timed_step()
+        self._settle()
         return self._captured.num_captures > before
 
     def _settle(self) -> None:

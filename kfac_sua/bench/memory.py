@@ -1,10 +1,12 @@
 """Peak memory of a piece of work.
 
-On a GPU this is the caching allocator's own count. On a CPU it is the peak of live bytes in PyTorch's allocator: the
-memory events of ``torch.profiler``, each an allocation or release with its bytes, added up in the order of time. These
-include what single operators use inside (workspaces of convolutions and LAPACK), which a count of tensors would miss,
-and depend on nothing but the operators that run. The profiler's tables hold only net bytes per operator, so the events
-are read from its exported trace.
+On a GPU this is the caching allocator's own count. The memory of a captured graph is in it when the step is captured,
+and when a refresh is carried out in that memory; what the allocator keeps in reserve is not, captured or eager.
+
+On a CPU it is the peak of live bytes in PyTorch's allocator: the memory events of ``torch.profiler``, each an
+allocation or release with its bytes, added up in the order of time. These include what single operators use inside
+(workspaces of convolutions and LAPACK), which a count of tensors would miss, and depend on nothing but the operators
+that run. The profiler's tables hold only net bytes per operator, so the events are read from its exported trace.
 """
 
 import gc
@@ -36,6 +38,9 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
 
 
 def _peak_on_cuda(work: Callable[[], object], device: torch.device) -> int:
+    # A matrix product keeps a workspace for its stream: earlier work's would be for nothing, a graph's own would count.
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()  # a step in a graph's memory cannot use what is in reserve outside of it
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     work()

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from contextlib import contextmanager
 
 import pytest
@@ -10,6 +11,7 @@ from bench_runs import TINY, shrink_rates, tiny_contenders
 from graph_emulator import EmulatedGraph
 
 from kfac_sua.bench import contender as contenders
+from kfac_sua.bench import measure
 from kfac_sua.bench.__main__ import main
 from kfac_sua.bench.contender import PHASES, Contender
 from kfac_sua.bench.costs import Rounds, measure_costs
@@ -185,6 +187,34 @@ def test_file_and_tables_say_what_was_replayed(tmp_path, capsys):
     assert [(cost["is_captured"], cost["why_eager"]) for cost in eager.values()] == 2 * [(False, "capture=false")]
     assert "replayed" not in capsys.readouterr().out
     assert replayed["sua"]["memory"]["peak_bytes"] > eager["sua"]["memory"]["peak_bytes"]
+
+
+def test_memory_is_that_of_a_whole_captured_training(emulated, monkeypatch):
+    """Warm-up, capture, replays, a refresh in the memory of the graph, and replays after it."""
+    kinds = []
+
+    class NotingStep(EmulatedStep):
+        """Notes what its steps are."""
+
+        def __call__(self) -> None:
+            is_plain = self._preconditioner is None or self._preconditioner.step_is_plain
+            before = self.num_captures, self.num_replays
+            super().__call__()
+            kinds.append("capture" if self.num_captures > before[0] else "replay")
+            if self.num_replays == before[1]:
+                kinds[-1] = "eager" if is_plain else "refresh"
+
+    def noted(work, device):
+        kinds.clear()
+        work()
+        return kinds.index("capture")
+
+    monkeypatch.setattr(contenders, "CapturedStep", NotingStep)
+    monkeypatch.setattr(measure, "peak_bytes", noted)
+    assert main([*TINY, "--settings", "sua"]) == 0
+    assert re.fullmatch(
+        r"refresh( eager){3} capture( replay){6,} refresh( replay)+( refresh( replay)+)+", " ".join(kinds)
+    )
 
 
 @pytest.mark.usefixtures("emulated")
