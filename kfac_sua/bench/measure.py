@@ -68,6 +68,7 @@ def _measure(plan: Plan, announcer: Announcer) -> BenchRecord:
     contenders = {one.name: Contender(one.config, arithmetic, batch) for one in plan.settings}
     rates = measure_rates(arithmetic, announcer)
     rounds = Rounds(arguments.rounds, arguments.refresh_rounds, arguments.repeats)
+    # Before others capture: recording its graphs, torch.compile frees workspaces that theirs would go on using.
     why_not_compiled = _add_compiled(contenders, plan, batch, announcer) if plan.with_compiled else ""
     times = measure_costs(contenders, rounds, announcer)
     steps, layers = _count_and_measure(contenders, times, plan, announcer) if plan.with_layers else ([], [])
