@@ -1,6 +1,6 @@
 # Everything runs in .venv, which `make install` (or any target that needs it) makes once.
 .DEFAULT_GOAL := help
-.PHONY: help install data train quickstart reproduce-fig1 reproduce-fig2 bench scaling communication torture test test-slow test-gpu lint format docs
+.PHONY: help install data train quickstart reproduce-fig1 reproduce-fig2 bench scaling communication torture test test-slow test-gpu gpu-report lint format docs
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -77,6 +77,9 @@ test-slow: $(INSTALLED) ## The tests that `make test` leaves out because they ta
 
 test-gpu: $(INSTALLED) ## Tests that need a CUDA device
 	CUBLAS_WORKSPACE_CONFIG=:4096:8 $(RUN) -m pytest -m gpu
+
+gpu-report: $(INSTALLED) ## What runs on this GPU, how fast, and whether captured steps keep their bits: 8 minutes, one archive
+	$(RUN) scripts/gpu_report.py --out outputs/gpu-report $(ARGS)
 
 docs: $(INSTALLED) ## The documentation as a site, site/index.html, without a network
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict $(ARGS)

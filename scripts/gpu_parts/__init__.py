@@ -1,0 +1,1 @@
+"""What ``scripts/gpu_report.py`` carries out, and how: parts, their processes, the report and its archive."""
