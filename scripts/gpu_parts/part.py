@@ -156,21 +156,32 @@ def _run(command: str, output: int, deadline: float, cwd: Path, interruption: In
 def _end(process: subprocess.Popen[bytes], mark: str) -> None:
     """End a process group and what has left it: torchrun gives each of its processes a session of its own."""
     _signal_group(process.pid, signal.SIGTERM)
+    _signal(signal.SIGTERM, [number for number in _marked(mark) if _group_of(number) != process.pid])
     deadline = time.monotonic() + GRACE_S
     while (process.poll() is None or _marked(mark)) and time.monotonic() < deadline:
         time.sleep(_POLL_S)
     _signal_group(process.pid, signal.SIGKILL)
     process.wait()
     while left := _marked(mark):  # one of them may just have started another
-        for number in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(number, signal.SIGKILL)
+        _signal(signal.SIGKILL, left)
         time.sleep(_POLL_S)
 
 
 def _signal_group(group: int, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(group, number)
+
+
+def _signal(number: signal.Signals, processes: list[int]) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, number)
+
+
+def _group_of(process: int) -> int:
+    with contextlib.suppress(ProcessLookupError):
+        return os.getpgid(process)
+    return 0
 
 
 def _marked(mark: str) -> list[int]:

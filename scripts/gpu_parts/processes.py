@@ -92,7 +92,10 @@ def train(steps: int, device: torch.device, rank: int = 0, size: int = 0) -> Ten
         preconditioner.step(loss_weight=weight)
         optimizer.step()
     if steps and rank == 0:
-        print(f"{'together' if size else 'alone'}: {steps} steps, loss of process 0 {float(loss):.6f}", flush=True)
+        print(
+            f"{'together' if size else 'alone'}: {steps} steps, loss of process 0 {float(loss.detach()):.6f}",
+            flush=True,
+        )
     return nn.utils.parameters_to_vector(net.parameters()).detach()
 
 
