@@ -46,17 +46,20 @@ def choose_precision(precision: Precision, device: str) -> Precision:
     Raises:
         ConfigError: If the device has none of the precision that is asked for.
     """
-    is_cuda, is_here = device == "cuda", torch.cuda.is_available()
-    has = {
-        Precision.tf32: is_cuda and (not is_here or torch.cuda.is_tf32_supported()),
-        # On a CPU it is autocast, be it emulated.
-        Precision.bfloat16: not (is_cuda and is_here) or torch.cuda.is_bf16_supported(including_emulation=False),
-    }
     if precision is Precision.auto:
-        return Precision.tf32 if has[Precision.tf32] else Precision.float32
-    if not has.get(precision, True):
-        where = torch.cuda.get_device_name() if is_cuda else "the CPU"
+        return Precision.tf32 if _has(Precision.tf32, device) else Precision.float32
+    if not _has(precision, device):
+        where = torch.cuda.get_device_name() if device == "cuda" else "the CPU"
         raise ConfigError(
             f"precision={precision}, which {where} does not have; use precision=float32 or precision=auto."
         )
     return precision
+
+
+def _has(precision: Precision, device: str) -> bool:
+    is_there = device == "cuda" and not torch.cuda.is_available()
+    if precision is Precision.tf32:
+        return is_there or (device == "cuda" and torch.cuda.is_tf32_supported())
+    if precision is Precision.bfloat16:  # on a CPU it is autocast, be it emulated
+        return is_there or device != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return True

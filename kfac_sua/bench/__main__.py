@@ -10,7 +10,7 @@ import torch
 
 from kfac_sua.bench.against import changes, circumstances, refuse_other_capture, refuse_other_conditions
 from kfac_sua.bench.arithmetic import FLOAT64, NAMES, Arithmetic
-from kfac_sua.bench.contender import STEPS_TOGETHER, why_no_graphs
+from kfac_sua.bench.contender import STEPS_TOGETHER
 from kfac_sua.bench.measure import Plan, carry_out
 from kfac_sua.bench.record import Arguments, BenchRecord, read_record, write_record
 from kfac_sua.bench.settings import (
@@ -37,6 +37,7 @@ from kfac_sua.config import Config, ConfigError, KroneckerConfig, Precision
 from kfac_sua.device import choose_device, choose_precision
 from kfac_sua.preconditioner import FisherType
 from kfac_sua.runs.record import RecordError
+from kfac_sua.training.capturing import why_no_graphs
 
 SLOWER = 1
 

@@ -94,7 +94,8 @@ class Contender:
         self._optimizer = build_optimizer(config.optimizer, self.model)
         self._watch = self._new_watch()
         self._captured: CapturedStep[None] | None = None
-        if self._why_not_tried(graph) == "":
+        self._why_not_tried = self._find_why_not(graph)
+        if not self._why_not_tried:
             self._captured = CapturedStep(
                 self._watched_step, self.model, self._optimizer, self.preconditioner, graph=graph
             )
@@ -128,9 +129,7 @@ class Contender:
         if self.is_captured:
             return ""
         if self._captured is None or self._captured.why_eager:
-            return self._why_not_tried() if self._captured is None else self._captured.why_eager
-        if StepKind.plain not in self.steps_per_period:
-            return "no step is plain"
+            return self._why_not_tried if self._captured is None else self._captured.why_eager
         return f"{self._num_replayed} of {self._num_timed} were replays, as what a capture depends on has changed"
 
     def make_due(self, kind: StepKind) -> None:
@@ -249,15 +248,12 @@ class Contender:
             self.make_due(StepKind.plain)
             self.timed_step()
 
-    def _why_not_tried(self, graph: StepGraph | None = None) -> str:
+    def _find_why_not(self, graph: StepGraph | None) -> str:
+        """Return why training would not try to capture this setting, in a clause; empty if it would."""
         if self._config.capture is False:
             return "capture=false"
-        return "" if graph is not None else why_no_graphs(self._device)
+        reason = "" if graph is not None else capturing.why_no_graphs(self._device)
+        return reason or capturing.why_eager(self._config, self.preconditioner)
 
     def _new_watch(self) -> Stopwatch:
         return Stopwatch(self._device, time.process_time)
-
-
-def why_no_graphs(device: torch.device) -> str:
-    """Return why nothing is captured on a device, in a clause; empty if it is."""
-    return "" if device.type in capturing.DEVICES else f"device={device.type} has no CUDA graphs"

@@ -17,6 +17,7 @@ from kfac_sua.bench.record import Arguments, BenchRecord, Cost, Memory
 from kfac_sua.bench.settings import Setting
 from kfac_sua.bench.step_kinds import StepKind
 from kfac_sua.runs.environment import environment
+from kfac_sua.training.determinism import determinism
 
 # The first step of a setting refreshes; the second refresh, with inverses at hand, is the one that needs most.
 MEMORY_STEPS = (StepKind.refresh, StepKind.plain, StepKind.plain, StepKind.refresh, StepKind.plain)
@@ -58,7 +59,8 @@ def carry_out(plan: Plan) -> BenchRecord:
         RuntimeError: If a setting cannot be carried out, as when memory runs out.
     """
     torch.set_num_threads(plan.arguments.num_threads)
-    with plan.arithmetic.computing():
+    is_deterministic = plan.settings[0].config.deterministic  # a key that all settings share
+    with determinism(is_deterministic, plan.arithmetic.device), plan.arithmetic.computing():
         return _measure(plan, Announcer())
 
 

@@ -114,6 +114,7 @@ def continued_info(begun: RunInfo, now: RunInfo, is_resumed: bool) -> RunInfo:
     return dataclasses.replace(
         begun,
         status="running",
+        config=begun.config | {key: now.config[key] for key in ("capture",) if key in begun.config},
         failure=None,
         device_name=device_name,
         machines=machines,

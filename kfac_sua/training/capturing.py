@@ -6,8 +6,10 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from kfac_sua.config import ConfigError, NonFinite
-from kfac_sua.preconditioner import CapturedStep
+import torch
+
+from kfac_sua.config import Config, ConfigError, KroneckerConfig, NonFinite
+from kfac_sua.preconditioner import CapturedStep, KroneckerPreconditioner
 from kfac_sua.training.step import take_step, take_step_if_finite
 
 if TYPE_CHECKING:
@@ -26,35 +28,48 @@ def training_step(training: Training) -> Callable[[], None]:
     Raises:
         ConfigError: If ``capture=true`` and they cannot be.
     """
-    config = training.config
+    config, world = training.config, training.world
     policy = take_step_if_finite if config.non_finite is NonFinite.skip else take_step
     step = functools.partial(policy, training)
     if config.capture is False:
         return step
-    reason = why_eager(training)
+    reason = why_no_graphs(training.device) or why_eager(config, training.preconditioner, world.size)
     if not reason:
         return CapturedStep(step, training.model, training.optimizer, training.preconditioner)
     if config.capture is True:
         raise ConfigError(f"capture=true, but {reason}; give capture=auto or capture=false.")
     if training.device.type in DEVICES:
-        training.world.say(f"steps are not captured: {reason}")
+        world.say(f"steps are not captured: {reason}")
     return step
 
 
-def why_eager(training: Training) -> str:
-    """Return why no step of a run can be captured, in a clause; empty if plain ones can be, by the configuration."""
-    if training.device.type not in DEVICES:
-        return f"device={training.device.type} has no CUDA graphs"
-    if training.config.non_finite is NonFinite.skip:
+def why_no_graphs(device: torch.device) -> str:
+    """Return why nothing is captured on a device, in a clause; empty if it is."""
+    return "" if device.type in DEVICES else f"device={device.type} has no CUDA graphs"
+
+
+def why_eager(config: Config, preconditioner: KroneckerPreconditioner | None, num_processes: int = 1) -> str:
+    """Return why no step of a configuration can be captured, on any device, in a clause; empty if plain ones can be.
+
+    Args:
+        config: The configuration.
+        preconditioner: What it comes to.
+        num_processes: How many processes share a mini-batch.
+    """
+    if config.non_finite is NonFinite.skip:
         return "non_finite=skip decides on the host whether to take each step"
-    if training.world.size > 1:
-        return f"{training.world.size} processes share every mini-batch, and their communication is not captured"
+    if num_processes > 1:
+        return f"{num_processes} processes share every mini-batch, and their communication is not captured"
+    if preconditioner is not None and preconditioner.factor_period == 1:
+        return "every step measures statistics, so that none is plain"
+    if isinstance(config.preconditioner, KroneckerConfig) and config.preconditioner.adaptive_damping == 1:
+        return "adaptive_damping=1 judges every step, so that none is plain"
     return ""
 
 
-def is_capturing(step: Callable[[], None]) -> bool:
-    """Whether a step's plain ones are replayed, or will be."""
-    return isinstance(step, CapturedStep) and not step.why_eager
+def is_captured(training: Training) -> bool:
+    """Whether the coming plain step is a replay."""
+    return isinstance(training.take_step, CapturedStep) and training.take_step.is_captured
 
 
 def check_captured(training: Training) -> None:

@@ -49,9 +49,17 @@ def determinism(is_asked_for: bool, device: torch.device) -> Iterator[None]:
 def _prepare_cublas() -> None:
     if os.environ.get(CUBLAS_VARIABLE) in CUBLAS_VALUES:
         return
-    if torch.cuda.is_initialized():
+    if _has_used_cuda():
         raise ConfigError(
             f"deterministic=true needs {CUBLAS_VARIABLE}={CUBLAS_VALUES[0]} in the environment before the first use of "
             "the GPU, and this process has used it; give runs with deterministic=true a command of their own."
         )
     os.environ[CUBLAS_VARIABLE] = CUBLAS_VALUES[0]
+
+
+def _has_used_cuda() -> bool:
+    """Whether there ever was a tensor on a GPU: before that, nothing can have used cuBLAS."""
+    if not torch.cuda.is_initialized():
+        return False
+    devices = range(torch.cuda.device_count())
+    return any(torch.cuda.memory_stats(index).get("allocation.all.allocated", 0) > 0 for index in devices)

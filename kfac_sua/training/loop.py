@@ -10,7 +10,7 @@ from kfac_sua.data import BatchLoader
 from kfac_sua.device import choose_device, choose_precision
 from kfac_sua.runs.directory import run_directory
 from kfac_sua.runs.record import EpochRecord, RunInfo
-from kfac_sua.training.capturing import check_captured, is_capturing
+from kfac_sua.training.capturing import check_captured, is_captured
 from kfac_sua.training.determinism import determinism
 from kfac_sua.training.divergence import LOOK_PERIOD, Diverged, LateLook
 from kfac_sua.training.evaluate import Evaluation, evaluate
@@ -46,11 +46,11 @@ def run(config: Config, launch: Launch | None = None) -> RunInfo:
         Interrupted: On SIGINT and SIGTERM, after which the same command resumes.
     """
     device = choose_device(config.device)
-    config = dataclasses.replace(config, precision=choose_precision(config.precision, device.type))
     with contextlib.ExitStack() as stack:
-        stack.enter_context(determinism(config.deterministic, device))
-        stack.enter_context(computing_in(config.precision, device))
+        stack.enter_context(determinism(config.deterministic, device))  # before anything else uses the GPU
         world = stack.enter_context(open_world(launch or Launch(), device))
+        config = dataclasses.replace(config, precision=choose_precision(config.precision, device.type))
+        stack.enter_context(computing_in(config.precision, device))
         writer = RunWriter(run_directory(config, device.type, world.size), world)
         if ended := writer.find_ended():
             return ended
@@ -105,16 +105,19 @@ def train_epoch(training: Training, progress: Progress, after_batch: Callable[[]
     """
     look = LateLook(training.sums, training.device)
     # Whatever of the epoch's wall time the phases inside leave; a captured step has none inside.
-    with training.watch.phase("captured" if is_capturing(training.take_step) else "other"):
+    with training.watch.phase("captured" if is_captured(training) else "other"):
         training.begin_epoch()
         with contextlib.suppress(Diverged):
             for _ in range(training.batch, len(training.loader)):
                 training.take_step()
                 training.batch += 1
+                training.watch.switch("captured" if is_captured(training) else "other")
                 progress.step()
                 after_batch()
-                if training.step % LOOK_PERIOD == 0 and look.has_diverged():
-                    break
+                if training.step % LOOK_PERIOD == 0:
+                    check_captured(training)
+                    if look.has_diverged():
+                        break
     check_captured(training)
     return training.sums.result()
 

@@ -34,7 +34,9 @@ def computing_in(precision: Precision, device: torch.device) -> Iterator[None]:
         yield
     finally:
         if older is not None:
-            _allow_tf32(*older)
+            _allow_tf32(*older[:2])
+            if _older_switches() != older:  # set_float32_matmul_precision knows more than two values
+                torch.set_float32_matmul_precision(older[2])
         for switch, value in zip(_newer_switches(), newer, strict=True):
             if switch.fp32_precision != value:
                 switch.fp32_precision = value
@@ -51,9 +53,10 @@ def _allow_tf32(in_products: bool, in_convolutions: bool) -> None:
         torch.backends.cudnn.allow_tf32 = in_convolutions
 
 
-def _older_switches() -> tuple[bool, bool] | None:
+def _older_switches() -> tuple[bool, bool, str] | None:
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     try:
-        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        return matmul.allow_tf32, cudnn.allow_tf32, torch.get_float32_matmul_precision()
     except RuntimeError:  # the newer interface has set something else since
         return None
 

@@ -195,9 +195,10 @@ class Training:
     def close(self) -> None:
         """Let go of what was captured: a graph that waits for the garbage collector might be freed in another capture.
 
-        No further step can be taken.
+        The same holds for what averages gradients, which must not outlive the group of processes. No further step can
+        be taken.
         """
-        del self.take_step
+        del self.take_step, self.forward
 
     def checkpoint(self, fingerprint: str, records_digest: str) -> Checkpoint:
         """Return the state as it is between two mini-batches; all processes have to ask, and get the same."""

@@ -66,6 +66,16 @@ class Stopwatch:
             self._open.pop()
             self._mark()
 
+    def switch(self, name: str) -> None:
+        """Attribute to another phase what comes until the innermost one is left; leaves a mark only if it is another.
+
+        Args:
+            name: One of ``PHASES``.
+        """
+        if self._open[-1] != name:
+            self._open[-1] = name
+            self._mark()
+
     def totals(self) -> dict[str, float]:
         """Return the seconds per phase since the start, waiting for the device."""
         if self._is_cuda:

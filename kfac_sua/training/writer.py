@@ -74,7 +74,8 @@ class RunWriter:
     def noting_early_failure(self) -> Iterator[None]:
         """Note in run.json why an attempt fails inside, before the directory is locked; nothing if it has none yet."""
         try:
-            yield
+            with named_losses(self._world.rank, self._world.size):
+                yield
         except Exception as error:
             if self._world.is_first:
                 with contextlib.suppress(RunBusyError):

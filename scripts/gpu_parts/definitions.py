@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MINUTES = 8.0
 """What the limits below add up to."""
 
+VGG11 = "--settings baseline kfac kfac:application=weight,inverse_method=cholesky sua grouped sua_grouped"
 RESNET50 = (
     "--model preact_resnet50 --period 64 --settings baseline kfac sua sua_grouped:group_size=64 "
     "--rounds 5 --refresh-rounds 2"
@@ -54,7 +55,7 @@ def _tests(is_tiny: bool) -> Part:
 
 def _benches(out: Path, is_tiny: bool) -> list[Part]:
     """Return the measurements of both networks, captured and eager."""
-    vgg11, resnet50 = (TINY_BENCH, TINY_BENCH) if is_tiny else ("", RESNET50)
+    vgg11, resnet50 = (TINY_BENCH, TINY_BENCH) if is_tiny else (VGG11, RESNET50)
     return [
         _bench(out, "bench-vgg11", vgg11, 40),
         _bench(out, "bench-vgg11-eager", f"{vgg11} capture=false", 40),

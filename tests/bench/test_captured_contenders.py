@@ -118,7 +118,9 @@ def test_steps_that_stay_eager_say_why():
     found = {
         "device=cpu has no CUDA graphs": tiny_contenders("sua")["sua"],
         "capture=false": tiny_contenders("sua", overrides=["capture=false"], new_graph=EmulatedGraph)["sua"],
-        "no step is plain": tiny_contenders("sua:inverse_period=1", new_graph=EmulatedGraph)["sua:inverse_period=1"],
+        "every step measures statistics, so that none is plain": tiny_contenders(
+            "sua:inverse_period=1", new_graph=EmulatedGraph
+        )["sua:inverse_period=1"],
         "it reads back": tiny_contenders("sua", new_graph=ReadingGraph)["sua"],
     }
     for reason, contender in found.items():

@@ -19,7 +19,7 @@ import kfac_sua
 from kfac_sua.config import ConfigError
 from kfac_sua.data import BatchLoader
 from kfac_sua.models import TinyConvNet
-from kfac_sua.preconditioner import CapturedStep
+from kfac_sua.preconditioner import CapturedStep, KroneckerPreconditioner
 from kfac_sua.preconditioner.captured.step import WARM_UP_STEPS
 from kfac_sua.runs.record import read_records
 from kfac_sua.training import capturing, writer
@@ -101,10 +101,33 @@ def test_seconds_of_replays_are_a_part_of_their_own(tmp_path, emulated):  # noqa
     config = tiny_config(tmp_path, *SMALL, *SETTINGS["kfac"], "epochs=1", "capture=true")
     run(config)
     _, record = read_records(directory_of(config).metrics)
+    assert emulated[0].num_replays > 0
     assert record.captured_s > 0
     assert record.inversion_s > 0
     parts = [getattr(record, f"{phase}_s") for phase in TRAINING_PHASES]
     assert record.train_time_s == pytest.approx(sum(parts), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("keys", "reason"),
+    [
+        (("preconditioner=kfac", "preconditioner.inverse_period=1"), "every step measures statistics"),
+        (
+            ("preconditioner=kfac", "preconditioner.inverse_period=5", "preconditioner.adaptive_damping=1"),
+            "adaptive_damping=1 judges every step",
+        ),
+    ],
+    ids=["statistics", "adaptive"],
+)
+def test_steps_of_which_none_is_plain_are_not_captured(tmp_path, emulated, capsys, keys, reason):  # noqa: F811
+    """Named under auto, an error under true, and no second is booked as captured."""
+    config = tiny_config(tmp_path, *SMALL, *keys, "epochs=1")
+    run(config)
+    assert f"steps are not captured: {reason}" in capsys.readouterr().out
+    assert emulated == []
+    assert read_records(directory_of(config).metrics)[-1].captured_s == 0
+    with pytest.raises(ConfigError, match=f"capture=true, but {reason}"):
+        run(tiny_config(tmp_path / "true", *SMALL, *keys, "capture=true"))
 
 
 def test_the_host_does_one_replay_per_plain_step(tmp_path, monkeypatch, emulated):  # noqa: F811
@@ -153,12 +176,17 @@ def test_what_only_a_step_shows_is_an_error_under_capture_true(tmp_path, monkeyp
         return logits
 
     monkeypatch.setattr(TinyConvNet, "forward", reading)
-    plain = (*SMALL, "preconditioner=baseline", "epochs=1")
+    plain = ("dataset.train_size=200", "batch_size=2", "preconditioner=baseline", "epochs=1")  # 100 steps
+    config = tiny_config(tmp_path, *plain)
     with caplog.at_level("WARNING", logger="kfac_sua"):
-        assert run(tiny_config(tmp_path, *plain)).status == "finished"
+        assert run(config).status == "finished"
     assert "is not captured: it reads a value back to the host" in caplog.text
+    assert read_records(directory_of(config).metrics)[-1].captured_s == 0
+    steps, between = [], writer.RunWriter.between
+    monkeypatch.setattr(writer.RunWriter, "between", lambda one: (steps.append(one.training.step), between(one)))
     with pytest.raises(RuntimeError, match=r"^capture=true, but it reads a value back"):
         run(tiny_config(tmp_path / "true", *plain, "capture=true"))
+    assert steps[-1] == LOOK_PERIOD  # rather than at the end of a long epoch
 
 
 @pytest.mark.parametrize("is_captured", [True, False], ids=["captured", "eager"])
@@ -193,8 +221,12 @@ def test_divergence_is_noticed_within_two_looks(tmp_path, monkeypatch, emulated,
     assert bool(emulated) is is_captured
 
 
-def test_divergence_is_seen_before_statistics(tmp_path, emulated):  # noqa: F811
+def test_divergence_is_seen_before_statistics(tmp_path, monkeypatch, emulated):  # noqa: F811
     """A refresh after the first loss that is not finite is not made."""
+    refreshes, update_inverses = [], KroneckerPreconditioner.update_inverses
+    monkeypatch.setattr(
+        KroneckerPreconditioner, "update_inverses", lambda one: (refreshes.append(one.num_steps), update_inverses(one))
+    )
     config = tiny_config(
         tmp_path,
         *SMALL,
@@ -205,6 +237,7 @@ def test_divergence_is_seen_before_statistics(tmp_path, emulated):  # noqa: F811
         "capture=true",
     )
     assert run(config).status == "diverged"
+    assert refreshes == [0]
 
 
 def test_at_most_three_frames_between_the_run_and_the_optimizer(tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 """deterministic=true: PyTorch's switches, what cuBLAS needs before its first use, and that both end with the run."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,9 +10,11 @@ import torch.utils.deterministic
 from tiny_runs import directory_of, metrics_without_times, tiny_config
 
 from kfac_sua.config import ConfigError
+from kfac_sua.runs.directory import run_directory
 from kfac_sua.training import capturing
 from kfac_sua.training.determinism import CUBLAS_VARIABLE, determinism
 from kfac_sua.training.loop import run
+from kfac_sua.training.state import Training
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -49,21 +53,59 @@ def test_cublas_is_told_before_its_first_use(monkeypatch):
     monkeypatch.delenv(CUBLAS_VARIABLE, raising=False)
     with determinism(True, CPU):
         assert CUBLAS_VARIABLE not in os.environ
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    used = fake_gpu(monkeypatch)
+    used["allocation.all.allocated"] = 1
     with (
         pytest.raises(ConfigError, match=r"needs CUBLAS_WORKSPACE_CONFIG=:4096:8 .* a command of their own\.$"),
         determinism(True, CUDA),
     ):
         pytest.fail("went on")
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    used["allocation.all.allocated"] = 0  # its name was asked for, no more
     with determinism(True, CUDA):
         assert os.environ[CUBLAS_VARIABLE] == ":4096:8"
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    used["allocation.all.allocated"] = 1
     with determinism(True, CUDA):  # a second run of a sweep
         pass
     monkeypatch.setenv(CUBLAS_VARIABLE, ":4096:2:16:8")
     with pytest.raises(ConfigError), determinism(True, CUDA):
         pytest.fail("went on")
+
+
+def fake_gpu(monkeypatch) -> dict[str, int]:
+    """Pretend that there is a GPU that this process has asked for its properties; return its count of allocations."""
+    stats: dict[str, int] = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_tf32_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda index: stats)
+    return stats
+
+
+def test_a_run_on_a_gpu_tells_cublas_before_anything_is_on_it(tmp_path, monkeypatch):
+    """Choosing the device, the precision and the directory comes before, and does not count as a use."""
+    monkeypatch.delenv(CUBLAS_VARIABLE, raising=False)
+    fake_gpu(monkeypatch)
+    config = tiny_config(tmp_path, "device=cuda", "deterministic=true")
+    run_directory(config, "cuda")  # as a campaign does
+
+    def start(config, device, world):
+        raise InterruptedError(f"{device.type} {config.precision} {os.environ[CUBLAS_VARIABLE]}")
+
+    monkeypatch.setattr(Training, "start", start)
+    with pytest.raises(InterruptedError, match=r"^cuda tf32 :4096:8$"):
+        run(config)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_command_sets_what_cublas_needs_by_itself(tmp_path):
+    """In a process of its own, without a variable in the environment."""
+    environment = {name: value for name, value in os.environ.items() if name != CUBLAS_VARIABLE}
+    keys = ["model=tiny", "dataset=digits", "dataset.train_size=400", "epochs=1", "deterministic=true", "device=cuda"]
+    command = [sys.executable, "-m", "kfac_sua.train", *keys, f"output_dir={tmp_path}"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_a_run_is_deterministic_while_it_trains(tmp_path, monkeypatch):

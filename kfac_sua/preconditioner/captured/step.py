@@ -127,6 +127,11 @@ class CapturedStep(Generic[T]):
             return f"the model is on {device}, and steps are captured on CUDA devices"
         return self._refusal
 
+    @property
+    def is_captured(self) -> bool:
+        """Whether a step is captured now, and will be replayed unless what it depends on changes."""
+        return self._recording is not None
+
     def __call__(self, *inputs: Tensor) -> T:
         """Take one step on a mini-batch.
 
