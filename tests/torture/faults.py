@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from kfac_sua.data import BatchLoader, load_digits
+from kfac_sua.data import load_digits
 from kfac_sua.runs.record import read_run_info
+from kfac_sua.training import capturing
 from kfac_sua.training.state import Training
 from torture.case import Bench, Case, Verdict, compare, failure_problem, finish
 from torture.command import after_each_step, call, start
@@ -230,25 +230,33 @@ def _spoilt_skip(bench: Bench, *, setting: str, value: float) -> Verdict:
     skipped, left_out = (read_outcome(directory_of(command)) for command in (arguments, without))
     if skipped.info.skipped_steps != len(SPOILT):
         return Verdict(problem=f"skipped {skipped.info.skipped_steps} of {len(SPOILT)}", is_wrong=True)
-    assert skipped.state is not None
-    skipped.info.skipped_steps = skipped.state.skipped_steps = 0
     problem = difference(skipped, left_out)
     return Verdict(problem=problem and f"wrong result: {problem}", is_wrong=bool(problem))
 
 
 def _spoil(value: float | None) -> None:
-    """Put a value into a pixel of some mini-batches, or leave these mini-batches out."""
-    original = BatchLoader.epoch
+    """Put a value into a pixel of some mini-batches, or take no step on these."""
+    capturing.take_step = _spoilt_step(capturing.take_step, value)
+    capturing.take_step_if_finite = _spoilt_step(capturing.take_step_if_finite, value)
 
-    def epoch(self: BatchLoader, seed: int, epoch: int, first: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for index, (inputs, labels) in enumerate(original(self, seed, epoch, first), start=first):
-            if (epoch, index) in SPOILT:
-                if value is None:
-                    continue
-                inputs[0, 0, 0, 0] = value
-            yield inputs, labels
 
-    BatchLoader.epoch = epoch
+def _spoilt_step(take_step: Callable[[Training], None], value: float | None) -> Callable[[Training], None]:
+    def take(training: Training) -> None:
+        if (training.epoch, training.batch) not in SPOILT:
+            take_step(training)
+            return
+        inputs, labels = training.loader.next_batch()
+        if value is None:
+            training.skipped_steps += 1
+            return
+        inputs[0, 0, 0, 0] = value
+        training.loader.next_batch = lambda: (inputs, labels)  # type: ignore[method-assign]
+        try:
+            take_step(training)
+        finally:
+            del training.loader.next_batch
+
+    return take
 
 
 def _out_of_memory(bench: Bench) -> Verdict:
