@@ -111,10 +111,13 @@ def continued_info(begun: RunInfo, now: RunInfo, is_resumed: bool) -> RunInfo:
     device_name = begun.device_name if is_resumed else now.device_name
     machines = list(dict.fromkeys([*(begun.machines if is_resumed else []), *now.machines]))
     process_counts = list(dict.fromkeys([*(begun.process_counts if is_resumed else []), *now.process_counts]))
+    config = begun.config
+    if "capture" in config:  # without it a run tells what its precision meant
+        config = config | {"capture": now.config["capture"]}
     return dataclasses.replace(
         begun,
         status="running",
-        config=begun.config | {key: now.config[key] for key in ("capture",) if key in begun.config},
+        config=config,
         failure=None,
         device_name=device_name,
         machines=machines,

@@ -67,9 +67,10 @@ def why_eager(config: Config, preconditioner: KroneckerPreconditioner | None, nu
     return ""
 
 
-def is_captured(training: Training) -> bool:
-    """Whether the coming plain step is a replay."""
-    return isinstance(training.take_step, CapturedStep) and training.take_step.is_captured
+def phase_around(training: Training) -> str:
+    """Return the phase of what no phase inside a step takes: a replay has none inside."""
+    step = training.take_step
+    return "captured" if isinstance(step, CapturedStep) and step.is_captured else "other"
 
 
 def check_captured(training: Training) -> None:

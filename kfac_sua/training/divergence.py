@@ -26,18 +26,17 @@ class LateLook:
         self._sums = sums
         self._copy = torch.zeros((), dtype=torch.float64, pin_memory=device.type == "cuda")
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
-        self._has_begun = False
 
     def has_diverged(self) -> bool:
         """Say whether the losses up to the last look were not all finite, and begin another look."""
-        has_diverged = self._has_begun and not self._read()
+        has_diverged = not self._read()
         self._copy.copy_(self._sums.loss_sum(), non_blocking=True)
         if self._copied is not None:
             self._copied.record()
-        self._has_begun = True
         return has_diverged
 
     def _read(self) -> bool:
+        """Return whether what the last look copied is finite; zero, before the first one."""
         if self._copied is not None:
             self._copied.synchronize()  # of a copy that was begun many steps ago
         return bool(self._copy.isfinite())

@@ -10,7 +10,7 @@ from kfac_sua.data import BatchLoader
 from kfac_sua.device import choose_device, choose_precision
 from kfac_sua.runs.directory import run_directory
 from kfac_sua.runs.record import EpochRecord, RunInfo
-from kfac_sua.training.capturing import check_captured, is_captured
+from kfac_sua.training.capturing import check_captured, phase_around
 from kfac_sua.training.determinism import determinism
 from kfac_sua.training.divergence import LOOK_PERIOD, Diverged, LateLook
 from kfac_sua.training.evaluate import Evaluation, evaluate
@@ -104,14 +104,13 @@ def train_epoch(training: Training, progress: Progress, after_batch: Callable[[]
         training diverged, after which the epoch is cut short.
     """
     look = LateLook(training.sums, training.device)
-    # Whatever of the epoch's wall time the phases inside leave; a captured step has none inside.
-    with training.watch.phase("captured" if is_captured(training) else "other"):
+    with training.watch.phase(phase_around(training)):
         training.begin_epoch()
         with contextlib.suppress(Diverged):
             for _ in range(training.batch, len(training.loader)):
                 training.take_step()
                 training.batch += 1
-                training.watch.switch("captured" if is_captured(training) else "other")
+                training.watch.switch(phase_around(training))
                 progress.step()
                 after_batch()
                 if training.step % LOOK_PERIOD == 0:

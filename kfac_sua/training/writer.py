@@ -47,7 +47,7 @@ class RunWriter:
         clock: Seconds of a monotonic clock.
 
     Attributes:
-        info: What run.json says; ``None`` until the run has begun, or has been found ended.
+        info: What run.json says; ``None`` until :meth:`resume`.
         records: The rows of metrics.csv.
     """
 

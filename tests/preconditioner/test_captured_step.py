@@ -551,6 +551,14 @@ def test_dropout_draws_as_in_eager_steps_also_after_a_resume():
     assert_alike(eager, captured)
 
 
+def assert_captured_once(function: Callable[[Training, Tensor, Tensor], Tensor]) -> None:
+    """Over 25 steps and three refreshes a function is captured once, and trains as it does eagerly."""
+    trainings = both(Case(SHORT), function)
+    take(trainings, 25)
+    assert (trainings[1].captured.num_captures, trainings[1].captured.num_replays) == (1, 25 - 3 - WARM_UP_STEPS)
+    assert_alike(*trainings)
+
+
 def test_micro_batches_are_accumulated_inside():
     """One call that runs several backward passes before its step is captured as one."""
 
@@ -564,10 +572,7 @@ def test_micro_batches_are_accumulated_inside():
         optimizer.step()
         return loss.detach()
 
-    trainings = both(Case(SHORT), function)
-    take(trainings, 25)
-    assert (trainings[1].captured.num_captures, trainings[1].captured.num_replays) == (1, 25 - 3 - WARM_UP_STEPS)
-    assert_alike(*trainings)
+    assert_captured_once(function)
 
 
 def test_checkpointed_activations():
@@ -583,10 +588,7 @@ def test_checkpointed_activations():
         optimizer.step()
         return loss.detach()
 
-    trainings = both(Case(SHORT), function)
-    take(trainings, 25)
-    assert (trainings[1].captured.num_captures, trainings[1].captured.num_replays) == (1, 25 - 3 - WARM_UP_STEPS)
-    assert_alike(*trainings)
+    assert_captured_once(function)
 
 
 def test_a_region_of_autocast_around_the_step():
