@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from kfac_sua.preconditioner.apply import quadratic_form
-from kfac_sua.preconditioner.devices import on_one_device
 from kfac_sua.preconditioner.kfac import KroneckerPreconditioner
+from kfac_sua.preconditioner.precision import on_one_device
 from kfac_sua.preconditioner.settings import LossReduction
 
 

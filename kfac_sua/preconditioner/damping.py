@@ -1,7 +1,7 @@
 """Tikhonov damping rules: how ε I on a layer's block reaches its two factors.
 
 The block is ``scale · Ā ⊗ Ḡ`` (scale = S under ``expand``, 1 under ``reduce``), so that ε on the block is ε/scale on
-the product of the factors. The ``exact`` rule needs no split: see ``apply.precondition_exact``.
+the product of the factors. The ``exact`` rule needs no split: see ``kronecker.KroneckerEigenbasis``.
 """
 
 import math

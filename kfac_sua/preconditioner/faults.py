@@ -1,12 +1,74 @@
-"""What becomes of a layer whose statistics or inverse are no good, and what is said where nothing can become of it."""
+"""What goes wrong without stopping the training, what follows for the layer, and what is said where nothing can follow.
 
+Nothing is left out in silence: events are counted always, and logged once per kind and layer.
+"""
+
+import logging
 import math
+from collections import Counter
+from collections.abc import Iterable
 
-from kfac_sua.preconditioner.events import EventLog
-from kfac_sua.preconditioner.inverse import DAMPING_RAISES
-from kfac_sua.preconditioner.preconditioned_layer import PreconditionedLayer
-from kfac_sua.preconditioner.refresh import RefreshedLayer
+from kfac_sua.preconditioner.changes import is_frozen
+from kfac_sua.preconditioner.invert import DAMPING_RAISES
+from kfac_sua.preconditioner.layer import PreconditionedLayer
+from kfac_sua.preconditioner.refresh import Refreshed
 from kfac_sua.preconditioner.settings import DampingRule, FisherType, KroneckerSettings
+
+logger = logging.getLogger(__name__)
+
+
+class EventLog:
+    """Counts of events, under ``kind:layer``."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+
+    def report(self, kind: str, layer_name: str, consequence: str) -> None:
+        """Count an event, and log the first one of its kind in its layer as a warning.
+
+        Args:
+            kind: What happened, an identifier such as ``failed_inverse``.
+            layer_name: Where.
+            consequence: What follows from it, for the message.
+        """
+        key = f"{kind}:{layer_name}"
+        self.counts[key] += 1
+        if self.counts[key] == 1:
+            logger.warning("%s: %s; %s.", layer_name, kind.replace("_", " "), consequence)
+
+
+def report_other_examples(layers: Iterable[PreconditionedLayer], events: EventLog) -> None:
+    """Name layers whose inputs have another first dimension than most: it counts as examples."""
+    counts = {layer.name: count for layer in layers if (count := layer.statistics.num_examples)}
+    usual = max(Counter(counts.values()).items(), key=lambda item: item[::-1], default=(0, 0))[0]
+    for name, count in counts.items():
+        if count != usual:
+            consequence = (
+                f"the first dimension of its inputs, {count}, counts as examples, but most layers have {usual}, so "
+                f"that its factors are scaled differently: put the batch first, or list the layer in skip"
+            )
+            events.report("other_examples", name, consequence)
+
+
+def report_missing(layer: PreconditionedLayer, events: EventLog) -> None:
+    """Say why a layer has no statistics of a mini-batch, and what follows."""
+    if is_frozen(layer.module):
+        return  # reported where its gradient would be preconditioned
+    meanwhile = "the plain gradient" if layer.inverse is None else "its last inverse"
+    if layer.has_gradient():
+        consequence = (
+            f"it got a gradient, as when its weight is used without calling it, and goes on with {meanwhile}: list it "
+            f"in skip if that is meant"
+        )
+        events.report("call_not_seen", layer.name, consequence)
+    else:
+        consequence = f"it goes on with {meanwhile}, until a refresh whose loss reaches it"
+        events.report("not_reached", layer.name, consequence)
+
+
+def report_frozen(layer: PreconditionedLayer, events: EventLog) -> None:
+    """Say what happens to a layer whose weight has been frozen since the preconditioner was made."""
+    events.report("frozen", layer.name, "it is left alone, and a trainable bias gets the plain gradient")
 
 
 def drop_statistics(layer: PreconditionedLayer, events: EventLog) -> None:
@@ -15,9 +77,7 @@ def drop_statistics(layer: PreconditionedLayer, events: EventLog) -> None:
     events.report("non_finite_statistics", layer.name, f"they are dropped and the layer goes on with {meanwhile}")
 
 
-def take_inverse(
-    layer: PreconditionedLayer, result: RefreshedLayer, settings: KroneckerSettings, events: EventLog
-) -> None:
+def take_inverse(layer: PreconditionedLayer, result: Refreshed, settings: KroneckerSettings, events: EventLog) -> None:
     """Replace a layer's inverse, unless the new one failed.
 
     Args:

@@ -15,18 +15,26 @@ from kfac_sua.preconditioner.capture import Capture, Phase, PhaseSource
 from kfac_sua.preconditioner.changes import check_layers, check_trainable, is_frozen
 from kfac_sua.preconditioner.compiled import UncompiledWhileRecording, compiled_modules
 from kfac_sua.preconditioner.damping_schedule import DampingFunction
-from kfac_sua.preconditioner.events import EventLog
 from kfac_sua.preconditioner.exchange import SharedInversion
-from kfac_sua.preconditioner.faults import drop_statistics, nothing_recorded, take_inverse, validate_loss_factor
+from kfac_sua.preconditioner.factors import LayerFactors, finite_layers
+from kfac_sua.preconditioner.faults import (
+    EventLog,
+    drop_statistics,
+    nothing_recorded,
+    report_frozen,
+    report_missing,
+    report_other_examples,
+    take_inverse,
+    validate_loss_factor,
+)
 from kfac_sua.preconditioner.fisher import fisher_cotangents
 from kfac_sua.preconditioner.kl_clip import KLClip
+from kfac_sua.preconditioner.layer import PreconditionedLayer
 from kfac_sua.preconditioner.layers import discover_layers, log_plain_layers, preconditioned
-from kfac_sua.preconditioner.oddities import report_frozen, report_missing, report_other_examples
 from kfac_sua.preconditioner.precision import factor_precision, without_autocast
-from kfac_sua.preconditioner.preconditioned_layer import PreconditionedLayer
 from kfac_sua.preconditioner.processes import Processes, default_processes
 from kfac_sua.preconditioner.refresh import refresh_layers
-from kfac_sua.preconditioner.report import LayerTable, layer_table
+from kfac_sua.preconditioner.report import LayerTable, layer_table, report_sharing
 from kfac_sua.preconditioner.settings import (
     Application,
     DampingRule,
@@ -41,9 +49,7 @@ from kfac_sua.preconditioner.settings import (
     merge_settings,
 )
 from kfac_sua.preconditioner.sharing import validate_flops_per_byte
-from kfac_sua.preconditioner.sharing_report import report_sharing
 from kfac_sua.preconditioner.state import STATE_VERSION, check_state, up_to_date, written_over
-from kfac_sua.preconditioner.statistics import LayerFactors, finite_layers
 from kfac_sua.preconditioner.wrappers import bare_model
 
 _COPY_CURE = "make one for the other model and give it load_state_dict(preconditioner.state_dict())"

@@ -23,8 +23,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from kfac_sua.preconditioner.devices import on_one_device
-from kfac_sua.preconditioner.precision import at_least_float32
+from kfac_sua.preconditioner.precision import at_least_float32, on_one_device
 
 
 def clip_scale(products: Tensor, lr: float | Tensor, kl_clip: float) -> Tensor:

@@ -1,6 +1,6 @@
-"""The precision that factors and inverses are kept and made in, whatever the model trains in."""
+"""Where factors and inverses are kept and made: their precision and device, whatever the model trains in."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,6 +19,11 @@ def at_least_float32(values: Tensor) -> Tensor:
 def fits(kept: Tensor, weight: Tensor) -> bool:
     """Whether what is kept for a weight is on its device, and in the precision that goes with it."""
     return kept.dtype == _kept_dtype(weight.dtype) and kept.device == weight.device
+
+
+def on_one_device(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the tensors on the device of the first, for models on several; those that are there are not copied."""
+    return [tensor.to(tensors[0].device) for tensor in tensors]
 
 
 def _kept_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -13,18 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kfac_sua.preconditioner.factors import Factor
-from kfac_sua.preconditioner.grouping import BlockLayout
-from kfac_sua.preconditioner.layers import LayerGeometry
-from kfac_sua.preconditioner.patch_rows import PatchRows
-from kfac_sua.preconditioner.pixels import output_size
-from kfac_sua.preconditioner.statistics import LayerFactors
-from kfac_sua.preconditioner.triangles import mirrored_, packed, triangle_numbers, unpack_
+from kfac_sua.preconditioner.factors import LayerFactors
+from kfac_sua.preconditioner.forms import NUM_DESCRIBED, Factor, RowFactor, described_rows, description_of, sum_form
+from kfac_sua.preconditioner.geometry import BlockLayout, LayerGeometry
 
-_DENSE, _ROWS, _PATCHES = range(3)
+DESCRIPTION_NUMBERS = 2 + 2 * NUM_DESCRIBED
+"""Integers that every process says of a layer: rows, examples, and of both sides the form and its sizes."""
 
-DESCRIPTION_BYTES = 12 * 8
-"""Bytes of what every process says of a layer: twelve integers."""
+DESCRIPTION_BYTES = 8 * DESCRIPTION_NUMBERS
+"""Bytes of these."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +42,21 @@ class Site:
 
 
 @dataclass(frozen=True)
+class _Rows:
+    """Rows of one factor as they are exchanged: the form, and the sizes of what each process sends."""
+
+    form: type[RowFactor]
+    sizes: list[tuple[int, ...]]
+
+
+@dataclass(frozen=True)
 class _Side:
     """One factor of one layer on all processes.
 
     Args:
         factor: What this process measured; ``None`` if the loss did not reach the layer here.
         weights: Share of each process in all rows.
-        shapes: Shape of what each process sends, if rows or pixels are exchanged; ``None`` where moments are.
+        rows: What each process sends, if rows are exchanged; ``None`` where moments are.
         num_blocks: Blocks of the factor.
         width: Width of a block.
         site: The layer.
@@ -59,7 +64,7 @@ class _Side:
 
     factor: Factor | None
     weights: list[float]
-    shapes: list[tuple[int, ...]] | None
+    rows: _Rows | None
     num_blocks: int
     width: int
     site: Site
@@ -133,49 +138,40 @@ class Processes:
     def _exchange(self, sides: Sequence[_Side]) -> Iterator[Factor]:
         rows, moments = self._exchange_rows(sides), self._exchange_moments(sides)
         for side in sides:
-            yield next(moments) if side.shapes is None else next(rows)
+            yield next(moments) if side.rows is None else next(rows)
 
     def _exchange_rows(self, sides: Sequence[_Side]) -> Iterator[Factor]:
         """Send all rows to all processes, scaled so that their Gram matrices add up to the average."""
-        kept = [side for side in sides if side.shapes is not None]
+        kept = [(side, side.rows) for side in sides if side.rows is not None]
         if not kept:
             return
-        longest = max(sum(math.prod(side.shapes[rank]) for side in kept if side.shapes) for rank in range(self.size))
-        own = kept[0].site.like.new_zeros(longest)
-        parts = [_scaled_rows(side, self.rank).flatten() for side in kept]
-        sent = torch.cat(parts)
+        longest = max(sum(math.prod(rows.sizes[rank]) for _, rows in kept) for rank in range(self.size))
+        own = kept[0][0].site.like.new_zeros(longest)
+        sent = torch.cat([_scaled_rows(side, self.rank).flatten() for side, _ in kept])  # [numbers]
         own[: len(sent)] = sent
-        received = [list(self._split(flat, kept, rank)) for rank, flat in enumerate(self.gather(own, "rows"))]
-        for index, side in enumerate(kept):
-            values = torch.cat([parts[index] for parts in received], dim=-2)
-            is_patches = values.dim() == 4
-            yield Factor(patches=PatchRows(values, side.site.geometry)) if is_patches else Factor(rows=values)
-
-    def _split(self, flat: Tensor, kept: Sequence[_Side], rank: int) -> Iterator[Tensor]:
-        start = 0
-        for side in kept:
-            assert side.shapes is not None
-            size = math.prod(side.shapes[rank])
-            yield flat[start : start + size].view(side.shapes[rank])
-            start += size
+        gathered = self.gather(own, "rows")
+        received = [[*_split(flat, [rows.sizes[rank] for _, rows in kept])] for rank, flat in enumerate(gathered)]
+        for index, (side, rows) in enumerate(kept):
+            values = torch.cat([parts[index] for parts in received], dim=-2)  # rows, or examples, of all processes
+            yield rows.form.of(values, side.site.geometry)
 
     def _exchange_moments(self, sides: Sequence[_Side]) -> Iterator[Factor]:
-        """Average dense blocks, in one call over the upper triangles of all of them."""
-        dense = [side for side in sides if side.shapes is None]
-        if not dense:
+        """Average moments, in one call over all of them, of symmetric blocks over their upper triangles."""
+        moments = []
+        for side in sides:
+            if side.rows is None:
+                form = sum_form(side.width)
+                if side.factor is None:
+                    moments.append(form.zeros(side.num_blocks, side.width, side.site.like))
+                else:
+                    moment = side.factor.summed(form)
+                    moments.append(moment.with_values(moment.values * side.weights[self.rank]))
+        if not moments:
             return
-        blocks = []
-        for side in dense:
-            if side.factor is None:
-                blocks.append(side.site.like.new_zeros(side.num_blocks, side.width, side.width))
-            else:
-                blocks.append(side.factor.dense() * side.weights[self.rank])
-        self.add_up_(flat := packed(*blocks), "moments")
-        start = 0
-        for block in blocks:
-            size = len(block) * triangle_numbers(block.shape[-1])
-            yield Factor(blocks=mirrored_(unpack_(block, flat[start : start + size])))
-            start += size
+        self.add_up_(flat := torch.cat([moment.to_numbers() for moment in moments]), "moments")
+        sizes = [moment.num_blocks * moment.count_numbers(moment.width) for moment in moments]
+        for moment, numbers in zip(moments, flat.split(sizes), strict=True):
+            yield moment.from_numbers_(numbers)
 
     def gather(self, values: Tensor, what: str) -> list[Tensor]:
         """Return the values of all processes, in their order; shape and dtype must be the same on all.
@@ -204,19 +200,11 @@ def default_processes() -> Processes | None:
 
 
 def description(factors: LayerFactors | None) -> list[int]:
-    """Return rows, examples, and of both sides form and shape: what the other processes need to know."""
+    """Return rows, examples, and of both sides form and sizes: what the other processes need to know."""
     if factors is None:
-        return [0] * 12
+        return [0] * DESCRIPTION_NUMBERS
     num_examples = round(factors.num_rows / factors.scale)
-    return [factors.num_rows, num_examples, *_form(factors.activation), *_form(factors.gradient)]
-
-
-def _form(factor: Factor) -> list[int]:
-    """Return the form, and the four sizes that the shape of its rows or pixels can have."""
-    if factor.blocks is not None:
-        return [_DENSE, 0, 0, 0, 0]
-    shape = list(factor.values.shape)
-    return [_PATCHES if factor.patches is not None else _ROWS, *shape, *[0] * (4 - len(shape))]
+    return [factors.num_rows, num_examples, *description_of(factors.activation), *description_of(factors.gradient)]
 
 
 def _sides(factors: LayerFactors | None, site: Site, described: list[list[int]]) -> Iterator[_Side]:
@@ -226,31 +214,40 @@ def _sides(factors: LayerFactors | None, site: Site, described: list[list[int]])
     own = (None, None) if factors is None else (factors.activation, factors.gradient)
     blocks = (site.layout.activation_blocks, site.layout.gradient_blocks)
     for index, (factor, (num_blocks, width)) in enumerate(zip(own, blocks, strict=True)):
-        forms = [process[2 + 5 * index : 7 + 5 * index] for process in described]
-        present = [form for form, process in zip(forms, described, strict=True) if process[0]]
-        shapes = _shapes(forms, present, site, index)
-        yield _Side(factor, weights, shapes, num_blocks, width, site)
+        start = 2 + index * NUM_DESCRIBED
+        said = [process[start : start + NUM_DESCRIBED] if process[0] else None for process in described]
+        rows = _rows(said, site, site.max_rows[index])
+        yield _Side(factor, weights, rows, num_blocks, width, site)
 
 
-def _shapes(forms: list[list[int]], present: list[list[int]], site: Site, index: int) -> list[tuple[int, ...]] | None:
-    """Return the shape of every process's rows or pixels, if all have such, alike, and not too many in all."""
-    if not present or any(form[0] == _DENSE or form[0] != present[0][0] for form in present):
+def _rows(sides: Sequence[Sequence[int] | None], site: Site, max_rows: int) -> _Rows | None:
+    """Return what every process sends of its rows, if all that have the side have such, alike, and not too many in all.
+
+    Args:
+        sides: What each process says of the side; ``None`` where the loss did not reach the layer.
+        site: The layer.
+        max_rows: Rows up to which the factor is kept as rows.
+    """
+    described = [None if side is None else described_rows(side) for side in sides]
+    present = [rows for rows, side in zip(described, sides, strict=True) if side is not None]
+    kept = [rows for rows in present if rows is not None]
+    if len(kept) < len(present) or len({form for form, _ in kept}) != 1:
         return None
-    is_patches = present[0][0] == _PATCHES
-    dims = 4 if is_patches else 3
-    rest = {(*form[1 : dims - 1], form[dims]) for form in present}  # all sizes but the examples or rows
-    num_rows = sum(_num_rows(form, site) for form in present)
-    if len(rest) > 1 or num_rows > site.max_rows[index]:
+    form, some = kept[0]
+    like = {(*sizes[:-2], sizes[-1]) for _, sizes in kept}  # all but the rows, or the examples
+    num_rows = sum(form.num_rows_of(sizes, site.geometry) for _, sizes in kept)
+    if len(like) > 1 or num_rows > max_rows:
         return None
-    template = present[0][1 : dims + 1]
-    return [tuple(form[1 : dims + 1]) if form in present else (*template[:-2], 0, template[-1]) for form in forms]
+    nothing = (*some[:-2], 0, some[-1])
+    return _Rows(form, [nothing if rows is None else rows[1] for rows in described])
 
 
-def _num_rows(form: list[int], site: Site) -> int:
-    if form[0] == _ROWS:
-        return form[2]
-    height, width, num_examples, _ = form[1:5]
-    return math.prod(output_size(site.geometry, height, width)) * num_examples
+def _split(flat: Tensor, sizes: Sequence[tuple[int, ...]]) -> Iterator[Tensor]:
+    """Yield tensors of these sizes from the front of ``[numbers]``."""
+    start = 0
+    for one in sizes:
+        yield flat[start : start + math.prod(one)].view(one)
+        start += math.prod(one)
 
 
 def _scaled_rows(side: _Side, rank: int) -> Tensor:

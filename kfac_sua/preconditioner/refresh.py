@@ -1,34 +1,19 @@
 """From measured factors to inverses: damping and inversion of all layers of a refresh together."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from torch import Tensor
 
 from kfac_sua.preconditioner import damping
-from kfac_sua.preconditioner.apply import LayerEigenbasis, LayerInverse
 from kfac_sua.preconditioner.exchange import SharedInversion
-from kfac_sua.preconditioner.grouping import BlockLayout
-from kfac_sua.preconditioner.inverse import eigendecompose_factors, invert_factors
+from kfac_sua.preconditioner.factors import LayerFactors
+from kfac_sua.preconditioner.geometry import BlockLayout
+from kfac_sua.preconditioner.invert import Outcome, eigendecompose_factors, invert_factors
+from kfac_sua.preconditioner.kronecker import KroneckerEigenbasis, KroneckerInverse, LayerInverse
 from kfac_sua.preconditioner.settings import DampingRule, KroneckerSettings
-from kfac_sua.preconditioner.statistics import LayerFactors
 
-
-@dataclass
-class RefreshedLayer:
-    """A layer's fresh inverse, and what became of its blocks.
-
-    Args:
-        inverse: The inverse, not to be used where blocks failed.
-        num_failed: Blocks that could not be inverted.
-        num_raised: Blocks that were inverted with more damping than the settings say.
-        raised_by: The most that the damping of a block was multiplied with.
-    """
-
-    inverse: LayerInverse | LayerEigenbasis | None
-    num_failed: int = 0
-    num_raised: int = 0
-    raised_by: int = 1
+Refreshed = Outcome[LayerInverse | None]
+"""A layer's fresh inverse, and what became of its blocks; ``None`` where they have no eigenbasis."""
 
 
 def refresh_layers(
@@ -36,7 +21,7 @@ def refresh_layers(
     layouts: Sequence[BlockLayout],
     settings: KroneckerSettings,
     shared: SharedInversion | None = None,
-) -> list[RefreshedLayer]:
+) -> list[Refreshed]:
     """Invert the damped block of every layer.
 
     Args:
@@ -46,7 +31,7 @@ def refresh_layers(
         shared: Inverts together with other processes; ``None`` for this process alone.
 
     Returns:
-        One result per layer, in order.
+        One outcome per layer, in order.
     """
     if not layers:
         return []
@@ -57,16 +42,16 @@ def refresh_layers(
 
 def _eigenbases(
     layers: Sequence[LayerFactors], settings: KroneckerSettings, shared: SharedInversion | None
-) -> list[RefreshedLayer]:
+) -> list[Refreshed]:
     factors = [side for layer in layers for side in (layer.activation, layer.gradient)]
     bases = shared.eigendecompose_factors(factors) if shared else eigendecompose_factors(factors)
     refreshed = []
     for layer, activation, gradient in zip(layers, bases[::2], bases[1::2], strict=True):
         if activation is None or gradient is None:
-            refreshed.append(RefreshedLayer(None, num_failed=1))
+            refreshed.append(Refreshed(None, num_failed=1))
         else:
             numbers = (gradient.values.new_full((), number) for number in (layer.scale, settings.damping))
-            refreshed.append(RefreshedLayer(LayerEigenbasis(activation, gradient, *numbers)))
+            refreshed.append(Refreshed(KroneckerEigenbasis(activation, gradient, *numbers)))
     return refreshed
 
 
@@ -75,7 +60,7 @@ def _inverses(
     layouts: Sequence[BlockLayout],
     settings: KroneckerSettings,
     shared: SharedInversion | None,
-) -> list[RefreshedLayer]:
+) -> list[Refreshed]:
     factors, dampings, bias_scales = [], [], []
     for layer, layout in zip(layers, layouts, strict=True):
         for_activation, for_gradient = _dampings(layer, layout, settings)  # [conv_groups] each
@@ -87,14 +72,8 @@ def _inverses(
     refreshed = []
     for layer, activation, gradient, bias_scale in zip(layers, results[::2], results[1::2], bias_scales, strict=True):
         gradient.inverse.scale_(1 / layer.scale)
-        refreshed.append(
-            RefreshedLayer(
-                LayerInverse(activation.inverse, gradient.inverse, bias_scale),
-                num_failed=activation.num_failed + gradient.num_failed,
-                num_raised=activation.num_raised + gradient.num_raised,
-                raised_by=max(activation.raised_by, gradient.raised_by),
-            )
-        )
+        inverse = KroneckerInverse(activation.inverse, gradient.inverse, bias_scale)
+        refreshed.append(Refreshed.joined(inverse, [activation, gradient]))
     return refreshed
 
 
@@ -108,6 +87,6 @@ def _dampings(layer: LayerFactors, layout: BlockLayout, settings: KroneckerSetti
     return damping.factored_pi(
         settings.damping,
         layer.scale,
-        activation_traces.view(layout.conv_groups, -1).sum(-1) / layout.activation_dim,
-        gradient_traces.view(layout.conv_groups, -1).sum(-1) / layout.gradient_dim,
+        activation_traces.view(layout.conv_groups, -1).sum(-1) / layout.activation_dim,  # of [conv_groups, Q]
+        gradient_traces.view(layout.conv_groups, -1).sum(-1) / layout.gradient_dim,  # of [conv_groups, P]
     )

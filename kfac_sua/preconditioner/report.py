@@ -3,44 +3,16 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from kfac_sua.preconditioner.correlations import can_correlate
-from kfac_sua.preconditioner.cost import SideCost
-from kfac_sua.preconditioner.grouping import BiasBlock, BlockLayout
-from kfac_sua.preconditioner.layers import DiscoveredLayer, LayerGeometry, names_by_reason
-from kfac_sua.preconditioner.patch_rows import can_be_patch_rows
-from kfac_sua.preconditioner.settings import DampingRule, InverseMethod, KroneckerSettings, WeightSharing
-from kfac_sua.preconditioner.sharing_report import SharingReport
+from torch import Tensor
 
-
-def activation_cost(geometry: LayerGeometry, layout: BlockLayout, settings: KroneckerSettings) -> SideCost:
-    """Return the work on the activation side: a vector per output channel and identity tap."""
-    num_blocks, width = layout.activation_blocks
-    # A sample of the rows is formed, and multiplied as it is.
-    is_whole = settings.weight_sharing is WeightSharing.expand and settings.activation_rows is None
-    patch_width = geometry.in_channels if geometry.stride == (1, 1) else width
-    return SideCost(
-        num_blocks,
-        width,
-        layout.gradient.num_channels * layout.identity_taps,
-        settings.inverse_period,
-        correlated_rows=geometry.kernel_size[0] if is_whole and can_correlate(geometry, layout) else 1,
-        patch_width=patch_width if is_whole and can_be_patch_rows(geometry, layout) else 0,
-    )
-
-
-def gradient_cost(layout: BlockLayout, settings: KroneckerSettings) -> SideCost:
-    """Return the work on the gradient side: a vector per weight that an output channel has."""
-    num_blocks, width = layout.gradient_blocks
-    vectors = layout.activation.num_channels * layout.num_taps + (layout.bias is BiasBlock.JOINT)
-    return SideCost(num_blocks, width, vectors, settings.inverse_period)
-
-
-def max_low_rank_rows(cost: SideCost, settings: KroneckerSettings) -> int:
-    """Return up to how many rows a factor is kept as rows, by ``settings.inverse_method``."""
-    if settings.inverse_method is InverseMethod.low_rank:
-        return 2**62
-    dense_only = settings.inverse_method is InverseMethod.cholesky or settings.needs_dense_factors
-    return 0 if dense_only else cost.most_low_rank_rows()
+from kfac_sua.preconditioner.exchange import SharedInversion
+from kfac_sua.preconditioner.forms import sum_form
+from kfac_sua.preconditioner.forms.cost import ANY_ROWS, SideCost
+from kfac_sua.preconditioner.geometry import BlockLayout
+from kfac_sua.preconditioner.layers import DiscoveredLayer, names_by_reason
+from kfac_sua.preconditioner.processes import DESCRIPTION_BYTES
+from kfac_sua.preconditioner.settings import DampingRule, KroneckerSettings
+from kfac_sua.preconditioner.sharing import Work, machine_balance, plan_sharing
 
 
 @dataclass(frozen=True)
@@ -70,6 +42,41 @@ class LayerReport:
     apply_flops: int = 0
     low_rank_rows: tuple[int, int] = (0, 0)
     reason: str = ""
+
+
+@dataclass(frozen=True)
+class SharingReport:
+    """Choice and cost of sharing out inverses.
+
+    Args:
+        num_processes: Processes that share a mini-batch.
+        is_estimate: Whether dense factors are counted, as before the first refresh, instead of what was carried out.
+        num_shared: Blocks that one process inverts for all.
+        num_everywhere: Blocks that every process inverts.
+        flops: FLOPs of a refresh's inversions, of the process with most of them.
+        flops_alone: The same of a single process.
+        refresh_bytes: Bytes that each process hands to the network at a refresh: its inverses.
+        statistics_bytes: The same per measurement of the statistics.
+    """
+
+    num_processes: int
+    is_estimate: bool
+    num_shared: int
+    num_everywhere: int
+    flops: int
+    flops_alone: int
+    refresh_bytes: int
+    statistics_bytes: int
+
+    def __str__(self) -> str:
+        counted = "if dense" if self.is_estimate else "at the last refresh"
+        flops, alone = self.flops / 1e9, self.flops_alone / 1e9
+        return (
+            f"{self.num_processes} processes, {counted}: {self.num_shared} blocks shared out, {self.num_everywhere} "
+            f"inverted by every process, {flops:.3f} GFLOP per process ({alone:.3f} alone)\n"
+            f"each process sends {self.refresh_bytes / 2**20:.3f} MiB per refresh and "
+            f"{self.statistics_bytes / 2**20:.3f} MiB per measurement of the statistics"
+        )
 
 
 @dataclass(frozen=True)
@@ -111,9 +118,43 @@ def layer_table(
     )
 
 
+def report_sharing(
+    shared: SharedInversion, layouts: Sequence[BlockLayout], settings: KroneckerSettings, like: Tensor
+) -> SharingReport:
+    """Return what was carried out at the last refresh, or before the first what dense factors would give.
+
+    Args:
+        shared: The processes' inversion.
+        layouts: Block layouts of all layers.
+        settings: Damping rule and the like.
+        like: A tensor of the factors' precision and device.
+    """
+    processes, plan = shared.processes, shared.plan
+    is_estimate = plan is None or processes.statistics_bytes is None
+    statistics_bytes = processes.statistics_bytes or 0
+    if is_estimate:
+        blocks = [side for layout in layouts for side in (layout.activation_blocks, layout.gradient_blocks)]
+        is_exact = settings.damping_rule is DampingRule.exact
+        works = [Work.dense(side, like.dtype, is_eigenbasis=is_exact) for side in blocks]
+        plan = plan_sharing(works, processes.size, machine_balance(like.device, shared.flops_per_byte))
+        numbers = sum(num_blocks * sum_form(width).count_numbers(width) for num_blocks, width in blocks)
+        statistics_bytes = len(layouts) * DESCRIPTION_BYTES + numbers * like.itemsize
+    assert plan is not None
+    return SharingReport(
+        processes.size,
+        is_estimate,
+        plan.num_shared,
+        plan.num_everywhere,
+        plan.most_flops,
+        plan.flops_alone,
+        plan.sent_bytes,
+        statistics_bytes,
+    )
+
+
 def _report(layer: DiscoveredLayer, layout: BlockLayout, settings: KroneckerSettings) -> LayerReport:
     assert layer.geometry is not None
-    costs = activation_cost(layer.geometry, layout, settings), gradient_cost(layout, settings)
+    costs = SideCost.of_activation(layer.geometry, layout, settings), SideCost.of_gradient(layout, settings)
     is_exact = settings.damping_rule is DampingRule.exact
     copies = 2 if settings.ema_decay > 0 else 1
     return LayerReport(
@@ -124,8 +165,8 @@ def _report(layer: DiscoveredLayer, layout: BlockLayout, settings: KroneckerSett
         gradient_blocks=layout.gradient_blocks,
         memory_bytes=sum(4 * copies * cost.num_blocks * cost.width**2 for cost in costs),
         inverse_flops=sum(cost.eigenbasis() if is_exact else cost.dense_inverse() for cost in costs),
-        apply_flops=(2 if is_exact else 1) * sum(cost.dense_apply() for cost in costs),
-        low_rank_rows=(max_low_rank_rows(costs[0], settings), max_low_rank_rows(costs[1], settings)),
+        apply_flops=sum(cost.eigenbasis_apply() if is_exact else cost.dense_apply() for cost in costs),
+        low_rank_rows=(costs[0].max_kept_rows(settings), costs[1].max_kept_rows(settings)),
     )
 
 
@@ -146,7 +187,7 @@ def _format(row: LayerReport) -> str:
 
 
 def _rows(limit: int) -> str:
-    return "any" if limit >= 2**62 else str(limit) if limit else "never"
+    return "any" if limit >= ANY_ROWS else str(limit) if limit else "never"
 
 
 def _blocks(blocks: tuple[int, int]) -> str:

@@ -13,9 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kfac_sua.preconditioner.cost import SideCost
-from kfac_sua.preconditioner.factors import Factor
-from kfac_sua.preconditioner.triangles import triangle_numbers
+from kfac_sua.preconditioner.forms import BlockMessage, DenseFactor, EigenBasis, Factor
 
 FLOPS_PER_BYTE = {"cpu": 25.0, "cuda": 50.0}
 """FLOPs of inversion that a process does while it receives a byte of an inverse, by type of device.
@@ -30,75 +28,33 @@ NUM_COUNTS = 3
 
 
 @dataclass(frozen=True)
-class InverseForm:
-    """What the inverse of a block consists of: a matrix and a vector.
-
-    Args:
-        height: Rows of the matrix.
-        width: Columns of the matrix.
-        is_triangle: Whether one triangle of the matrix says all of it.
-        num_extra: Numbers in the vector.
-        is_eigenbasis: Whether it is an eigenbasis rather than an inverse.
-    """
-
-    height: int
-    width: int
-    is_triangle: bool
-    num_extra: int
-    is_eigenbasis: bool = False
-
-    @property
-    def num_matrix(self) -> int:
-        """Numbers that the matrix is sent as."""
-        return triangle_numbers(self.width) if self.is_triangle else self.height * self.width
-
-    @property
-    def numbers(self) -> int:
-        """Numbers that the inverse of a block is sent as."""
-        return self.num_matrix + self.num_extra
-
-
-@dataclass(frozen=True)
 class Work:
     """The inversion of one factor.
 
     Args:
         num_blocks: Its blocks, all alike.
         flops: FLOPs per block.
-        form: Form of a block's inverse.
+        form: What a block's inverse is sent as.
         dtype: Precision it is kept and sent in.
     """
 
     num_blocks: int
     flops: int
-    form: InverseForm
+    form: BlockMessage
     dtype: torch.dtype
 
     @classmethod
     def of(cls, factor: Factor, *, is_eigenbasis: bool) -> "Work":
-        """Count the work on a factor: in the form that it is in, or on its dense blocks for their eigenbasis."""
-        dtype = factor.values.dtype
-        if is_eigenbasis or factor.blocks is not None:
-            return cls.dense((factor.num_blocks, factor.width), dtype, is_eigenbasis=is_eigenbasis)
-        rows, patches = factor.core_width, factor.patches
-        if patches is None:
-            form = InverseForm(rows, factor.width, is_triangle=False, num_extra=1)
-            patch_width = 0
-        else:
-            form = InverseForm(rows, rows, is_triangle=True, num_extra=1)
-            patch_width = patches.geometry.in_channels if patches.geometry.stride == (1, 1) else factor.width
-        cost = SideCost(1, factor.width, vectors=0, inverse_period=1, patch_width=patch_width)
-        return cls(factor.num_blocks, cost.low_rank_inverse(rows), form, dtype)
+        """Count the work on a factor: on its inverse in the form that it is in, or on its eigenbasis."""
+        kind = EigenBasis if is_eigenbasis else factor.inverse_form
+        return cls(factor.num_blocks, kind.flops_of(factor), kind.message_of(factor), factor.values.dtype)
 
     @classmethod
     def dense(cls, blocks: tuple[int, int], dtype: torch.dtype, *, is_eigenbasis: bool) -> "Work":
         """Count the work on ``(number, width)`` dense blocks: their inverses, or their eigenbases."""
         num_blocks, width = blocks
-        cost = SideCost(1, width, vectors=0, inverse_period=1)
-        flops = cost.eigenbasis() if is_eigenbasis else cost.dense_inverse()
-        num_extra = width if is_eigenbasis else 0
-        form = InverseForm(width, width, not is_eigenbasis, num_extra, is_eigenbasis)
-        return cls(num_blocks, flops, form, dtype)
+        factor = DenseFactor(torch.empty(num_blocks, width, width, dtype=dtype, device="meta"))
+        return cls.of(factor, is_eigenbasis=is_eigenbasis)
 
     @property
     def block_bytes(self) -> int:

@@ -1,4 +1,7 @@
-"""Checkpoint form of a layer: nested dicts of tensors and numbers, loadable with ``weights_only=True``."""
+"""Checkpoints of a preconditioner: nested dicts of tensors and numbers, loadable with ``weights_only=True``.
+
+What a layer, a factor or an inverse keeps stands beside it; here is what concerns all of them.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,14 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfac_sua.preconditioner.apply import LayerEigenbasis, LayerInverse
-from kfac_sua.preconditioner.average import RunningAverage
-from kfac_sua.preconditioner.factors import Factor
-from kfac_sua.preconditioner.inverse import DenseInverse, EigenBasis, Inverse, LowRankInverse, PatchInverse
-from kfac_sua.preconditioner.layers import LayerGeometry
-from kfac_sua.preconditioner.patch_rows import PatchRows
 from kfac_sua.preconditioner.settings import KroneckerSettings
-from kfac_sua.preconditioner.statistics import LayerFactors
 
 State = dict[str, Any]
 
@@ -104,77 +100,3 @@ def written_over(kept: Any, new: Any, like: Tensor) -> Any:
     if isinstance(kept, Tensor) and (kept.shape, kept.dtype, kept.device) == (new.shape, like.dtype, like.device):
         return kept.copy_(new)
     return new.to(like, copy=True)
-
-
-def factors_to_state(factors: LayerFactors | None) -> State:
-    """Return a layer's factors as a dict; empty if there are none."""
-    if factors is None:
-        return {}
-    return {
-        "scale": factors.scale,
-        "activation": _factor_to_state(factors.activation),
-        "gradient": _factor_to_state(factors.gradient),
-    }
-
-
-def factors_from_state(state: Mapping[str, Any], geometry: LayerGeometry) -> LayerFactors | None:
-    """Undo :func:`factors_to_state`."""
-    if not state:
-        return None
-    activation, gradient = (_factor_from_state(state[side], geometry) for side in ("activation", "gradient"))
-    return LayerFactors(activation, gradient, state["scale"])
-
-
-def average_to_state(average: RunningAverage) -> State:
-    """Return the running average as a dict; empty before the first measurement."""
-    if average.value is None:
-        return {}
-    return {"weight": average.weight, **factors_to_state(average.value)}
-
-
-def average_from_state(state: Mapping[str, Any], decay: float, geometry: LayerGeometry) -> RunningAverage:
-    """Undo :func:`average_to_state`."""
-    if not state:
-        return RunningAverage(decay)
-    return RunningAverage(decay, factors_from_state(state, geometry), state["weight"])
-
-
-def inverse_to_state(inverse: LayerInverse | LayerEigenbasis | None) -> State:
-    """Return a layer's inverse as a dict; empty before the first refresh."""
-    if inverse is None:
-        return {}
-    sides: State = {
-        "activation": inverse.activation.tensors(),
-        "gradient": inverse.gradient.tensors(),
-    }
-    if isinstance(inverse, LayerInverse):
-        return {**sides, "bias_scale": inverse.bias_scale}
-    return {**sides, "scale": inverse.scale, "damping": inverse.damping}
-
-
-def inverse_from_state(state: Mapping[str, Any], geometry: LayerGeometry) -> LayerInverse | LayerEigenbasis | None:
-    """Undo :func:`inverse_to_state`."""
-    if not state:
-        return None
-    if "bias_scale" in state:
-        activation, gradient = (_inverse_from_state(state[side], geometry) for side in ("activation", "gradient"))
-        return LayerInverse(activation, gradient, state["bias_scale"])
-    return LayerEigenbasis(
-        EigenBasis(**state["activation"]), EigenBasis(**state["gradient"]), state["scale"], state["damping"]
-    )
-
-
-def _factor_to_state(factor: Factor) -> State:
-    if factor.patches is not None:
-        return {"pixels": factor.patches.pixels}
-    return {"rows": factor.rows} if factor.rows is not None else {"blocks": factor.blocks}
-
-
-def _factor_from_state(state: Mapping[str, Any], geometry: LayerGeometry) -> Factor:
-    return Factor(patches=PatchRows(state["pixels"], geometry)) if "pixels" in state else Factor(**state)
-
-
-def _inverse_from_state(state: Mapping[str, Any], geometry: LayerGeometry) -> Inverse:
-    if "pixels" in state:
-        return PatchInverse(PatchRows(state["pixels"], geometry), state["triangle"], state["scale"])
-    return DenseInverse(**state) if "blocks" in state else LowRankInverse(**state)

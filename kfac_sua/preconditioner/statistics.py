@@ -1,104 +1,19 @@
 """Statistics of one layer over the mini-batch, or the accumulated micro-batches, of one optimisation step."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from kfac_sua.preconditioner import correlations, factors
-from kfac_sua.preconditioner.devices import on_one_device
-from kfac_sua.preconditioner.factors import Factor
-from kfac_sua.preconditioner.grouping import BlockLayout
-from kfac_sua.preconditioner.layers import LayerGeometry
-from kfac_sua.preconditioner.patch_rows import PatchRows, can_be_patch_rows, joined
-from kfac_sua.preconditioner.pixels import to_locations
+from kfac_sua.preconditioner.factors import LayerFactors
+from kfac_sua.preconditioner.forms import moments
+from kfac_sua.preconditioner.forms.accumulator import ActivationAccumulator, MomentAccumulator
+from kfac_sua.preconditioner.forms.unfold import to_locations
+from kfac_sua.preconditioner.geometry import BlockLayout, LayerGeometry
 from kfac_sua.preconditioner.precision import at_least_float32
 
 MAX_KEPT_ROWS = 16384
 """Rows that the Woodbury form may factorise: a matrix of 1 GiB in float32. ``auto`` never comes near."""
-
-
-@dataclass
-class MomentAccumulator:
-    """Sum of Gram matrices, kept as rows while these are few (see ``cost``) and folded into dense blocks beyond.
-
-    Args:
-        max_rows: Rows to keep at most before folding.
-    """
-
-    max_rows: int
-    rows: list[Tensor | PatchRows] = field(default_factory=list)
-    blocks: Tensor | None = None
-
-    @property
-    def num_rows(self) -> int:
-        """Rows kept."""
-        return sum(_num_rows(part) for part in self.rows)
-
-    def has_room(self, num_rows: int) -> bool:
-        """Whether so many more rows may be kept."""
-        return self.blocks is None and self.num_rows + num_rows <= self.max_rows
-
-    def add(self, rows: Tensor) -> None:
-        """Add rows, ``[num_blocks, n, d]``, to be kept if there is room."""
-        if self.has_room(rows.shape[1]):
-            self.rows.append(rows.clone())  # they may be a view of a buffer that the caller goes on using
-        else:
-            self.add_moment(factors.gram(rows))
-
-    def keep(self, patches: PatchRows) -> None:
-        """Add the patches of a convolution without groups, for which there must be room."""
-        self.rows.append(patches)
-
-    def add_moment(self, blocks: Tensor) -> None:
-        """Add a Gram matrix, ``[num_blocks, d, d]``, which the accumulator may go on to change."""
-        self._fold_kept()
-        self.blocks = blocks if self.blocks is None else self.blocks.add_(blocks)
-
-    def factor(self, normaliser: float) -> Factor:
-        """Return the accumulated moment times ``normaliser``."""
-        root = normaliser**0.5
-        if self.blocks is not None:
-            return Factor(blocks=self.blocks.mul_(normaliser))
-        patches = [part for part in self.rows if isinstance(part, PatchRows)]
-        if len(patches) == len(self.rows) and len({part.pixels.shape[:2] for part in patches}) == 1:
-            return Factor(patches=joined(patches).scaled(root))
-        return Factor(rows=torch.cat([_as_tensor(part) for part in self.rows], dim=1).mul_(root))
-
-    def _fold_kept(self) -> None:
-        kept, self.rows = self.rows, []
-        for part in kept:
-            self.add_moment(factors.gram(_as_tensor(part)))
-
-
-def _num_rows(rows: Tensor | PatchRows) -> int:
-    return rows.num_rows if isinstance(rows, PatchRows) else rows.shape[1]
-
-
-def _as_tensor(rows: Tensor | PatchRows) -> Tensor:
-    return rows.rows()[None] if isinstance(rows, PatchRows) else rows
-
-
-@dataclass
-class LayerFactors:
-    """Both sides of a layer's Fisher block ``scale · activation ⊗ gradient``, normalised over examples.
-
-    Args:
-        activation: Activation factor.
-        gradient: Gradient factor.
-        scale: S under ``expand``, 1 under ``reduce``.
-        num_rows: Rows it was measured from, its weight beside those of other processes; 0 where that is over.
-    """
-
-    activation: Factor
-    gradient: Factor
-    scale: float
-    num_rows: int = 0
-
-    def is_finite(self) -> Tensor:
-        """Whether no entry is NaN or infinite, as a 0-d bool tensor on the device."""
-        return self.activation.traces().isfinite().all() & self.gradient.traces().isfinite().all()
 
 
 @dataclass
@@ -166,8 +81,9 @@ class LayerStatistics:
 
     def clear(self) -> None:
         """Forget everything collected."""
-        self._activation, self._gradient = (MomentAccumulator(most) for most in self.max_rows)
-        self._inputs: list[Tensor] = []
+        most_activation, most_gradient = self.max_rows
+        self._activation = ActivationAccumulator(most_activation, self.geometry, self.layout, self._max_sampled_rows)
+        self._gradient = MomentAccumulator(most_gradient)
         self._passes: list[_Pass] = []
         self._model_pass = -1
         self._calls: list[Call] = []
@@ -190,10 +106,10 @@ class LayerStatistics:
         call = Call(len(self._passes) - 1)
         self._calls.append(call)
         if self.reduce:
-            sums = factors.reduced_activation_rows(inputs, self.geometry, self.layout)
+            sums = moments.reduced_activation_rows(inputs, self.geometry, self.layout)
             current.input_sums = sums if current.input_sums is None else current.input_sums + sums
         else:
-            self._add_activations(inputs)
+            self._activation.add_inputs(inputs)
         return call
 
     @property
@@ -227,7 +143,7 @@ class LayerStatistics:
             )
         call.samples.add(sample)
         grads = to_locations(at_least_float32(output_grads.detach()), self.geometry)
-        rows = factors.gradient_rows(grads, self.layout, reduce=self.reduce)
+        rows = moments.gradient_rows(grads, self.layout, reduce=self.reduce)
         if not self.reduce:
             self._gradient.add(rows)
             return
@@ -258,9 +174,7 @@ class LayerStatistics:
         num_examples = self.num_examples
         num_rows = sum(one.num_examples * one.num_locations for one in self._passes)
         per_gradient = (num_examples if grads_of_mean_loss else 1) ** 2 / loss_scale**2
-        while self._inputs:
-            moment = correlations.patch_moment(self._inputs.pop(), self.geometry, self.layout)
-            self._activation.add_moment(moment)
+        self._activation.fold_inputs()
         if self.reduce:
             self._fold_passes()
             num_rows = num_examples  # every example is one row
@@ -276,32 +190,6 @@ class LayerStatistics:
             scale=num_rows / num_examples,
             num_rows=num_rows,
         )
-
-    def _add_activations(self, inputs: Tensor) -> None:
-        """Add the activation rows of one call under ``expand``, in the form that needs the least work."""
-        geometry, layout, moment = self.geometry, self.layout, self._activation
-        num_rows = factors.num_activation_rows(inputs, geometry, layout)
-        if self._max_sampled_rows is not None and num_rows > self._max_sampled_rows:
-            for rows in factors.sampled_activation_rows(inputs, geometry, layout, self._max_sampled_rows):
-                moment.add(rows)
-        elif can_be_patch_rows(geometry, layout) and moment.has_room(num_rows):
-            moment.keep(PatchRows.read(inputs, geometry))
-        elif correlations.can_correlate(geometry, layout) and not moment.has_room(num_rows):
-            self._correlate(inputs)
-        else:
-            for rows in factors.activation_rows(inputs, geometry, layout):
-                moment.add(rows)
-
-    def _correlate(self, inputs: Tensor) -> None:
-        """Add the moment of patches; after the backward pass, where a copy of the inputs is smaller than the moment.
-
-        Until then the activations of all layers are alive, which is when a training step needs most memory.
-        """
-        num_blocks, width = self.layout.activation_blocks
-        if sum(kept.numel() for kept in self._inputs) + inputs.numel() <= num_blocks * width**2:
-            self._inputs.append(inputs.clone())
-        else:
-            self._activation.add_moment(correlations.patch_moment(inputs, self.geometry, self.layout))
 
     def _begin_call(self, num_examples: int, model_pass: int) -> _Pass:
         """Return the pass a call belongs to: a new one after the model was entered anew, or after a backward pass."""
@@ -328,9 +216,3 @@ class LayerStatistics:
         if self.geometry.is_convolution:
             return output_shape[-1] * output_shape[-2]
         return max(1, output_shape[1:-1].numel()) if len(output_shape) > 1 else 1
-
-
-def finite_layers(layer_factors: Iterable[LayerFactors]) -> list[bool]:
-    """Return for each layer whether its factors are finite, with one host synchronisation for all."""
-    flags = [factors.is_finite() for factors in layer_factors]
-    return torch.stack(on_one_device(flags)).tolist() if flags else []

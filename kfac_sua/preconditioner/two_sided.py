@@ -20,13 +20,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from kfac_sua.preconditioner.apply import NEITHER_SIDE, LayerInverse, Sides
 from kfac_sua.preconditioner.capture import PhaseSource, is_transformed
-from kfac_sua.preconditioner.grouping import BlockLayout, ChannelGroups
-from kfac_sua.preconditioner.inverse import Inverse
-from kfac_sua.preconditioner.layers import LayerGeometry
-from kfac_sua.preconditioner.patch_rows import PatchRows
-from kfac_sua.preconditioner.pixels import output_size, to_locations
+from kfac_sua.preconditioner.forms import Inverse
+from kfac_sua.preconditioner.forms.patch_rows import PatchRows
+from kfac_sua.preconditioner.forms.unfold import output_size, to_locations
+from kfac_sua.preconditioner.geometry import BlockLayout, ChannelGroups, LayerGeometry
+from kfac_sua.preconditioner.kronecker import NEITHER_SIDE, KroneckerInverse, Sides
 from kfac_sua.preconditioner.precision import fits
 from kfac_sua.preconditioner.stand_in import ForwardStandIn
 
@@ -70,7 +69,7 @@ class TwoSidedForward(ForwardStandIn):
     def __init__(
         self, name: str, module: nn.Conv2d, geometry: LayerGeometry, layout: BlockLayout, phases: PhaseSource
     ) -> None:
-        self.inverse: LayerInverse | None = None
+        self.inverse: KroneckerInverse | None = None
         self.num_examples: int | None = None
         self.geometry = geometry
         self.layout = layout
@@ -136,7 +135,7 @@ class TwoSidedForward(ForwardStandIn):
         self.inverse = None
         super().remove()
 
-    def _cheaper_sides(self, inputs: Tensor, inverse: LayerInverse) -> Sides:
+    def _cheaper_sides(self, inputs: Tensor, inverse: KroneckerInverse) -> Sides:
         """Return the sides that have fewer rows than the weight gradient has vectors."""
         layout = self.layout
         if inputs.dim() != 4 or _is_autocast(inputs.device.type):
@@ -162,7 +161,7 @@ class _TwoSidedConvolution(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, inputs: Tensor, weight: Tensor, site: TwoSidedForward, inverse: LayerInverse, sides: Sides
+        ctx: Any, inputs: Tensor, weight: Tensor, site: TwoSidedForward, inverse: KroneckerInverse, sides: Sides
     ) -> Tensor:
         ctx.save_for_backward(inputs, weight)
         ctx.site, ctx.inverse, ctx.sides = site, inverse, sides
@@ -216,7 +215,7 @@ def _transform(values: Tensor, inverse: Inverse, conv_groups: int, groups: Chann
     return groups.merge(result).reshape(pixels.shape).permute(0, 3, 1, 2).to(values.dtype)
 
 
-def _transform_patches(inputs: Tensor, site: TwoSidedForward, inverse: LayerInverse) -> Tensor:
+def _transform_patches(inputs: Tensor, site: TwoSidedForward, inverse: KroneckerInverse) -> Tensor:
     """Return the patches of ``[n, channels, h, w]`` times inverse blocks, ``[rows, taps · channels]``."""
     groups = site.layout.activation
     patches = PatchRows.read(to_locations(inputs.to(inverse.like.dtype), site.geometry), site.geometry)

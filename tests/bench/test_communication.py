@@ -12,7 +12,7 @@ from kfac_sua.bench.communication.measured import Measurement
 from kfac_sua.bench.communication.report import AGREEING, disagreements
 from kfac_sua.bench.settings import compose_settings, parse_items
 from kfac_sua.config import ConfigError
-from kfac_sua.preconditioner.triangles import triangle_numbers
+from kfac_sua.preconditioner.forms.triangles import triangle_numbers
 
 
 def shape_model(item: str, model: str = "tiny") -> ShapeModel:

@@ -4,8 +4,7 @@ import torch
 from hypothesis import strategies as st
 from torch import nn
 
-from kfac_sua.preconditioner.grouping import BlockLayout
-from kfac_sua.preconditioner.layers import LayerGeometry
+from kfac_sua.preconditioner.geometry import BlockLayout, LayerGeometry
 from kfac_sua.preconditioner.settings import Structure
 
 

@@ -11,8 +11,8 @@ from identical import assert_identical
 from torch import Tensor, nn
 
 from kfac_sua.preconditioner import KroneckerPreconditioner, KroneckerSettings
-from kfac_sua.preconditioner.inverse import DenseInverse, EigenBasis, LowRankInverse, PatchInverse
-from kfac_sua.preconditioner.preconditioned_layer import PreconditionedLayer
+from kfac_sua.preconditioner.forms import DenseInverse, EigenBasis, LowRankInverse, PatchInverse
+from kfac_sua.preconditioner.layer import PreconditionedLayer
 from kfac_sua.preconditioner.state import written_over
 
 LR = 0.05
@@ -242,7 +242,7 @@ def test_a_failed_refresh_writes_nothing(monkeypatch):
     run.train([0, 1])
     before, numbers = places(run.read_tensors), [tensor.clone() for tensor in run.read_tensors]
     monkeypatch.setattr(
-        "kfac_sua.preconditioner.inverse._cholesky",
+        "kfac_sua.preconditioner.invert._cholesky",
         lambda cores: (torch.zeros_like(cores), torch.ones(len(cores), dtype=torch.bool)),
     )
     run.train([2, 3])

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from kfac_sua.preconditioner import AdaptiveDamping, CapturedStep, KroneckerPreconditioner
 from kfac_sua.preconditioner.captured.inspection import StepInspection
 from kfac_sua.preconditioner.captured.step import MOST_FUTILE_CAPTURES, MOST_LEFTOVERS, WARM_UP_STEPS
-from kfac_sua.preconditioner.preconditioned_layer import PreconditionedLayer
+from kfac_sua.preconditioner.layer import PreconditionedLayer
 
 SUA = {"structure": "sua"}
 SHORT = {"structure": "sua", "inverse_period": 10}

@@ -8,10 +8,9 @@ from oracles import patches_by_loop
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kfac_sua.preconditioner.correlations import can_correlate, patch_moment
-from kfac_sua.preconditioner.grouping import BlockLayout
-from kfac_sua.preconditioner.layers import LayerGeometry
-from kfac_sua.preconditioner.pixels import to_locations
+from kfac_sua.preconditioner.forms.correlations import can_correlate, patch_moment
+from kfac_sua.preconditioner.forms.unfold import to_locations
+from kfac_sua.preconditioner.geometry import BlockLayout, LayerGeometry
 from kfac_sua.preconditioner.settings import Structure
 from kfac_sua.preconditioner.statistics import LayerStatistics
 

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.backends import cuda, cudnn, mkldnn
 
-from kfac_sua.preconditioner import KroneckerPreconditioner, factors
+from kfac_sua.preconditioner import KroneckerPreconditioner
+from kfac_sua.preconditioner.forms import dense
 from kfac_sua.preconditioner.precision import factor_precision, without_autocast
 
 OLD_API = [
@@ -224,7 +225,7 @@ def test_a_training_step(monkeypatch, caller, rule, routine, fisher_type):
     """Hooks, statistics and inversion see IEEE; the model and the application of inverses see the caller's choice."""
     exec(caller)
     before, ieee, chosen = readings(), {("ieee", "ieee")}, {("tf32", "tf32")}
-    grams, inversions = watch(monkeypatch, factors, "gram"), watch(monkeypatch, torch.linalg, routine)
+    grams, inversions = watch(monkeypatch, dense, "gram"), watch(monkeypatch, torch.linalg, routine)
     applications, passes = watch(monkeypatch, torch, "bmm"), watch(monkeypatch, nn.functional, "linear")
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))

@@ -8,17 +8,16 @@ from hypothesis import strategies as st
 from oracles import group_mask, locations_of, patches_by_loop
 from torch import nn
 
-from kfac_sua.preconditioner.factors import (
+from kfac_sua.preconditioner.forms.dense import gram
+from kfac_sua.preconditioner.forms.moments import (
     activation_rows,
     gradient_rows,
-    gram,
     num_activation_rows,
     reduced_activation_rows,
     sampled_activation_rows,
 )
-from kfac_sua.preconditioner.grouping import ChannelGroups
-from kfac_sua.preconditioner.layers import LayerGeometry
-from kfac_sua.preconditioner.pixels import read_counts, to_locations
+from kfac_sua.preconditioner.forms.unfold import read_counts, to_locations
+from kfac_sua.preconditioner.geometry import ChannelGroups, LayerGeometry
 
 
 def activation_moment(module, inputs, structure, group_size=None):
@@ -140,7 +139,7 @@ def test_chunks_of_examples_give_the_same_moment(monkeypatch):
     module = nn.Conv2d(3, 2, 3, padding=1, bias=False).double()
     inputs = torch.randn(7, 3, 5, 5, dtype=torch.float64)
     whole = activation_moment(module, inputs, "kfac")
-    monkeypatch.setattr("kfac_sua.preconditioner.factors.MAX_PATCH_ELEMENTS", 2 * 5 * 5 * 27)
+    monkeypatch.setattr("kfac_sua.preconditioner.forms.moments.MAX_PATCH_ELEMENTS", 2 * 5 * 5 * 27)
     geometry, layout = LayerGeometry.of(module), layout_of(module, "kfac")
     chunks = list(activation_rows(to_locations(inputs, geometry), geometry, layout))
     assert [chunk.shape[1] for chunk in chunks] == [50, 50, 50, 25]

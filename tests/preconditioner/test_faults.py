@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from kfac_sua.preconditioner import FisherType, KroneckerPreconditioner, KroneckerSettings, Likelihood
-from kfac_sua.preconditioner.factors import Factor, gram
+from kfac_sua.preconditioner.factors import LayerFactors
 from kfac_sua.preconditioner.fisher import fisher_cotangents
-from kfac_sua.preconditioner.inverse import invert_factors
-from kfac_sua.preconditioner.layers import LayerGeometry
-from kfac_sua.preconditioner.patch_rows import PatchRows
-from kfac_sua.preconditioner.pixels import to_locations
-from kfac_sua.preconditioner.statistics import LayerFactors
+from kfac_sua.preconditioner.forms import DenseFactor, Factor, PatchFactor, RowsFactor
+from kfac_sua.preconditioner.forms.dense import gram
+from kfac_sua.preconditioner.forms.patch_rows import PatchRows
+from kfac_sua.preconditioner.forms.unfold import to_locations
+from kfac_sua.preconditioner.geometry import LayerGeometry
+from kfac_sua.preconditioner.invert import invert_factors
 
 LAYERS = ("0", "2", "4")
 
@@ -79,12 +80,12 @@ def all_finite(state) -> bool:
 def factor_of(form: str, rows: torch.Tensor) -> Factor:
     """Return one block of rows ``[rows, 8]`` as the form keeps it; as patches, of 2 channels and a 2×2 kernel."""
     if form == "dense":
-        return Factor(blocks=gram(rows[None]))
+        return DenseFactor(gram(rows[None]))
     if form == "rows":
-        return Factor(rows=rows[None])
+        return RowsFactor(rows[None])
     geometry = LayerGeometry.of(nn.Conv2d(2, 3, 2, stride=2, bias=False))
     pixels = rows.unflatten(1, (2, 2, 2)).permute(0, 3, 1, 2)  # an image per row: one patch
-    return Factor(patches=PatchRows.read(to_locations(pixels, geometry), geometry))
+    return PatchFactor(PatchRows.read(to_locations(pixels, geometry), geometry))
 
 
 @pytest.mark.parametrize("form", ["rows", "patches"])
@@ -115,11 +116,11 @@ def test_the_damping_of_exactly_the_failing_blocks_is_raised():
     good = blocks.clone()
     blocks[1] -= (0.5 + torch.linalg.eigvalsh(blocks[1])[0]) * torch.eye(4)
     damping = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
-    result = invert_factors([Factor(blocks=blocks)], [damping])[0]
+    result = invert_factors([DenseFactor(blocks)], [damping])[0]
     assert (result.num_failed, result.num_raised, result.raised_by) == (0, 1, 10)
     expected = torch.linalg.inv(blocks[1] + 2.0 * torch.eye(4))
     torch.testing.assert_close(result.inverse.blocks[1], expected, rtol=1e-10, atol=1e-12)
-    without = invert_factors([Factor(blocks=good)], [damping])[0].inverse.blocks
+    without = invert_factors([DenseFactor(good)], [damping])[0].inverse.blocks
     assert torch.equal(result.inverse.blocks[[0, 2]], without[[0, 2]])
     assert damping.tolist() == [0.1, 0.2, 0.3]
 
@@ -130,9 +131,9 @@ def test_of_a_factor_kept_as_rows_only_the_failing_block_gets_more_damping():
     good, sound = torch.randn(2, 1, 3, 8)
     bad = sound * 3e3
     damping = torch.tensor([0.1, 0.1])
-    result = invert_factors([Factor(rows=torch.cat([good, bad]))], [damping])[0]
+    result = invert_factors([RowsFactor(torch.cat([good, bad]))], [damping])[0]
     assert (result.num_failed, result.num_raised, result.raised_by) == (0, 1, 1000)
-    without = invert_factors([Factor(rows=torch.cat([good, sound]))], [damping])[0]
+    without = invert_factors([RowsFactor(torch.cat([good, sound]))], [damping])[0]
     assert (without.num_failed, without.num_raised) == (0, 0)
     assert torch.equal(result.inverse.root[0], without.inverse.root[0])
     assert torch.equal(result.inverse.scale[0], without.inverse.scale[0])
@@ -143,7 +144,7 @@ def test_of_a_factor_kept_as_rows_only_the_failing_block_gets_more_damping():
 def test_a_block_that_no_damping_cures_is_reported_and_harms_no_other(value):
     """A NaN, or a pivot that even 1000 times the damping leaves at zero (from which cholesky_inverse would raise)."""
     blocks = torch.stack([torch.eye(3), value * torch.eye(3)])
-    result = invert_factors([Factor(blocks=blocks)], [torch.full((2,), 0.125)])[0]
+    result = invert_factors([DenseFactor(blocks)], [torch.full((2,), 0.125)])[0]
     assert (result.num_failed, result.num_raised) == (1, 0)
     torch.testing.assert_close(result.inverse.blocks[0], torch.eye(3) / 1.125)
 
@@ -162,8 +163,8 @@ def test_one_look_at_the_device_where_all_is_well(monkeypatch):
     reads = []
     original = torch.Tensor.__bool__
     monkeypatch.setattr(torch.Tensor, "__bool__", lambda tensor: reads.append(1) or original(tensor))
-    factors = [Factor(blocks=gram(torch.randn(2, 9, width))) for width in (3, 4, 4, 5)]
-    factors += [Factor(rows=torch.randn(1, 2, 9)), factor_of("patches", torch.randn(5, 8))]
+    factors = [DenseFactor(gram(torch.randn(2, 9, width))) for width in (3, 4, 4, 5)]
+    factors += [RowsFactor(torch.randn(1, 2, 9)), factor_of("patches", torch.randn(5, 8))]
     invert_factors(factors, [torch.full((len(factor.traces()),), 0.5) for factor in factors])
     assert len(reads) == 1
 
@@ -173,7 +174,7 @@ def measure_indefinite(preconditioner, name, eigenvalue):
     layer = preconditioner._layers[name]
     value = layer.average.value
     blocks = value.activation.dense()
-    indefinite = Factor(blocks=eigenvalue * torch.eye(blocks.shape[-1]).expand_as(blocks).clone())
+    indefinite = DenseFactor(eigenvalue * torch.eye(blocks.shape[-1]).expand_as(blocks).clone())
     layer.average.value = LayerFactors(indefinite, value.gradient, value.scale)
 
 

@@ -6,7 +6,7 @@ from captured_training import Case, Training, batches
 from graph_emulator import CaptureError, DanglingError, EmulatedGraph
 from torch import Tensor
 
-from kfac_sua.preconditioner.preconditioned_layer import PreconditionedLayer
+from kfac_sua.preconditioner.layer import PreconditionedLayer
 
 
 def recorded(function) -> EmulatedGraph:

@@ -5,14 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kfac_sua.preconditioner.cost import SideCost
-from kfac_sua.preconditioner.factors import Factor, gram
-from kfac_sua.preconditioner.inverse import (
-    DenseInverse,
-    LowRankInverse,
-    eigendecompose_factors,
-    invert_factors,
-)
+from kfac_sua.preconditioner.forms import DenseFactor, DenseInverse, LowRankInverse, RowsFactor
+from kfac_sua.preconditioner.forms.cost import SideCost
+from kfac_sua.preconditioner.forms.dense import gram
+from kfac_sua.preconditioner.invert import eigendecompose_factors, invert_factors
 
 
 def random_rows(num_blocks: int, rows: int, width: int) -> torch.Tensor:
@@ -32,7 +28,7 @@ def test_inverses_equal_dense_inverses(shapes, damping):
     """Dense and Woodbury inverses of any mix of sizes equal ``torch.linalg.inv``, applied from either side."""
     rows = [random_rows(blocks, n, width) for blocks, n, width, _ in shapes]
     factors = [
-        Factor(rows=part) if shape[3] else Factor(blocks=gram(part)) for part, shape in zip(rows, shapes, strict=True)
+        RowsFactor(part) if shape[3] else DenseFactor(gram(part)) for part, shape in zip(rows, shapes, strict=True)
     ]
     dampings = [torch.linspace(damping, 2 * damping, len(part), dtype=torch.float64) for part in rows]
     for part, damp, result in zip(rows, dampings, invert_factors(factors, dampings), strict=True):
@@ -53,11 +49,11 @@ def test_wide_matrices_are_factorised_one_by_one(monkeypatch):
         sizes.append(tuple(batch.shape))
         return original(batch, *args, **kwargs)
 
-    factors = [Factor(blocks=gram(random_rows(1, 9, 4))), Factor(blocks=gram(random_rows(2, 9, 4)))]
+    factors = [DenseFactor(gram(random_rows(1, 9, 4))), DenseFactor(gram(random_rows(2, 9, 4)))]
     dampings = [torch.full((len(factor.values),), 0.5, dtype=torch.float64) for factor in factors]
     together = [result.inverse.blocks for result in invert_factors(factors, dampings)]
     monkeypatch.setattr(torch.linalg, "cholesky_ex", counting)
-    monkeypatch.setattr("kfac_sua.preconditioner.inverse.MAX_BATCHED_WIDTH", 3)
+    monkeypatch.setattr("kfac_sua.preconditioner.invert.MAX_BATCHED_WIDTH", 3)
     apart = [result.inverse.blocks for result in invert_factors(factors, dampings)]
     assert sizes == [(1, 4, 4), (2, 4, 4)]
     for one, other in zip(apart, together, strict=True):
@@ -75,10 +71,10 @@ def test_one_cholesky_call_per_block_size(monkeypatch):
 
     monkeypatch.setattr(torch.linalg, "cholesky_ex", counting)
     factors = [
-        Factor(blocks=gram(random_rows(3, 8, 4))),
-        Factor(blocks=gram(random_rows(2, 8, 5))),
-        Factor(blocks=gram(random_rows(1, 8, 4))),
-        Factor(rows=random_rows(2, 5, 30)),
+        DenseFactor(gram(random_rows(3, 8, 4))),
+        DenseFactor(gram(random_rows(2, 8, 5))),
+        DenseFactor(gram(random_rows(1, 8, 4))),
+        RowsFactor(random_rows(2, 5, 30)),
     ]
     invert_factors(factors, [torch.full((len(f.values),), 0.1, dtype=torch.float64) for f in factors])
     assert sorted(sizes) == [(4, 4, 4), (4, 5, 5)]
@@ -92,7 +88,7 @@ def test_a_block_that_fails_in_float32_is_repeated_in_float64():
     damping = torch.full((2,), 1e-7)
     failed = torch.linalg.cholesky_ex(blocks + damping[:, None, None] * torch.eye(40))[1] != 0
     assert failed.tolist() == [False, True]
-    result = invert_factors([Factor(blocks=blocks)], [damping])[0]
+    result = invert_factors([DenseFactor(blocks)], [damping])[0]
     assert result.num_failed == 0
     null_vector = torch.linalg.svd(rows[1])[2][-1].float()
     amplified = result.inverse.blocks[1] @ null_vector
@@ -107,13 +103,13 @@ def test_failures_are_counted_per_factor():
     bad[1] = -1000 * torch.eye(3, dtype=torch.float64)
     nan = gram(random_rows(1, 6, 3)) * float("nan")
     damping = [torch.full((n,), 0.1, dtype=torch.float64) for n in (2, 2, 1)]
-    results = invert_factors([Factor(blocks=good), Factor(blocks=bad), Factor(blocks=nan)], damping)
+    results = invert_factors([DenseFactor(good), DenseFactor(bad), DenseFactor(nan)], damping)
     assert [result.num_failed for result in results] == [0, 1, 1]
 
 
 def test_eigenbases_rebuild_the_factor():
     """Eigenbases of mixed sizes reproduce their blocks, with eigenvalues ≥ 0."""
-    factors = [Factor(blocks=gram(random_rows(2, 3, 5))), Factor(rows=random_rows(1, 2, 4))]
+    factors = [DenseFactor(gram(random_rows(2, 3, 5))), RowsFactor(random_rows(1, 2, 4))]
     for factor, basis in zip(factors, eigendecompose_factors(factors), strict=True):
         assert basis is not None
         rebuilt = (basis.vectors * basis.values[:, None, :]) @ basis.vectors.mT
@@ -140,9 +136,9 @@ def test_scaling_an_inverse_scales_what_it_gives(scale):
     rows = random_rows(2, 3, 5)
     damping = [torch.full((2,), 0.1, dtype=torch.float64)]
     values = random_rows(2, 4, 5)
-    for factor in (Factor(rows=rows), Factor(blocks=gram(rows))):
+    for factor, kind in ((RowsFactor(rows), LowRankInverse), (DenseFactor(gram(rows)), DenseInverse)):
         inverse = invert_factors([factor], damping)[0].inverse
-        assert isinstance(inverse, LowRankInverse if factor.rows is not None else DenseInverse)
+        assert isinstance(inverse, kind)
         before = inverse.right(values)
         inverse.scale_(scale)
         torch.testing.assert_close(inverse.right(values), before * scale, rtol=1e-12, atol=0)

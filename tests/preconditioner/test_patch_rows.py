@@ -10,12 +10,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kfac_sua.preconditioner import KroneckerPreconditioner, KroneckerSettings
-from kfac_sua.preconditioner.factors import Factor
-from kfac_sua.preconditioner.grouping import ChannelGroups
-from kfac_sua.preconditioner.inverse import PatchInverse, invert_factors
-from kfac_sua.preconditioner.layers import LayerGeometry
-from kfac_sua.preconditioner.patch_rows import PatchRows, can_be_patch_rows, joined
-from kfac_sua.preconditioner.pixels import pixel_read_counts, to_locations
+from kfac_sua.preconditioner.forms import DenseFactor, PatchFactor, PatchInverse, RowsFactor
+from kfac_sua.preconditioner.forms.patch_rows import PatchRows, can_be_patch_rows, joined
+from kfac_sua.preconditioner.forms.unfold import pixel_read_counts, to_locations
+from kfac_sua.preconditioner.geometry import ChannelGroups, LayerGeometry
+from kfac_sua.preconditioner.invert import invert_factors
 
 
 def read(module: nn.Conv2d, inputs: torch.Tensor) -> PatchRows:
@@ -78,9 +77,9 @@ def test_every_inverse_multiplies_patches_as_it_does_rows(size, inverse):
     patches = read(module, torch.randn(2, 3, size, size, dtype=torch.float64))
     measured = read(module, torch.randn(2, 3, 3 if inverse.endswith("size") else size, size, dtype=torch.float64))
     factor = {
-        "dense": Factor(blocks=measured.rows().T[None] @ measured.rows()[None]),
-        "rows": Factor(rows=measured.rows()[None]),
-    }.get(inverse, Factor(patches=measured))
+        "dense": DenseFactor(measured.rows().T[None] @ measured.rows()[None]),
+        "rows": RowsFactor(measured.rows()[None]),
+    }.get(inverse, PatchFactor(measured))
     result = invert_factors([factor], [torch.tensor([0.3], dtype=torch.float64)])[0].inverse
     groups = ChannelGroups.of(3, None)
     want = result.right(patches.rows()[None])
@@ -92,7 +91,7 @@ def test_a_factor_of_patches_behaves_as_one_of_rows():
     torch.manual_seed(0)
     module = nn.Conv2d(3, 2, 3, padding=1, bias=False).double()
     patches = read(module, torch.randn(2, 3, 2, 2, dtype=torch.float64))
-    factors = [Factor(patches=patches), Factor(rows=patches.rows()[None])]
+    factors = [PatchFactor(patches), RowsFactor(patches.rows()[None])]
     damping = torch.tensor([0.3], dtype=torch.float64)
     results = invert_factors(factors, [damping, damping])
     assert isinstance(results[0].inverse, PatchInverse)
@@ -115,7 +114,7 @@ def test_a_damping_lost_in_rounding_is_raised():
     core = patches.gram() + damping * torch.eye(patches.num_rows)
     # Of integers the products are exact on every processor: the damping is lost on 64, the second pivot is 64 − 8 · 8.
     assert torch.linalg.cholesky_ex(core).info == 2
-    result = invert_factors([Factor(patches=patches)], [damping])[0]
+    result = invert_factors([PatchFactor(patches)], [damping])[0]
     assert (result.num_failed, result.num_raised, result.raised_by) == (0, 1, 1000)
     triangle = result.inverse.triangle[0].double()
     raised = patches.double().gram() + 1e-3 * torch.eye(patches.num_rows)

@@ -11,9 +11,9 @@ from process_group import free_ports, run_processes
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kfac_sua.preconditioner import KroneckerPreconditioner, KroneckerSettings, inverse
-from kfac_sua.preconditioner.factors import Factor
-from kfac_sua.preconditioner.statistics import LayerFactors
+from kfac_sua.preconditioner import KroneckerPreconditioner, KroneckerSettings, invert
+from kfac_sua.preconditioner.factors import LayerFactors
+from kfac_sua.preconditioner.forms import DenseFactor
 
 SETTINGS = {
     "kfac": {"structure": "kfac"},
@@ -88,15 +88,15 @@ def result(net: nn.Module, preconditioner: KroneckerPreconditioner) -> dict:
 
 def refresh_with_a_bad_block(eigenvalue: float, rank: int, size: int, *, num_steps: int) -> dict:
     """Refresh when one block of a layer's activation factor has this eigenvalue; return what became of it."""
-    num_repaired, repair = [], inverse._repaired
-    inverse._repaired = lambda *arguments: num_repaired.append(1) or repair(*arguments)
+    num_repaired, repair = [], invert._repaired
+    invert._repaired = lambda *arguments: num_repaired.append(1) or repair(*arguments)
     try:
         net, preconditioner = train(
             {"structure": "kfac", "group_size": 3}, rank, size, num_steps=num_steps, flops_per_byte=0.0
         )
         layer = preconditioner._layers["4"]
         blocks = [torch.eye(27) * (eigenvalue if index == 1 else 1.0) for index in range(3)]
-        factors = [Factor(blocks=torch.stack(blocks).double()), Factor(blocks=torch.eye(3).repeat(24, 1, 1).double())]
+        factors = [DenseFactor(torch.stack(blocks).double()), DenseFactor(torch.eye(3).repeat(24, 1, 1).double())]
         layer.measured(LayerFactors(*factors, scale=4.0))
         message = ""
         try:
@@ -104,7 +104,7 @@ def refresh_with_a_bad_block(eigenvalue: float, rank: int, size: int, *, num_ste
         except RuntimeError as error:
             message = str(error)
     finally:
-        inverse._repaired = repair
+        invert._repaired = repair
     return result(net, preconditioner) | {"message": message, "num_repaired": len(num_repaired)}
 
 

@@ -257,7 +257,7 @@ def test_a_failed_later_inverse_keeps_the_last_good_one(monkeypatch, caplog):
     steps(net, preconditioner, optimizer, range(4))
     good = preconditioner._layers["0"].inverse
     monkeypatch.setattr(
-        "kfac_sua.preconditioner.inverse._cholesky",
+        "kfac_sua.preconditioner.invert._cholesky",
         lambda cores: (cores, torch.ones(len(cores), dtype=torch.bool)),
     )
     with caplog.at_level(logging.WARNING, logger="kfac_sua"):

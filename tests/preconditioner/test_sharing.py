@@ -11,14 +11,15 @@ from torch import nn
 
 from kfac_sua.preconditioner import KroneckerPreconditioner
 from kfac_sua.preconditioner.exchange import SharedInversion
-from kfac_sua.preconditioner.factors import Factor, gram
-from kfac_sua.preconditioner.inverse import eigendecompose_factors, invert_factors
-from kfac_sua.preconditioner.layers import LayerGeometry
-from kfac_sua.preconditioner.patch_rows import PatchRows
-from kfac_sua.preconditioner.pixels import to_locations
+from kfac_sua.preconditioner.forms import DenseFactor, Factor, PatchFactor, RowsFactor
+from kfac_sua.preconditioner.forms.dense import gram
+from kfac_sua.preconditioner.forms.patch_rows import PatchRows
+from kfac_sua.preconditioner.forms.triangles import PACKED_WIDTH, mirrored_, packed, triangle_numbers, unpack_
+from kfac_sua.preconditioner.forms.unfold import to_locations
+from kfac_sua.preconditioner.geometry import LayerGeometry
+from kfac_sua.preconditioner.invert import eigendecompose_factors, invert_factors
+from kfac_sua.preconditioner.report import SharingReport
 from kfac_sua.preconditioner.sharing import FLOPS_PER_BYTE, Work, machine_balance, plan_sharing
-from kfac_sua.preconditioner.sharing_report import SharingReport
-from kfac_sua.preconditioner.triangles import PACKED_WIDTH, mirrored_, packed, triangle_numbers, unpack_
 
 # --- who inverts what -------------------------------------------------------------------------------------------------
 
@@ -91,7 +92,7 @@ def test_parts_travel_in_the_way_that_moves_fewer_bytes():
 
 def test_work_is_counted_in_the_form_that_is_factorised():
     """Dense d³; rows 2r²d + r³/3 + r²d; patches in products of pixels; 9d³ for an eigenbasis, of rows too."""
-    dense, rows = Factor(blocks=torch.zeros(2, 70, 70)), Factor(rows=torch.zeros(3, 5, 70))
+    dense, rows = DenseFactor(torch.zeros(2, 70, 70)), RowsFactor(torch.zeros(3, 5, 70))
     patches = make_factors()["patches"]
     inverses = [Work.of(factor, is_eigenbasis=False) for factor in (dense, rows, patches)]
     assert [(work.num_blocks, work.flops) for work in inverses] == [
@@ -139,11 +140,11 @@ def make_factors(dtype: torch.dtype = torch.float64) -> dict[str, Factor]:
     geometry = LayerGeometry.of(nn.Conv2d(2, 3, 3, padding=1, bias=False))
     pixels = torch.randn(3, 2, 5, 5, dtype=dtype)
     return {
-        "dense": Factor(blocks=gram(torch.randn(5, 90, 80, dtype=dtype))),
-        "narrow": Factor(blocks=gram(torch.randn(7, 6, 4, dtype=dtype))),
-        "rows": Factor(rows=torch.randn(3, 4, 30, dtype=dtype)),
-        "patches": Factor(patches=PatchRows.read(to_locations(pixels, geometry), geometry)),
-        "scalar": Factor(blocks=torch.rand(1, 1, 1, dtype=dtype)),
+        "dense": DenseFactor(gram(torch.randn(5, 90, 80, dtype=dtype))),
+        "narrow": DenseFactor(gram(torch.randn(7, 6, 4, dtype=dtype))),
+        "rows": RowsFactor(torch.randn(3, 4, 30, dtype=dtype)),
+        "patches": PatchFactor(PatchRows.read(to_locations(pixels, geometry), geometry)),
+        "scalar": DenseFactor(torch.rand(1, 1, 1, dtype=dtype)),
     }
 
 

@@ -16,16 +16,15 @@ from kfac_sua.bench.contender import NUM_CLASSES
 from kfac_sua.build import build_model
 from kfac_sua.config import Config, ConfigError, KroneckerConfig
 from kfac_sua.preconditioner import FisherType, KroneckerPreconditioner
-from kfac_sua.preconditioner.apply import LayerEigenbasis, LayerInverse
 from kfac_sua.preconditioner.exchange import read_inverse
-from kfac_sua.preconditioner.factors import Factor
-from kfac_sua.preconditioner.grouping import BlockLayout
-from kfac_sua.preconditioner.inverse import EigenBasis
-from kfac_sua.preconditioner.preconditioned_layer import PreconditionedLayer
+from kfac_sua.preconditioner.factors import LayerFactors
+from kfac_sua.preconditioner.forms import EigenBasis, Factor
+from kfac_sua.preconditioner.geometry import BlockLayout
+from kfac_sua.preconditioner.kronecker import KroneckerEigenbasis, KroneckerInverse, LayerInverse
+from kfac_sua.preconditioner.layer import PreconditionedLayer
 from kfac_sua.preconditioner.processes import Processes, description
 from kfac_sua.preconditioner.settings import DampingRule
 from kfac_sua.preconditioner.sharing import Work, plan_sharing
-from kfac_sua.preconditioner.statistics import LayerFactors
 
 META = torch.device("meta")
 
@@ -259,7 +258,7 @@ def count_costs(name: str, shapes: ShapeModel, num_processes: int, batch_size: i
         kept_bytes=kept_bytes(shapes.preconditioner),
         buffer_bytes=max(sent["header"] * num_processes, sent["rows"] * num_processes, sent["moments"], inverses),
         num_factors=len(sides),
-        num_low_rank=sum(side.blocks is None for side in sides),
+        num_low_rank=sum(not side.is_summed for side in sides),
         num_shared=plan.num_shared,
         num_everywhere=plan.num_everywhere,
         inversion_flops=plan.most_flops,
@@ -278,16 +277,12 @@ def kept_bytes(preconditioner: KroneckerPreconditioner) -> int:
     return size(preconditioner.state_dict()["layers"])
 
 
-def _inverse(layer: LayerFactors, layout: BlockLayout, is_exact: bool) -> LayerInverse | LayerEigenbasis:
+def _inverse(layer: LayerFactors, layout: BlockLayout, is_exact: bool) -> LayerInverse:
     """Return an inverse of the right shapes."""
-    sides = [
-        read_inverse(side, Work.of(side, is_eigenbasis=is_exact).form, [])
-        for side in (layer.activation, layer.gradient)
-    ]
-    activation, gradient = sides
-    if isinstance(activation, EigenBasis) and isinstance(gradient, EigenBasis):
-        one = activation.values.new_ones(())
-        return LayerEigenbasis(activation, gradient, scale=one, damping=one)
-    assert not isinstance(activation, EigenBasis)
-    assert not isinstance(gradient, EigenBasis)
-    return LayerInverse(activation, gradient, layer.gradient.values.new_ones(layout.conv_groups))
+    sides = layer.activation, layer.gradient
+    if is_exact:
+        activation_basis, gradient_basis = (read_inverse(side, EigenBasis, []) for side in sides)
+        one = layer.gradient.values.new_ones(())
+        return KroneckerEigenbasis(activation_basis, gradient_basis, scale=one, damping=one)
+    activation, gradient = (read_inverse(side, side.inverse_form, []) for side in sides)
+    return KroneckerInverse(activation, gradient, layer.gradient.values.new_ones(layout.conv_groups))

@@ -7,25 +7,23 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kfac_sua.preconditioner.apply import BOTH_SIDES, LayerEigenbasis, LayerInverse, Sides, precondition_
-from kfac_sua.preconditioner.average import RunningAverage
+from kfac_sua.preconditioner.apply import precondition_
 from kfac_sua.preconditioner.capture import PhaseSource
-from kfac_sua.preconditioner.grouping import BlockLayout
-from kfac_sua.preconditioner.layers import LayerGeometry
+from kfac_sua.preconditioner.factors import LayerFactors, RunningAverage
+from kfac_sua.preconditioner.forms.cost import SideCost
+from kfac_sua.preconditioner.geometry import BlockLayout, LayerGeometry
+from kfac_sua.preconditioner.kronecker import (
+    BOTH_SIDES,
+    KroneckerInverse,
+    LayerInverse,
+    Sides,
+    layer_inverse_from_state,
+)
 from kfac_sua.preconditioner.precision import at_least_float32, fits
 from kfac_sua.preconditioner.processes import Site
-from kfac_sua.preconditioner.report import activation_cost, gradient_cost, max_low_rank_rows
 from kfac_sua.preconditioner.settings import Application, KroneckerSettings, WeightSharing
-from kfac_sua.preconditioner.state import (
-    average_from_state,
-    average_to_state,
-    factors_from_state,
-    factors_to_state,
-    inverse_from_state,
-    inverse_to_state,
-    written_over,
-)
-from kfac_sua.preconditioner.statistics import LayerFactors, LayerStatistics
+from kfac_sua.preconditioner.state import written_over
+from kfac_sua.preconditioner.statistics import LayerStatistics
 from kfac_sua.preconditioner.two_sided import TwoSidedForward, can_be_two_sided
 
 
@@ -54,7 +52,7 @@ class PreconditionedLayer:
     statistics: LayerStatistics
     average: RunningAverage
     two_sided: TwoSidedForward | None = None
-    inverse: LayerInverse | LayerEigenbasis | None = None
+    inverse: LayerInverse | None = None
     is_fresh: bool = False
     num_examples: int | None = None
     num_processes: int = 1
@@ -78,8 +76,8 @@ class PreconditionedLayer:
             geometry,
             layout,
             reduce=settings.weight_sharing is WeightSharing.reduce,
-            max_activation_rows=max_low_rank_rows(activation_cost(geometry, layout, settings), settings),
-            max_gradient_rows=max_low_rank_rows(gradient_cost(layout, settings), settings),
+            max_activation_rows=SideCost.of_activation(geometry, layout, settings).max_kept_rows(settings),
+            max_gradient_rows=SideCost.of_gradient(layout, settings).max_kept_rows(settings),
             sampled_rows=math.ceil(settings.activation_rows / num_processes) if settings.activation_rows else None,
         )
         layer = cls(name, module, layout, statistics, RunningAverage(settings.ema_decay), num_processes=num_processes)
@@ -110,15 +108,14 @@ class PreconditionedLayer:
     def begin_step(self, *, plain_gradient: bool) -> None:
         """Let the coming backward pass apply the inverse, unless it shall leave the plain gradient."""
         if self.two_sided is not None:
-            is_usable = not plain_gradient and isinstance(self.inverse, LayerInverse)
-            self.two_sided.inverse = self.inverse if is_usable else None  # type: ignore[assignment]
+            self.two_sided.inverse = None if plain_gradient or self.inverse is None else self.inverse.by_sides
             # Alone, a layer goes by the mini-batch at hand.
             is_shared = self.num_processes > 1
             self.two_sided.num_examples = (
                 math.ceil((self.num_examples or 0) / self.num_processes) if is_shared else None
             )
 
-    def swap_backward_inverse(self, inverse: LayerInverse | None) -> LayerInverse | None:
+    def swap_backward_inverse(self, inverse: KroneckerInverse | None) -> KroneckerInverse | None:
         """Set what coming forward passes apply in their backward pass, and return what it was."""
         if self.two_sided is None:
             return None
@@ -137,14 +134,14 @@ class PreconditionedLayer:
         if kept is not None and isinstance(weight, Tensor) and not fits(kept, weight):
             self.load_state_dict(self.state_dict())
 
-    def take_inverse(self, inverse: LayerInverse | LayerEigenbasis) -> None:
+    def take_inverse(self, inverse: LayerInverse) -> None:
         """Replace the inverse, in place wherever the new one's tensors have the shapes of those at hand.
 
         Plain steps read the inverse, and a captured one reads it by its address. It is a copy: the new one may share
         pixels with the factors that it was made of, and memory with other layers' inverses.
         """
-        state = written_over(inverse_to_state(self.inverse), inverse_to_state(inverse), inverse.like)
-        self.inverse = inverse_from_state(state, self.statistics.geometry)
+        state = written_over(_state_of(self.inverse), inverse.to_state(), inverse.like)
+        self.inverse = layer_inverse_from_state(state, self.statistics.geometry)
 
     @property
     def read_tensors(self) -> list[Tensor]:
@@ -158,8 +155,9 @@ class PreconditionedLayer:
         memory that its next replay overwrites.
         """
         self.is_fresh = False
-        kept = factors_to_state(self.factors), factors_to_state(factors) if self.keeps_factors else {}
-        self.factors = factors_from_state(written_over(*kept, factors.gradient.values), self.statistics.geometry)
+        kept = factors.to_state() if self.keeps_factors else {}
+        state = written_over(_state_of(self.factors), kept, factors.gradient.values)
+        self.factors = LayerFactors.from_state(state, self.statistics.geometry)
         if self.average.decay == 0:
             self.average = RunningAverage(0.0)
 
@@ -192,11 +190,11 @@ class PreconditionedLayer:
     def state_dict(self) -> dict[str, Any]:
         """Return what a continuation needs, as tensors and numbers."""
         return {
-            "average": average_to_state(self.average),
+            "average": self.average.to_state(),
             "is_fresh": self.is_fresh,
             "num_examples": self.num_examples,
-            "inverse": inverse_to_state(self.inverse),
-            "factors": factors_to_state(self.factors),
+            "inverse": _state_of(self.inverse),
+            "factors": _state_of(self.factors),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -205,11 +203,12 @@ class PreconditionedLayer:
         In place wherever shapes agree; the state's tensors stay the caller's.
         """
         state = written_over(self.state_dict(), state, at_least_float32(self.weight.detach()))
-        self.average = average_from_state(state["average"], self.average.decay, self.statistics.geometry)
+        geometry = self.statistics.geometry
+        self.average = RunningAverage.from_state(state["average"], self.average.decay, geometry)
         self.is_fresh = state["is_fresh"]
         self.num_examples = state["num_examples"]
-        self.inverse = inverse_from_state(state["inverse"], self.statistics.geometry)
-        self.factors = factors_from_state(state["factors"], self.statistics.geometry)
+        self.inverse = layer_inverse_from_state(state["inverse"], geometry)
+        self.factors = LayerFactors.from_state(state["factors"], geometry)
 
     def _kept_tensor(self) -> Tensor | None:
         """Return a tensor that is kept from step to step, if there is any."""
@@ -221,6 +220,11 @@ class PreconditionedLayer:
         """Give the module its own forward back."""
         if self.two_sided is not None:
             self.two_sided.remove()
+
+
+def _state_of(kept: LayerInverse | LayerFactors | None) -> dict[str, Any]:
+    """Return what a checkpoint keeps of it; empty where there is nothing yet."""
+    return {} if kept is None else kept.to_state()
 
 
 def _trainable_grad(bias: nn.Parameter | None) -> Tensor | None:

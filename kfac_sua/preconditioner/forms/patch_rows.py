@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kfac_sua.preconditioner import pixels as reading
-from kfac_sua.preconditioner.grouping import BlockLayout, ChannelGroups
-from kfac_sua.preconditioner.layers import LayerGeometry
+from kfac_sua.preconditioner.forms import unfold
+from kfac_sua.preconditioner.geometry import BlockLayout, ChannelGroups, LayerGeometry
 
 _Line = tuple[int, slice]
 """A row, and the columns in it."""
@@ -40,6 +39,14 @@ def can_be_patch_rows(geometry: LayerGeometry, layout: BlockLayout) -> bool:
     )
 
 
+def product_width(geometry: LayerGeometry) -> int:
+    """Return the width of the products that give the Gram matrix between patches, in FLOPs per pair of patches.
+
+    That of the pixels, channels; of the patches formed where strides leave fewer of these (see ``PatchRows.cross``).
+    """
+    return geometry.in_channels if geometry.stride == (1, 1) else geometry.in_channels * geometry.num_taps
+
+
 @dataclass(frozen=True)
 class PatchRows:
     """Patches of one convolution without groups; a row per output location and example, in the order (y, x, n).
@@ -55,12 +62,13 @@ class PatchRows:
     @classmethod
     def read(cls, inputs: Tensor, geometry: LayerGeometry) -> "PatchRows":
         """Copy the pixels of inputs ``[n, h, w, channels]``."""
-        return cls(inputs.permute(1, 2, 0, 3).clone(memory_format=torch.contiguous_format), geometry)
+        pixels = inputs.permute(1, 2, 0, 3)  # [h, w, n, channels]
+        return cls(pixels.clone(memory_format=torch.contiguous_format), geometry)
 
     @property
     def output_size(self) -> tuple[int, int]:
         """Height and width of the layer's output."""
-        return reading.output_size(self.geometry, *self.pixels.shape[:2])
+        return unfold.output_size(self.geometry, *self.pixels.shape[:2])
 
     @property
     def num_rows(self) -> int:
@@ -92,18 +100,18 @@ class PatchRows:
     def trace(self) -> Tensor:
         """Return tr(UᵀU), the sum of squares over all patches, as a 0-d tensor."""
         height, width = self.pixels.shape[:2]
-        counts = reading.cached_read_counts(self.geometry, height, width, self.pixels.device, self.pixels.dtype)
+        counts = unfold.cached_read_counts(self.geometry, height, width, self.pixels.device, self.pixels.dtype)
         return (self.pixels.square().sum((2, 3)) * counts).sum()
 
     def rows(self) -> Tensor:
         """Return U, formed: ``[rows, taps · channels]``, a new tensor."""
-        padded = reading.pad(self.pixels.permute(2, 0, 1, 3), self.geometry)
-        windows = reading.patches(padded, self.geometry).permute(1, 2, 0, 3, 4, 5)  # [h', w', n, kh, kw, channels]
+        padded = unfold.pad(self.pixels.permute(2, 0, 1, 3), self.geometry)
+        windows = unfold.patches(padded, self.geometry).permute(1, 2, 0, 3, 4, 5)  # [h', w', n, kh, kw, channels]
         return windows.clone(memory_format=torch.contiguous_format).flatten(0, 2).flatten(1)
 
     def blocks(self, groups: ChannelGroups) -> Tensor:
         """Return U, formed, split into channel groups: ``[Q, rows, taps · size]``."""
-        return reading.split_channels(self.rows().unflatten(1, (self.geometry.num_taps, -1)), 1, groups)
+        return unfold.split_channels(self.rows().unflatten(1, (self.geometry.num_taps, -1)), 1, groups)
 
     def gram(self) -> Tensor:
         """Return U Uᵀ, ``[rows, rows]``."""

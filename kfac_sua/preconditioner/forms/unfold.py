@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kfac_sua.preconditioner.grouping import ChannelGroups
-from kfac_sua.preconditioner.layers import LayerGeometry
+from kfac_sua.preconditioner.geometry import ChannelGroups, LayerGeometry
 
 
 def to_locations(values: Tensor, geometry: LayerGeometry) -> Tensor:
@@ -19,9 +18,9 @@ def to_locations(values: Tensor, geometry: LayerGeometry) -> Tensor:
         geometry: The layer's geometry.
     """
     if geometry.is_convolution:
-        return (values if values.dim() == 4 else values.unsqueeze(0)).permute(0, 2, 3, 1)
-    values = values if values.dim() > 1 else values.unsqueeze(0)
-    return values.reshape(values.shape[0], -1, 1, values.shape[-1])
+        return (values if values.dim() == 4 else values.unsqueeze(0)).permute(0, 2, 3, 1)  # [n, h, w, c]
+    values = values if values.dim() > 1 else values.unsqueeze(0)  # [n, ..., features]
+    return values.reshape(values.shape[0], -1, 1, values.shape[-1])  # [n, locations, 1, features]
 
 
 def pad(inputs: Tensor, geometry: LayerGeometry, *, vertical: bool = True) -> Tensor:
@@ -33,15 +32,15 @@ def pad(inputs: Tensor, geometry: LayerGeometry, *, vertical: bool = True) -> Te
         return inputs
     if geometry.padding_mode == "zeros":
         return F.pad(inputs, (0, 0, left, right, top, bottom))
-    channels_first = inputs.permute(0, 3, 1, 2)
-    return F.pad(channels_first, geometry.padding, mode=geometry.padding_mode).permute(0, 2, 3, 1)
+    channels_first = inputs.permute(0, 3, 1, 2)  # [n, c, h, w]
+    return F.pad(channels_first, geometry.padding, mode=geometry.padding_mode).permute(0, 2, 3, 1)  # [n, h, w, c]
 
 
 def patches(padded: Tensor, geometry: LayerGeometry) -> Tensor:
     """View padded inputs ``[n, h, w, c]`` as patches ``[n, h', w', kh, kw, c]`` without a copy."""
     (kh, kw), (sh, sw), (dh, dw) = geometry.kernel_size, geometry.stride, geometry.dilation
     windows = padded.unfold(1, dh * (kh - 1) + 1, sh).unfold(2, dw * (kw - 1) + 1, sw)  # [n, h', w', c, ..., ...]
-    return windows[..., ::dh, ::dw].permute(0, 1, 2, 4, 5, 3)
+    return windows[..., ::dh, ::dw].permute(0, 1, 2, 4, 5, 3)  # [n, h', w', kh, kw, c]
 
 
 def read_counts(size: int, kernel_size: int, stride: int, dilation: int) -> Tensor:
@@ -94,7 +93,7 @@ def output_size(geometry: LayerGeometry, height: int, width: int) -> tuple[int, 
 def split_channels(values: Tensor, conv_groups: int, groups: ChannelGroups) -> Tensor:
     """Split ``[rows, taps, conv_groups · channels]`` into ``[conv_groups · count, rows, taps · size]``."""
     split = groups.split(values.unflatten(-1, (conv_groups, groups.num_channels)))  # [rows, taps, g, count, size]
-    return split.permute(2, 3, 0, 1, 4).flatten(3).flatten(0, 1)
+    return split.permute(2, 3, 0, 1, 4).flatten(3).flatten(0, 1)  # [g · count, rows, taps · size]
 
 
 def _num_outputs(size: int, kernel_size: int, stride: int, dilation: int) -> int:

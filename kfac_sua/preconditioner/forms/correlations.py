@@ -12,10 +12,9 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from kfac_sua.preconditioner.factors import gram
-from kfac_sua.preconditioner.grouping import BiasBlock, BlockLayout
-from kfac_sua.preconditioner.layers import LayerGeometry
-from kfac_sua.preconditioner.pixels import pad, split_channels
+from kfac_sua.preconditioner.forms.dense import gram
+from kfac_sua.preconditioner.forms.unfold import pad, split_channels
+from kfac_sua.preconditioner.geometry import BiasBlock, BlockLayout, LayerGeometry
 
 
 def can_correlate(geometry: LayerGeometry, layout: BlockLayout) -> bool:

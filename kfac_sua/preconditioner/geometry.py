@@ -1,4 +1,4 @@
-"""Splitting channels into groups, and the block layout of a layer's Fisher approximation.
+"""The shape of a layer and the block layout of its Fisher approximation: what all the mathematics starts from.
 
 A layer's weight gradient is viewed as ``[conv_groups, P, p, t, Q, d]``: P groups of p output channels, t taps under
 the identity factor (SUA) and Q activation blocks of d features. K-FAC keeps its taps inside the features, so t = 1.
@@ -9,10 +9,61 @@ from dataclasses import dataclass
 from enum import Enum
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from kfac_sua.preconditioner.layers import LayerGeometry
 from kfac_sua.preconditioner.settings import Structure
+
+
+@dataclass(frozen=True)
+class LayerGeometry:
+    """Shape of a linear or 2-d convolution layer; a linear layer is a 1×1 convolution over its extra dimensions.
+
+    Args:
+        in_channels: Input channels (features) of one convolution group.
+        out_channels: Output channels (features) of one convolution group.
+        conv_groups: ``groups`` of the convolution; 1 for a linear layer.
+        kernel_size: Kernel height and width.
+        stride: Vertical and horizontal stride.
+        dilation: Vertical and horizontal dilation.
+        padding: Pixels added left, right, top, bottom.
+        padding_mode: ``zeros``, ``reflect``, ``replicate`` or ``circular``.
+        has_bias: Whether a trainable bias is added.
+        is_convolution: False for ``nn.Linear``.
+    """
+
+    in_channels: int
+    out_channels: int
+    conv_groups: int = 1
+    kernel_size: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    padding_mode: str = "zeros"
+    has_bias: bool = False
+    is_convolution: bool = True
+
+    @property
+    def num_taps(self) -> int:
+        """Kernel height times width."""
+        return self.kernel_size[0] * self.kernel_size[1]
+
+    @classmethod
+    def of(cls, module: nn.Linear | nn.Conv2d) -> "LayerGeometry":
+        """Read the geometry of a module; a frozen bias counts as none."""
+        has_bias = module.bias is not None and module.bias.requires_grad
+        if isinstance(module, nn.Linear):
+            return cls(module.in_features, module.out_features, has_bias=has_bias, is_convolution=False)
+        return cls(
+            in_channels=module.in_channels // module.groups,
+            out_channels=module.out_channels // module.groups,
+            conv_groups=module.groups,
+            kernel_size=_pair(module.kernel_size),
+            stride=_pair(module.stride),
+            dilation=_pair(module.dilation),
+            padding=_padding(module),
+            padding_mode=module.padding_mode,
+            has_bias=has_bias,
+        )
 
 
 @dataclass(frozen=True)
@@ -124,3 +175,18 @@ class BlockLayout:
     def gradient_dim(self) -> int:
         """Rows of one convolution group's gradient factor without padding."""
         return self.gradient.num_channels
+
+
+def _pair(value: tuple[int, ...]) -> tuple[int, int]:
+    height, width = value
+    return height, width
+
+
+def _padding(module: nn.Conv2d) -> tuple[int, int, int, int]:
+    if isinstance(module.padding, str) and module.padding == "valid":
+        return (0, 0, 0, 0)
+    if isinstance(module.padding, str):  # "same": PyTorch puts the odd pixel on the right and at the bottom
+        total_h, total_w = (d * (k - 1) for d, k in zip(_pair(module.dilation), _pair(module.kernel_size), strict=True))
+        return (total_w // 2, total_w - total_w // 2, total_h // 2, total_h - total_h // 2)
+    height, width = module.padding
+    return (int(width), int(width), int(height), int(height))

@@ -1,0 +1,123 @@
+"""A moment as it adds up over the calls and micro-batches of a step: as rows while these are few, then as blocks."""
+
+from torch import Tensor
+
+from kfac_sua.preconditioner.forms import (
+    ROW_FORMS,
+    DenseFactor,
+    Factor,
+    PatchFactor,
+    RowFactor,
+    RowsFactor,
+    SumFactor,
+    moments,
+    sum_form,
+)
+from kfac_sua.preconditioner.forms.correlations import can_correlate, patch_moment
+from kfac_sua.preconditioner.forms.patch_rows import PatchRows, can_be_patch_rows
+from kfac_sua.preconditioner.geometry import BlockLayout, LayerGeometry
+
+
+class MomentAccumulator:
+    """Sum of the Gram matrices of rows, kept as rows while there is room for them (see ``cost``) and folded beyond.
+
+    Args:
+        max_rows: Rows to keep at most before folding.
+    """
+
+    def __init__(self, max_rows: int) -> None:
+        self._max_rows = max_rows
+        self._parts: list[RowFactor] = []
+        self._sum: SumFactor | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """Rows kept."""
+        return sum(part.num_rows for part in self._parts)
+
+    def has_room(self, num_rows: int) -> bool:
+        """Whether so many more rows may be kept."""
+        return self._sum is None and self.num_rows + num_rows <= self._max_rows
+
+    def add(self, rows: Tensor) -> None:
+        """Add rows, ``[num_blocks, n, d]``, to be kept if there is room."""
+        if self.has_room(rows.shape[1]):
+            self.keep(RowsFactor(rows.clone()))  # they may be a view of a buffer that the caller goes on using
+        else:
+            self.add_moment(sum_form(rows.shape[-1]).of_rows(rows))
+
+    def keep(self, rows: RowFactor) -> None:
+        """Add rows for which there is room, not copied."""
+        self._parts.append(rows)
+
+    def add_moment(self, moment: SumFactor) -> None:
+        """Add a Gram matrix, which the accumulator may go on to change."""
+        kept, self._parts = self._parts, []
+        for part in kept:
+            self.add_moment(part.summed(sum_form(part.width)))
+        if self._sum is None:
+            self._sum = moment
+        else:
+            self._sum.values.add_(moment.values)
+
+    def factor(self, normaliser: float) -> Factor:
+        """Return the accumulated moment times ``normaliser``."""
+        if self._sum is not None:
+            self._sum.values.mul_(normaliser)
+            return self._sum
+        joined = (form.joined(self._parts, normaliser**0.5) for form in ROW_FORMS)
+        return next(one for one in joined if one is not None)
+
+
+class ActivationAccumulator(MomentAccumulator):
+    """The moment of a layer's inputs under ``expand``, in the form that needs the least work.
+
+    Args:
+        max_rows: Rows to keep at most before folding.
+        geometry: The layer's geometry.
+        layout: Its block layout.
+        max_sampled_rows: Rows measured at most per call; ``None`` for all.
+    """
+
+    def __init__(
+        self, max_rows: int, geometry: LayerGeometry, layout: BlockLayout, max_sampled_rows: int | None
+    ) -> None:
+        super().__init__(max_rows)
+        self._geometry = geometry
+        self._layout = layout
+        self._max_sampled_rows = max_sampled_rows
+        self._inputs: list[Tensor] = []
+
+    def add_inputs(self, inputs: Tensor) -> None:
+        """Add the rows of one call, ``[n, h, w, conv_groups · in_channels]``."""
+        geometry, layout = self._geometry, self._layout
+        num_rows = moments.num_activation_rows(inputs, geometry, layout)
+        if self._max_sampled_rows is not None and num_rows > self._max_sampled_rows:
+            for rows in moments.sampled_activation_rows(inputs, geometry, layout, self._max_sampled_rows):
+                self.add(rows)
+        elif can_be_patch_rows(geometry, layout) and self.has_room(num_rows):
+            self.keep(PatchFactor(PatchRows.read(inputs, geometry)))
+        elif can_correlate(geometry, layout) and not self.has_room(num_rows):
+            self._correlate(inputs)
+        else:
+            for rows in moments.activation_rows(inputs, geometry, layout):
+                self.add(rows)
+
+    def fold_inputs(self) -> None:
+        """Add the moments of inputs that wait for the end of the backward pass."""
+        while self._inputs:
+            self._add_correlations(self._inputs.pop())
+
+    def _correlate(self, inputs: Tensor) -> None:
+        """Add the moment of patches; after the backward pass, where a copy of the inputs is smaller than the moment.
+
+        Until then the activations of all layers are alive, which is when a training step needs most memory.
+        """
+        num_blocks, width = self._layout.activation_blocks
+        if sum(kept.numel() for kept in self._inputs) + inputs.numel() <= num_blocks * width**2:
+            self._inputs.append(inputs.clone())
+        else:
+            self._add_correlations(inputs)
+
+    def _add_correlations(self, inputs: Tensor) -> None:
+        self.add_moment(DenseFactor(patch_moment(inputs, self._geometry, self._layout)))

@@ -1,0 +1,284 @@
+"""What every form of a factor can do, and what a refresh makes of it: the protocol that the other files fill in.
+
+A *factor* is one side of a layer's Kronecker product, normalised over examples: ``num_blocks`` symmetric positive
+semi-definite blocks of width d. It is kept as one tensor: as moments that add up (:class:`SumFactor`), or, while these
+are few, as the rows whose Gram matrix it is (:class:`RowFactor`). A refresh *prepares* it: it gives an inverse that
+multiplies vectors, or an eigenbasis.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from kfac_sua.preconditioner.forms.patch_rows import PatchRows
+from kfac_sua.preconditioner.forms.triangles import triangle_numbers
+from kfac_sua.preconditioner.geometry import ChannelGroups, LayerGeometry
+
+
+@dataclass(frozen=True)
+class BlockMessage:
+    """What the inverse or the eigenbasis of a block is sent as to other processes: a matrix and a vector.
+
+    Args:
+        height: Rows of the matrix.
+        width: Columns of the matrix.
+        is_triangle: Whether its upper triangle says all of it.
+        num_extra: Numbers in the vector.
+    """
+
+    height: int
+    width: int
+    is_triangle: bool
+    num_extra: int
+
+    @property
+    def num_matrix(self) -> int:
+        """Numbers that the matrix is sent as."""
+        return triangle_numbers(self.width) if self.is_triangle else self.height * self.width
+
+    @property
+    def numbers(self) -> int:
+        """Numbers that are sent of a block."""
+        return self.num_matrix + self.num_extra
+
+
+class Prepared(ABC):
+    """What a refresh prepares of a factor: a few named tensors.
+
+    Attributes:
+        names: Names of the tensors, by which a checkpoint knows the form.
+    """
+
+    names: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what a checkpoint keeps, and an application reads, by :attr:`names`."""
+
+    @classmethod
+    @abstractmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], geometry: LayerGeometry) -> Self:
+        """Undo :meth:`tensors`, for a layer of this geometry. The tensors are not copied."""
+
+    @classmethod
+    @abstractmethod
+    def flops_of(cls, factor: "Factor") -> int:
+        """Return the FLOPs that it takes to make of one block of a factor."""
+
+    @classmethod
+    @abstractmethod
+    def message_of(cls, factor: "Factor") -> BlockMessage:
+        """Return what each block of a factor is sent as once it is made, which all processes know beforehand."""
+
+    @abstractmethod
+    def to_message(self) -> tuple[Tensor, Tensor]:
+        """Return matrices ``[num_blocks, height, width]`` and vectors ``[num_blocks, num_extra]``."""
+
+    @classmethod
+    @abstractmethod
+    def from_message(cls, factor: "Factor", matrices: Tensor, extra: Tensor) -> Self:
+        """Undo :meth:`to_message`, given the factor that it was made of.
+
+        Args:
+            factor: The factor.
+            matrices: ``[num_blocks, height, width]``; of triangles, what is below the diagonal is not read.
+            extra: ``[num_blocks, num_extra]``.
+        """
+
+
+class Inverse(Prepared):
+    """The inverse of a damped factor."""
+
+    @abstractmethod
+    def left(self, values: Tensor) -> Tensor:
+        """Multiply ``[num_blocks, d, n]`` from the left."""
+
+    @abstractmethod
+    def right(self, values: Tensor) -> Tensor:
+        """Multiply ``[num_blocks, n, d]`` from the right."""
+
+    @abstractmethod
+    def scale_(self, factor: float) -> None:
+        """Multiply the inverse by a number, in place."""
+
+    def right_of_patches(self, patches: PatchRows, groups: ChannelGroups) -> Tensor:
+        """Multiply patches in channel groups from the right; ``[num_blocks, rows, d]``."""
+        return self.right(patches.blocks(groups))
+
+
+class Factor(ABC):
+    """One side of a layer's Kronecker product, in one of the forms.
+
+    Attributes:
+        name: Name of :attr:`values` in a checkpoint.
+        inverse_form: What :meth:`invert` gives.
+        is_summed: Whether it is kept as moments that add up, or as rows.
+    """
+
+    name: ClassVar[str]
+    inverse_form: ClassVar[type[Inverse]]
+    is_summed: ClassVar[bool]
+
+    @property
+    @abstractmethod
+    def values(self) -> Tensor:
+        """The tensor that it is kept as."""
+
+    @classmethod
+    @abstractmethod
+    def of(cls, values: Tensor, geometry: LayerGeometry) -> Self:
+        """Return the factor that is kept as this tensor, of a layer of this geometry."""
+
+    @abstractmethod
+    def with_values(self, values: Tensor) -> Self:
+        """Return the same form with other numbers, of perhaps fewer blocks."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks."""
+        return len(self.values)
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """Width d of a block."""
+
+    @property
+    @abstractmethod
+    def core_width(self) -> int:
+        """Width of the matrices that :meth:`core` gives."""
+
+    @abstractmethod
+    def traces(self) -> Tensor:
+        """Trace of every block, ``[num_blocks]``."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """Return the blocks, ``[num_blocks, d, d]``."""
+
+    @abstractmethod
+    def summed(self, form: type["SumFactor"]) -> "SumFactor":
+        """Return the same moments so that they add up with others: in this form, unless they do already."""
+
+    @abstractmethod
+    def times(self, values: Tensor) -> Tensor:
+        """Multiply ``[num_blocks, d, n]`` by the blocks, without forming them from rows."""
+
+    @abstractmethod
+    def core(self) -> Tensor:
+        """Return a new matrix per block that has its non-zero eigenvalues, ``[num_blocks, core_width, core_width]``."""
+
+    @abstractmethod
+    def loses(self, dampings: Tensor) -> Tensor:
+        """Whether the inverse would divide rounding errors by these dampings, ``[num_blocks]`` each."""
+
+    @classmethod
+    @abstractmethod
+    def invert(cls, factors: Sequence[Self], triangles: Sequence[Tensor], dampings: Sequence[Tensor]) -> list[Inverse]:
+        """Return the inverses of factors in this form whose cores have one width, dtype and device.
+
+        Args:
+            factors: The factors.
+            triangles: For each, L of its damped cores L Lᵀ, ``[num_blocks, core_width, core_width]``.
+            dampings: For each, the damping in them, ``[num_blocks]``.
+        """
+
+    def part(self, blocks: slice) -> Self:
+        """Return some of the blocks, not copied."""
+        return self.with_values(self.values[blocks])
+
+    def in_float64(self, indices: Tensor) -> Self:
+        """Return some of the blocks, in float64."""
+        return self.with_values(self.values[indices].double())
+
+
+class SumFactor(Factor):
+    """A factor kept as moments, which add up over rows, micro-batches, processes and time."""
+
+    is_summed: ClassVar[bool] = True
+
+    @classmethod
+    @abstractmethod
+    def is_chosen(cls, width: int) -> bool:
+        """Whether moments of blocks of this width are kept in this form, if those before it in the list are not."""
+
+    @classmethod
+    @abstractmethod
+    def of_rows(cls, rows: Tensor) -> Self:
+        """Return the moment of rows ``[num_blocks, rows, d]``."""
+
+    @classmethod
+    @abstractmethod
+    def zeros(cls, num_blocks: int, width: int, like: Tensor) -> Self:
+        """Return the moment of no rows."""
+
+    @abstractmethod
+    def to_numbers(self) -> Tensor:
+        """Return what travels where processes add moments up, ``[numbers]``."""
+
+    @abstractmethod
+    def from_numbers_(self, numbers: Tensor) -> Self:
+        """Undo :meth:`to_numbers` in place, and return the factor."""
+
+    @classmethod
+    @abstractmethod
+    def count_numbers(cls, width: int) -> int:
+        """Return how many numbers :meth:`to_numbers` gives of a block."""
+
+    def summed(self, form: type["SumFactor"]) -> "SumFactor":
+        """Return the factor itself."""
+        del form
+        return self
+
+
+class RowFactor(Factor):
+    """A factor kept as rows U, of rank ≤ rows: the block is UᵀU.
+
+    Attributes:
+        num_sizes: Dimensions of what the rows are kept as, at most 4; rows of several processes, or their examples,
+            are joined along the last but one.
+    """
+
+    num_sizes: ClassVar[int]
+    is_summed: ClassVar[bool] = False
+
+    @property
+    @abstractmethod
+    def num_rows(self) -> int:
+        """Rows of a block."""
+
+    @abstractmethod
+    def formed_rows(self) -> Tensor:
+        """Return U, ``[num_blocks, rows, d]``."""
+
+    @classmethod
+    @abstractmethod
+    def num_rows_of(cls, sizes: Sequence[int], geometry: LayerGeometry) -> int:
+        """Return the rows of a factor that is kept as a tensor of these sizes."""
+
+    @classmethod
+    @abstractmethod
+    def joined(cls, parts: "Sequence[RowFactor]", factor: float) -> Self | None:
+        """Return the rows of all parts, each times a number; ``None`` if this form cannot hold them."""
+
+    @property
+    def core_width(self) -> int:
+        """Number of rows."""
+        return self.num_rows
+
+    def summed(self, form: type[SumFactor]) -> SumFactor:
+        """Return UᵀU."""
+        return form.of_rows(self.formed_rows())
+
+    def times(self, values: Tensor) -> Tensor:
+        """Multiply ``[num_blocks, d, n]`` by UᵀU, without forming it."""
+        rows = self.formed_rows()
+        return torch.bmm(rows.mT, torch.bmm(rows, values))
+
+    def loses(self, dampings: Tensor) -> Tensor:
+        """Whether a damping is below the rounding of I − VᵀV, whose error the Woodbury form divides by it."""
+        return dampings < torch.finfo(dampings.dtype).eps * self.traces()

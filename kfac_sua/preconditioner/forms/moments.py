@@ -1,0 +1,178 @@
+"""Second moments of layer inputs and output gradients, as rows.
+
+Conventions, once: h are inputs, δ gradients of the *un-averaged* per-example loss at the outputs, N examples, S output
+locations, T taps. The Kronecker product approximates the mean per-example Fisher block of the weight gradient in the
+order ``[out, taps, in]`` (PyTorch's ``channels_last`` order of a weight), where K-FAC is
+``kron(gradient_factor, activation_factor)`` and SUA ``kron(gradient_factor, I_T, channel_factor)``.
+
+- ``expand``: S · Ā ⊗ Ḡ, with Ā = mean over n, s of h hᵀ and Ḡ = mean over n, s of δ δᵀ (Grosse & Martens 2016).
+- ``reduce``: E[h̄ h̄ᵀ] ⊗ E[δ̄ δ̄ᵀ], with h̄ the mean and δ̄ the sum over locations (Laurent et al. 2018, eq. 1).
+
+Every function returns rows ``[blocks, rows, d]`` whose Gram matrix over rows is the un-normalised block.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kfac_sua.preconditioner.forms.unfold import cached_read_counts, output_size, pad, patches, split_channels
+from kfac_sua.preconditioner.geometry import BiasBlock, BlockLayout, LayerGeometry
+
+MAX_PATCH_ELEMENTS = 2**25
+"""Numbers in the patches formed at once (128 MiB in float32); larger batches are taken in chunks of examples."""
+
+
+def gradient_rows(output_grads: Tensor, layout: BlockLayout, *, reduce: bool) -> Tensor:
+    """Return the rows of the gradient factor.
+
+    Args:
+        output_grads: ``[n, h', w', conv_groups · out_channels]``.
+        layout: The layer's block layout.
+        reduce: Sum over locations first.
+
+    Returns:
+        ``[conv_groups · P, n · h' · w', p]``, or ``[conv_groups · P, n, p]`` under ``reduce``.
+    """
+    grads = output_grads.flatten(1, 2)  # [n, locations, channels]
+    grads = grads.sum(1) if reduce else grads.flatten(0, 1)  # [rows, channels]
+    return split_channels(grads.unsqueeze(1), layout.conv_groups, layout.gradient)  # [blocks, rows, p]
+
+
+def num_activation_rows(inputs: Tensor, geometry: LayerGeometry, layout: BlockLayout) -> int:
+    """Return how many rows :func:`activation_rows` gives for inputs ``[n, h, w, channels]``."""
+    num_examples, height, width, _ = inputs.shape
+    if layout.taps_in_features:
+        height, width = output_size(geometry, height, width)
+    elif geometry.padding_mode != "zeros":
+        left, right, top, bottom = geometry.padding
+        height, width = height + top + bottom, width + left + right
+    return num_examples * height * width
+
+
+def activation_rows(inputs: Tensor, geometry: LayerGeometry, layout: BlockLayout) -> Iterator[Tensor]:
+    """Yield the rows of the activation factor under ``expand``, in chunks of examples.
+
+    For K-FAC a row is the patch read at one output location; for SUA it is a pixel, see :func:`exact_sua_rows`.
+
+    Args:
+        inputs: ``[n, h, w, conv_groups · in_channels]``.
+        geometry: The layer's geometry.
+        layout: The layer's block layout.
+
+    Yields:
+        ``[conv_groups · Q, rows, d]``.
+    """
+    if not layout.taps_in_features:
+        yield exact_sua_rows(inputs, geometry, layout)
+        return
+    windows = patches(pad(inputs, geometry), geometry)  # [n, h', w', kh, kw, channels], a view
+    per_example = windows[:1].numel()
+    for chunk in windows.split(max(1, MAX_PATCH_ELEMENTS // max(1, per_example))):
+        yield _patch_rows(chunk.flatten(0, 2), layout)  # of [rows, kh, kw, channels]
+
+
+def exact_sua_rows(inputs: Tensor, geometry: LayerGeometry, layout: BlockLayout) -> Tensor:
+    """Return √w_p x_p for every input pixel x_p: rows whose Gram matrix is the exact SUA factor, times T · S · N.
+
+    SUA takes the taps of a kernel as uncorrelated, with one covariance C of the channels: Ā ≈ I_T ⊗ C. The best such
+    approximation in the Frobenius norm is the mean of Ā's T diagonal blocks, one per tap,
+
+        C = 1/(T S N) · Σ_{n,s,t} x_{n,s+t} x_{n,s+t}ᵀ = 1/(T S N) · Σ_{n,p} w_p x_{n,p} x_{n,p}ᵀ
+
+    where w_p, from the geometry alone, counts the (location s, tap t) pairs that read the pixel p. It is right for
+    every stride, padding and dilation, and forms no patch. Where all pixels are read equally often C is their mean
+    moment, which the author's code takes everywhere.
+
+    Args:
+        inputs: ``[n, h, w, conv_groups · in_channels]``.
+        geometry: The layer's geometry.
+        layout: The layer's block layout, with the taps under the identity factor.
+
+    Returns:
+        ``[conv_groups · Q, n · h · w, d]``; ``h`` and ``w`` padded, unless the padding is zeros, which add nothing.
+
+    Reference: Laurent et al. (2018), Sec. 2.1, I ⊗ C; Grosse & Martens (2016), who named it. The projection and its
+    weights w_p are this project's (``docs/mathematics.md``).
+    """
+    if geometry.padding_mode != "zeros":
+        inputs = pad(inputs, geometry)
+    counts = cached_read_counts(geometry, inputs.shape[1], inputs.shape[2], inputs.device, inputs.dtype)  # [h, w]
+    pixels = (inputs * counts.sqrt().unsqueeze(-1)).flatten(0, 2)  # [n · h · w, channels]
+    return split_channels(pixels.unsqueeze(1), layout.conv_groups, layout.activation)  # [blocks, n · h · w, d]
+
+
+def sampled_activation_rows(
+    inputs: Tensor, geometry: LayerGeometry, layout: BlockLayout, most: int
+) -> Iterator[Tensor]:
+    """Yield at most ``most`` of the rows of :func:`activation_rows`, scaled so that the expected moment is the same.
+
+    An approximation: the rows are spread evenly over examples and locations, one from each of ``most`` equal stretches
+    at an offset of the golden ratio's multiples, so that no regular pattern of locations is favoured.
+
+    Args:
+        inputs: ``[n, h, w, conv_groups · in_channels]``.
+        geometry: The layer's geometry.
+        layout: The layer's block layout.
+        most: Rows to take.
+
+    Yields:
+        ``[conv_groups · Q, rows, d]``.
+    """
+    if not layout.taps_in_features:
+        rows = exact_sua_rows(inputs, geometry, layout)  # [blocks, pixels, d]
+        chosen = _spread(rows.shape[1], most, inputs.device)
+        yield rows[:, chosen] * (rows.shape[1] / len(chosen)) ** 0.5
+        return
+    windows = patches(pad(inputs, geometry), geometry)  # [n, h', w', kh, kw, channels], a view
+    height, width = windows.shape[1:3]
+    total = windows.shape[:3].numel()
+    chosen = _spread(total, most, inputs.device)
+    example, row, column = chosen // (height * width), chosen // width % height, chosen % width
+    yield _patch_rows(windows[example, row, column], layout) * (total / len(chosen)) ** 0.5
+
+
+def reduced_activation_rows(inputs: Tensor, geometry: LayerGeometry, layout: BlockLayout) -> Tensor:
+    """Return the rows of the activation factor under ``reduce``: patches summed over locations.
+
+    Args:
+        inputs: ``[n, h, w, conv_groups · in_channels]``.
+        geometry: The layer's geometry.
+        layout: The layer's block layout.
+
+    Returns:
+        K-FAC: ``[conv_groups · Q, n, d]``. SUA: ``[conv_groups · Q, n · taps, d]``, a row per example and tap.
+
+    Reference: Laurent et al. (2018), eq. 1, whose sum over (s, s′) is that over all pairs of locations.
+    """
+    windows = patches(pad(inputs, geometry), geometry)  # [n, h', w', kh, kw, channels]
+    num_locations = windows.shape[1] * windows.shape[2]
+    summed = windows.sum((1, 2)).flatten(1, 2)  # [n, taps, channels]
+    if not layout.taps_in_features:
+        summed = summed.flatten(0, 1).unsqueeze(1)  # [n · taps, 1, channels]
+    rows = split_channels(summed, layout.conv_groups, layout.activation)  # [blocks, rows, d]
+    return _with_bias_coordinate(rows, layout, float(num_locations))
+
+
+def _patch_rows(windows: Tensor, layout: BlockLayout) -> Tensor:
+    """Return patches ``[rows, kh, kw, channels]`` as ``[conv_groups · Q, rows, d]``."""
+    rows = split_channels(windows.flatten(1, 2), layout.conv_groups, layout.activation)  # of [rows, taps, channels]
+    return _with_bias_coordinate(rows, layout, 1.0)
+
+
+def _spread(total: int, most: int, device: torch.device) -> Tensor:
+    """Return at most ``most`` of the numbers below ``total``, increasing, one from each of as many equal stretches."""
+    if total <= most:
+        return torch.arange(total, device=device)
+    stretch = torch.arange(most, device=device)
+    start, stop = stretch * total // most, (stretch + 1) * total // most
+    offset = torch.frac(stretch.double() * ((5**0.5 - 1) / 2))
+    return start + (offset * (stop - start)).long()
+
+
+def _with_bias_coordinate(rows: Tensor, layout: BlockLayout, value: float) -> Tensor:
+    """Append a number to rows ``[blocks, rows, d − 1]`` where the bias is a coordinate of the activation factor."""
+    if layout.bias is not BiasBlock.JOINT:
+        return rows
+    return F.pad(rows, (0, 1), value=value)

@@ -1,0 +1,193 @@
+"""Patches: chosen before rows where these are all patches of a convolution, in one block; they are never formed.
+
+The Woodbury identity again, left at (I − Uᵀ(L Lᵀ)⁻¹U)/λ with L Lᵀ = U Uᵀ + λI, since products with patches cost a
+fraction of products with a matrix of their size (see ``patch_rows``).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kfac_sua.preconditioner.forms.dense import DenseFactor
+from kfac_sua.preconditioner.forms.form import BlockMessage, Factor, Inverse, RowFactor
+from kfac_sua.preconditioner.forms.patch_rows import PatchRows, joined, product_width
+from kfac_sua.preconditioner.forms.unfold import output_size
+from kfac_sua.preconditioner.geometry import ChannelGroups, LayerGeometry
+
+
+@dataclass
+class PatchInverse(Inverse):
+    """scale · (I − Uᵀ (L Lᵀ)⁻¹ U), with U the patches of a mini-batch: the Woodbury form that never forms U.
+
+    Args:
+        patches: U, of one block.
+        triangle: L, ``[1, rows, rows]``, lower triangle.
+        scale: ``[1, 1, 1]``.
+    """
+
+    patches: PatchRows
+    triangle: Tensor
+    scale: Tensor
+
+    names: ClassVar[tuple[str, ...]] = ("pixels", "triangle", "scale")
+
+    def left(self, values: Tensor) -> Tensor:
+        """Multiply ``[1, d, n]`` from the left."""
+        return self.right(values.mT).mT  # the inverse is symmetric
+
+    def right(self, values: Tensor) -> Tensor:
+        """Multiply ``[1, n, d]`` from the right."""
+        vectors = values[0].clone(memory_format=torch.contiguous_format)  # [n, d]
+        return self._project_out_(vectors, self.patches.times(vectors))
+
+    def right_of_patches(self, patches: PatchRows, groups: ChannelGroups) -> Tensor:
+        """Multiply patches from the right, as one group; ``[1, rows, d]``."""
+        if patches.pixels.shape[:2] != self.patches.pixels.shape[:2]:
+            return super().right_of_patches(patches, groups)
+        return self._project_out_(patches.rows(), patches.cross(self.patches))
+
+    def _project_out_(self, vectors: Tensor, products: Tensor) -> Tensor:
+        """Turn V ``[n, d]`` into scale · (V − P (L Lᵀ)⁻¹ U), with products P = V Uᵀ ``[n, rows]``; ``[1, n, d]``."""
+        coefficients = torch.cholesky_solve(products.mT, self.triangle[0]).mT  # [n, rows]
+        return self.patches.subtract_combination_(vectors, coefficients).mul_(self.scale[0])[None]
+
+    def scale_(self, factor: float) -> None:
+        """Multiply the inverse by a number, in place."""
+        self.scale.mul_(factor)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return pixels, triangle and scale."""
+        return {"pixels": self.patches.pixels, "triangle": self.triangle, "scale": self.scale}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], geometry: LayerGeometry) -> "PatchInverse":
+        """Undo :meth:`tensors`."""
+        return cls(PatchRows(tensors["pixels"], geometry), tensors["triangle"], tensors["scale"])
+
+    @staticmethod
+    def inversion_flops(patch_width: int, rows: int) -> int:
+        """FLOPs of the Gram matrix between patches (see ``product_width``) and its Cholesky factorisation."""
+        return 2 * rows**2 * patch_width + rows**3 // 3
+
+    @staticmethod
+    def application_flops(width: int, rows: int, vectors: int) -> int:
+        """FLOPs of multiplying vectors, if all taps read a pixel: products with the patches, and two solves."""
+        return vectors * (4 * width * rows + 2 * rows**2)
+
+    @classmethod
+    def flops_of(cls, factor: Factor) -> int:
+        """FLOPs of the one block."""
+        assert isinstance(factor, PatchFactor)
+        return cls.inversion_flops(product_width(factor.patches.geometry), factor.core_width)
+
+    @classmethod
+    def message_of(cls, factor: Factor) -> BlockMessage:
+        """The triangle, and the scale; the pixels are there already."""
+        return BlockMessage(factor.core_width, factor.core_width, is_triangle=True, num_extra=1)
+
+    def to_message(self) -> tuple[Tensor, Tensor]:
+        """Return Lᵀ and the scale."""
+        return self.triangle.mT, self.scale.squeeze(-1)  # [1, rows, rows], [1, 1]
+
+    @classmethod
+    def from_message(cls, factor: Factor, matrices: Tensor, extra: Tensor) -> "PatchInverse":
+        """Take Lᵀ and the scale."""
+        assert isinstance(factor, PatchFactor)
+        return cls(factor.patches, matrices.mT, extra.unsqueeze(-1))  # [1, rows, rows], [1, 1, 1]
+
+
+@dataclass
+class PatchFactor(RowFactor):
+    """Patches of a convolution without groups, as rows of one block.
+
+    Args:
+        patches: U.
+    """
+
+    patches: PatchRows
+
+    name: ClassVar[str] = "pixels"
+    num_sizes: ClassVar[int] = 4
+    inverse_form: ClassVar[type[Inverse]] = PatchInverse
+
+    @property
+    def values(self) -> Tensor:
+        """The pixels, ``[h, w, n, channels]``."""
+        return self.patches.pixels
+
+    @classmethod
+    def of(cls, values: Tensor, geometry: LayerGeometry) -> "PatchFactor":
+        """Return the patches that a layer reads from pixels ``[h, w, n, channels]``."""
+        return cls(PatchRows(values, geometry))
+
+    def with_values(self, values: Tensor) -> "PatchFactor":
+        """Return the patches of other pixels."""
+        return PatchFactor.of(values, self.patches.geometry)
+
+    @property
+    def num_blocks(self) -> int:
+        """One block."""
+        return 1
+
+    @property
+    def width(self) -> int:
+        """Channels times taps."""
+        return self.patches.geometry.in_channels * self.patches.geometry.num_taps
+
+    @property
+    def num_rows(self) -> int:
+        """Number of patches."""
+        return self.patches.num_rows
+
+    @classmethod
+    def num_rows_of(cls, sizes: Sequence[int], geometry: LayerGeometry) -> int:
+        """Return the number of patches that are read from pixels of sizes ``[h, w, n, channels]``."""
+        height, width = output_size(geometry, sizes[0], sizes[1])
+        return height * width * sizes[2]
+
+    @classmethod
+    def joined(cls, parts: Sequence[RowFactor], factor: float) -> "PatchFactor | None":
+        """Return the patches of all parts, times a number, if all are patches of images of one size."""
+        patches = [part.patches for part in parts if isinstance(part, PatchFactor)]
+        if len(patches) < len(parts) or len({part.pixels.shape[:2] for part in patches}) != 1:
+            return None
+        return cls(joined(patches).scaled(factor))
+
+    def formed_rows(self) -> Tensor:
+        """Return U, formed, ``[1, rows, d]``."""
+        return self.patches.rows()[None]
+
+    def traces(self) -> Tensor:
+        """Trace of the block, ``[1]``."""
+        return self.patches.trace()[None]
+
+    def dense(self) -> Tensor:
+        """Return UᵀU, ``[1, d, d]``."""
+        return DenseFactor.of_rows(self.formed_rows()).blocks
+
+    def core(self) -> Tensor:
+        """Return U Uᵀ, ``[1, rows, rows]``."""
+        return self.patches.gram()[None]
+
+    @classmethod
+    def invert(
+        cls, factors: Sequence["PatchFactor"], triangles: Sequence[Tensor], dampings: Sequence[Tensor]
+    ) -> list[Inverse]:
+        """Return patches, triangle and scale as they are."""
+        return [
+            PatchInverse(factor.patches, triangle, damping.reciprocal()[:, None, None])  # scale [1, 1, 1]
+            for factor, triangle, damping in zip(factors, triangles, dampings, strict=True)
+        ]
+
+    def part(self, blocks: slice) -> "PatchFactor":
+        """Return the one block."""
+        del blocks
+        return self
+
+    def in_float64(self, indices: Tensor) -> "PatchFactor":
+        """Return the one block, in float64."""
+        del indices
+        return PatchFactor(self.patches.double())

@@ -1,0 +1,154 @@
+"""Rows: chosen where a mini-batch gives so few that the Woodbury identity needs fewer FLOPs than a dense inverse.
+
+(UᵀU + λI)⁻¹ = (I − VᵀV)/λ, exactly, with V = L⁻¹U and L Lᵀ = U Uᵀ + λI: what is factorised is as wide as there are
+rows, and the block is never formed (Woodbury 1950).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kfac_sua.preconditioner.forms.dense import DenseFactor
+from kfac_sua.preconditioner.forms.form import BlockMessage, Factor, Inverse, RowFactor
+from kfac_sua.preconditioner.geometry import LayerGeometry
+
+
+@dataclass
+class LowRankInverse(Inverse):
+    """scale · (I − rootᵀ root), with ``root`` ``[num_blocks, rows, d]`` and ``scale`` ``[num_blocks, 1, 1]``."""
+
+    root: Tensor
+    scale: Tensor
+
+    names: ClassVar[tuple[str, ...]] = ("root", "scale")
+
+    def left(self, values: Tensor) -> Tensor:
+        """Multiply ``[num_blocks, d, n]`` from the left."""
+        return torch.baddbmm(values, self.root.mT, torch.bmm(self.root, values), alpha=-1).mul_(self.scale)
+
+    def right(self, values: Tensor) -> Tensor:
+        """Multiply ``[num_blocks, n, d]`` from the right."""
+        return torch.baddbmm(values, torch.bmm(values, self.root.mT), self.root, alpha=-1).mul_(self.scale)
+
+    def scale_(self, factor: float) -> None:
+        """Multiply the inverse by a number, in place."""
+        self.scale.mul_(factor)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return root and scale."""
+        return {"root": self.root, "scale": self.scale}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], geometry: LayerGeometry) -> "LowRankInverse":
+        """Undo :meth:`tensors`."""
+        del geometry
+        return cls(**tensors)
+
+    @staticmethod
+    def inversion_flops(width: int, rows: int) -> int:
+        """FLOPs per block: Gram matrix between rows, its Cholesky factorisation, and the triangular solve."""
+        return 2 * rows**2 * width + rows**3 // 3 + rows**2 * width
+
+    @staticmethod
+    def application_flops(width: int, rows: int, vectors: int) -> int:
+        """FLOPs per block of multiplying vectors."""
+        return 4 * vectors * width * rows
+
+    @classmethod
+    def flops_of(cls, factor: Factor) -> int:
+        """FLOPs per block."""
+        return cls.inversion_flops(factor.width, factor.core_width)
+
+    @classmethod
+    def message_of(cls, factor: Factor) -> BlockMessage:
+        """The root, and the scale."""
+        return BlockMessage(factor.core_width, factor.width, is_triangle=False, num_extra=1)
+
+    def to_message(self) -> tuple[Tensor, Tensor]:
+        """Return root and scale."""
+        return self.root, self.scale.squeeze(-1)  # [num_blocks, rows, d], [num_blocks, 1]
+
+    @classmethod
+    def from_message(cls, factor: Factor, matrices: Tensor, extra: Tensor) -> "LowRankInverse":
+        """Take root and scale."""
+        del factor
+        return cls(matrices, extra.unsqueeze(-1))  # [num_blocks, rows, d], [num_blocks, 1, 1]
+
+
+@dataclass
+class RowsFactor(RowFactor):
+    """Rows ``[num_blocks, rows, d]``."""
+
+    rows: Tensor
+
+    name: ClassVar[str] = "rows"
+    num_sizes: ClassVar[int] = 3
+    inverse_form: ClassVar[type[Inverse]] = LowRankInverse
+
+    @property
+    def values(self) -> Tensor:
+        """The rows."""
+        return self.rows
+
+    @classmethod
+    def of(cls, values: Tensor, geometry: LayerGeometry) -> "RowsFactor":
+        """Return the factor of these rows."""
+        del geometry
+        return cls(values)
+
+    def with_values(self, values: Tensor) -> "RowsFactor":
+        """Return other rows."""
+        return RowsFactor(values)
+
+    @property
+    def width(self) -> int:
+        """Width d of a block."""
+        return self.rows.shape[-1]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of a block."""
+        return self.rows.shape[-2]
+
+    @classmethod
+    def num_rows_of(cls, sizes: Sequence[int], geometry: LayerGeometry) -> int:
+        """Return the second of the sizes ``[num_blocks, rows, d]``."""
+        del geometry
+        return sizes[1]
+
+    @classmethod
+    def joined(cls, parts: Sequence[RowFactor], factor: float) -> "RowsFactor":
+        """Return all rows in one tensor, times a number."""
+        return cls(torch.cat([part.formed_rows() for part in parts], dim=1).mul_(factor))  # [num_blocks, all rows, d]
+
+    def formed_rows(self) -> Tensor:
+        """Return the rows themselves."""
+        return self.rows
+
+    def traces(self) -> Tensor:
+        """Trace of every block, ``[num_blocks]``."""
+        return self.rows.square().sum((-2, -1))
+
+    def dense(self) -> Tensor:
+        """Return UᵀU, ``[num_blocks, d, d]``."""
+        return DenseFactor.of_rows(self.rows).blocks
+
+    def core(self) -> Tensor:
+        """Return U Uᵀ, ``[num_blocks, rows, rows]``."""
+        return self.rows @ self.rows.mT
+
+    @classmethod
+    def invert(
+        cls, factors: Sequence["RowsFactor"], triangles: Sequence[Tensor], dampings: Sequence[Tensor]
+    ) -> list[Inverse]:
+        """Return scale and root, one factor after the other: their rows may have other widths."""
+        return [
+            LowRankInverse(
+                torch.linalg.solve_triangular(triangle, factor.rows, upper=False),
+                damping.reciprocal()[:, None, None],  # [num_blocks, 1, 1]
+            )
+            for factor, triangle, damping in zip(factors, triangles, dampings, strict=True)
+        ]

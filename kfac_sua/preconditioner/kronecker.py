@@ -1,0 +1,224 @@
+"""The inverse of a layer's damped Fisher block: a Kronecker product of two sides, one form each.
+
+It multiplies a weight gradient ``[conv_groups, P, p, t, Q, d]`` (see ``geometry``): P groups of p output channels on
+the gradient side, Q blocks of d features on the activation side, t taps under the identity factor.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from kfac_sua.preconditioner.forms import EigenBasis, Inverse, inverse_from_state
+from kfac_sua.preconditioner.geometry import LayerGeometry
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The two sides of a layer's Kronecker product."""
+
+    activation: bool
+    gradient: bool
+
+    def complement(self) -> "Sides":
+        """Return the sides that are not in this."""
+        return Sides(activation=not self.activation, gradient=not self.gradient)
+
+
+BOTH_SIDES = Sides(activation=True, gradient=True)
+NEITHER_SIDE = Sides(activation=False, gradient=False)
+
+
+class LayerInverse(ABC):
+    """Inverse of a layer's damped Fisher block.
+
+    Attributes:
+        names: What a checkpoint keeps, by which it knows the kind.
+    """
+
+    names: ClassVar[tuple[str, ...]]
+
+    @property
+    @abstractmethod
+    def by_sides(self) -> "KroneckerInverse | None":
+        """The inverse, if its sides can be applied one without the other; ``None`` otherwise."""
+
+    @property
+    @abstractmethod
+    def like(self) -> Tensor:
+        """A tensor of the factors' device and precision."""
+
+    @abstractmethod
+    def to_state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps: nested dicts of tensors, by :attr:`names`."""
+
+    @classmethod
+    @abstractmethod
+    def from_state(cls, state: Mapping[str, Any], geometry: LayerGeometry) -> Self:
+        """Undo :meth:`to_state`, for a layer of this geometry."""
+
+    @abstractmethod
+    def tensors(self) -> list[Tensor]:
+        """Return all that is read when it is applied."""
+
+    @abstractmethod
+    def times(self, blocks: Tensor, sides: Sides = BOTH_SIDES) -> Tensor:
+        """Multiply a weight gradient ``[g, P, p, t, Q, d]`` (see ``geometry``) by the inverse, or by some sides of it.
+
+        Returns:
+            The same shape.
+        """
+
+    @abstractmethod
+    def times_bias(self, columns: Tensor) -> Tensor:
+        """Multiply the gradient of a separate bias, ``[g · P, p, 1]``, by the inverse of its block."""
+
+
+@dataclass
+class KroneckerInverse(LayerInverse):
+    """Inverse of a layer's damped Kronecker product under factored damping: of one side, and of the other.
+
+    Args:
+        activation: Inverse of the damped activation factor.
+        gradient: Inverse of the damped gradient factor, already divided by the block's scale.
+        bias_scale: 1 / (1 + activation damping), ``[conv_groups]``: the inverse of the separate bias block's scalar
+            activation factor.
+    """
+
+    activation: Inverse
+    gradient: Inverse
+    bias_scale: Tensor
+
+    names: ClassVar[tuple[str, ...]] = ("activation", "gradient", "bias_scale")
+
+    @property
+    def by_sides(self) -> "KroneckerInverse":
+        """The inverse itself."""
+        return self
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the factors' device and precision."""
+        return self.bias_scale
+
+    def to_state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        sides = {"activation": self.activation.tensors(), "gradient": self.gradient.tensors()}
+        return {**sides, "bias_scale": self.bias_scale}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], geometry: LayerGeometry) -> "KroneckerInverse":
+        """Undo :meth:`to_state`."""
+        activation, gradient = (inverse_from_state(state[side], geometry) for side in ("activation", "gradient"))
+        return cls(activation, gradient, state["bias_scale"])
+
+    def tensors(self) -> list[Tensor]:
+        """Return all that is read when it is applied."""
+        return [*self.activation.tensors().values(), *self.gradient.tensors().values(), self.bias_scale]
+
+    def times(self, blocks: Tensor, sides: Sides = BOTH_SIDES) -> Tensor:
+        """Multiply ``[g, P, p, t, Q, d]`` by both inverse factors (or by one), block by block."""
+        g, num_p, p, t, num_q, d = blocks.shape
+        if sides.gradient:
+            rows = blocks.reshape(g * num_p, p, t * num_q * d)  # [g · P, p, t · Q · d]
+            blocks = self.gradient.left(rows).view(blocks.shape)
+        if not sides.activation:
+            return blocks
+        return weight_view(self.activation.right(activation_view(blocks)), blocks.shape)
+
+    def times_bias(self, columns: Tensor) -> Tensor:
+        """Multiply ``[g · P, p, 1]`` by the inverse gradient factor and that of the scalar activation factor."""
+        scale = self.bias_scale.repeat_interleave(len(columns) // len(self.bias_scale))  # [g · P]
+        return self.gradient.left(columns) * scale[:, None, None]
+
+
+@dataclass
+class KroneckerEigenbasis(LayerInverse):
+    """Eigenbases of a layer's factors, for exact damping: (scale · Ā ⊗ Ḡ + ε I)⁻¹ is diagonal in their product.
+
+    Args:
+        activation: Eigenbasis of the activation factor.
+        gradient: Eigenbasis of the gradient factor.
+        scale: S under ``expand``, 1 under ``reduce``; a 0-d tensor, as a captured step reads it where it lies.
+        damping: ε on the block; a 0-d tensor likewise.
+    """
+
+    activation: EigenBasis
+    gradient: EigenBasis
+    scale: Tensor
+    damping: Tensor
+
+    names: ClassVar[tuple[str, ...]] = ("activation", "gradient", "scale", "damping")
+
+    @property
+    def by_sides(self) -> None:
+        """None: the eigenbasis of one side says nothing alone."""
+        return None
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the factors' device and precision."""
+        return self.activation.values
+
+    def to_state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        sides = {"activation": self.activation.tensors(), "gradient": self.gradient.tensors()}
+        return {**sides, "scale": self.scale, "damping": self.damping}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], geometry: LayerGeometry) -> "KroneckerEigenbasis":
+        """Undo :meth:`to_state`."""
+        activation, gradient = (EigenBasis.from_tensors(state[side], geometry) for side in ("activation", "gradient"))
+        return cls(activation, gradient, state["scale"], state["damping"])
+
+    def tensors(self) -> list[Tensor]:
+        """Return all that is read when it is applied."""
+        return [*self.activation.tensors().values(), *self.gradient.tensors().values(), self.scale, self.damping]
+
+    def times(self, blocks: Tensor, sides: Sides = BOTH_SIDES) -> Tensor:
+        """Divide ``[g, P, p, t, Q, d]`` by scale · products of eigenvalues + ε, in the eigenbases."""
+        assert sides == BOTH_SIDES, "the eigenbasis of one side says nothing alone"
+        rotated = _rotate(blocks, self.gradient.vectors.mT, self.activation.vectors)
+        g, num_p, p, _, num_q, d = blocks.shape
+        gradient_values = self.gradient.values.view(g, num_p, p, 1, 1, 1)
+        activation_values = self.activation.values.view(g, 1, 1, 1, num_q, d)
+        rotated = rotated / (self.scale * gradient_values * activation_values + self.damping)
+        return _rotate(rotated, self.gradient.vectors, self.activation.vectors.mT)
+
+    def times_bias(self, columns: Tensor) -> Tensor:
+        """Divide ``[g · P, p, 1]`` by scale · eigenvalues + ε, in the gradient factor's eigenbasis."""
+        rotated = torch.bmm(self.gradient.vectors.mT, columns)
+        rotated = rotated / (self.scale * self.gradient.values.unsqueeze(-1) + self.damping)  # [g · P, p, 1]
+        return torch.bmm(self.gradient.vectors, rotated)
+
+
+def layer_inverse_from_state(state: Mapping[str, Any], geometry: LayerGeometry) -> LayerInverse | None:
+    """Undo ``to_state``, for a layer of this geometry; ``None`` where the state is empty."""
+    if not state:
+        return None
+    kind = next(kind for kind in (KroneckerInverse, KroneckerEigenbasis) if set(kind.names) == set(state))
+    return kind.from_state(state, geometry)
+
+
+def activation_view(blocks: Tensor) -> Tensor:
+    """View ``[g, P, p, t, Q, d]`` as ``[g · Q, P · p · t, d]``, without a copy unless both g and Q exceed 1."""
+    g, num_p, p, t, num_q, d = blocks.shape
+    rows = blocks.reshape(g, num_p * p * t, num_q, d).transpose(1, 2)  # [g, Q, P · p · t, d]
+    return rows.reshape(g * num_q, num_p * p * t, d)
+
+
+def weight_view(values: Tensor, shape: torch.Size) -> Tensor:
+    """Undo :func:`activation_view`: ``[g · Q, P · p · t, d]`` to a view ``[g, P, p, t, Q, d]``."""
+    g, num_p, p, t, num_q, d = shape
+    return values.view(g, num_q, num_p, p, t, d).permute(0, 2, 3, 4, 1, 5)  # [g, P, p, t, Q, d]
+
+
+def _rotate(blocks: Tensor, gradient_matrix: Tensor, activation_matrix: Tensor) -> Tensor:
+    """Multiply ``[g, P, p, t, Q, d]`` by ``[g · P, p, p]`` from the left and ``[g · Q, d, d]`` from the right."""
+    g, num_p, p, t, num_q, d = blocks.shape
+    rows = blocks.reshape(g * num_p, p, t * num_q * d)  # [g · P, p, t · Q · d]
+    left = torch.bmm(gradient_matrix, rows).view(blocks.shape)
+    return weight_view(torch.bmm(activation_view(left), activation_matrix), blocks.shape)
