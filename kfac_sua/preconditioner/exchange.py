@@ -178,8 +178,8 @@ def read_inverse(factor: Factor, kind: type[P], parts: Sequence[tuple[slice, _Re
         if form.is_triangle:
             unpack_(matrices[blocks], flat)
         else:
-            matrices[blocks] = flat.view(num_blocks, form.height, form.width)
-        extra[blocks] = reader.take(num_blocks * form.num_extra).view(num_blocks, form.num_extra)
+            matrices[blocks] = flat.view(num_blocks, form.height, form.width)  # [num_blocks, height, width]
+        extra[blocks] = reader.take(num_blocks * form.num_extra).view(num_blocks, form.num_extra)  # the vectors
     return kind.from_message(factor, matrices, extra)
 
 

@@ -96,7 +96,7 @@ class ChannelGroups:
 
     def merge(self, values: Tensor) -> Tensor:
         """Undo :meth:`split`: ``[..., count, size]`` to ``[..., channels]``, dropping the padding."""
-        return values.flatten(-2)[..., : self.num_channels]
+        return values.flatten(-2)[..., : self.num_channels]  # [..., channels]
 
 
 class BiasBlock(Enum):

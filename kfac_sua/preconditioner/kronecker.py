@@ -124,7 +124,7 @@ class KroneckerInverse(LayerInverse):
         g, num_p, p, t, num_q, d = blocks.shape
         if sides.gradient:
             rows = blocks.reshape(g * num_p, p, t * num_q * d)  # [g · P, p, t · Q · d]
-            blocks = self.gradient.left(rows).view(blocks.shape)
+            blocks = self.gradient.left(rows).view(blocks.shape)  # [g, P, p, t, Q, d]
         if not sides.activation:
             return blocks
         return weight_view(self.activation.right(activation_view(blocks)), blocks.shape)
@@ -185,12 +185,12 @@ class KroneckerEigenbasis(LayerInverse):
         g, num_p, p, _, num_q, d = blocks.shape
         gradient_values = self.gradient.values.view(g, num_p, p, 1, 1, 1)
         activation_values = self.activation.values.view(g, 1, 1, 1, num_q, d)
-        rotated = rotated / (self.scale * gradient_values * activation_values + self.damping)
+        rotated = rotated / (self.scale * gradient_values * activation_values + self.damping)  # [g, P, p, t, Q, d]
         return _rotate(rotated, self.gradient.vectors, self.activation.vectors.mT)
 
     def times_bias(self, columns: Tensor) -> Tensor:
         """Divide ``[g · P, p, 1]`` by scale · eigenvalues + ε, in the gradient factor's eigenbasis."""
-        rotated = torch.bmm(self.gradient.vectors.mT, columns)
+        rotated = torch.bmm(self.gradient.vectors.mT, columns)  # [g · P, p, 1]
         rotated = rotated / (self.scale * self.gradient.values.unsqueeze(-1) + self.damping)  # [g · P, p, 1]
         return torch.bmm(self.gradient.vectors, rotated)
 
@@ -207,7 +207,7 @@ def activation_view(blocks: Tensor) -> Tensor:
     """View ``[g, P, p, t, Q, d]`` as ``[g · Q, P · p · t, d]``, without a copy unless both g and Q exceed 1."""
     g, num_p, p, t, num_q, d = blocks.shape
     rows = blocks.reshape(g, num_p * p * t, num_q, d).transpose(1, 2)  # [g, Q, P · p · t, d]
-    return rows.reshape(g * num_q, num_p * p * t, d)
+    return rows.reshape(g * num_q, num_p * p * t, d)  # [g · Q, P · p · t, d]
 
 
 def weight_view(values: Tensor, shape: torch.Size) -> Tensor:
@@ -220,5 +220,5 @@ def _rotate(blocks: Tensor, gradient_matrix: Tensor, activation_matrix: Tensor) 
     """Multiply ``[g, P, p, t, Q, d]`` by ``[g · P, p, p]`` from the left and ``[g · Q, d, d]`` from the right."""
     g, num_p, p, t, num_q, d = blocks.shape
     rows = blocks.reshape(g * num_p, p, t * num_q * d)  # [g · P, p, t · Q · d]
-    left = torch.bmm(gradient_matrix, rows).view(blocks.shape)
+    left = torch.bmm(gradient_matrix, rows).view(blocks.shape)  # [g, P, p, t, Q, d]
     return weight_view(torch.bmm(activation_view(left), activation_matrix), blocks.shape)

@@ -168,7 +168,8 @@ class Processes:
                     moments.append(moment.with_values(moment.values * side.weights[self.rank]))
         if not moments:
             return
-        self.add_up_(flat := torch.cat([moment.to_numbers() for moment in moments]), "moments")
+        flat = torch.cat([piece.flatten() for moment in moments for piece in moment.pieces()])  # [numbers]
+        self.add_up_(flat, "moments")
         sizes = [moment.num_blocks * moment.count_numbers(moment.width) for moment in moments]
         for moment, numbers in zip(moments, flat.split(sizes), strict=True):
             yield moment.from_numbers_(numbers)
@@ -246,7 +247,7 @@ def _split(flat: Tensor, sizes: Sequence[tuple[int, ...]]) -> Iterator[Tensor]:
     """Yield tensors of these sizes from the front of ``[numbers]``."""
     start = 0
     for one in sizes:
-        yield flat[start : start + math.prod(one)].view(one)
+        yield flat[start : start + math.prod(one)].view(one)  # of these sizes
         start += math.prod(one)
 
 

@@ -207,12 +207,11 @@ def _is_autocast(device_type: str) -> bool:
 def _transform(values: Tensor, inverse: Inverse, conv_groups: int, groups: ChannelGroups, dtype: torch.dtype) -> Tensor:
     """Multiply the channels of ``[n, conv_groups · channels, h, w]`` by inverse blocks, pixel by pixel."""
     pixels = values.to(dtype).permute(0, 2, 3, 1)  # [n, h, w, channels]
-    rows = groups.split(
-        pixels.flatten(0, 2).unflatten(-1, (conv_groups, groups.num_channels))
-    )  # [rows, g, count, size]
-    blocks = rows.flatten(1, 2).transpose(0, 1)  # [g · count, rows, size]
-    result = inverse.right(blocks).transpose(0, 1).unflatten(1, (conv_groups, groups.count))
-    return groups.merge(result).reshape(pixels.shape).permute(0, 3, 1, 2).to(values.dtype)
+    rows = pixels.flatten(0, 2).unflatten(-1, (conv_groups, groups.num_channels))  # [rows, g, channels]
+    blocks = groups.split(rows).flatten(1, 2).transpose(0, 1)  # [g · count, rows, size]
+    result = inverse.right(blocks).transpose(0, 1)  # [rows, g · count, size]
+    merged = groups.merge(result.unflatten(1, (conv_groups, groups.count)))  # [rows, g, channels]
+    return merged.reshape(pixels.shape).permute(0, 3, 1, 2).to(values.dtype)  # [n, g · channels, h, w]
 
 
 def _transform_patches(inputs: Tensor, site: TwoSidedForward, inverse: KroneckerInverse) -> Tensor:
@@ -221,11 +220,12 @@ def _transform_patches(inputs: Tensor, site: TwoSidedForward, inverse: Kronecker
     patches = PatchRows.read(to_locations(inputs.to(inverse.like.dtype), site.geometry), site.geometry)
     transformed = inverse.activation.right_of_patches(patches, groups)  # [Q, rows, taps · size]
     transformed = transformed.unflatten(-1, (site.layout.num_taps, -1)).permute(1, 2, 0, 3)  # [rows, taps, Q, size]
-    return groups.merge(transformed).flatten(1).to(inputs.dtype)
+    return groups.merge(transformed).flatten(1).to(inputs.dtype)  # [rows, taps · channels]
 
 
 def _weight_grad_of_rows(rows: Tensor, output_grad: Tensor, shape: torch.Size) -> Tensor:
     """Return Σ δ pᵀ over rows p, ``[rows, taps · channels]`` in the order of patches, in the shape of the weight."""
     grads = output_grad.permute(2, 3, 0, 1).flatten(0, 2)  # [rows, out]
     out_channels, _, height, width = shape
-    return (grads.mT @ rows).view(out_channels, height, width, -1).permute(0, 3, 1, 2)
+    weight_grad = (grads.mT @ rows).view(out_channels, height, width, -1)  # [out, kh, kw, channels]
+    return weight_grad.permute(0, 3, 1, 2)  # [out, channels, kh, kw]

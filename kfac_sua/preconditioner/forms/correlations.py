@@ -36,23 +36,27 @@ def patch_moment(inputs: Tensor, geometry: LayerGeometry, layout: BlockLayout) -
         layout: Its block layout.
 
     Returns:
-        Symmetric blocks ``[conv_groups · Q, taps · channels, taps · channels]``.
+        Symmetric blocks ``[conv_groups · Q, taps · channels, taps · channels]``, to be divided by N · S.
+
+    Reference: Ā of Grosse & Martens (2016), K-FAC for convolutions; to sum over image rows is this project's way.
     """
     rows, top = _image_rows(inputs, geometry, layout)  # [blocks, h, n · w', kw · a]
     kernel_height, step = geometry.kernel_size[0], geometry.dilation[0]
     width = rows.shape[-1]
-    moment = rows.new_zeros(rows.shape[0], kernel_height, width, kernel_height, width)
+    moment = rows.new_zeros(
+        rows.shape[0], kernel_height, width, kernel_height, width
+    )  # [blocks, kh, kw · a, kh, kw · a]
     for offset in range(kernel_height):
         for start, stop, taps in _shared_rows(rows.shape[1], top, offset, geometry):
             upper = rows[:, start:stop].flatten(1, 2)  # [blocks, rows, kw · a]
-            lower = rows[:, start + offset * step : stop + offset * step].flatten(1, 2)
-            product = upper.mT @ lower if offset else gram(upper)
+            lower = rows[:, start + offset * step : stop + offset * step].flatten(1, 2)  # the same
+            product = upper.mT @ lower if offset else gram(upper)  # [blocks, kw · a, kw · a]
             for tap in taps:
                 moment[:, tap, :, tap + offset] += product
     for tap in range(kernel_height):
         for other in range(tap + 1, kernel_height):
-            moment[:, other, :, tap] = moment[:, tap, :, other].mT
-    return moment.flatten(3).flatten(1, 2)
+            moment[:, other, :, tap] = moment[:, tap, :, other].mT  # [blocks, kw · a, kw · a]
+    return moment.flatten(3).flatten(1, 2)  # [blocks, taps · a, taps · a]
 
 
 def _image_rows(inputs: Tensor, geometry: LayerGeometry, layout: BlockLayout) -> tuple[Tensor, int]:
@@ -69,8 +73,9 @@ def _image_rows(inputs: Tensor, geometry: LayerGeometry, layout: BlockLayout) ->
     windows = inputs.unfold(2, step * (taps - 1) + 1, stride)[..., ::step]  # [n, h, w', channels, kw]
     windows = windows.permute(1, 0, 2, 4, 3).flatten(1, 2)  # [h, n · w', kw, channels]
     height, num = windows.shape[:2]
-    blocks = split_channels(windows.flatten(0, 1), layout.conv_groups, layout.activation)
-    return blocks.unflatten(1, (height, num)), top
+    rows = windows.flatten(0, 1)  # [h · n · w', kw, channels]
+    blocks = split_channels(rows, layout.conv_groups, layout.activation)  # [blocks, h · n · w', kw · a]
+    return blocks.unflatten(1, (height, num)), top  # [blocks, h, n · w', kw · a]
 
 
 def _shared_rows(height: int, top: int, offset: int, geometry: LayerGeometry) -> Iterator[tuple[int, int, list[int]]]:

@@ -3,7 +3,7 @@
 Moments add up. A block is inverted by its Cholesky factorisation, those of equal size in one call.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kfac_sua.preconditioner.forms.form import BlockMessage, Factor, Inverse, SumFactor
 from kfac_sua.preconditioner.forms.patch_rows import PatchRows
-from kfac_sua.preconditioner.forms.triangles import mirrored_, packed, triangle_numbers, unpack_
+from kfac_sua.preconditioner.forms.triangles import mirrored_, triangle_numbers, triangle_pieces, unpack_
 from kfac_sua.preconditioner.geometry import ChannelGroups, LayerGeometry
 
 SYMMETRIC_WIDTH = 256
@@ -23,12 +23,19 @@ MAX_READ_SHARE = 0.5
 
 
 def gram(rows: Tensor) -> Tensor:
-    """Return rowsᵀ rows of ``[blocks, rows, d]``, as ``[blocks, d, d]``; of wide blocks, one triangle is computed."""
+    """Return UᵀU = Σ_r u_r u_rᵀ, the moment of rows u_r; of wide blocks one triangle is computed, and mirrored.
+
+    Args:
+        rows: U, ``[num_blocks, rows, d]``.
+
+    Returns:
+        ``[num_blocks, d, d]``, symmetric to rounding.
+    """
     width = rows.shape[-1]
     if width < SYMMETRIC_WIDTH:
         return rows.mT @ rows  # [blocks, d, d]
     left, right = rows.split([width // 2, width - width // 2], dim=-1)  # [blocks, rows, d / 2] each
-    product = left.mT @ right
+    product = left.mT @ right  # [blocks, d / 2, d / 2]
     upper = torch.cat([gram(left), product], dim=-1)  # [blocks, d / 2, d]
     return torch.cat([upper, torch.cat([product.mT, gram(right)], dim=-1)], dim=-2)  # [blocks, d, d]
 
@@ -189,9 +196,9 @@ class DenseFactor(SumFactor):
         blocks = torch.cholesky_inverse(joined(triangles))  # [blocks of all factors, d, d]
         return [DenseInverse(part) for part in blocks.split([len(triangle) for triangle in triangles])]
 
-    def to_numbers(self) -> Tensor:
-        """Return the upper triangles of all blocks, ``[numbers]``."""
-        return packed(self.blocks)
+    def pieces(self) -> Iterator[Tensor]:
+        """Yield what covers the upper triangles of all blocks."""
+        return triangle_pieces(self.blocks)
 
     def from_numbers_(self, numbers: Tensor) -> "DenseFactor":
         """Fill the blocks from their upper triangles."""

@@ -7,7 +7,7 @@ multiplies vectors, or an eigenbasis.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -26,7 +26,7 @@ class BlockMessage:
     Args:
         height: Rows of the matrix.
         width: Columns of the matrix.
-        is_triangle: Whether its upper triangle says all of it.
+        is_triangle: Whether its upper triangle (see ``triangles``) says all of it.
         num_extra: Numbers in the vector.
     """
 
@@ -85,7 +85,7 @@ class Prepared(ABC):
 
         Args:
             factor: The factor.
-            matrices: ``[num_blocks, height, width]``; of triangles, what is below the diagonal is not read.
+            matrices: ``[num_blocks, height, width]``; of triangles, what ``triangle_pieces`` leaves out is not read.
             extra: ``[num_blocks, num_extra]``.
         """
 
@@ -217,17 +217,17 @@ class SumFactor(Factor):
         """Return the moment of no rows."""
 
     @abstractmethod
-    def to_numbers(self) -> Tensor:
-        """Return what travels where processes add moments up, ``[numbers]``."""
+    def pieces(self) -> Iterator[Tensor]:
+        """Yield views of what travels where processes add moments up."""
 
     @abstractmethod
     def from_numbers_(self, numbers: Tensor) -> Self:
-        """Undo :meth:`to_numbers` in place, and return the factor."""
+        """Fill the factor from the numbers of all :meth:`pieces`, one after the other, and return it."""
 
     @classmethod
     @abstractmethod
     def count_numbers(cls, width: int) -> int:
-        """Return how many numbers :meth:`to_numbers` gives of a block."""
+        """Return how many numbers are in the :meth:`pieces` of a block of this width."""
 
     def summed(self, form: type["SumFactor"]) -> "SumFactor":
         """Return the factor itself."""
@@ -277,7 +277,7 @@ class RowFactor(Factor):
     def times(self, values: Tensor) -> Tensor:
         """Multiply ``[num_blocks, d, n]`` by UᵀU, without forming it."""
         rows = self.formed_rows()
-        return torch.bmm(rows.mT, torch.bmm(rows, values))
+        return torch.bmm(rows.mT, torch.bmm(rows, values))  # [num_blocks, d, n]
 
     def loses(self, dampings: Tensor) -> Tensor:
         """Whether a damping is below the rounding of I − VᵀV, whose error the Woodbury form divides by it."""

@@ -34,6 +34,8 @@ def gradient_rows(output_grads: Tensor, layout: BlockLayout, *, reduce: bool) ->
 
     Returns:
         ``[conv_groups · P, n · h' · w', p]``, or ``[conv_groups · P, n, p]`` under ``reduce``.
+
+    Reference: Ḡ of Grosse & Martens (2016) under ``expand``, E[δ̄ δ̄ᵀ] of Laurent et al. (2018), eq. 1, under ``reduce``.
     """
     grads = output_grads.flatten(1, 2)  # [n, locations, channels]
     grads = grads.sum(1) if reduce else grads.flatten(0, 1)  # [rows, channels]
@@ -41,7 +43,13 @@ def gradient_rows(output_grads: Tensor, layout: BlockLayout, *, reduce: bool) ->
 
 
 def num_activation_rows(inputs: Tensor, geometry: LayerGeometry, layout: BlockLayout) -> int:
-    """Return how many rows :func:`activation_rows` gives for inputs ``[n, h, w, channels]``."""
+    """Return how many rows :func:`activation_rows` gives.
+
+    Args:
+        inputs: ``[n, h, w, channels]``.
+        geometry: The layer's geometry.
+        layout: The layer's block layout.
+    """
     num_examples, height, width, _ = inputs.shape
     if layout.taps_in_features:
         height, width = output_size(geometry, height, width)
@@ -63,6 +71,8 @@ def activation_rows(inputs: Tensor, geometry: LayerGeometry, layout: BlockLayout
 
     Yields:
         ``[conv_groups · Q, rows, d]``.
+
+    Reference: Ā of Grosse & Martens (2016), K-FAC for convolutions; C of :func:`exact_sua_rows`.
     """
     if not layout.taps_in_features:
         yield exact_sua_rows(inputs, geometry, layout)

@@ -105,13 +105,15 @@ class PatchRows:
 
     def rows(self) -> Tensor:
         """Return U, formed: ``[rows, taps · channels]``, a new tensor."""
-        padded = unfold.pad(self.pixels.permute(2, 0, 1, 3), self.geometry)
+        padded = unfold.pad(self.pixels.permute(2, 0, 1, 3), self.geometry)  # [n, h, w, channels]
         windows = unfold.patches(padded, self.geometry).permute(1, 2, 0, 3, 4, 5)  # [h', w', n, kh, kw, channels]
-        return windows.clone(memory_format=torch.contiguous_format).flatten(0, 2).flatten(1)
+        formed = windows.clone(memory_format=torch.contiguous_format)
+        return formed.flatten(0, 2).flatten(1)  # [rows, taps · channels]
 
     def blocks(self, groups: ChannelGroups) -> Tensor:
         """Return U, formed, split into channel groups: ``[Q, rows, taps · size]``."""
-        return unfold.split_channels(self.rows().unflatten(1, (self.geometry.num_taps, -1)), 1, groups)
+        rows = self.rows().unflatten(1, (self.geometry.num_taps, -1))  # [rows, taps, channels]
+        return unfold.split_channels(rows, 1, groups)
 
     def gram(self) -> Tensor:
         """Return U Uᵀ, ``[rows, rows]``."""
@@ -130,15 +132,16 @@ class PatchRows:
         """
         sizes = [*self.pixels.shape[:3], *other.pixels.shape[:3]]
         if math.prod(sizes) > self.geometry.num_taps * self.num_rows * other.num_rows:
-            return self.rows() @ other.rows().mT
-        products = (self.pixels.flatten(0, 2) @ other.pixels.flatten(0, 2).mT).view(sizes)
+            return self.rows() @ other.rows().mT  # [rows of U, rows of W]
+        flat, other_flat = self.pixels.flatten(0, 2), other.pixels.flatten(0, 2)  # [h · w · n, channels]
+        products = (flat @ other_flat.mT).view(sizes)  # [h, w, n, h, w, n of W]
         height, width = self.output_size
-        total = self.pixels.new_zeros(height, width, sizes[2], height, width, sizes[5])
+        total = self.pixels.new_zeros(height, width, sizes[2], height, width, sizes[5])  # [h', w', n, h', w', n of W]
         for rows in self._vertical_reads():
             for columns in self._horizontal_reads():
                 read = products[rows.pixels, columns.pixels, :, rows.pixels, columns.pixels]
                 total[rows.outputs, columns.outputs, :, rows.outputs, columns.outputs] += read
-        return total.flatten(3).flatten(0, 2)
+        return total.flatten(3).flatten(0, 2)  # [rows of U, rows of W]
 
     def multiply(self, matrices: Tensor, groups: ChannelGroups) -> Tensor:
         """Return U times a matrix per channel group.
@@ -155,8 +158,8 @@ class PatchRows:
         product = matrices.new_zeros(len(matrices), *self.output_size, self.pixels.shape[2], matrices.shape[-1])
         for y, x, outputs, read in self._reads():
             target = product[:, *outputs].flatten(1, 2)  # [Q, columns · n, d]
-            target.baddbmm_(pixels[:, *read].flatten(1, 2), taps[:, y, x])
-        return product.flatten(1, 3)
+            target.baddbmm_(pixels[:, *read].flatten(1, 2), taps[:, y, x])  # of [Q, columns · n, size] and [Q, size, d]
+        return product.flatten(1, 3)  # [Q, rows, d]
 
     def times(self, values: Tensor) -> Tensor:
         """Return V Uᵀ.
@@ -171,8 +174,9 @@ class PatchRows:
         out_height, out_width = self.output_size
         product = values.new_zeros(len(values), out_height, out_width, self.pixels.shape[2])
         for y, x, outputs, pixels in self._reads():
-            product[:, *outputs].flatten(1).addmm_(taps[:, y, x], self.pixels[pixels].flatten(0, 1).mT)
-        return product.flatten(1)
+            line = self.pixels[pixels].flatten(0, 1)  # [columns · n, channels]
+            product[:, *outputs].flatten(1).addmm_(taps[:, y, x], line.mT)  # [m, columns · n]
+        return product.flatten(1)  # [m, rows]
 
     def subtract_combination_(self, values: Tensor, coefficients: Tensor) -> Tensor:
         """Subtract Z U from values, in place, and return them.
@@ -185,7 +189,7 @@ class PatchRows:
         locations = coefficients.unflatten(1, (*self.output_size, -1))  # [m, h', w', n]
         for y, x, outputs, read in self._reads():
             lines = self.pixels[read].flatten(0, 1)  # [columns · n, channels]
-            taps[:, y, x].addmm_(locations[:, *outputs].flatten(1), lines, alpha=-1)
+            taps[:, y, x].addmm_(locations[:, *outputs].flatten(1), lines, alpha=-1)  # of [m, columns · n]
         return values
 
     def _reads(self) -> Iterator[tuple[int, int, _Line, _Line]]:

@@ -52,7 +52,7 @@ class PatchInverse(Inverse):
     def _project_out_(self, vectors: Tensor, products: Tensor) -> Tensor:
         """Turn V ``[n, d]`` into scale · (V − P (L Lᵀ)⁻¹ U), with products P = V Uᵀ ``[n, rows]``; ``[1, n, d]``."""
         coefficients = torch.cholesky_solve(products.mT, self.triangle[0]).mT  # [n, rows]
-        return self.patches.subtract_combination_(vectors, coefficients).mul_(self.scale[0])[None]
+        return self.patches.subtract_combination_(vectors, coefficients).mul_(self.scale[0])[None]  # [1, n, d]
 
     def scale_(self, factor: float) -> None:
         """Multiply the inverse by a number, in place."""
@@ -158,7 +158,7 @@ class PatchFactor(RowFactor):
 
     def formed_rows(self) -> Tensor:
         """Return U, formed, ``[1, rows, d]``."""
-        return self.patches.rows()[None]
+        return self.patches.rows()[None]  # [1, rows, d]
 
     def traces(self) -> Tensor:
         """Trace of the block, ``[1]``."""
@@ -170,7 +170,7 @@ class PatchFactor(RowFactor):
 
     def core(self) -> Tensor:
         """Return U Uᵀ, ``[1, rows, rows]``."""
-        return self.patches.gram()[None]
+        return self.patches.gram()[None]  # [1, rows, rows]
 
     @classmethod
     def invert(

@@ -27,11 +27,13 @@ class LowRankInverse(Inverse):
 
     def left(self, values: Tensor) -> Tensor:
         """Multiply ``[num_blocks, d, n]`` from the left."""
-        return torch.baddbmm(values, self.root.mT, torch.bmm(self.root, values), alpha=-1).mul_(self.scale)
+        products = torch.bmm(self.root, values)  # [num_blocks, rows, n]
+        return torch.baddbmm(values, self.root.mT, products, alpha=-1).mul_(self.scale)
 
     def right(self, values: Tensor) -> Tensor:
         """Multiply ``[num_blocks, n, d]`` from the right."""
-        return torch.baddbmm(values, torch.bmm(values, self.root.mT), self.root, alpha=-1).mul_(self.scale)
+        products = torch.bmm(values, self.root.mT)  # [num_blocks, n, rows]
+        return torch.baddbmm(values, products, self.root, alpha=-1).mul_(self.scale)
 
     def scale_(self, factor: float) -> None:
         """Multiply the inverse by a number, in place."""
@@ -138,7 +140,7 @@ class RowsFactor(RowFactor):
 
     def core(self) -> Tensor:
         """Return U Uᵀ, ``[num_blocks, rows, rows]``."""
-        return self.rows @ self.rows.mT
+        return self.rows @ self.rows.mT  # [num_blocks, rows, rows]
 
     @classmethod
     def invert(

@@ -32,14 +32,14 @@ def triangle_numbers(width: int) -> int:
 
 def packed(*blocks: Tensor) -> Tensor:
     """Return the pieces of all ``[num_blocks, d, d]`` one after the other, ``[numbers]``."""
-    return torch.cat([piece.flatten() for block in blocks for piece in triangle_pieces(block)])
+    return torch.cat([piece.flatten() for block in blocks for piece in triangle_pieces(block)])  # [numbers]
 
 
 def unpack_(block: Tensor, flat: Tensor) -> Tensor:
     """Fill the upper triangles of ``[num_blocks, d, d]`` from what :func:`packed` gave of it; return it."""
     start = 0
     for piece in triangle_pieces(block):
-        piece.copy_(flat[start : start + piece.numel()].view(piece.shape))
+        piece.copy_(flat[start : start + piece.numel()].view(piece.shape))  # [num_blocks, height, width]
         start += piece.numel()
     return block
 
@@ -51,5 +51,5 @@ def mirrored_(block: Tensor) -> Tensor:
         half = width // 2
         mirrored_(block[:, :half, :half])
         mirrored_(block[:, half:, half:])
-        block[:, half:, :half] = block[:, :half, half:].mT
+        block[:, half:, :half] = block[:, :half, half:].mT  # [num_blocks, d − half, half]
     return block

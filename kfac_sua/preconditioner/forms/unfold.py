@@ -24,7 +24,16 @@ def to_locations(values: Tensor, geometry: LayerGeometry) -> Tensor:
 
 
 def pad(inputs: Tensor, geometry: LayerGeometry, *, vertical: bool = True) -> Tensor:
-    """Pad ``[n, h, w, c]`` as the layer does; with ``vertical=False``, zeros on the left and on the right only."""
+    """Pad inputs as the layer does.
+
+    Args:
+        inputs: ``[n, h, w, c]``.
+        geometry: The layer's geometry.
+        vertical: False for zeros on the left and on the right only.
+
+    Returns:
+        ``[n, padded h, padded w, c]``; the inputs themselves where there is nothing to pad.
+    """
     left, right, top, bottom = geometry.padding
     if not vertical:
         return F.pad(inputs, (0, 0, left, right)) if left or right else inputs
@@ -37,7 +46,15 @@ def pad(inputs: Tensor, geometry: LayerGeometry, *, vertical: bool = True) -> Te
 
 
 def patches(padded: Tensor, geometry: LayerGeometry) -> Tensor:
-    """View padded inputs ``[n, h, w, c]`` as patches ``[n, h', w', kh, kw, c]`` without a copy."""
+    """View padded inputs as the patches that the kernel reads at every output location, without a copy.
+
+    Args:
+        padded: ``[n, h, w, c]``, what :func:`pad` gave.
+        geometry: The layer's geometry.
+
+    Returns:
+        ``[n, h', w', kh, kw, c]``: what ``torch.nn.functional.unfold`` copies, channels last.
+    """
     (kh, kw), (sh, sw), (dh, dw) = geometry.kernel_size, geometry.stride, geometry.dilation
     windows = padded.unfold(1, dh * (kh - 1) + 1, sh).unfold(2, dw * (kw - 1) + 1, sw)  # [n, h', w', c, ..., ...]
     return windows[..., ::dh, ::dw].permute(0, 1, 2, 4, 5, 3)  # [n, h', w', kh, kw, c]
@@ -55,9 +72,9 @@ def read_counts(size: int, kernel_size: int, stride: int, dilation: int) -> Tens
     Returns:
         Integer counts, ``[size]``.
     """
-    reads = stride * torch.arange(_num_outputs(size, kernel_size, stride, dilation))[:, None]
+    reads = stride * torch.arange(_num_outputs(size, kernel_size, stride, dilation))[:, None]  # [locations, 1]
     reads = reads + dilation * torch.arange(kernel_size)  # [locations, taps]
-    return torch.bincount(reads.flatten(), minlength=size)
+    return torch.bincount(reads.flatten(), minlength=size)  # [size]
 
 
 def pixel_read_counts(geometry: LayerGeometry, height: int, width: int) -> Tensor:
@@ -67,12 +84,15 @@ def pixel_read_counts(geometry: LayerGeometry, height: int, width: int) -> Tenso
         geometry: The layer's geometry.
         height: Height of the input, not yet padded if the padding is zeros, padded in all other modes.
         width: Width of the input, likewise.
+
+    Returns:
+        Integer counts w_p, the weights of :func:`~kfac_sua.preconditioner.forms.moments.exact_sua_rows`.
     """
     left, right, top, bottom = geometry.padding if geometry.padding_mode == "zeros" else (0, 0, 0, 0)
     (kh, kw), (sh, sw), (dh, dw) = geometry.kernel_size, geometry.stride, geometry.dilation
     rows = read_counts(height + top + bottom, kh, sh, dh)[top : top + height]
     columns = read_counts(width + left + right, kw, sw, dw)[left : left + width]
-    return torch.outer(rows, columns)
+    return torch.outer(rows, columns)  # [height, width]
 
 
 @lru_cache(maxsize=256)
@@ -84,14 +104,29 @@ def cached_read_counts(
 
 
 def output_size(geometry: LayerGeometry, height: int, width: int) -> tuple[int, int]:
-    """Return the output's height and width for an input that is not yet padded."""
+    """Return height and width of a layer's output, in pixels.
+
+    Args:
+        geometry: The layer's geometry.
+        height: Height of the input, not yet padded.
+        width: Width of the input, likewise.
+    """
     left, right, top, bottom = geometry.padding
     (kh, kw), (sh, sw), (dh, dw) = geometry.kernel_size, geometry.stride, geometry.dilation
     return _num_outputs(height + top + bottom, kh, sh, dh), _num_outputs(width + left + right, kw, sw, dw)
 
 
 def split_channels(values: Tensor, conv_groups: int, groups: ChannelGroups) -> Tensor:
-    """Split ``[rows, taps, conv_groups · channels]`` into ``[conv_groups · count, rows, taps · size]``."""
+    """Split the channels of rows into the blocks of convolution groups and channel groups.
+
+    Args:
+        values: ``[rows, taps, conv_groups · channels]``.
+        conv_groups: Groups of the convolution.
+        groups: Channel groups of each of them; a ragged last one is padded with zeros.
+
+    Returns:
+        ``[conv_groups · count, rows, taps · size]``.
+    """
     split = groups.split(values.unflatten(-1, (conv_groups, groups.num_channels)))  # [rows, taps, g, count, size]
     return split.permute(2, 3, 0, 1, 4).flatten(3).flatten(0, 1)  # [g · count, rows, taps · size]
 
