@@ -83,14 +83,9 @@ def invert_factors(factors: Sequence[Factor], dampings: Sequence[Tensor]) -> lis
     factorised = dict(enumerate(_factorise(factors, dampings)))
     results: dict[int, Outcome[Inverse]] = {}
     for members in _batches([(*_core_key(factor), type(factor)) for factor in factors]):
-        parts = [factorised.pop(i) for i in members]  # a triangle may be as large as its inverse: let go of it
-        inverses = type(factors[members[0]]).invert(
-            [factors[i] for i in members],
-            [part.inverse.triangles for part in parts],
-            [part.inverse.dampings for part in parts],
-        )
-        for i, part, inverse in zip(members, parts, inverses, strict=True):
-            results[i] = part.with_inverse(inverse)
+        # A triangle may be as large as its inverse: none is held beyond this call.
+        made = _inverted([factors[i] for i in members], [factorised.pop(i) for i in members])
+        results |= dict(zip(members, made, strict=True))
     return [results[i] for i in range(len(factors))]
 
 
@@ -109,6 +104,13 @@ def eigendecompose_factors(factors: Sequence[Factor]) -> list[EigenBasis | None]
         for i, basis in zip(members, _eigenbases([blocks[i] for i in members]), strict=True):
             bases[i] = basis
     return bases
+
+
+def _inverted(factors: list[Factor], factorised: list[Outcome[_Factorisation]]) -> list[Outcome[Inverse]]:
+    """Invert factors in one form, whose cores have one width, dtype and device."""
+    triangles = [one.inverse.triangles for one in factorised]
+    inverses = type(factors[0]).invert(factors, triangles, [one.inverse.dampings for one in factorised])
+    return [one.with_inverse(inverse) for one, inverse in zip(factorised, inverses, strict=True)]
 
 
 def _eigenbases(parts: list[Tensor]) -> list[EigenBasis | None]:
