@@ -58,10 +58,9 @@ def quadratic_form(weight: Tensor, bias: Tensor | None, layout: BlockLayout, fac
     bias = None if bias is None else bias.to(dtype)
     blocks = _to_blocks(weight.to(dtype), bias, layout)  # [g, P, p, t, Q, d]
     g, num_p, p, t, num_q, d = blocks.shape
-    rows = blocks.reshape(g * num_p, p, t * num_q * d)  # [g · P, p, t · Q · d]
-    left = factors.gradient.times(rows).view(blocks.shape)  # [g, P, p, t, Q, d]
-    columns = activation_view(left).mT  # [g · Q, d, P · p · t]
-    product = weight_view(factors.activation.times(columns).mT, blocks.shape)  # [g, P, p, t, Q, d]
+    # [g · P, p, t · Q · d] and back, then [g · Q, d, P · p · t] and back; unnamed, as reshape may have copied
+    left = factors.gradient.times(blocks.reshape(g * num_p, p, t * num_q * d)).view(blocks.shape)
+    product = weight_view(factors.activation.times(activation_view(left).mT).mT, blocks.shape)
     total = (blocks * product).sum()
     if bias is not None and layout.bias is BiasBlock.SEPARATE:
         columns = _bias_blocks(bias, layout)  # [g · P, p, 1]; the bias's activation factor is 1

@@ -27,14 +27,12 @@ class _Task(Generic[P]):
     """What is done to factors.
 
     Args:
-        kind: Of a factor, what is made of it.
-        make: Makes it of some blocks of factors, given their dampings.
-        is_eigenbasis: Whether these are eigenbases.
+        kind: Returns the class of what is made of a factor.
+        make: Makes it, of some blocks of factors, given their dampings.
     """
 
     kind: Callable[[Factor], type[P]]
     make: Callable[[list[Factor], list[Tensor]], Sequence[Outcome[P]]]
-    is_eigenbasis: bool
 
 
 class SharedInversion:
@@ -63,18 +61,18 @@ class SharedInversion:
         Returns:
             One outcome per factor, in order.
         """
-        task = _Task[Inverse](lambda factor: factor.inverse_form, alone.invert_factors, is_eigenbasis=False)
+        task = _Task[Inverse](lambda factor: factor.inverse_form, alone.invert_factors)
         return self._make_all(factors, dampings, task)
 
     def eigendecompose_factors(self, factors: Sequence[Factor]) -> list[EigenBasis | None]:
         """Do what ``invert.eigendecompose_factors`` does, all processes together."""
         undamped = [factor.values.new_zeros(factor.num_blocks) for factor in factors]
-        task = _Task(lambda factor: EigenBasis, _decompose, is_eigenbasis=True)
+        task = _Task(lambda factor: EigenBasis, _decompose)
         return [None if made.num_failed else made.inverse for made in self._make_all(factors, undamped, task)]
 
     def _make_all(self, factors: Sequence[Factor], dampings: Sequence[Tensor], task: _Task[P]) -> list[Outcome[P]]:
         rank, device = self.processes.rank, factors[0].values.device
-        works = [Work.of(factor, is_eigenbasis=task.is_eigenbasis) for factor in factors]
+        works = [Work.making(task.kind(factor), factor) for factor in factors]
         plan = plan_sharing(works, self.processes.size, machine_balance(device, self.flops_per_byte))
         self.plan = plan
         # Not in one call with this process's share: what else is in a batch can change the last bits of a result.
@@ -115,7 +113,7 @@ def to_message(made: Sequence[Outcome[P]], forms: Sequence[BlockMessage], like: 
     """
     counts = [[one.num_failed, one.num_raised, one.raised_by] for one in made]
     numbers = (part for one, form in zip(made, forms, strict=True) for part in _numbers(one.inverse, form))
-    return torch.cat([like.new_tensor(counts).flatten(), *numbers])
+    return torch.cat([like.new_tensor(counts).flatten(), *numbers])  # [numbers]
 
 
 def read_messages(
@@ -127,7 +125,7 @@ def read_messages(
         messages: What :func:`to_message` gave on each process, perhaps with more behind it.
         plan: Who made what.
         factors: All factors of the plan.
-        kind: Of a factor, what was made of it.
+        kind: Returns the class of what was made of a factor.
 
     Returns:
         The factors whose inverses have the messages' precision. Waits for the device once.
@@ -170,24 +168,25 @@ def read_inverse(factor: Factor, kind: type[P], parts: Sequence[tuple[slice, _Re
         parts: Which blocks to read from which message; zeros stand for all others.
     """
     values, form = factor.values, kind.message_of(factor)
-    matrices = values.new_zeros(factor.num_blocks, form.height, form.width)
-    extra = values.new_empty(factor.num_blocks, form.num_extra)
+    matrices = values.new_zeros(factor.num_blocks, form.height, form.width)  # [num_blocks, height, width]
+    extra = values.new_empty(factor.num_blocks, form.num_extra)  # [num_blocks, num_extra]
     for blocks, reader in parts:
         num_blocks = blocks.stop - blocks.start
         flat = reader.take(num_blocks * form.num_matrix)
         if form.is_triangle:
             unpack_(matrices[blocks], flat)
         else:
-            matrices[blocks] = flat.view(num_blocks, form.height, form.width)  # [num_blocks, height, width]
-        extra[blocks] = reader.take(num_blocks * form.num_extra).view(num_blocks, form.num_extra)  # the vectors
+            matrices[blocks] = flat.view(num_blocks, form.height, form.width)
+        flat = reader.take(num_blocks * form.num_extra)
+        extra[blocks] = flat.view(num_blocks, form.num_extra)
     return kind.from_message(factor, matrices, extra)
 
 
 def _numbers(inverse: Prepared, form: BlockMessage) -> Iterator[Tensor]:
     """Yield what an inverse is sent as."""
     matrices, extra = inverse.to_message()
-    yield packed(matrices) if form.is_triangle else matrices.flatten()
-    yield extra.flatten()
+    yield packed(matrices) if form.is_triangle else matrices.flatten()  # [numbers]
+    yield extra.flatten()  # [numbers]
 
 
 def _decompose(factors: list[Factor], undamped: list[Tensor]) -> list[Outcome[EigenBasis]]:

@@ -36,8 +36,8 @@ class LayerFactors:
         """Return what a checkpoint keeps: nested dicts of tensors and numbers."""
         return {
             "scale": self.scale,
-            "activation": {self.activation.name: self.activation.values},
-            "gradient": {self.gradient.name: self.gradient.values},
+            "activation": self.activation.to_state(),
+            "gradient": self.gradient.to_state(),
         }
 
     @classmethod
@@ -107,6 +107,7 @@ class RunningAverage:
         moment = new.summed(sum_form(new.width))
         if old is None:
             return moment.with_values(moment.values * (1 - self.decay))
+        assert type(old) is type(moment), "moments of two forms do not add up"
         kept = old.values.to(moment.values)
         # In place: no second copy of the average.
         return moment.with_values(torch.lerp(moment.values, kept, self.decay, out=kept))

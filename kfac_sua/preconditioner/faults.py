@@ -14,7 +14,7 @@ from kfac_sua.preconditioner.layer import PreconditionedLayer
 from kfac_sua.preconditioner.refresh import Refreshed
 from kfac_sua.preconditioner.settings import DampingRule, FisherType, KroneckerSettings
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("kfac_sua.preconditioner.events")  # named for what it logs
 
 
 class EventLog:

@@ -31,7 +31,8 @@ class Outcome(Generic[T]):
     """What was made of blocks that were to be inverted, and what became of them.
 
     Args:
-        inverse: The inverse, or whatever else was made; not to be used where blocks failed.
+        inverse: The inverse, of a factor or of a layer, or on the way to it the factorisation. Not to be used where
+            blocks failed.
         num_failed: Blocks that could not be inverted.
         num_raised: Blocks that were inverted with more damping than was asked for.
         raised_by: The most that the damping of a block was multiplied with.
@@ -82,7 +83,9 @@ def invert_factors(factors: Sequence[Factor], dampings: Sequence[Tensor]) -> lis
     """
     factorised = dict(enumerate(_factorise(factors, dampings)))
     results: dict[int, Outcome[Inverse]] = {}
-    for members in _batches([(*_core_key(factor), type(factor)) for factor in factors]):
+    batches = _batches([(*_core_key(factor), type(factor)) for factor in factors])
+    # Moments first: their batches are joined in a copy, beside which the roots of rows need not lie yet.
+    for members in sorted(batches, key=lambda members: not factors[members[0]].is_summed):
         # A triangle may be as large as its inverse: none is held beyond this call.
         made = _inverted([factors[i] for i in members], [factorised.pop(i) for i in members])
         results |= dict(zip(members, made, strict=True))
@@ -125,18 +128,20 @@ def _eigenbases(parts: list[Tensor]) -> list[EigenBasis | None]:
 
 def _factorise(factors: Sequence[Factor], dampings: Sequence[Tensor]) -> list[Outcome[_Factorisation]]:
     """Factorise the damped cores, equal-sized ones together, and repair what fails."""
-    triangles, failed = [torch.empty(0)] * len(factors), [torch.empty(0)] * len(factors)
+    results: dict[int, Outcome[_Factorisation]] = {}
+    failed = [torch.empty(0)] * len(factors)
     for members in _batches([_core_key(factor) for factor in factors]):
         batch, bad = _cholesky(joined([_damped_core(factors[i], dampings[i]) for i in members]))
         sizes = [len(dampings[i]) for i in members]
         for i, part, part_bad in zip(members, batch.split(sizes), bad.split(sizes), strict=True):
-            triangles[i], failed[i] = part, part_bad | factors[i].loses(dampings[i])
-    results = [Outcome(_Factorisation(*pair)) for pair in zip(triangles, dampings, strict=True)]
+            results[i] = Outcome(_Factorisation(part, dampings[i]))
+            failed[i] = part_bad | factors[i].loses_damping(dampings[i])
     if failed and bool(torch.cat(on_one_device(failed)).any()):  # the only host synchronisation where all is well
         for i, bad in enumerate(failed):
             if bool(bad.any()):
-                results[i] = _repaired(factors[i], results[i].inverse, bad.nonzero().squeeze(-1))
-    return results
+                indices = bad.nonzero().squeeze(-1)  # [blocks that failed]
+                results[i] = _repaired(factors[i], results[i].inverse, indices)
+    return [results[i] for i in range(len(factors))]
 
 
 def _damped_core(factor: Factor, damping: Tensor) -> Tensor:
@@ -163,7 +168,7 @@ def _repaired(factor: Factor, factorised: _Factorisation, failed: Tensor) -> Out
         dampings[failed] = factorised.dampings[failed] * times
         core = _damped_core(factor.in_float64(failed), dampings[failed].double())
         repaired, bad = _cholesky(core)
-        bad |= factor.loses(dampings)[failed]
+        bad |= factor.loses_damping(dampings)[failed]
         triangles[failed] = repaired.to(triangles.dtype)
         num_cured = len(failed) - int(bad.sum())
         if times > 1 and num_cured:
@@ -171,8 +176,9 @@ def _repaired(factor: Factor, factorised: _Factorisation, failed: Tensor) -> Out
         failed = failed[bad]
         if not len(failed):
             break
-    # What the factorisation left is of no use, and a zero on its diagonal would make cholesky_inverse raise.
-    triangles[failed] = torch.eye(triangles.shape[-1]).to(triangles)
+    if len(failed):
+        # What the factorisation left is of no use, and a zero on its diagonal would make cholesky_inverse raise.
+        triangles[failed] = torch.eye(triangles.shape[-1]).to(triangles)
     return Outcome(_Factorisation(triangles, dampings), len(failed), num_raised, raised_by)
 
 

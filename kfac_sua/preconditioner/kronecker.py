@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from kfac_sua.preconditioner.forms import EigenBasis, Inverse, inverse_from_state
+from kfac_sua.preconditioner.forms import EigenBasis, Inverse, form_of, inverse_from_state
 from kfac_sua.preconditioner.geometry import LayerGeometry
 
 
@@ -123,11 +123,11 @@ class KroneckerInverse(LayerInverse):
         """Multiply ``[g, P, p, t, Q, d]`` by both inverse factors (or by one), block by block."""
         g, num_p, p, t, num_q, d = blocks.shape
         if sides.gradient:
-            rows = blocks.reshape(g * num_p, p, t * num_q * d)  # [g · P, p, t · Q · d]
-            blocks = self.gradient.left(rows).view(blocks.shape)  # [g, P, p, t, Q, d]
+            # [g · P, p, t · Q · d] and back; unnamed, as what reshape copied would live on through the other side
+            blocks = self.gradient.left(blocks.reshape(g * num_p, p, t * num_q * d)).view(blocks.shape)
         if not sides.activation:
             return blocks
-        return weight_view(self.activation.right(activation_view(blocks)), blocks.shape)
+        return weight_view(self.activation.right(activation_view(blocks)), blocks.shape)  # [g, P, p, t, Q, d]
 
     def times_bias(self, columns: Tensor) -> Tensor:
         """Multiply ``[g · P, p, 1]`` by the inverse gradient factor and that of the scalar activation factor."""
@@ -183,8 +183,8 @@ class KroneckerEigenbasis(LayerInverse):
         assert sides == BOTH_SIDES, "the eigenbasis of one side says nothing alone"
         rotated = _rotate(blocks, self.gradient.vectors.mT, self.activation.vectors)
         g, num_p, p, _, num_q, d = blocks.shape
-        gradient_values = self.gradient.values.view(g, num_p, p, 1, 1, 1)
-        activation_values = self.activation.values.view(g, 1, 1, 1, num_q, d)
+        gradient_values = self.gradient.values.view(g, num_p, p, 1, 1, 1)  # of [g · P, p]
+        activation_values = self.activation.values.view(g, 1, 1, 1, num_q, d)  # of [g · Q, d]
         rotated = rotated / (self.scale * gradient_values * activation_values + self.damping)  # [g, P, p, t, Q, d]
         return _rotate(rotated, self.gradient.vectors, self.activation.vectors.mT)
 
@@ -196,11 +196,14 @@ class KroneckerEigenbasis(LayerInverse):
 
 
 def layer_inverse_from_state(state: Mapping[str, Any], geometry: LayerGeometry) -> LayerInverse | None:
-    """Undo ``to_state``, for a layer of this geometry; ``None`` where the state is empty."""
+    """Undo ``to_state``, for a layer of this geometry; ``None`` where the state is empty.
+
+    Raises:
+        ValueError: If it is the state of no kind of inverse.
+    """
     if not state:
         return None
-    kind = next(kind for kind in (KroneckerInverse, KroneckerEigenbasis) if set(kind.names) == set(state))
-    return kind.from_state(state, geometry)
+    return form_of(state, (KroneckerInverse, KroneckerEigenbasis)).from_state(state, geometry)
 
 
 def activation_view(blocks: Tensor) -> Tensor:
@@ -219,6 +222,6 @@ def weight_view(values: Tensor, shape: torch.Size) -> Tensor:
 def _rotate(blocks: Tensor, gradient_matrix: Tensor, activation_matrix: Tensor) -> Tensor:
     """Multiply ``[g, P, p, t, Q, d]`` by ``[g · P, p, p]`` from the left and ``[g · Q, d, d]`` from the right."""
     g, num_p, p, t, num_q, d = blocks.shape
-    rows = blocks.reshape(g * num_p, p, t * num_q * d)  # [g · P, p, t · Q · d]
-    left = torch.bmm(gradient_matrix, rows).view(blocks.shape)  # [g, P, p, t, Q, d]
-    return weight_view(torch.bmm(activation_view(left), activation_matrix), blocks.shape)
+    # [g · P, p, t · Q · d] and back; unnamed, as what reshape copied would live on through the other side
+    left = torch.bmm(gradient_matrix, blocks.reshape(g * num_p, p, t * num_q * d)).view(blocks.shape)
+    return weight_view(torch.bmm(activation_view(left), activation_matrix), blocks.shape)  # [g, P, p, t, Q, d]

@@ -14,14 +14,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kfac_sua.preconditioner.factors import LayerFactors
-from kfac_sua.preconditioner.forms import NUM_DESCRIBED, Factor, RowFactor, described_rows, description_of, sum_form
+from kfac_sua.preconditioner.forms import (
+    NUM_DESCRIBED,
+    Factor,
+    RowFactor,
+    SumFactor,
+    described_rows,
+    description_of,
+    sum_form,
+)
 from kfac_sua.preconditioner.geometry import BlockLayout, LayerGeometry
 
 DESCRIPTION_NUMBERS = 2 + 2 * NUM_DESCRIBED
 """Integers that every process says of a layer: rows, examples, and of both sides the form and its sizes."""
 
 DESCRIPTION_BYTES = 8 * DESCRIPTION_NUMBERS
-"""Bytes of these."""
+"""Bytes of these: they travel as int64."""
 
 
 @dataclass(frozen=True)
@@ -157,15 +165,7 @@ class Processes:
 
     def _exchange_moments(self, sides: Sequence[_Side]) -> Iterator[Factor]:
         """Average moments, in one call over all of them, of symmetric blocks over their upper triangles."""
-        moments = []
-        for side in sides:
-            if side.rows is None:
-                form = sum_form(side.width)
-                if side.factor is None:
-                    moments.append(form.zeros(side.num_blocks, side.width, side.site.like))
-                else:
-                    moment = side.factor.summed(form)
-                    moments.append(moment.with_values(moment.values * side.weights[self.rank]))
+        moments = [_scaled_moment(side, self.rank) for side in sides if side.rows is None]
         if not moments:
             return
         flat = torch.cat([piece.flatten() for moment in moments for piece in moment.pieces()])  # [numbers]
@@ -222,7 +222,10 @@ def _sides(factors: LayerFactors | None, site: Site, described: list[list[int]])
 
 
 def _rows(sides: Sequence[Sequence[int] | None], site: Site, max_rows: int) -> _Rows | None:
-    """Return what every process sends of its rows, if all that have the side have such, alike, and not too many in all.
+    """Return what every process sends of its rows; ``None`` if moments must be sent.
+
+    Rows are sent if all processes that the loss reached have them, in one form and of one width, and not too many in
+    all.
 
     Args:
         sides: What each process says of the side; ``None`` where the loss did not reach the layer.
@@ -247,8 +250,16 @@ def _split(flat: Tensor, sizes: Sequence[tuple[int, ...]]) -> Iterator[Tensor]:
     """Yield tensors of these sizes from the front of ``[numbers]``."""
     start = 0
     for one in sizes:
-        yield flat[start : start + math.prod(one)].view(one)  # of these sizes
+        yield flat[start : start + math.prod(one)].view(one)  # [blocks, rows, d] or [h, w, n, channels]
         start += math.prod(one)
+
+
+def _scaled_moment(side: _Side, rank: int) -> SumFactor:
+    form = sum_form(side.width)
+    if side.factor is None:
+        return form.zeros(side.num_blocks, side.width, side.site.like)
+    moment = side.factor.summed(form)
+    return moment.with_values(moment.values * side.weights[rank])
 
 
 def _scaled_rows(side: _Side, rank: int) -> Tensor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kfac_sua.preconditioner.forms import BlockMessage, DenseFactor, EigenBasis, Factor
+from kfac_sua.preconditioner.forms import BlockMessage, DenseFactor, EigenBasis, Factor, Prepared
 
 FLOPS_PER_BYTE = {"cpu": 25.0, "cuda": 50.0}
 """FLOPs of inversion that a process does while it receives a byte of an inverse, by type of device.
@@ -46,14 +46,18 @@ class Work:
     @classmethod
     def of(cls, factor: Factor, *, is_eigenbasis: bool) -> "Work":
         """Count the work on a factor: on its inverse in the form that it is in, or on its eigenbasis."""
-        kind = EigenBasis if is_eigenbasis else factor.inverse_form
+        return cls.making(EigenBasis if is_eigenbasis else factor.inverse_form, factor)
+
+    @classmethod
+    def making(cls, kind: type[Prepared], factor: Factor) -> "Work":
+        """Count the work of making an inverse, or an eigenbasis, of a factor."""
         return cls(factor.num_blocks, kind.flops_of(factor), kind.message_of(factor), factor.values.dtype)
 
     @classmethod
     def dense(cls, blocks: tuple[int, int], dtype: torch.dtype, *, is_eigenbasis: bool) -> "Work":
         """Count the work on ``(number, width)`` dense blocks: their inverses, or their eigenbases."""
         num_blocks, width = blocks
-        factor = DenseFactor(torch.empty(num_blocks, width, width, dtype=dtype, device="meta"))
+        factor = DenseFactor.zeros(num_blocks, width, torch.empty(0, dtype=dtype, device="meta"))  # a shape only
         return cls.of(factor, is_eigenbasis=is_eigenbasis)
 
     @property

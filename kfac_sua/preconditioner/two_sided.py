@@ -209,9 +209,9 @@ def _transform(values: Tensor, inverse: Inverse, conv_groups: int, groups: Chann
     pixels = values.to(dtype).permute(0, 2, 3, 1)  # [n, h, w, channels]
     rows = pixels.flatten(0, 2).unflatten(-1, (conv_groups, groups.num_channels))  # [rows, g, channels]
     blocks = groups.split(rows).flatten(1, 2).transpose(0, 1)  # [g · count, rows, size]
-    result = inverse.right(blocks).transpose(0, 1)  # [rows, g · count, size]
-    merged = groups.merge(result.unflatten(1, (conv_groups, groups.count)))  # [rows, g, channels]
-    return merged.reshape(pixels.shape).permute(0, 3, 1, 2).to(values.dtype)  # [n, g · channels, h, w]
+    result = inverse.right(blocks).transpose(0, 1).unflatten(1, (conv_groups, groups.count))  # [rows, g, count, size]
+    # [rows, g, channels] to [n, g · channels, h, w]; unnamed, as reshape may copy
+    return groups.merge(result).reshape(pixels.shape).permute(0, 3, 1, 2).to(values.dtype)
 
 
 def _transform_patches(inputs: Tensor, site: TwoSidedForward, inverse: KroneckerInverse) -> Tensor:

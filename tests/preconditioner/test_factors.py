@@ -3,7 +3,7 @@
 import pytest
 import torch
 from convolutions import convolutions, layout_of
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from oracles import group_mask, locations_of, patches_by_loop
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 from kfac_sua.preconditioner.forms.dense import gram
 from kfac_sua.preconditioner.forms.moments import (
     activation_rows,
+    exact_sua_rows,
     gradient_rows,
     num_activation_rows,
     reduced_activation_rows,
@@ -105,6 +106,23 @@ def test_read_counts_are_fold_of_ones(size, kernel, stride, dilation):
     ones = nn.functional.unfold(torch.ones(1, 1, size, 1), **unfold)
     expected = nn.functional.fold(ones, (size, 1), **unfold).flatten()
     assert read_counts(size, kernel, stride, dilation).tolist() == expected.long().tolist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(convolutions())
+def test_the_exact_sua_factor_is_the_mean_of_the_diagonal_tap_blocks(case):
+    """Gram / (T S N) is the Frobenius projection of K-FAC's factor on I ⊗ C, for every geometry and padding mode."""
+    module, inputs = case
+    geometry, layout = LayerGeometry.of(module), layout_of(module, "sua")
+    assume(not layout.taps_in_features)
+    patches = patches_by_loop(module, inputs)  # [n, locations, taps, channels]
+    num_examples, num_locations, num_taps, _ = patches.shape
+    count = num_taps * num_locations * num_examples
+    got = gram(exact_sua_rows(to_locations(inputs, geometry), geometry, layout)) / count
+    for part, want in zip(got, patches.chunk(module.groups, -1), strict=True):
+        taps = [want[:, :, tap].flatten(0, 1) for tap in range(num_taps)]  # [n · locations, channels]
+        blocks = [rows.T @ rows / (num_locations * num_examples) for rows in taps]
+        torch.testing.assert_close(part, torch.stack(blocks).mean(0), rtol=1e-9, atol=1e-9)
 
 
 def test_sua_is_kfac_on_one_by_one_kernels():

@@ -83,7 +83,7 @@ def test_these_tests_see_every_form():
 
 def test_checkpoints_tell_the_forms_apart():
     """No two factors, and no two inverses, have the same names."""
-    factors = [form.name for form in FORMS.values()]
+    factors = [form.names for form in FORMS.values()]
     inverses = [frozenset(form.inverse_form.names) for form in FORMS.values()]
     assert len(set(factors)) == len(set(inverses)) == len(FORMS)
     assert frozenset(EigenBasis.names) not in inverses
@@ -115,7 +115,7 @@ def test_a_factor_is_what_its_blocks_are(name):
 def test_a_factor_comes_back_from_a_checkpoint(name):
     """In its form, with its bits."""
     factor = factor_of(name)
-    back = factor_from_state({factor.name: factor.values}, GEOMETRY)
+    back = factor_from_state(factor.to_state(), GEOMETRY)
     assert type(back) is type(factor)
     assert torch.equal(back.dense(), factor.dense())
 
@@ -126,6 +126,16 @@ def test_an_inverse_comes_back_from_a_checkpoint(name):
     _, inverse = prepared_of(name)
     assert set(inverse.tensors()) == set(inverse.names)
     assert_same_tensors(inverse_from_state(inverse.tensors(), GEOMETRY), inverse)
+
+
+@pytest.mark.parametrize(
+    "state", [{}, {"blocks": torch.eye(2)[None], "other": torch.eye(2)}, {"diagonal": torch.eye(2)}]
+)
+def test_an_entry_of_no_form_is_refused(state):
+    """The message names what there is and what there may be."""
+    for read in (factor_from_state, inverse_from_state):
+        with pytest.raises(ValueError, match=f"an entry of {', '.join(state) or 'nothing'}, expected one of: blocks; "):
+            read(state, GEOMETRY)
 
 
 def test_an_eigenbasis_comes_back_from_a_checkpoint():
@@ -208,6 +218,35 @@ def test_rows_of_different_forms_are_kept_together():
     assert type(accumulator.factor(1.0)) is PatchFactor
 
 
+def test_moments_of_two_forms_are_not_added():
+    """Their tensors mean different things."""
+
+    class OtherFactor(DenseFactor):
+        """A form that this package does not have."""
+
+    accumulator = MomentAccumulator(0)
+    accumulator.add(torch.randn(1, 3, 2))
+    with pytest.raises(AssertionError, match="two forms"):
+        accumulator.add_moment(OtherFactor(torch.eye(2)[None]))
+
+
+def test_roots_of_rows_are_made_last(monkeypatch):
+    """Beside the copies that batches of dense blocks need, they would lie in memory for nothing."""
+    calls = []
+    for owner, name in ((torch, "cholesky_inverse"), (torch.linalg, "solve_triangular")):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, _o=original, _n=name, **k: calls.append(_n) or _o(*a, **k))
+    factors = [factor_of("RowsFactor"), factor_of("DenseFactor"), factor_of("RowsFactor")]
+    outcomes = invert_factors(factors, [torch.full((3,), 0.1, dtype=torch.float64)] * 3)
+    assert calls == ["cholesky_inverse", "solve_triangular", "solve_triangular"]
+    assert [type(one.inverse) for one in outcomes] == [factor.inverse_form for factor in factors]
+
+
+def test_numbers_in_messages_are_those_of_the_release_before():
+    """Rows 1 and patches 2, in whatever order the forms are asked."""
+    assert {form.__name__: form.number for form in ROW_FORMS} == {"RowsFactor": 1, "PatchFactor": 2}
+
+
 def test_outcomes_add_up():
     """Failures and raised dampings are counted together, and the largest raise is told."""
     parts = [Outcome("a", 1, 2, 10), Outcome("b", 0, 1, 100), Outcome("c")]
@@ -220,8 +259,8 @@ def test_outcomes_add_up():
 PACKAGE = Path(kfac_sua.__file__).parent
 OUTSIDE = [path for path in sorted(PACKAGE.rglob("*.py")) if PACKAGE / "preconditioner" / "forms" not in path.parents]
 CLASSES = {name for name in forms.__all__ if isinstance(getattr(forms, name), type)}
-KEPT_NAMES = {form.name for form in FORMS.values()} | {
-    name for form in (*(one.inverse_form for one in FORMS.values()), EigenBasis) for name in form.names
+KEPT_NAMES = {
+    name for form in (*FORMS.values(), *(one.inverse_form for one in FORMS.values()), EigenBasis) for name in form.names
 }
 
 

@@ -7,12 +7,13 @@
 | patches | ``PatchFactor``, rows that are never formed | ``PatchInverse`` (Woodbury) |
 | eigenbasis | any of these, made dense | ``EigenBasis`` (exact damping) |
 
-A new form is a file here and an entry in one of the two lists. Under the forms lie what they are made of: reading
-pixels (``unfold``, ``patch_rows``), rows and moments of them (``moments``, ``correlations``), triangles, counted costs.
+A new form is a file here and an entry in one of the two lists. Around the forms lies what they are made of: pixels
+(``unfold``, ``patch_rows``), the rows and moments of a mini-batch (``moments``, ``correlations``), how these add up
+over a step (``accumulator``), triangles, and the counted costs by which rows are kept or not (``cost``).
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import chain
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -41,14 +42,13 @@ def sum_form(width: int) -> type[SumFactor]:
 def description_of(factor: Factor) -> list[int]:
     """Return what other processes need to know of a factor's form, as :data:`NUM_DESCRIBED` integers.
 
-    The number of its form among those of rows, from 1, and the sizes of what these are kept as; zeros for moments,
-    whose form and sizes all processes know.
+    The number of its form and the sizes of the tensor that its rows are kept as; zeros for moments, whose form and
+    sizes all processes know.
     """
     if factor.is_summed:
         return [0] * NUM_DESCRIBED
-    number = next(number for number, form in enumerate(ROW_FORMS, start=1) if type(factor) is form)
     sizes = list(factor.values.shape)
-    return [number, *sizes, *[0] * (NUM_DESCRIBED - 1 - len(sizes))]
+    return [factor.number, *sizes, *[0] * (NUM_DESCRIBED - 1 - len(sizes))]
 
 
 def described_rows(description: Sequence[int]) -> tuple[type[RowFactor], tuple[int, ...]] | None:
@@ -56,21 +56,48 @@ def described_rows(description: Sequence[int]) -> tuple[type[RowFactor], tuple[i
     number, *sizes = description
     if number == 0:
         return None
-    form = ROW_FORMS[number - 1]
+    form = next(form for form in ROW_FORMS if form.number == number)
     return form, tuple(sizes[: form.num_sizes])
 
 
+class _Named(Protocol):
+    names: ClassVar[tuple[str, ...]]
+
+
+Kind = TypeVar("Kind", bound=_Named)
+
+
+def form_of(state: Mapping[str, Any], forms: Sequence[type[Kind]]) -> type[Kind]:
+    """Return the form whose names a checkpoint's entry has.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    for form in forms:
+        if set(form.names) == set(state):
+            return form
+    known = "; ".join(", ".join(form.names) for form in forms)
+    raise ValueError(f"Preconditioner state has an entry of {', '.join(state) or 'nothing'}, expected one of: {known}.")
+
+
 def factor_from_state(state: Mapping[str, Tensor], geometry: LayerGeometry) -> Factor:
-    """Return the factor of a checkpoint's entry ``{name: values}``, of a layer of this geometry."""
-    ((name, values),) = state.items()
-    form = next(form for form in chain(SUM_FORMS, ROW_FORMS) if form.name == name)
+    """Return the factor of a checkpoint's entry, of a layer of this geometry.
+
+    Raises:
+        ValueError: If it is the entry of no form.
+    """
+    form = form_of(state, (*SUM_FORMS, *ROW_FORMS))
+    (values,) = state.values()
     return form.of(values, geometry)
 
 
 def inverse_from_state(state: Mapping[str, Tensor], geometry: LayerGeometry) -> Inverse:
-    """Return the inverse of a checkpoint's entry, of a layer of this geometry."""
-    forms = (form.inverse_form for form in chain(SUM_FORMS, ROW_FORMS))
-    return next(form for form in forms if set(form.names) == set(state)).from_tensors(state, geometry)
+    """Return the inverse of a checkpoint's entry, of a layer of this geometry.
+
+    Raises:
+        ValueError: If it is the entry of no form.
+    """
+    return form_of(state, [form.inverse_form for form in (*SUM_FORMS, *ROW_FORMS)]).from_tensors(state, geometry)
 
 
 __all__ = [
@@ -93,6 +120,7 @@ __all__ = [
     "described_rows",
     "description_of",
     "factor_from_state",
+    "form_of",
     "inverse_from_state",
     "sum_form",
 ]

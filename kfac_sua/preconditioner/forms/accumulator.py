@@ -58,6 +58,7 @@ class MomentAccumulator:
         if self._sum is None:
             self._sum = moment
         else:
+            assert type(moment) is type(self._sum), "moments of two forms do not add up"
             self._sum.values.add_(moment.values)
 
     def factor(self, normaliser: float) -> Factor:
@@ -106,7 +107,7 @@ class ActivationAccumulator(MomentAccumulator):
     def fold_inputs(self) -> None:
         """Add the moments of inputs that wait for the end of the backward pass."""
         while self._inputs:
-            self._add_correlations(self._inputs.pop())
+            self.add_moment(self._correlations(self._inputs.pop()))  # the inputs go before the moment is added
 
     def _correlate(self, inputs: Tensor) -> None:
         """Add the moment of patches; after the backward pass, where a copy of the inputs is smaller than the moment.
@@ -117,7 +118,7 @@ class ActivationAccumulator(MomentAccumulator):
         if sum(kept.numel() for kept in self._inputs) + inputs.numel() <= num_blocks * width**2:
             self._inputs.append(inputs.clone())
         else:
-            self._add_correlations(inputs)
+            self.add_moment(self._correlations(inputs))
 
-    def _add_correlations(self, inputs: Tensor) -> None:
-        self.add_moment(DenseFactor(patch_moment(inputs, self._geometry, self._layout)))
+    def _correlations(self, inputs: Tensor) -> DenseFactor:
+        return DenseFactor(patch_moment(inputs, self._geometry, self._layout))

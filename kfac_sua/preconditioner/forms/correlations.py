@@ -43,13 +43,12 @@ def patch_moment(inputs: Tensor, geometry: LayerGeometry, layout: BlockLayout) -
     rows, top = _image_rows(inputs, geometry, layout)  # [blocks, h, n · w', kw · a]
     kernel_height, step = geometry.kernel_size[0], geometry.dilation[0]
     width = rows.shape[-1]
-    moment = rows.new_zeros(
-        rows.shape[0], kernel_height, width, kernel_height, width
-    )  # [blocks, kh, kw · a, kh, kw · a]
+    # [blocks, kh, kw · a, kh, kw · a]
+    moment = rows.new_zeros(rows.shape[0], kernel_height, width, kernel_height, width)
     for offset in range(kernel_height):
         for start, stop, taps in _shared_rows(rows.shape[1], top, offset, geometry):
             upper = rows[:, start:stop].flatten(1, 2)  # [blocks, rows, kw · a]
-            lower = rows[:, start + offset * step : stop + offset * step].flatten(1, 2)  # the same
+            lower = rows[:, start + offset * step : stop + offset * step].flatten(1, 2)  # [blocks, rows, kw · a]
             product = upper.mT @ lower if offset else gram(upper)  # [blocks, kw · a, kw · a]
             for tap in taps:
                 moment[:, tap, :, tap + offset] += product

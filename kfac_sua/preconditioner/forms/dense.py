@@ -118,7 +118,7 @@ class DenseFactor(SumFactor):
 
     blocks: Tensor
 
-    name: ClassVar[str] = "blocks"
+    names: ClassVar[tuple[str, ...]] = ("blocks",)
     inverse_form: ClassVar[type[Inverse]] = DenseInverse
 
     @classmethod
@@ -183,7 +183,7 @@ class DenseFactor(SumFactor):
         """Return a copy of the blocks."""
         return self.blocks.clone()
 
-    def loses(self, dampings: Tensor) -> Tensor:
+    def loses_damping(self, dampings: Tensor) -> Tensor:
         """Never: nothing is divided by the damping."""
         return torch.zeros_like(dampings, dtype=torch.bool)
 

@@ -2,8 +2,8 @@
 
 A *factor* is one side of a layer's Kronecker product, normalised over examples: ``num_blocks`` symmetric positive
 semi-definite blocks of width d. It is kept as one tensor: as moments that add up (:class:`SumFactor`), or, while these
-are few, as the rows whose Gram matrix it is (:class:`RowFactor`). A refresh *prepares* it: it gives an inverse that
-multiplies vectors, or an eigenbasis.
+are few, as the rows whose Gram matrix it is (:class:`RowFactor`). Of each factor a refresh makes an inverse, which
+multiplies vectors, or an eigenbasis; what both have in common is :class:`Prepared`.
 """
 
 from abc import ABC, abstractmethod
@@ -47,7 +47,7 @@ class BlockMessage:
 
 
 class Prepared(ABC):
-    """What a refresh prepares of a factor: a few named tensors.
+    """The inverse of a damped factor, or its eigenbasis: what a refresh makes of it, as a few named tensors.
 
     Attributes:
         names: Names of the tensors, by which a checkpoint knows the form.
@@ -114,12 +114,14 @@ class Factor(ABC):
     """One side of a layer's Kronecker product, in one of the forms.
 
     Attributes:
-        name: Name of :attr:`values` in a checkpoint.
+        number: Number of the form in messages between processes, > 0 and never used again; 0 for moments.
+        names: Name of :attr:`values` in a checkpoint, by which it knows the form.
         inverse_form: What :meth:`invert` gives.
         is_summed: Whether it is kept as moments that add up, or as rows.
     """
 
-    name: ClassVar[str]
+    number: ClassVar[int] = 0
+    names: ClassVar[tuple[str, ...]]
     inverse_form: ClassVar[type[Inverse]]
     is_summed: ClassVar[bool]
 
@@ -136,6 +138,11 @@ class Factor(ABC):
     @abstractmethod
     def with_values(self, values: Tensor) -> Self:
         """Return the same form with other numbers, of perhaps fewer blocks."""
+
+    def to_state(self) -> dict[str, Tensor]:
+        """Return what a checkpoint keeps, by :attr:`names`."""
+        (name,) = self.names
+        return {name: self.values}
 
     @property
     def num_blocks(self) -> int:
@@ -162,7 +169,7 @@ class Factor(ABC):
 
     @abstractmethod
     def summed(self, form: type["SumFactor"]) -> "SumFactor":
-        """Return the same moments so that they add up with others: in this form, unless they do already."""
+        """Return the moments of the blocks: the factor itself if it is kept as moments, else new ones in this form."""
 
     @abstractmethod
     def times(self, values: Tensor) -> Tensor:
@@ -173,7 +180,7 @@ class Factor(ABC):
         """Return a new matrix per block that has its non-zero eigenvalues, ``[num_blocks, core_width, core_width]``."""
 
     @abstractmethod
-    def loses(self, dampings: Tensor) -> Tensor:
+    def loses_damping(self, dampings: Tensor) -> Tensor:
         """Whether the inverse would divide rounding errors by these dampings, ``[num_blocks]`` each."""
 
     @classmethod
@@ -204,7 +211,7 @@ class SumFactor(Factor):
     @classmethod
     @abstractmethod
     def is_chosen(cls, width: int) -> bool:
-        """Whether moments of blocks of this width are kept in this form, if those before it in the list are not."""
+        """Whether moments of blocks of this width are kept in this form; the first form that says so is taken."""
 
     @classmethod
     @abstractmethod
@@ -239,8 +246,8 @@ class RowFactor(Factor):
     """A factor kept as rows U, of rank ≤ rows: the block is UᵀU.
 
     Attributes:
-        num_sizes: Dimensions of what the rows are kept as, at most 4; rows of several processes, or their examples,
-            are joined along the last but one.
+        num_sizes: Number of dimensions of :attr:`values`, at most 4, as many as a description has room for. The last
+            but one counts rows, or examples: along it the rows of several processes are joined.
     """
 
     num_sizes: ClassVar[int]
@@ -279,6 +286,6 @@ class RowFactor(Factor):
         rows = self.formed_rows()
         return torch.bmm(rows.mT, torch.bmm(rows, values))  # [num_blocks, d, n]
 
-    def loses(self, dampings: Tensor) -> Tensor:
+    def loses_damping(self, dampings: Tensor) -> Tensor:
         """Whether a damping is below the rounding of I − VᵀV, whose error the Woodbury form divides by it."""
         return dampings < torch.finfo(dampings.dtype).eps * self.traces()

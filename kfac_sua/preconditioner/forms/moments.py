@@ -92,8 +92,8 @@ def exact_sua_rows(inputs: Tensor, geometry: LayerGeometry, layout: BlockLayout)
         C = 1/(T S N) · Σ_{n,s,t} x_{n,s+t} x_{n,s+t}ᵀ = 1/(T S N) · Σ_{n,p} w_p x_{n,p} x_{n,p}ᵀ
 
     where w_p, from the geometry alone, counts the (location s, tap t) pairs that read the pixel p. It is right for
-    every stride, padding and dilation, and forms no patch. Where all pixels are read equally often C is their mean
-    moment, which the author's code takes everywhere.
+    every stride, padding and dilation, and forms no patch. The author's code takes the mean of x xᵀ over all pixels
+    instead; the two agree where all pixels are read equally often and no tap reads padding.
 
     Args:
         inputs: ``[n, h, w, conv_groups · in_channels]``.
@@ -101,7 +101,8 @@ def exact_sua_rows(inputs: Tensor, geometry: LayerGeometry, layout: BlockLayout)
         layout: The layer's block layout, with the taps under the identity factor.
 
     Returns:
-        ``[conv_groups · Q, n · h · w, d]``; ``h`` and ``w`` padded, unless the padding is zeros, which add nothing.
+        ``[conv_groups · Q, n · h · w, d]``, where ``h`` and ``w`` are those of the padded input if the padding is not
+        zeros: zeros add nothing to a moment and are left out.
 
     Reference: Laurent et al. (2018), Sec. 2.1, I ⊗ C; Grosse & Martens (2016), who named it. The projection and its
     weights w_p are this project's (``docs/mathematics.md``).

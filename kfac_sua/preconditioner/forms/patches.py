@@ -109,7 +109,8 @@ class PatchFactor(RowFactor):
 
     patches: PatchRows
 
-    name: ClassVar[str] = "pixels"
+    number: ClassVar[int] = 2
+    names: ClassVar[tuple[str, ...]] = ("pixels",)
     num_sizes: ClassVar[int] = 4
     inverse_form: ClassVar[type[Inverse]] = PatchInverse
 
@@ -162,7 +163,7 @@ class PatchFactor(RowFactor):
 
     def traces(self) -> Tensor:
         """Trace of the block, ``[1]``."""
-        return self.patches.trace()[None]
+        return self.patches.trace()[None]  # [1]
 
     def dense(self) -> Tensor:
         """Return UᵀU, ``[1, d, d]``."""

@@ -28,12 +28,12 @@ class LowRankInverse(Inverse):
     def left(self, values: Tensor) -> Tensor:
         """Multiply ``[num_blocks, d, n]`` from the left."""
         products = torch.bmm(self.root, values)  # [num_blocks, rows, n]
-        return torch.baddbmm(values, self.root.mT, products, alpha=-1).mul_(self.scale)
+        return torch.baddbmm(values, self.root.mT, products, alpha=-1).mul_(self.scale)  # [num_blocks, d, n]
 
     def right(self, values: Tensor) -> Tensor:
         """Multiply ``[num_blocks, n, d]`` from the right."""
         products = torch.bmm(values, self.root.mT)  # [num_blocks, n, rows]
-        return torch.baddbmm(values, products, self.root, alpha=-1).mul_(self.scale)
+        return torch.baddbmm(values, products, self.root, alpha=-1).mul_(self.scale)  # [num_blocks, n, d]
 
     def scale_(self, factor: float) -> None:
         """Multiply the inverse by a number, in place."""
@@ -86,7 +86,8 @@ class RowsFactor(RowFactor):
 
     rows: Tensor
 
-    name: ClassVar[str] = "rows"
+    number: ClassVar[int] = 1
+    names: ClassVar[tuple[str, ...]] = ("rows",)
     num_sizes: ClassVar[int] = 3
     inverse_form: ClassVar[type[Inverse]] = LowRankInverse
 
