@@ -7,7 +7,7 @@ process takes its own blocks out of the messages too, so that all processes have
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,17 +22,11 @@ from kfac_sua.preconditioner.sharing import NUM_COUNTS, SharingPlan, Work, machi
 P = TypeVar("P", bound=Prepared)
 
 
-@dataclass(frozen=True)
-class _Task(Generic[P]):
-    """What is done to factors.
+Kind = Callable[[Factor], type[P]]
+"""Returns the class of what is made of a factor: its inverse, or its eigenbasis."""
 
-    Args:
-        kind: Returns the class of what is made of a factor.
-        make: Makes it, of some blocks of factors, given their dampings.
-    """
-
-    kind: Callable[[Factor], type[P]]
-    make: Callable[[list[Factor], list[Tensor]], Sequence[Outcome[P]]]
+Make = Callable[[Sequence[tuple[int, slice]]], Sequence[Outcome[P]]]
+"""Makes it of some blocks of some factors, given which."""
 
 
 class SharedInversion:
@@ -61,31 +55,39 @@ class SharedInversion:
         Returns:
             One outcome per factor, in order.
         """
-        task = _Task[Inverse](lambda factor: factor.inverse_form, alone.invert_factors)
-        return self._make_all(factors, dampings, task)
+
+        def make(parts: Sequence[tuple[int, slice]]) -> list[Outcome[Inverse]]:
+            return alone.invert_factors(
+                [factors[i].part(blocks) for i, blocks in parts], [dampings[i][blocks] for i, blocks in parts]
+            )
+
+        return self._make_all(factors, lambda factor: factor.inverse_form, make)
 
     def eigendecompose_factors(self, factors: Sequence[Factor]) -> list[EigenBasis | None]:
         """Do what ``invert.eigendecompose_factors`` does, all processes together."""
-        undamped = [factor.values.new_zeros(factor.num_blocks) for factor in factors]
-        task = _Task(lambda factor: EigenBasis, _decompose)
-        return [None if made.num_failed else made.inverse for made in self._make_all(factors, undamped, task)]
 
-    def _make_all(self, factors: Sequence[Factor], dampings: Sequence[Tensor], task: _Task[P]) -> list[Outcome[P]]:
+        def make(parts: Sequence[tuple[int, slice]]) -> list[Outcome[EigenBasis]]:
+            return _decompose([factors[i].part(blocks) for i, blocks in parts])
+
+        made = self._make_all(factors, lambda factor: EigenBasis, make)
+        return [None if one.num_failed else one.inverse for one in made]
+
+    def _make_all(self, factors: Sequence[Factor], kind: Kind[P], make: Make[P]) -> list[Outcome[P]]:
         rank, device = self.processes.rank, factors[0].values.device
-        works = [Work.making(task.kind(factor), factor) for factor in factors]
+        works = [Work.making(kind(factor), factor) for factor in factors]
         plan = plan_sharing(works, self.processes.size, machine_balance(device, self.flops_per_byte))
         self.plan = plan
         # Not in one call with this process's share: what else is in a batch can change the last bits of a result.
         everywhere = [i for i, shares in enumerate(plan.shares) if shares is None]
-        made = task.make([factors[i] for i in everywhere], [dampings[i] for i in everywhere])
+        made = make([(i, slice(None)) for i in everywhere])
         results = dict(zip(everywhere, made, strict=True))
         for dtype in plan.dtypes:
             own = [(i, plan.blocks_of(i, rank)) for i in plan.factors_of(rank, dtype)]
             forms = [works[i].form for i, _ in own]
-            made = task.make([factors[i].part(blocks) for i, blocks in own], [dampings[i][blocks] for i, blocks in own])
+            made = make(own)
             nothing = torch.empty(0, dtype=dtype, device=device)
             messages = self._exchange(to_message(made, forms, nothing), plan.parts(dtype), plan.is_summed(dtype))
-            results |= read_messages(messages, plan, factors, task.kind)
+            results |= read_messages(messages, plan, factors, kind)
         return [results[i] for i in range(len(factors))]
 
     def _exchange(self, message: Tensor, lengths: Sequence[int], is_summed: bool) -> Sequence[Tensor]:
@@ -117,7 +119,7 @@ def to_message(made: Sequence[Outcome[P]], forms: Sequence[BlockMessage], like: 
 
 
 def read_messages(
-    messages: Sequence[Tensor], plan: SharingPlan, factors: Sequence[Factor], kind: Callable[[Factor], type[P]]
+    messages: Sequence[Tensor], plan: SharingPlan, factors: Sequence[Factor], kind: Kind[P]
 ) -> dict[int, Outcome[P]]:
     """Return what all processes have made, by factor.
 
@@ -189,9 +191,8 @@ def _numbers(inverse: Prepared, form: BlockMessage) -> Iterator[Tensor]:
     yield extra.flatten()  # [numbers]
 
 
-def _decompose(factors: list[Factor], undamped: list[Tensor]) -> list[Outcome[EigenBasis]]:
+def _decompose(factors: list[Factor]) -> list[Outcome[EigenBasis]]:
     """Decompose factors; where that fails, zeros stand in for the eigenbasis."""
-    del undamped
     return [
         Outcome(basis or EigenBasis.nothing(factor), num_failed=int(basis is None))
         for factor, basis in zip(factors, alone.eigendecompose_factors(factors), strict=True)

@@ -60,9 +60,10 @@ class LayerInverse(ABC):
     def from_state(cls, state: Mapping[str, Any], geometry: LayerGeometry) -> Self:
         """Undo :meth:`to_state`, for a layer of this geometry."""
 
-    @abstractmethod
     def tensors(self) -> list[Tensor]:
-        """Return all that is read when it is applied."""
+        """Return all that is read when it is applied: the tensors that a checkpoint keeps."""
+        kept = self.to_state().values()
+        return [tensor for one in kept for tensor in (one.values() if isinstance(one, dict) else [one])]
 
     @abstractmethod
     def times(self, blocks: Tensor, sides: Sides = BOTH_SIDES) -> Tensor:
@@ -114,10 +115,6 @@ class KroneckerInverse(LayerInverse):
         """Undo :meth:`to_state`."""
         activation, gradient = (inverse_from_state(state[side], geometry) for side in ("activation", "gradient"))
         return cls(activation, gradient, state["bias_scale"])
-
-    def tensors(self) -> list[Tensor]:
-        """Return all that is read when it is applied."""
-        return [*self.activation.tensors().values(), *self.gradient.tensors().values(), self.bias_scale]
 
     def times(self, blocks: Tensor, sides: Sides = BOTH_SIDES) -> Tensor:
         """Multiply ``[g, P, p, t, Q, d]`` by both inverse factors (or by one), block by block."""
@@ -173,10 +170,6 @@ class KroneckerEigenbasis(LayerInverse):
         """Undo :meth:`to_state`."""
         activation, gradient = (EigenBasis.from_tensors(state[side], geometry) for side in ("activation", "gradient"))
         return cls(activation, gradient, state["scale"], state["damping"])
-
-    def tensors(self) -> list[Tensor]:
-        """Return all that is read when it is applied."""
-        return [*self.activation.tensors().values(), *self.gradient.tensors().values(), self.scale, self.damping]
 
     def times(self, blocks: Tensor, sides: Sides = BOTH_SIDES) -> Tensor:
         """Divide ``[g, P, p, t, Q, d]`` by scale · products of eigenvalues + ε, in the eigenbases."""

@@ -3,7 +3,7 @@
 Moments add up. A block is inverted by its Cholesky factorisation, those of equal size in one call.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -70,16 +70,6 @@ class DenseInverse(Inverse):
     def scale_(self, factor: float) -> None:
         """Multiply the inverse by a number, in place."""
         self.blocks.mul_(factor)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the blocks."""
-        return {"blocks": self.blocks}
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], geometry: LayerGeometry) -> "DenseInverse":
-        """Undo :meth:`tensors`."""
-        del geometry
-        return cls(**tensors)
 
     @staticmethod
     def inversion_flops(width: int) -> int:

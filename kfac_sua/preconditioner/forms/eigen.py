@@ -4,7 +4,6 @@ A factor of any form is decomposed as dense blocks. Unlike an inverse, an eigenb
 ``kronecker.KroneckerEigenbasis`` joins two.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor
 
 from kfac_sua.preconditioner.forms.form import BlockMessage, Factor, Prepared
-from kfac_sua.preconditioner.geometry import LayerGeometry
 
 
 @dataclass
@@ -29,16 +27,6 @@ class EigenBasis(Prepared):
         """Return zeros, which stand in where a decomposition failed."""
         values = factor.values.new_zeros(factor.num_blocks, factor.width)
         return cls(torch.diag_embed(values), values)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return eigenvectors and eigenvalues."""
-        return {"vectors": self.vectors, "values": self.values}
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], geometry: LayerGeometry) -> "EigenBasis":
-        """Undo :meth:`tensors`."""
-        del geometry
-        return cls(**tensors)
 
     @staticmethod
     def decomposition_flops(width: int) -> int:

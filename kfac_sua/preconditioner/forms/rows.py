@@ -4,7 +4,7 @@
 rows, and the block is never formed (Woodbury 1950).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -38,16 +38,6 @@ class LowRankInverse(Inverse):
     def scale_(self, factor: float) -> None:
         """Multiply the inverse by a number, in place."""
         self.scale.mul_(factor)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return root and scale."""
-        return {"root": self.root, "scale": self.scale}
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], geometry: LayerGeometry) -> "LowRankInverse":
-        """Undo :meth:`tensors`."""
-        del geometry
-        return cls(**tensors)
 
     @staticmethod
     def inversion_flops(width: int, rows: int) -> int:
