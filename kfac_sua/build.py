@@ -19,12 +19,14 @@ from kfac_sua.config import (
     settings_error,
 )
 from kfac_sua.data import Splits, load_archive, load_digits, make_splits
-from kfac_sua.models import VGG11, PreActResNet50, TinyConvNet
+from kfac_sua.models import VGG11, PreActResNet50, TinyConvNet, VisionTransformer
 from kfac_sua.optimizers import MuonWithAdamW
 from kfac_sua.preconditioner import AdaptiveDamping, KroneckerPreconditioner
 
 # Networks whose batch normalisation can be left out.
 PLAIN_NETS = {ModelName.vgg11: VGG11, ModelName.tiny: TinyConvNet}
+# All others.
+OTHER_NETS = {ModelName.preact_resnet50: PreActResNet50, ModelName.transformer: VisionTransformer}
 
 
 def build_splits(config: DatasetConfig) -> Splits:
@@ -137,7 +139,7 @@ def build_adaptive_damping(
 def _make_model(config: ModelConfig, num_classes: int) -> nn.Module:
     if isinstance(config, PlainNetConfig):
         return PLAIN_NETS[config.name](num_classes, width=config.width, batch_norm=config.batch_norm)
-    return PreActResNet50(num_classes, width=config.width)
+    return OTHER_NETS[config.name](num_classes, width=config.width)
 
 
 def _make_sgd(config: SGDConfig, model: nn.Module) -> torch.optim.SGD:

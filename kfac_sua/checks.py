@@ -38,6 +38,7 @@ LEAST_FLOAT, LARGEST_FLOAT = 1e-37, 1e37
 MODEL_TYPES = {
     ModelName.vgg11: PlainNetConfig,
     ModelName.preact_resnet50: ModelConfig,
+    ModelName.transformer: ModelConfig,
     ModelName.tiny: PlainNetConfig,
 }
 OPTIMIZER_TYPES = {

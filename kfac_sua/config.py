@@ -52,6 +52,7 @@ class ModelName(Choice):
 
     vgg11 = "vgg11"
     preact_resnet50 = "preact_resnet50"
+    transformer = "transformer"
     tiny = "tiny"
 
 
@@ -117,7 +118,7 @@ class ScheduleName(Choice):
 
 @dataclasses.dataclass(kw_only=True)
 class ModelConfig:
-    """Which network, its batch normalisation given (``preact_resnet50``); see ``configs/model``."""
+    """Which network, its normalisation given: ``preact_resnet50`` and ``transformer``; see ``configs/model``."""
 
     name: ModelName
     width: float

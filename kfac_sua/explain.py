@@ -27,7 +27,7 @@ from kfac_sua.config import (
 
 # Options of one group that differ in their keys: the type of the node -> what the user typed to get it.
 OPTION_OF_TYPE: dict[type, str] = {
-    ModelConfig: "model=preact_resnet50",
+    ModelConfig: "model=preact_resnet50 or transformer",
     PlainNetConfig: "model=vgg11 or tiny",
     PreconditionerConfig: "preconditioner=baseline",
     SGDConfig: "optimizer=sgd",

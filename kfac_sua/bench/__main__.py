@@ -182,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="further keys of configs/config.yaml, for all settings"
     )
-    parser.add_argument("--model", default="vgg11", help="vgg11, preact_resnet50 or tiny (%(default)s)")
+    parser.add_argument("--model", default="vgg11", help="vgg11, preact_resnet50, transformer or tiny (%(default)s)")
     parser.add_argument("--width", type=float, default=1.0, metavar="X", help="of the network (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=100, metavar="N", help="images (%(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (%(default)s)")

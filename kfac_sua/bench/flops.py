@@ -45,6 +45,18 @@ def _eigh_flop(matrix: Shape, *args: object, **kwargs: object) -> int:
     return _blocks(matrix) * 9 * matrix[-1] ** 3
 
 
+def _attention_flop(queries: Shape, keys: Shape, values: Shape, *args: object, **kwargs: object) -> int:
+    """Multiply queries by keys, and the scores by values."""
+    return 2 * queries[:-1].numel() * keys[-2] * (queries[-1] + values[-1])
+
+
+def _attention_backward_flop(
+    grad: Shape, queries: Shape, keys: Shape, values: Shape, *args: object, **kwargs: object
+) -> int:
+    """Compute the scores again, then the gradients of scores, values, queries and keys: five products."""
+    return 2 * queries[:-1].numel() * keys[-2] * (3 * queries[-1] + 2 * values[-1])
+
+
 aten = torch.ops.aten
 # Beyond those that PyTorch counts by itself.
 FORMULAS: dict[Any, Callable[..., int]] = {
@@ -54,6 +66,9 @@ FORMULAS: dict[Any, Callable[..., int]] = {
     aten._linalg_eigh: _eigh_flop,
     aten.addmm_: _added_product_flop,
     aten.baddbmm_: _added_product_flop,
+    # As PyTorch counts attention on a GPU.
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flop,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flop,
 }
 
 

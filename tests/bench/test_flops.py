@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from bench_runs import tiny_contenders
 
 from kfac_sua.bench.costs import Rounds, measure_costs
@@ -28,6 +29,11 @@ CASES = {
     "triangular solve": (
         lambda: torch.linalg.solve_triangular(torch.eye(6).expand(2, 6, 6), torch.ones(2, 6, 5), upper=False),
         2 * 6 * 6 * 5,
+    ),
+    # Two products forward, and five backward, where scores are computed again.
+    "attention": (
+        lambda: F.scaled_dot_product_attention(*(torch.ones(2, 3, 6, 5, requires_grad=True),) * 3).sum().backward(),
+        (2 + 5) * 2 * 2 * 3 * 6 * 6 * 5,
     ),
     "eigenvectors": (lambda: torch.linalg.eigh(torch.eye(6).expand(2, 6, 6)), 2 * 9 * 6**3),
 }

@@ -24,7 +24,7 @@ BAD_COMMANDS = {
     "lr=0.1": r"no key 'lr' \(did you mean 'optimizer.lr'\?\); the keys of the configuration are seed, device, epochs,",
     "preconditoner=sua": r"no key 'preconditoner' \(did you mean 'preconditioner'\?\)",
     "preconditioner=suaa": r"no preconditioner=suaa \(did you mean 'sua'\?\); choose one of baseline, grouped, kfac,",
-    "model=resnet": r"no model=resnet.*; choose one of preact_resnet50, tiny, vgg11\.",
+    "model=resnet": r"no model=resnet.*; choose one of preact_resnet50, tiny, transformer, vgg11\.",
     "optimizer=adam": r"no optimizer=adam \(did you mean 'adamw'\?\); choose one of adamw, muon, sgd\.",
     "dataset=mnist": r"no dataset=mnist; choose one of cifar10, cifar100, digits\.",
     "schedule=linear": r"no schedule=linear; choose one of constant, cosine, step\.",
@@ -44,8 +44,9 @@ BAD_COMMANDS = {
     "optimizer=muon optimizer.ns_step=3": r"no key 'optimizer.ns_step' \(did you mean 'optimizer.ns_steps'\?\)",
     "batch_norm=false": r"no key 'batch_norm' \(did you mean 'model.batch_norm'\?\)",
     "model=preact_resnet50 model.batch_norm=false": (
-        r"no key 'model.batch_norm' with model=preact_resnet50; the keys of model=preact_resnet50 are name, width\."
+        r"no key 'model.batch_norm' with model=preact_resnet50 or transformer; .* or transformer are name, width\."
     ),
+    "model=transformer model.batch_norm=false": r"no key 'model.batch_norm' with model=preact_resnet50 or transformer;",
     # wrong types
     "preconditioner.damping=abc": r"preconditioner.damping must be a number, got 'abc'\.",
     "preconditioner.damping=null": r"preconditioner.damping must be a number, got null\.",
@@ -60,7 +61,7 @@ BAD_COMMANDS = {
     "device=gpu": r"device must be one of auto, cpu, cuda, got 'gpu'\.",
     "epochs=2.5": r"epochs must be an integer, got 2.5\.",
     "channels_last=maybe": r"channels_last must be true or false, got 'maybe'\.",
-    "model=null": r"model must be one of preact_resnet50, tiny, vgg11, got null\.",
+    "model=null": r"model must be one of preact_resnet50, tiny, transformer, vgg11, got null\.",
     "seed=???": r"seed must be given a value\.",
     # out of range
     "preconditioner.damping=-1": r"preconditioner.damping must be a number > 0 within the range of float32, got -1",
@@ -188,7 +189,7 @@ BAD_COMMANDS = {
     "checkpoint_interval_s=soon": r"checkpoint_interval_s must be a number or null, got 'soon'\.",
     # more than one option where there can be one
     "preconditioner=[sua,kfac]": r"preconditioner must be one of baseline, .*, got \['sua', 'kfac'\]\.",
-    "model={name:tiny}": r"model must be one of preact_resnet50, tiny, vgg11, got \{'name': 'tiny'\}\.",
+    "model={name:tiny}": r"model must be one of preact_resnet50, tiny, transformer, vgg11, got \{'name': 'tiny'\}\.",
     "sweep=[lr,lr_damping]": r"sweep=\[lr,lr_damping\] names several grids; run them one after the other\.",
     # interpolations
     "seed=${seed}": r"cannot be composed: Recursive interpolation detected\.",

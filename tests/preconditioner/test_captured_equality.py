@@ -9,7 +9,7 @@ from captured_training import LR, Case, Training, adamw, make_net, muon, num_pla
 from identical import assert_identical
 from torch import nn
 
-from kfac_sua.models import PreActResNet50
+from kfac_sua.models import PreActResNet50, VisionTransformer
 from kfac_sua.preconditioner import KroneckerSettings, exponential_damping
 from kfac_sua.preconditioner.captured.step import WARM_UP_STEPS
 
@@ -119,12 +119,12 @@ def test_pairs_of_keys(structure, pair):
 
 
 class Resized(nn.Module):
-    """PreAct-ResNet50 at an eighth of the width, on the cases' images."""
+    """A network of the command line at an eighth of the width, on the cases' images."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: type[PreActResNet50] | type[VisionTransformer]) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.net = PreActResNet50(10, width=0.125)
+        self.net = kind(10, width=0.125)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return the logits of ``[n, 3, 8, 8]``."""
@@ -136,5 +136,11 @@ class Resized(nn.Module):
 def test_residual_network(structure):
     """Shortcuts, strides and 53 convolutions of PreAct-ResNet50 under a changing optimizer's state."""
     settings = None if structure is None else {**STRUCTURES[structure], "inverse_period": 8, "damping": 1.0}
-    case = Case(settings, Resized, lambda net: sgd(net, lr=LR / 3))
+    case = Case(settings, lambda: Resized(PreActResNet50), lambda net: sgd(net, lr=LR / 3))
     check(case, num_steps=24)
+
+
+@pytest.mark.parametrize("structure", ["kfac", "sua_grouped"])
+def test_transformer(structure):
+    """Attention, layer normalisation and 18 linear layers, 17 of them on sequences."""
+    check(Case({**STRUCTURES[structure], "inverse_period": 8}, lambda: Resized(VisionTransformer)), num_steps=16)

@@ -92,7 +92,7 @@ NOT_OF_A_STEP = {
     "dataset.validation_size": "evaluation",
     "dataset.train_eval_size": "evaluation",
     "dataset.split_seed": "which images",
-    "model.name": "comes with its file; VGG11 and PreAct-ResNet50 below",
+    "model.name": "comes with its file; the others below",
     "optimizer.name": "comes with its file; all below",
     "preconditioner.name": "comes with its file; all below",
     "preconditioner.structure": "comes with its file; all below",
@@ -189,9 +189,9 @@ def test_every_optimizer(tmp_path, emulated, name):  # noqa: F811
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["baseline", *STRUCTURES])
-@pytest.mark.parametrize("model", ["vgg11", "preact_resnet50"])
+@pytest.mark.parametrize("model", ["vgg11", "preact_resnet50", "transformer"])
 def test_every_model(tmp_path, emulated, model, name):  # noqa: F811
-    """The paper's networks, at a sixteenth of their width."""
+    """All but the tiny one, at a sixteenth of their width."""
     check(tmp_path, emulated, *STRUCTURES.get(name, BASELINE), f"model={model}", "model.width=0.0625")
 
 
