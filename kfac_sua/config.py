@@ -230,6 +230,7 @@ class Config:
     sync_batch_norm: bool
     precision: Precision
     capture: bool | str
+    device_rates: str | None
     deterministic: bool
     num_threads: int | None
     non_finite: NonFinite

@@ -1,8 +1,11 @@
-"""What ``auto`` comes to on this machine: the device, and the precision of its products."""
+"""What ``auto`` comes to on this machine: the device, the precision of its products, and what choices go by."""
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from kfac_sua.config import ConfigError, Device, Precision
+from kfac_sua.preconditioner.rates import OWN_RATES, DeviceRates, rates_in_force
 
 
 def choose_device(device: Device) -> torch.device:
@@ -54,6 +57,28 @@ def choose_precision(precision: Precision, device: str) -> Precision:
             f"precision={precision}, which {where} does not have; use precision=float32 or precision=auto."
         )
     return precision
+
+
+def rates_as_configured(path: str | None, device: torch.device) -> AbstractContextManager[None]:
+    """Return a context in which the preconditioner goes by other rates.
+
+    Args:
+        path: As configured: a file, or ``cpu`` or ``cuda`` for the project's own; ``None`` leaves those in force.
+        device: The device that they are of.
+
+    Raises:
+        ConfigError: If the file cannot be read or holds no such rates.
+    """
+    if path is None:
+        return nullcontext()
+    try:
+        return rates_in_force(OWN_RATES[path] if path in OWN_RATES else DeviceRates.read(path), device.type)
+    except OSError as error:
+        raise ConfigError(
+            f"device_rates={path}: {error.strerror or error}; give a file of kfac_sua.bench.device_rates, cpu or cuda."
+        ) from error
+    except ValueError as error:
+        raise ConfigError(f"device_rates: {error}") from error
 
 
 def _has(precision: Precision, device: str) -> bool:

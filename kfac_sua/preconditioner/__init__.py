@@ -4,6 +4,7 @@ from kfac_sua.preconditioner.adaptive_damping import AdaptiveDamping
 from kfac_sua.preconditioner.captured import CapturedStep, StepGraph
 from kfac_sua.preconditioner.damping_schedule import DampingScheduler, exponential_damping
 from kfac_sua.preconditioner.kfac import KroneckerPreconditioner
+from kfac_sua.preconditioner.rates import DeviceRates, rates_of, use_rates
 from kfac_sua.preconditioner.report import LayerReport, LayerTable
 from kfac_sua.preconditioner.settings import (
     Application,
@@ -13,6 +14,7 @@ from kfac_sua.preconditioner.settings import (
     KroneckerSettings,
     Likelihood,
     LossReduction,
+    Products,
     Structure,
     WeightSharing,
 )
@@ -23,6 +25,7 @@ __all__ = [
     "CapturedStep",
     "DampingRule",
     "DampingScheduler",
+    "DeviceRates",
     "FisherType",
     "InverseMethod",
     "KroneckerPreconditioner",
@@ -31,8 +34,11 @@ __all__ = [
     "LayerTable",
     "Likelihood",
     "LossReduction",
+    "Products",
     "StepGraph",
     "Structure",
     "WeightSharing",
     "exponential_damping",
+    "rates_of",
+    "use_rates",
 ]

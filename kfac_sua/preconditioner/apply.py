@@ -34,7 +34,12 @@ def precondition_(
         return
     dtype = inverse.like.dtype
     blocks = _to_blocks(weight_grad.to(dtype), None if bias_grad is None else bias_grad.to(dtype), layout)
-    bias = _from_blocks(inverse.times(blocks, sides), layout, weight_grad)
+    if blocks.data_ptr() == weight_grad.data_ptr() and _is_dense(weight_grad):
+        # A view of all of it: there was nothing to pad, join or reorder.
+        inverse.times_(blocks, sides)
+        bias = None
+    else:
+        bias = _from_blocks(inverse.times(blocks, sides), layout, weight_grad)
     if bias_grad is not None and layout.bias is BiasBlock.SEPARATE:
         columns = _bias_blocks(bias_grad.to(dtype), layout)  # [g · P, p, 1]
         bias = _merge_bias(inverse.times_bias(columns), layout)
@@ -68,6 +73,11 @@ def quadratic_form(weight: Tensor, bias: Tensor | None, layout: BlockLayout, fac
     return factors.scale * total
 
 
+def _is_dense(values: Tensor) -> bool:
+    """Whether every number has a place of its own, so that a product can be written there."""
+    return values.is_contiguous() or (values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last))
+
+
 def _bias_blocks(bias_grad: Tensor, layout: BlockLayout) -> Tensor:
     split = layout.gradient.split(bias_grad.view(layout.conv_groups, -1))  # [g, P, p]
     return split.flatten(0, 1).unsqueeze(-1)  # [g · P, p, 1]
@@ -80,8 +90,10 @@ def _merge_bias(columns: Tensor, layout: BlockLayout) -> Tensor:
 
 def _to_blocks(weight_grad: Tensor, bias_grad: Tensor | None, layout: BlockLayout) -> Tensor:
     """Return the gradient as ``[g, P, p, t, Q, d]``; without a copy where possible (channels_last)."""
-    values = weight_grad if weight_grad.dim() == 4 else weight_grad[:, :, None, None]  # [out, in, kh, kw]
-    values = values.permute(0, 2, 3, 1).flatten(1, 2)  # [out, taps, in]
+    values = weight_grad.permute(0, 2, 3, 1) if weight_grad.dim() == 4 else weight_grad  # [out, kh, kw, in], [out, in]
+    if layout.is_order_of_weights:  # one view for all of the below, which is host time at every step
+        return values.reshape(layout.weight_shape)  # [g, P, p, t, Q, d]
+    values = values.reshape(len(values), layout.num_taps, -1)  # [out, taps, in]
     values = layout.activation.split(values)  # [out, taps, Q, a]
     if layout.taps_in_features:
         values = values.transpose(1, 2).flatten(2).unsqueeze(1)  # [out, 1, Q, taps · a]
@@ -107,7 +119,11 @@ def _from_blocks(blocks: Tensor, layout: BlockLayout, weight_grad: Tensor) -> Te
         bias, values = values[..., -1], values[..., :-1]
     if layout.taps_in_features:
         values = values.squeeze(1).unflatten(-1, (layout.num_taps, -1)).transpose(1, 2)  # [out, taps, Q, a]
-    values = layout.activation.merge(values)  # [out, taps, in]
     target = weight_grad if weight_grad.dim() == 4 else weight_grad[:, :, None, None]  # [out, in, kh, kw]
-    target.permute(0, 2, 3, 1).copy_(values.unflatten(1, target.shape[2:]))  # [out, kh, kw, in]
+    target = target.permute(0, 2, 3, 1)  # [out, kh, kw, in]
+    if layout.activation.num_padded:
+        values = layout.activation.merge(values)  # [out, taps, in]
+    else:
+        target = layout.activation.split(target)  # [out, kh, kw, Q, a]; a view, where merging would be a copy
+    target.copy_(values.unflatten(1, target.shape[1:3]))
     return bias

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kfac_sua.preconditioner import invert as alone
-from kfac_sua.preconditioner.forms import BlockMessage, EigenBasis, Factor, Inverse, Prepared
+from kfac_sua.preconditioner.forms import BlockMessage, EigenBasis, Factor, MadeInverse, Prepared
 from kfac_sua.preconditioner.forms.triangles import packed, unpack_
 from kfac_sua.preconditioner.invert import Outcome
 from kfac_sua.preconditioner.processes import Processes
@@ -45,7 +45,7 @@ class SharedInversion:
         self.flops_per_byte = flops_per_byte
         self.plan: SharingPlan | None = None
 
-    def invert_factors(self, factors: Sequence[Factor], dampings: Sequence[Tensor]) -> list[Outcome[Inverse]]:
+    def invert_factors(self, factors: Sequence[Factor], dampings: Sequence[Tensor]) -> list[Outcome[MadeInverse]]:
         """Do what ``invert.invert_factors`` does, all processes together.
 
         Args:
@@ -56,7 +56,7 @@ class SharedInversion:
             One outcome per factor, in order.
         """
 
-        def make(parts: Sequence[tuple[int, slice]]) -> list[Outcome[Inverse]]:
+        def make(parts: Sequence[tuple[int, slice]]) -> list[Outcome[MadeInverse]]:
             return alone.invert_factors(
                 [factors[i].part(blocks) for i, blocks in parts], [dampings[i][blocks] for i, blocks in parts]
             )

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from kfac_sua.preconditioner.changes import is_frozen
 from kfac_sua.preconditioner.invert import DAMPING_RAISES
+from kfac_sua.preconditioner.kronecker import LayerInverse
 from kfac_sua.preconditioner.layer import PreconditionedLayer
 from kfac_sua.preconditioner.refresh import Refreshed
 from kfac_sua.preconditioner.settings import DampingRule, FisherType, KroneckerSettings
@@ -77,8 +78,10 @@ def drop_statistics(layer: PreconditionedLayer, events: EventLog) -> None:
     events.report("non_finite_statistics", layer.name, f"they are dropped and the layer goes on with {meanwhile}")
 
 
-def take_inverse(layer: PreconditionedLayer, result: Refreshed, settings: KroneckerSettings, events: EventLog) -> None:
-    """Replace a layer's inverse, unless the new one failed.
+def usable_inverse(
+    layer: PreconditionedLayer, result: Refreshed, settings: KroneckerSettings, events: EventLog
+) -> LayerInverse | None:
+    """Return a layer's new inverse; ``None`` if it failed.
 
     Args:
         layer: The layer.
@@ -93,12 +96,11 @@ def take_inverse(layer: PreconditionedLayer, result: Refreshed, settings: Kronec
         raise RuntimeError(_first_inverse_failed(layer.name, result.num_failed, settings))
     if result.num_failed:
         events.report("failed_inverse", layer.name, "its last good inverse stays")
-        return
-    assert result.inverse is not None
-    layer.take_inverse(result.inverse)
+        return None
     if result.num_raised:
         consequence = f"inverting {result.num_raised} of its blocks took up to {result.raised_by} times the damping"
         events.report("raised_damping", layer.name, consequence)
+    return result.inverse
 
 
 def nothing_recorded(fisher_type: FisherType) -> str:

@@ -7,6 +7,7 @@ The last channel group may be smaller than the others; it is padded with zeros, 
 
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -144,6 +145,23 @@ class BlockLayout:
             gradient=ChannelGroups.of(geometry.out_channels, group_size),
             bias=bias if geometry.has_bias else BiasBlock.NONE,
         )
+
+    @cached_property
+    def weight_shape(self) -> tuple[int, int, int, int, int, int]:
+        """Shape of a weight gradient as it is multiplied: ``(conv_groups, P, p, t, Q, d)``."""
+        groups = self.gradient
+        features = self.activation_blocks[1]
+        return self.conv_groups, groups.count, groups.size, self.identity_taps, self.activation.count, features
+
+    @cached_property
+    def is_order_of_weights(self) -> bool:
+        """Whether a weight gradient in the order ``[out, taps, in]`` has that shape as it is.
+
+        It has not where groups are padded, where the bias is joined, or where channel groups lie within taps.
+        """
+        is_padded = self.gradient.num_padded or self.activation.num_padded
+        is_reordered = self.feature_taps > 1 and self.activation.count > 1
+        return not is_padded and not is_reordered and self.bias is not BiasBlock.JOINT
 
     @property
     def identity_taps(self) -> int:

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from kfac_sua.preconditioner.forms import EigenBasis, Factor, Inverse
+from kfac_sua.preconditioner.forms import EigenBasis, Factor, MadeInverse
 from kfac_sua.preconditioner.forms.dense import joined
 from kfac_sua.preconditioner.forms.eigen import decomposed
 from kfac_sua.preconditioner.precision import on_one_device
@@ -66,7 +66,7 @@ class _Factorisation:
     dampings: Tensor
 
 
-def invert_factors(factors: Sequence[Factor], dampings: Sequence[Tensor]) -> list[Outcome[Inverse]]:
+def invert_factors(factors: Sequence[Factor], dampings: Sequence[Tensor]) -> list[Outcome[MadeInverse]]:
     """Invert ``factor + damping · I`` for many factors at once.
 
     All blocks to be factorised that have the same size, of whichever layer and side, go through one batched Cholesky
@@ -82,7 +82,7 @@ def invert_factors(factors: Sequence[Factor], dampings: Sequence[Tensor]) -> lis
         One outcome per factor, in order.
     """
     factorised = dict(enumerate(_factorise(factors, dampings)))
-    results: dict[int, Outcome[Inverse]] = {}
+    results: dict[int, Outcome[MadeInverse]] = {}
     batches = _batches([(*_core_key(factor), type(factor)) for factor in factors])
     # Moments first: their batches are joined in a copy, beside which the roots of rows need not lie yet.
     for members in sorted(batches, key=lambda members: not factors[members[0]].is_summed):
@@ -109,7 +109,7 @@ def eigendecompose_factors(factors: Sequence[Factor]) -> list[EigenBasis | None]
     return bases
 
 
-def _inverted(factors: list[Factor], factorised: list[Outcome[_Factorisation]]) -> list[Outcome[Inverse]]:
+def _inverted(factors: list[Factor], factorised: list[Outcome[_Factorisation]]) -> list[Outcome[MadeInverse]]:
     """Invert factors in one form, whose cores have one width, dtype and device."""
     triangles = [one.inverse.triangles for one in factorised]
     inverses = type(factors[0]).invert(factors, triangles, [one.inverse.dampings for one in factorised])
@@ -129,32 +129,50 @@ def _eigenbases(parts: list[Tensor]) -> list[EigenBasis | None]:
 def _factorise(factors: Sequence[Factor], dampings: Sequence[Tensor]) -> list[Outcome[_Factorisation]]:
     """Factorise the damped cores, equal-sized ones together, and repair what fails."""
     results: dict[int, Outcome[_Factorisation]] = {}
-    failed = [torch.empty(0)] * len(factors)
+    order, infos, sums = [], [], []
     for members in _batches([_core_key(factor) for factor in factors]):
-        batch, bad = _cholesky(joined([_damped_core(factors[i], dampings[i]) for i in members]))
-        sizes = [len(dampings[i]) for i in members]
-        for i, part, part_bad in zip(members, batch.split(sizes), bad.split(sizes), strict=True):
+        own_dampings = [dampings[i] for i in members]
+        cores = _damped_cores([factors[i] for i in members], own_dampings)
+        triangles, info = torch.linalg.cholesky_ex(cores)
+        infos.append(info)
+        sums.append(_diagonal_sums(triangles))
+        order += members
+        for i, part in zip(members, triangles.split([*map(len, own_dampings)]), strict=True):
             results[i] = Outcome(_Factorisation(part, dampings[i]))
-            failed[i] = part_bad | factors[i].loses_damping(dampings[i])
-    if failed and bool(torch.cat(on_one_device(failed)).any()):  # the only host synchronisation where all is well
-        for i, bad in enumerate(failed):
-            if bool(bad.any()):
-                indices = bad.nonzero().squeeze(-1)  # [blocks that failed]
-                results[i] = _repaired(factors[i], results[i].inverse, indices)
+    if not order:
+        return []
+    have_failed = _have_failed(torch.cat(on_one_device(infos)), torch.cat(on_one_device(sums)))
+    lost = {i: lost for i, factor in enumerate(factors) if (lost := factor.loses_damping(dampings[i])) is not None}
+    flags = torch.cat(on_one_device([have_failed, *lost.values()]))  # [blocks of all factors, and of rows once more]
+    if bool(flags.any()):  # the only host synchronisation where all is well
+        failed = dict(zip(order, have_failed.split([len(dampings[i]) for i in order]), strict=True))
+        for i, factor in enumerate(factors):
+            is_bad = failed[i].to(dampings[i].device) | lost.get(i, False)  # [blocks]
+            if bool(is_bad.any()):
+                indices = is_bad.nonzero().squeeze(-1)  # [blocks that failed]
+                results[i] = _repaired(factor, results[i].inverse, indices)
     return [results[i] for i in range(len(factors))]
 
 
-def _damped_core(factor: Factor, damping: Tensor) -> Tensor:
-    """Return the matrix to factorise: the damped blocks, or the damped Gram matrix between rows."""
-    core = factor.core()
-    core.diagonal(dim1=-2, dim2=-1).add_(damping[:, None])
-    return core
+def _damped_cores(factors: Sequence[Factor], dampings: Sequence[Tensor]) -> Tensor:
+    """Return new matrices to factorise, ``[blocks of all factors, core_width, core_width]``.
+
+    The damped blocks, or the damped Gram matrices between rows.
+    """
+    cores = [factor.core() for factor in factors]
+    batch = torch.cat(cores) if len(cores) > 1 or cores[0] is factors[0].values else cores[0]
+    batch.diagonal(dim1=-2, dim2=-1).add_(joined(dampings)[:, None])
+    return batch
 
 
-def _cholesky(batch: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the lower triangles of a batch and whether each failed."""
-    triangle, info = torch.linalg.cholesky_ex(batch)
-    return triangle, (info != 0) | ~triangle.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
+def _diagonal_sums(triangles: Tensor) -> Tensor:
+    """Return the sum of each triangle's diagonal: not finite if anything in the factorised matrix was not."""
+    return triangles.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def _have_failed(infos: Tensor, diagonal_sums: Tensor) -> Tensor:
+    """Say of blocks whether their factorisation is of no use."""
+    return (infos != 0) | ~diagonal_sums.isfinite()
 
 
 def _repaired(factor: Factor, factorised: _Factorisation, failed: Tensor) -> Outcome[_Factorisation]:
@@ -164,11 +182,16 @@ def _repaired(factor: Factor, factorised: _Factorisation, failed: Tensor) -> Out
     """
     triangles, dampings = factorised.triangles.clone(), factorised.dampings.clone()
     num_raised, raised_by = 0, 1
-    for times in (1, *DAMPING_RAISES):
+    is_finite = bool(factor.traces().isfinite().all())  # or nothing helps
+    for times in (1, *DAMPING_RAISES) if is_finite else ():
         dampings[failed] = factorised.dampings[failed] * times
-        core = _damped_core(factor.in_float64(failed), dampings[failed].double())
-        repaired, bad = _cholesky(core)
-        bad |= factor.loses_damping(dampings)[failed]
+        repaired, info = torch.linalg.cholesky_ex(
+            _damped_cores([factor.in_float64(failed)], [dampings[failed].double()])
+        )
+        bad = _have_failed(info, _diagonal_sums(repaired))
+        lost = factor.loses_damping(dampings)
+        if lost is not None:
+            bad |= lost[failed]
         triangles[failed] = repaired.to(triangles.dtype)
         num_cured = len(failed) - int(bad.sum())
         if times > 1 and num_cured:

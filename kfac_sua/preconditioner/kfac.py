@@ -24,14 +24,15 @@ from kfac_sua.preconditioner.faults import (
     report_frozen,
     report_missing,
     report_other_examples,
-    take_inverse,
+    usable_inverse,
     validate_loss_factor,
 )
 from kfac_sua.preconditioner.fisher import fisher_cotangents
+from kfac_sua.preconditioner.forms.accumulator import Scalings
 from kfac_sua.preconditioner.kl_clip import KLClip
-from kfac_sua.preconditioner.layer import PreconditionedLayer
+from kfac_sua.preconditioner.layer import PreconditionedLayer, take_inverses
 from kfac_sua.preconditioner.layers import discover_layers, log_plain_layers, preconditioned
-from kfac_sua.preconditioner.precision import factor_precision, without_autocast
+from kfac_sua.preconditioner.precision import application_precision, factor_precision
 from kfac_sua.preconditioner.processes import Processes, default_processes
 from kfac_sua.preconditioner.refresh import refresh_layers
 from kfac_sua.preconditioner.report import LayerTable, layer_table, report_sharing
@@ -43,6 +44,7 @@ from kfac_sua.preconditioner.settings import (
     KroneckerSettings,
     Likelihood,
     LossReduction,
+    Products,
     Structure,
     WeightSharing,
     checked_damping,
@@ -126,6 +128,7 @@ class KroneckerPreconditioner:
         activation_rows: Rows of a mini-batch that activation factors are measured from at most; ``None`` for all.
         inverse_method: ``"auto"``, ``"cholesky"`` or ``"low_rank"``.
         application: ``"weight"`` or ``"auto"``.
+        products: ``"auto"``, ``"ieee"`` or ``"bf16x3"``.
         kl_clip: κ > 0: shorten steps with lr² Σ g·u > κ; then ``step()`` needs ``lr``. ``None`` never does.
         skip: Names of layers to leave to the plain gradient, with shell-style wildcards.
         settings: All of the above at once; then none of them may be given. Their defaults and constraints are those
@@ -163,6 +166,7 @@ class KroneckerPreconditioner:
         activation_rows: int | None = None,
         inverse_method: InverseMethod | str | None = None,
         application: Application | str | None = None,
+        products: Products | str | None = None,
         kl_clip: float | None = None,
         skip: Sequence[str] | None = None,
         settings: KroneckerSettings | None = None,
@@ -185,6 +189,7 @@ class KroneckerPreconditioner:
             "activation_rows": activation_rows,
             "inverse_method": inverse_method,
             "application": application,
+            "products": products,
             "kl_clip": kl_clip,
             "skip": skip if skip is None or isinstance(skip, str) else list(skip),
         }
@@ -404,7 +409,8 @@ class KroneckerPreconditioner:
                 return False
         self._follow_model()
         if self.statistics_due:
-            self.update_factors(loss_scale=1.0 if loss_scale is None else loss_scale, loss_weight=loss_weight)
+            scale = 1.0 if loss_scale is None else loss_scale
+            self._measure(scale, loss_weight, is_judged=not self._inversion_judges)
         if self.inverses_due:
             self.update_inverses()
         observer = self._interested_observer()
@@ -427,6 +433,11 @@ class KroneckerPreconditioner:
             ValueError: If ``loss_scale`` or ``loss_weight`` is not a finite number > 0.
             RuntimeError: If nothing was recorded, or not all of it can be used.
         """
+        self._measure(loss_scale, loss_weight, is_judged=True)
+
+    @torch.no_grad()
+    def _measure(self, loss_scale: float, loss_weight: float, *, is_judged: bool) -> None:
+        """Do what :meth:`update_factors` does; whether factors are finite is looked at now, which waits, or later."""
         validate_loss_factor("loss_scale", loss_scale)
         validate_loss_factor("loss_weight", loss_weight)
         with self._phases.phase("statistics"), factor_precision():
@@ -434,11 +445,13 @@ class KroneckerPreconditioner:
             is_empirical = self.settings.fisher_type is FisherType.empirical
             mean_loss = is_empirical and self.settings.loss_reduction is LossReduction.mean
             scale = loss_scale * loss_weight if is_empirical else 1.0  # fisher_backward() does not send the scaled loss
+            scalings = Scalings()
             try:
                 measured = {
-                    name: layer.statistics.factors(grads_of_mean_loss=mean_loss, loss_scale=scale)
+                    name: layer.statistics.factors(grads_of_mean_loss=mean_loss, loss_scale=scale, scalings=scalings)
                     for name, layer in self._layers.items()
                 }
+                scalings.carry_out()
             finally:  # a refused mini-batch must not spoil the next one
                 self._forget_passes()
             if self._processes is not None:
@@ -449,7 +462,7 @@ class KroneckerPreconditioner:
             for name in measured:
                 if name not in present:
                     report_missing(self._layers[name], self._events)
-            finite = finite_layers(list(present.values()))
+            finite = finite_layers(list(present.values())) if is_judged else [True] * len(present)
             for (name, factors), is_finite in zip(present.items(), finite, strict=True):
                 if is_finite:
                     self._layers[name].measured(factors)
@@ -463,15 +476,26 @@ class KroneckerPreconditioner:
         Raises:
             RuntimeError: If a layer's first inverse fails.
         """
+        layers = [layer for layer in self._layers.values() if layer.is_fresh]
+        costs = [layer.costs_now() for layer in layers]
         with self._phases.phase("inversion"), factor_precision():
-            layers = [layer for layer in self._layers.values() if layer.is_fresh]
             factors = [layer.average.corrected() for layer in layers]
             layouts = [layer.layout for layer in layers]
             settings = dataclasses.replace(self.settings, damping=self.damping)
-            refreshed = refresh_layers(factors, layouts, settings, self._shared_inversion)
-            for layer, result, factors_used in zip(layers, refreshed, factors, strict=True):
-                take_inverse(layer, result, settings, self._events)
-                layer.refreshed(factors_used)
+            refreshed = refresh_layers(factors, layouts, costs, settings, self._shared_inversion)
+            new = []
+            try:
+                for layer, result, factors_used in zip(layers, refreshed, factors, strict=True):
+                    if result.num_failed and not factors_used.is_finite():
+                        drop_statistics(layer, self._events)
+                        layer.forget_measurement()
+                        continue
+                    inverse = usable_inverse(layer, result, settings, self._events)
+                    if inverse is not None:
+                        new.append((layer, inverse))
+                    layer.refreshed(factors_used)
+            finally:  # layers before one that has no inverse at all keep theirs
+                take_inverses(new)
 
     def precondition_(self, *, lr: float | Tensor | None = None) -> None:
         """Replace the gradients of the preconditioned layers in place, with the inverses at hand.
@@ -485,16 +509,16 @@ class KroneckerPreconditioner:
         self._precondition_(self._make_clip(lr))
 
     def describe(self) -> LayerTable:
-        """Return a row per layer: structure, blocks, factor sizes, memory and FLOPs, or why it is left alone.
+        """Return a row per layer: structure, blocks, sizes, memory, FLOPs and forms, or why it is left alone.
 
         With several processes also what each of them inverts and sends.
         """
-        layouts = {name: layer.layout for name, layer in self._layers.items()}
-        table = layer_table(self._discovered, layouts, self.settings)
+        table = layer_table(self._discovered, self._layers, self.settings)
         if self._shared_inversion is None:
             return table
         like = next(iter(self._layers.values())).site.like
-        sharing = report_sharing(self._shared_inversion, [*layouts.values()], self.settings, like)
+        layouts = [layer.layout for layer in self._layers.values()]
+        sharing = report_sharing(self._shared_inversion, layouts, self.settings, like)
         return dataclasses.replace(table, sharing=sharing)
 
     def remove_hooks(self) -> None:
@@ -597,7 +621,7 @@ class KroneckerPreconditioner:
 
     @torch.no_grad()
     def _precondition_(self, clip: KLClip | None) -> None:
-        with self._phases.phase("application"), without_autocast():
+        with self._phases.phase("application"), application_precision():
             missing = [layer.take_missing_sides() for layer in self._layers.values()]  # all may raise before any change
             for layer, sides in zip(self._layers.values(), missing, strict=True):
                 if is_frozen(layer.module):
@@ -613,6 +637,14 @@ class KroneckerPreconditioner:
         """Leave compiled modules uncompiled while statistics are recorded."""
         self._capture.was_compiled = False
         self._replaced += [UncompiledWhileRecording(module, self._capture) for module in modules]
+
+    @property
+    def _inversion_judges(self) -> bool:
+        """Whether the coming inversion shows which of the coming statistics are not finite, at no cost.
+
+        No matrix that is not finite can be factorised. But decompositions of such raise, and an average would keep it.
+        """
+        return self.inverses_due and not self.settings.needs_dense_factors
 
     def _forget_passes(self) -> None:
         self._capture.clear()

@@ -28,7 +28,10 @@ class Sides:
         return Sides(activation=not self.activation, gradient=not self.gradient)
 
 
+EIGENBASIS = "eigenbasis"
+
 BOTH_SIDES = Sides(activation=True, gradient=True)
+GRADIENT_SIDE = Sides(activation=False, gradient=True)
 NEITHER_SIDE = Sides(activation=False, gradient=False)
 
 
@@ -45,6 +48,11 @@ class LayerInverse(ABC):
     @abstractmethod
     def by_sides(self) -> "KroneckerInverse | None":
         """The inverse, if its sides can be applied one without the other; ``None`` otherwise."""
+
+    @property
+    @abstractmethod
+    def forms(self) -> tuple[str, str]:
+        """What the forms of the activation and of the gradient side are called in a table."""
 
     @property
     @abstractmethod
@@ -73,6 +81,10 @@ class LayerInverse(ABC):
             The same shape.
         """
 
+    def times_(self, blocks: Tensor, sides: Sides = BOTH_SIDES) -> None:
+        """Do what :meth:`times` does, in place."""
+        blocks.copy_(self.times(blocks, sides))
+
     @abstractmethod
     def times_bias(self, columns: Tensor) -> Tensor:
         """Multiply the gradient of a separate bias, ``[g · P, p, 1]``, by the inverse of its block."""
@@ -94,6 +106,11 @@ class KroneckerInverse(LayerInverse):
     bias_scale: Tensor
 
     names: ClassVar[tuple[str, ...]] = ("activation", "gradient", "bias_scale")
+
+    @property
+    def forms(self) -> tuple[str, str]:
+        """Those of the two inverses."""
+        return self.activation.form, self.gradient.form
 
     @property
     def by_sides(self) -> "KroneckerInverse":
@@ -126,6 +143,14 @@ class KroneckerInverse(LayerInverse):
             return blocks
         return weight_view(self.activation.right(activation_view(blocks)), blocks.shape)  # [g, P, p, t, Q, d]
 
+    def times_(self, blocks: Tensor, sides: Sides = BOTH_SIDES) -> None:
+        """Do what :meth:`times` does, in place; the product of the second side is written where it belongs."""
+        target = activation_view(blocks)  # [g · Q, P · p · t, d]
+        if sides != BOTH_SIDES or target.data_ptr() != blocks.data_ptr():  # a copy, where both g and Q exceed 1
+            super().times_(blocks, sides)
+            return
+        self.activation.right_into(activation_view(self.times(blocks, GRADIENT_SIDE)), target)
+
     def times_bias(self, columns: Tensor) -> Tensor:
         """Multiply ``[g · P, p, 1]`` by the inverse gradient factor and that of the scalar activation factor."""
         scale = self.bias_scale.repeat_interleave(len(columns) // len(self.bias_scale))  # [g · P]
@@ -149,6 +174,11 @@ class KroneckerEigenbasis(LayerInverse):
     damping: Tensor
 
     names: ClassVar[tuple[str, ...]] = ("activation", "gradient", "scale", "damping")
+
+    @property
+    def forms(self) -> tuple[str, str]:
+        """Eigenbases."""
+        return EIGENBASIS, EIGENBASIS
 
     @property
     def by_sides(self) -> None:
@@ -202,6 +232,8 @@ def layer_inverse_from_state(state: Mapping[str, Any], geometry: LayerGeometry) 
 def activation_view(blocks: Tensor) -> Tensor:
     """View ``[g, P, p, t, Q, d]`` as ``[g · Q, P · p · t, d]``, without a copy unless both g and Q exceed 1."""
     g, num_p, p, t, num_q, d = blocks.shape
+    if num_q == 1:
+        return blocks.reshape(g, num_p * p * t, d)  # [g, P · p · t, d]
     rows = blocks.reshape(g, num_p * p * t, num_q, d).transpose(1, 2)  # [g, Q, P · p · t, d]
     return rows.reshape(g * num_q, num_p * p * t, d)  # [g · Q, P · p · t, d]
 
@@ -209,6 +241,8 @@ def activation_view(blocks: Tensor) -> Tensor:
 def weight_view(values: Tensor, shape: torch.Size) -> Tensor:
     """Undo :func:`activation_view`: ``[g · Q, P · p · t, d]`` to a view ``[g, P, p, t, Q, d]``."""
     g, num_p, p, t, num_q, d = shape
+    if num_q == 1:
+        return values.view(shape)  # [g, P, p, t, 1, d]
     return values.view(g, num_q, num_p, p, t, d).permute(0, 2, 3, 4, 1, 5)  # [g, P, p, t, Q, d]
 
 

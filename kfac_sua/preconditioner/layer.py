@@ -1,10 +1,11 @@
 """One preconditioned layer: its module, block layout, statistics, running average and inverse."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kfac_sua.preconditioner.apply import precondition_
@@ -19,9 +20,10 @@ from kfac_sua.preconditioner.kronecker import (
     Sides,
     layer_inverse_from_state,
 )
-from kfac_sua.preconditioner.precision import at_least_float32, fits
+from kfac_sua.preconditioner.precision import at_least_float32, fits, has_fast_products
 from kfac_sua.preconditioner.processes import Site
-from kfac_sua.preconditioner.settings import Application, KroneckerSettings, WeightSharing
+from kfac_sua.preconditioner.rates import rates_of
+from kfac_sua.preconditioner.settings import Application, KroneckerSettings, Products, WeightSharing
 from kfac_sua.preconditioner.state import written_over
 from kfac_sua.preconditioner.statistics import LayerStatistics
 from kfac_sua.preconditioner.two_sided import TwoSidedForward, can_be_two_sided
@@ -37,6 +39,8 @@ class PreconditionedLayer:
         layout: Its block layout.
         statistics: What its hooks feed.
         average: Running average of its factors.
+        settings: Those of the preconditioner.
+        costs: Work on the activation and on the gradient side, by the rates of the weight's device.
         two_sided: Its replaced forward, where its inverse may be applied in the backward pass.
         inverse: Inverse of its damped block; ``None`` before the first refresh.
         is_fresh: Whether factors have been measured since the last refresh.
@@ -51,6 +55,8 @@ class PreconditionedLayer:
     layout: BlockLayout
     statistics: LayerStatistics
     average: RunningAverage
+    settings: KroneckerSettings
+    costs: tuple[SideCost, SideCost]
     two_sided: TwoSidedForward | None = None
     inverse: LayerInverse | None = None
     is_fresh: bool = False
@@ -71,19 +77,22 @@ class PreconditionedLayer:
     ) -> "PreconditionedLayer":
         """Lay out a discovered layer as the settings say."""
         layout = BlockLayout.of(geometry, settings.structure, settings.group_size)
+        assert isinstance(module.weight, Tensor)
+        costs = side_costs(geometry, layout, settings, module.weight.device)
         statistics = LayerStatistics(
             name,
             geometry,
             layout,
             reduce=settings.weight_sharing is WeightSharing.reduce,
-            max_activation_rows=SideCost.of_activation(geometry, layout, settings).max_kept_rows(settings),
-            max_gradient_rows=SideCost.of_gradient(layout, settings).max_kept_rows(settings),
+            max_activation_rows=costs[0].max_kept_rows(settings),
+            max_gradient_rows=costs[1].max_kept_rows(settings),
             sampled_rows=math.ceil(settings.activation_rows / num_processes) if settings.activation_rows else None,
         )
-        layer = cls(name, module, layout, statistics, RunningAverage(settings.ema_decay), num_processes=num_processes)
+        average = RunningAverage(settings.ema_decay)
+        layer = cls(name, module, layout, statistics, average, settings, costs, num_processes=num_processes)
         if settings.application is Application.auto and can_be_two_sided(module, geometry):
             assert isinstance(module, nn.Conv2d)
-            layer.two_sided = TwoSidedForward(name, module, geometry, layout, phases)
+            layer.two_sided = TwoSidedForward(name, module, geometry, layout, costs, phases)
         return layer
 
     @property
@@ -131,17 +140,22 @@ class PreconditionedLayer:
     def follow_weight(self) -> None:
         """Move inverse and running average to where the weight is now, in the precision that goes with it."""
         weight, kept = self.module.weight, self._kept_tensor()
+        if isinstance(weight, Tensor) and self.costs[0].rates is not rates_of(weight.device):
+            self.costs = side_costs(self.statistics.geometry, self.layout, self.settings, weight.device)
+            activation, gradient = (cost.max_kept_rows(self.settings) for cost in self.costs)
+            self.statistics.max_rows = activation, gradient
+            if self.two_sided is not None:
+                self.two_sided.costs = self.costs
         if kept is not None and isinstance(weight, Tensor) and not fits(kept, weight):
             self.load_state_dict(self.state_dict())
 
-    def take_inverse(self, inverse: LayerInverse) -> None:
-        """Replace the inverse, in place wherever the new one's tensors have the shapes of those at hand.
-
-        Plain steps read the inverse, and a captured one reads it by its address. It is a copy: the new one may share
-        pixels with the factors that it was made of, and memory with other layers' inverses.
-        """
-        state = written_over(_state_of(self.inverse), inverse.to_state(), inverse.like)
-        self.inverse = layer_inverse_from_state(state, self.statistics.geometry)
+    def costs_now(self) -> tuple[SideCost, SideCost]:
+        """Return the work on both sides if inverses are made now: the caller's switches of precision count."""
+        products = self.settings.products
+        if products is Products.auto and not has_fast_products(at_least_float32(self.weight.detach())):
+            products = Products.ieee
+        activation, gradient = (replace(cost, products=products) for cost in self.costs)
+        return activation, gradient
 
     @property
     def read_tensors(self) -> list[Tensor]:
@@ -160,6 +174,11 @@ class PreconditionedLayer:
         self.factors = LayerFactors.from_state(state, self.statistics.geometry)
         if self.average.decay == 0:
             self.average = RunningAverage(0.0)
+
+    def forget_measurement(self) -> None:
+        """Drop the factors that wait for a refresh, as they turned out not to be finite."""
+        self.is_fresh = False
+        self.average = RunningAverage(self.average.decay)
 
     def discard_gradient(self) -> None:
         """Forget which sides the gradient carries: it is thrown away."""
@@ -220,6 +239,29 @@ class PreconditionedLayer:
         """Give the module its own forward back."""
         if self.two_sided is not None:
             self.two_sided.remove()
+
+
+def side_costs(
+    geometry: LayerGeometry, layout: BlockLayout, settings: KroneckerSettings, device: torch.device
+) -> tuple[SideCost, SideCost]:
+    """Return the work on the activation and on the gradient side of a layer on a device."""
+    rates = rates_of(device)
+    return SideCost.of_activation(geometry, layout, settings, rates), SideCost.of_gradient(layout, settings, rates)
+
+
+def take_inverses(taken: Sequence[tuple[PreconditionedLayer, LayerInverse]]) -> None:
+    """Replace the inverses of layers, in place wherever the new one's tensors have the shapes of those at hand.
+
+    Plain steps read the inverse, and a captured one reads it by its address. It is a copy: the new one may share pixels
+    with the factors that it was made of, and memory with other layers' inverses. All are copied in one call.
+
+    Args:
+        taken: Each layer with its new inverse.
+    """
+    kept = {layer.name: _state_of(layer.inverse) for layer, _ in taken}
+    state = written_over(kept, {layer.name: inverse.to_state() for layer, inverse in taken})
+    for layer, _ in taken:
+        layer.inverse = layer_inverse_from_state(state[layer.name], layer.statistics.geometry)
 
 
 def _state_of(kept: LayerInverse | LayerFactors | None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -45,6 +46,37 @@ def factor_precision() -> Iterator[None]:
 
 
 @contextmanager
+def application_precision() -> Iterator[None]:
+    """Apply inverses inside in what their form says: IEEE float32, or bfloat16 parts with float32 sums.
+
+    A product of one pair of TF32 numbers is off by up to 10 % in directions of high curvature, where gradients are
+    large and inverses small (measured: ``docs/gpu.md``).
+    """
+    with factor_precision(), _float32_sums():
+        yield
+
+
+def has_fast_products(like: Tensor) -> bool:
+    """Whether the caller lets float32 products compute in less than IEEE float32, and the device has units for it.
+
+    Args:
+        like: A tensor of the device and the precision of the inverses.
+    """
+    return (
+        like.dtype == torch.float32
+        and like.is_cuda
+        and torch.backends.cuda.matmul.fp32_precision not in IEEE
+        and _has_tensor_cores(like.device)
+    )
+
+
+@lru_cache
+def _has_tensor_cores(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 and TF32 numbers in units of their own: NVIDIA's do since 2020."""
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@contextmanager
 def without_autocast() -> Iterator[None]:
     """Keep autocast, if it is on, away from what runs inside."""
     with ExitStack() as stack:
@@ -52,6 +84,22 @@ def without_autocast() -> Iterator[None]:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield
+
+
+@contextmanager
+def _float32_sums() -> Iterator[None]:
+    """Keep sums of bfloat16 products in float32 inside, also where they are carried out in parts."""
+    matmul: Any = torch.backends.cuda.matmul
+    if not matmul.allow_bf16_reduced_precision_reduction:
+        yield
+        return
+    # Newer releases have a second switch, which setting the first one alone would put back.
+    second = getattr(matmul, "allow_bf16_reduced_precision_reduction_split_k", None)
+    matmul.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = True if second is None else (True, second)
 
 
 @contextmanager

@@ -1,12 +1,15 @@
 """From measured factors to inverses: damping and inversion of all layers of a refresh together."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from kfac_sua.preconditioner import damping
 from kfac_sua.preconditioner.exchange import SharedInversion
 from kfac_sua.preconditioner.factors import LayerFactors
+from kfac_sua.preconditioner.forms.cost import SideCost
 from kfac_sua.preconditioner.geometry import BlockLayout
 from kfac_sua.preconditioner.invert import Outcome, eigendecompose_factors, invert_factors
 from kfac_sua.preconditioner.kronecker import KroneckerEigenbasis, KroneckerInverse, LayerInverse
@@ -19,6 +22,7 @@ Refreshed = Outcome[LayerInverse | None]
 def refresh_layers(
     layers: Sequence[LayerFactors],
     layouts: Sequence[BlockLayout],
+    costs: Sequence[tuple[SideCost, SideCost]],
     settings: KroneckerSettings,
     shared: SharedInversion | None = None,
 ) -> list[Refreshed]:
@@ -27,6 +31,7 @@ def refresh_layers(
     Args:
         layers: Measured factors.
         layouts: The layers' block layouts.
+        costs: Work on the activation and on the gradient side of each, by which their inverses' forms are chosen.
         settings: Damping and its rule.
         shared: Inverts together with other processes; ``None`` for this process alone.
 
@@ -37,7 +42,7 @@ def refresh_layers(
         return []
     if settings.damping_rule is DampingRule.exact:
         return _eigenbases(layers, settings, shared)
-    return _inverses(layers, layouts, settings, shared)
+    return _inverses(layers, layouts, costs, settings, shared)
 
 
 def _eigenbases(
@@ -58,30 +63,50 @@ def _eigenbases(
 def _inverses(
     layers: Sequence[LayerFactors],
     layouts: Sequence[BlockLayout],
+    costs: Sequence[tuple[SideCost, SideCost]],
     settings: KroneckerSettings,
     shared: SharedInversion | None,
 ) -> list[Refreshed]:
-    factors, dampings, bias_scales = [], [], []
+    factors, dampings, bias_dampings = [], [], []
+    filled = lru_cache(maxsize=None)(_filled)  # many layers have the same number of locations
     for layer, layout in zip(layers, layouts, strict=True):
-        for_activation, for_gradient = _dampings(layer, layout, settings)  # [conv_groups] each
+        for_activation, for_gradient = _dampings(layer, layout, settings, filled)  # [conv_groups] each
         factors += [layer.activation, layer.gradient]
-        dampings.append(for_activation.repeat_interleave(layout.activation.count))
-        dampings.append(for_gradient.repeat_interleave(layout.gradient.count))
-        bias_scales.append((1 + for_activation).reciprocal())
+        dampings.append(_of_blocks(for_activation, layout.activation.count))
+        dampings.append(_of_blocks(for_gradient, layout.gradient.count))
+        bias_dampings.append(for_activation)
+    bias_scales = torch._foreach_reciprocal(torch._foreach_add(bias_dampings, 1))
     results = shared.invert_factors(factors, dampings) if shared else invert_factors(factors, dampings)
+    torch._foreach_mul_([one.inverse.scaled for one in results[1::2]], [1 / layer.scale for layer in layers])
     refreshed = []
-    for layer, activation, gradient, bias_scale in zip(layers, results[::2], results[1::2], bias_scales, strict=True):
-        gradient.inverse.scale_(1 / layer.scale)
-        inverse = KroneckerInverse(activation.inverse, gradient.inverse, bias_scale)
-        refreshed.append(Refreshed.joined(inverse, [activation, gradient]))
+    for activation, gradient, bias_scale, (of_activation, of_gradient) in zip(
+        results[::2], results[1::2], bias_scales, costs, strict=True
+    ):
+        sides = of_activation.kept(activation.inverse), of_gradient.kept(gradient.inverse)
+        refreshed.append(Refreshed.joined(KroneckerInverse(*sides, bias_scale), [activation, gradient]))
     return refreshed
 
 
-def _dampings(layer: LayerFactors, layout: BlockLayout, settings: KroneckerSettings) -> tuple[Tensor, Tensor]:
+def _of_blocks(dampings: Tensor, num_blocks: int) -> Tensor:
+    """Return the damping of every block, ``[conv_groups · num_blocks]``, from those of convolution groups."""
+    return dampings[:, None].expand(-1, num_blocks).reshape(-1)  # a view if there is one convolution group
+
+
+def _filled(number: float, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.full((size,), number, device=device, dtype=dtype)
+
+
+def _dampings(
+    layer: LayerFactors,
+    layout: BlockLayout,
+    settings: KroneckerSettings,
+    filled: Callable[[float, int, torch.device, torch.dtype], Tensor],
+) -> tuple[Tensor, Tensor]:
     """Return the damping of the activation and of the gradient factor, ``[conv_groups]`` each."""
     if settings.damping_rule is DampingRule.factored:
         root = damping.factored(settings.damping, layer.scale)
-        both = layer.gradient.values.new_full((layout.conv_groups,), root)
+        values = layer.gradient.values
+        both = filled(root, layout.conv_groups, values.device, values.dtype)
         return both, both
     activation_traces, gradient_traces = layer.activation.traces(), layer.gradient.traces()
     return damping.factored_pi(

@@ -1,14 +1,18 @@
 """What is preconditioned, how, and what it costs: the table a user reads before a long run."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from kfac_sua.preconditioner.exchange import SharedInversion
-from kfac_sua.preconditioner.forms import sum_form
-from kfac_sua.preconditioner.forms.cost import ANY_ROWS, SideCost
+from kfac_sua.preconditioner.forms import DenseInverse, SplitInverse, sum_form
+from kfac_sua.preconditioner.forms.cost import ANY_ROWS
+from kfac_sua.preconditioner.forms.split import PART_BYTES
 from kfac_sua.preconditioner.geometry import BlockLayout
+from kfac_sua.preconditioner.kronecker import EIGENBASIS
+from kfac_sua.preconditioner.layer import PreconditionedLayer
 from kfac_sua.preconditioner.layers import DiscoveredLayer, names_by_reason
 from kfac_sua.preconditioner.processes import DESCRIPTION_BYTES
 from kfac_sua.preconditioner.settings import DampingRule, KroneckerSettings
@@ -29,6 +33,8 @@ class LayerReport:
         inverse_flops: FLOPs of a refresh's inversions, if dense.
         apply_flops: FLOPs of one application, if dense.
         low_rank_rows: Rows up to which the activation and the gradient factor are inverted by the Woodbury identity.
+        forms: In which the inverses of both are applied; before the first refresh, in which they would be if dense.
+        two_sided_rows: Rows of a mini-batch below which either is applied in the backward pass; 0 for never.
         reason: Why the layer is left to the plain gradient; empty otherwise.
     """
 
@@ -41,6 +47,8 @@ class LayerReport:
     inverse_flops: int = 0
     apply_flops: int = 0
     low_rank_rows: tuple[int, int] = (0, 0)
+    forms: tuple[str, str] = ("", "")
+    two_sided_rows: tuple[int, int] = (0, 0)
     reason: str = ""
 
 
@@ -85,10 +93,12 @@ class LayerTable:
 
     Args:
         rows: One per layer.
+        chosen_by: By which rates forms are chosen.
         sharing: What is shared with other processes; ``None`` without any.
     """
 
     rows: tuple[LayerReport, ...]
+    chosen_by: str = ""
     sharing: SharingReport | None = None
 
     def __str__(self) -> str:
@@ -99,23 +109,25 @@ class LayerTable:
             f"{'total':<{_NAME_WIDTH}} {'':<7} {'':>10} {'':>10} {_mib(sum(r.memory_bytes for r in treated)):>9} "
             f"{_gflop(sum(r.inverse_flops for r in treated)):>9} {_gflop(sum(r.apply_flops for r in treated)):>9}"
         )
+        if self.chosen_by:
+            lines.append(f"forms chosen by: {self.chosen_by}")
         by_reason = names_by_reason((row.name, row.reason) for row in self.rows)
         lines += [f"plain gradient ({reason}): {', '.join(names)}" for reason, names in by_reason.items()]
         return "\n".join(lines if self.sharing is None else [*lines, str(self.sharing)])
 
 
 def layer_table(
-    discovered: Sequence[DiscoveredLayer], layouts: Mapping[str, BlockLayout], settings: KroneckerSettings
+    discovered: Sequence[DiscoveredLayer], layers: Mapping[str, PreconditionedLayer], settings: KroneckerSettings
 ) -> LayerTable:
     """Return a row for every discovered layer."""
-    return LayerTable(
-        tuple(
-            _report(layer, layouts[layer.name], settings)
-            if layer.name in layouts
-            else LayerReport(layer.name, type(layer.module).__name__, "plain gradient", reason=layer.reason)
-            for layer in discovered
-        )
+    rows = tuple(
+        _report(layers[layer.name], settings)
+        if layer.name in layers
+        else LayerReport(layer.name, type(layer.module).__name__, "plain gradient", reason=layer.reason)
+        for layer in discovered
     )
+    sources = dict.fromkeys(cost.rates.source for layer in layers.values() for cost in layer.costs)
+    return LayerTable(rows, "; ".join(sources))
 
 
 def report_sharing(
@@ -152,37 +164,46 @@ def report_sharing(
     )
 
 
-def _report(layer: DiscoveredLayer, layout: BlockLayout, settings: KroneckerSettings) -> LayerReport:
-    assert layer.geometry is not None
-    costs = SideCost.of_activation(layer.geometry, layout, settings), SideCost.of_gradient(layout, settings)
+def _report(layer: PreconditionedLayer, settings: KroneckerSettings) -> LayerReport:
+    layout, costs = layer.layout, layer.costs_now()
     is_exact = settings.damping_rule is DampingRule.exact
-    copies = 2 if settings.ema_decay > 0 else 1
+    splits = [not is_exact and cost.dense_application().is_split for cost in costs]
+    # Of a number: what its inverse is kept as, and its running average.
+    sizes = [(PART_BYTES if is_split else 4) + (4 if settings.ema_decay > 0 else 0) for is_split in splits]
+    if_dense = EIGENBASIS, EIGENBASIS
+    if not is_exact:
+        activation, gradient = ((SplitInverse if is_split else DenseInverse).form for is_split in splits)
+        if_dense = activation, gradient
+    rows = [max(0, math.ceil(cost.two_sided_rows)) if layer.two_sided is not None else 0 for cost in costs]
     return LayerReport(
         name=layer.name,
         kind=type(layer.module).__name__,
         structure="K-FAC" if layout.taps_in_features else "SUA",
         activation_blocks=layout.activation_blocks,
         gradient_blocks=layout.gradient_blocks,
-        memory_bytes=sum(4 * copies * cost.num_blocks * cost.width**2 for cost in costs),
+        memory_bytes=sum(size * cost.num_blocks * cost.width**2 for size, cost in zip(sizes, costs, strict=True)),
         inverse_flops=sum(cost.eigenbasis() if is_exact else cost.dense_inverse() for cost in costs),
         apply_flops=sum(cost.eigenbasis_apply() if is_exact else cost.dense_apply() for cost in costs),
-        low_rank_rows=(costs[0].max_kept_rows(settings), costs[1].max_kept_rows(settings)),
+        low_rank_rows=layer.statistics.max_rows,
+        forms=if_dense if layer.inverse is None else layer.inverse.forms,
+        two_sided_rows=(rows[0], rows[1]),
     )
 
 
 _NAME_WIDTH = 28
 _HEADER = (
     f"{'layer':<{_NAME_WIDTH}} {'factor':<7} {'activation':>10} {'gradient':>10} {'MiB':>9} {'GF/invert':>9} "
-    f"{'GF/apply':>9}  Woodbury up to rows (activation, gradient)"
+    f"{'GF/apply':>9}  Woodbury up to rows, applied as, in backward below rows (activation, gradient)"
 )
 
 
 def _format(row: LayerReport) -> str:
-    rows = ", ".join(_rows(limit) for limit in row.low_rank_rows)
+    limits = row.low_rank_rows, row.two_sided_rows
+    rows, two_sided = (", ".join(_rows(limit) for limit in pair) for pair in limits)
     return (
         f"{row.name or '(model)':<{_NAME_WIDTH}} {row.structure:<7} {_blocks(row.activation_blocks):>10} "
         f"{_blocks(row.gradient_blocks):>10} {_mib(row.memory_bytes):>9} {_gflop(row.inverse_flops):>9} "
-        f"{_gflop(row.apply_flops):>9}  {rows}"
+        f"{_gflop(row.apply_flops):>9}  {rows:<14}  {', '.join(row.forms):<14}  {two_sided}"
     )
 
 

@@ -71,7 +71,7 @@ class InverseMethod(Choice):
     """How a damped factor is inverted."""
 
     auto = "auto"
-    """Per layer, whichever needs fewer FLOPs over one refresh period."""
+    """Per layer, whichever takes less time over one refresh period, by the rates of the device."""
     cholesky = "cholesky"
     """Always the dense factor and its Cholesky inverse."""
     low_rank = "low_rank"
@@ -84,9 +84,21 @@ class Application(Choice):
     weight = "weight"
     """To the weight gradient, in ``step()``: until then ``.grad`` is the plain gradient."""
     auto = "auto"
-    """Per layer and side where it needs fewer FLOPs: to the weight gradient, or to inputs and output gradients inside
+    """Per layer and side where it takes less time: to the weight gradient, or to inputs and output gradients inside
     the backward pass, after which ``.grad`` is already preconditioned: so do not clip before ``step()``, and leave
     weight decay to the optimizer, as the gradient of a loss term on the weights themselves would stay plain."""
+
+
+class Products(Choice):
+    """In what inverses are applied, where the device's units for float32 are slower than those for bfloat16."""
+
+    auto = "auto"
+    """In three products of bfloat16 parts with float32 sums where that is faster, and where the loop lets float32
+    products compute in less than IEEE float32 (TF32); in IEEE float32 elsewhere."""
+    ieee = "ieee"
+    """In IEEE float32, always."""
+    bf16x3 = "bf16x3"
+    """In bfloat16 parts, always."""
 
 
 @dataclass(kw_only=True)
@@ -112,6 +124,7 @@ class KroneckerSettings:
             in which they do not choose as one process would.
         inverse_method: ``auto``, ``cholesky`` or ``low_rank``.
         application: ``weight`` or ``auto``; the result is the same to rounding.
+        products: In what inverses are applied: ``auto``, ``ieee`` or ``bf16x3``.
         kl_clip: κ > 0: shorten steps whose lr² Σ g·u exceeds it, see ``kl_clip.py``; ``None`` never does.
         skip: Names of layers to leave to the plain gradient; shell-style wildcards such as ``features.*``.
 
@@ -133,6 +146,7 @@ class KroneckerSettings:
     activation_rows: int | None = None
     inverse_method: InverseMethod = InverseMethod.auto
     application: Application = Application.weight
+    products: Products = Products.auto
     kl_clip: float | None = None
     skip: list[str] = field(default_factory=list)
 
@@ -162,6 +176,11 @@ class KroneckerSettings:
         self._validate_activation_rows()
         self._validate_inverse_method()
         self._validate_kl_clip()
+        if self.products is Products.bf16x3 and self.damping_rule is DampingRule.exact:
+            raise ValueError(
+                "products=bf16x3 splits inverses, but damping_rule=exact applies eigenvectors, in IEEE float32; use "
+                "products=auto or damping_rule=factored."
+            )
 
     def to_plain(self) -> dict[str, Any]:
         """Return the settings as strings, numbers and lists, as a checkpoint can hold them."""
@@ -264,6 +283,7 @@ _CHOICES: dict[str, type[Choice]] = {
     "loss_reduction": LossReduction,
     "inverse_method": InverseMethod,
     "application": Application,
+    "products": Products,
 }
 
 

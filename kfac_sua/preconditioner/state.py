@@ -3,6 +3,7 @@
 What a layer, a factor or an inverse keeps stands beside it; here is what concerns all of them.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,15 +14,19 @@ from kfac_sua.preconditioner.settings import KroneckerSettings
 
 State = dict[str, Any]
 
-STATE_VERSION = 4
+PARTS = "parts"
+"""What names of tensors end with that are bfloat16 parts of others (see ``forms/split.py``)."""
+
+STATE_VERSION = 5
 """Of a preconditioner's whole state: a number for each change of what it holds."""
 
 
 def up_to_date(state: Mapping[str, Any], settings: KroneckerSettings) -> Mapping[str, Any]:
-    """Return a preconditioner's state in today's version, if it is of one of the two versions before.
+    """Return a preconditioner's state in today's version, if it is of one of the three versions before.
 
     Version 2 had neither a damping that could change nor settings that came with it, and counted examples per process.
-    Version 3 had Python numbers where exact damping has 0-d tensors today.
+    Version 3 had Python numbers where exact damping has 0-d tensors today. Version 4 had no inverses in parts, and no
+    setting ``products``.
 
     Args:
         state: What ``KroneckerPreconditioner.state_dict`` returned, in any release.
@@ -29,7 +34,9 @@ def up_to_date(state: Mapping[str, Any], settings: KroneckerSettings) -> Mapping
     """
     if state["version"] == 2:
         state = _from_version_2(state, settings)
-    return _from_version_3(state) if state["version"] == 3 else state
+    if state["version"] == 3:
+        state = _from_version_3(state)
+    return _from_version_4(state, settings) if state["version"] == 4 else state
 
 
 def _from_version_2(state: Mapping[str, Any], settings: KroneckerSettings) -> State:
@@ -51,7 +58,12 @@ def _from_version_3(state: Mapping[str, Any]) -> State:
             for key, value in layer["inverse"].items()
         }
         layers[name] = {**layer, "inverse": inverse}
-    return {**state, "version": STATE_VERSION, "layers": layers}
+    return {**state, "version": 4, "layers": layers}
+
+
+def _from_version_4(state: Mapping[str, Any], settings: KroneckerSettings) -> State:
+    saved = {**state["settings"], "products": str(settings.products)}
+    return {**state, "version": STATE_VERSION, "settings": saved}
 
 
 def check_state(state: Mapping[str, Any], settings: KroneckerSettings, layers: set[str], passed_over: set[str]) -> None:
@@ -81,22 +93,35 @@ def check_state(state: Mapping[str, Any], settings: KroneckerSettings, layers: s
         raise ValueError(f"Preconditioner state belongs to another model; layers that differ: {names}.")
 
 
-def written_over(kept: Any, new: Any, like: Tensor) -> Any:
+def written_over(kept: Any, new: Any, like: Tensor | None = None) -> Any:
     """Return nested dicts with the numbers of ``new``, in the tensors of ``kept`` where these have the same shapes.
 
     So what is read by address, as by a captured step, is found where it was. Where there is no such tensor, it is a
-    copy of the new one: nothing that is written over later is somebody else's.
+    copy of the new one: nothing that is written over later is somebody else's. Many tensors are copied in one call.
 
     Args:
         kept: Nested dicts of tensors, numbers and ``None``, such as a layer's ``state_dict``.
         new: The same, with other numbers; keys and shapes may be others.
-        like: A tensor of the device and the dtype that the tensors shall have.
+        like: A tensor of the device and the dtype that the tensors shall have, but for bfloat16 parts, which stay that
+            and are known by their names; ``None`` for those of ``new``.
     """
+    pairs: dict[Any, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    result = _paired("", kept, new, like, pairs)
+    for alike in pairs.values():
+        torch._foreach_copy_([one for one, _ in alike], [other for _, other in alike])
+    return result
+
+
+def _paired(name: str, kept: Any, new: Any, like: Tensor | None, pairs: dict[Any, list[tuple[Tensor, Tensor]]]) -> Any:
+    """Return what :func:`written_over` does, and note which tensors are still to be copied into which."""
     if isinstance(new, Mapping):
         kept = kept if isinstance(kept, Mapping) else {}
-        return {key: written_over(kept.get(key), value, like) for key, value in new.items()}
+        return {key: _paired(key, kept.get(key), value, like, pairs) for key, value in new.items()}
     if not isinstance(new, Tensor):
         return new
-    if isinstance(kept, Tensor) and (kept.shape, kept.dtype, kept.device) == (new.shape, like.dtype, like.device):
-        return kept.copy_(new)
-    return new.to(like, copy=True)
+    device = new.device if like is None else like.device
+    dtype = new.dtype if like is None or name.endswith(PARTS) else like.dtype
+    if isinstance(kept, Tensor) and (kept.shape, kept.dtype, kept.device) == (new.shape, dtype, device):
+        pairs[dtype, new.dtype, device, new.device].append((kept, new))
+        return kept
+    return new.to(device, dtype, copy=True)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kfac_sua.preconditioner.factors import LayerFactors
 from kfac_sua.preconditioner.forms import moments
-from kfac_sua.preconditioner.forms.accumulator import ActivationAccumulator, MomentAccumulator
+from kfac_sua.preconditioner.forms.accumulator import ActivationAccumulator, MomentAccumulator, Scalings
 from kfac_sua.preconditioner.forms.unfold import to_locations
 from kfac_sua.preconditioner.geometry import BlockLayout, LayerGeometry
 from kfac_sua.preconditioner.precision import at_least_float32
@@ -150,13 +150,17 @@ class LayerStatistics:
         sums = self._passes[call.index].output_grad_sums
         sums[sample] = sums[sample] + rows if sample in sums else rows
 
-    def factors(self, *, grads_of_mean_loss: bool, loss_scale: float = 1.0) -> LayerFactors | None:
+    def factors(
+        self, *, grads_of_mean_loss: bool, loss_scale: float = 1.0, scalings: Scalings | None = None
+    ) -> LayerFactors | None:
         """Return the normalised factors, or ``None`` if the layer took no part in the loss.
 
         Args:
             grads_of_mean_loss: The output gradients belong to the *mean* over examples, so they are multiplied by
                 the number of examples (of all micro-batches together).
             loss_scale: What the loss of these output gradients was multiplied with; they are divided by it.
+            scalings: Where to leave what is to be multiplied for it, to be carried out for several layers at once;
+                ``None`` multiplies here.
 
         Raises:
             RuntimeError: If only some of the layer's calls received an output gradient.
@@ -184,12 +188,16 @@ class LayerStatistics:
                 f"Layer {self.name!r}: inverse_method=low_rank would factorise a {kept}×{kept} matrix; use "
                 f"inverse_method=auto, which takes the smaller side."
             )
-        return LayerFactors(
-            activation=self._activation.factor(1 / (num_rows * self.layout.identity_taps)),
-            gradient=self._gradient.factor(per_gradient / num_rows),
+        own = Scalings() if scalings is None else scalings
+        factors = LayerFactors(
+            activation=self._activation.factor(1 / (num_rows * self.layout.identity_taps), own),
+            gradient=self._gradient.factor(per_gradient / num_rows, own),
             scale=num_rows / num_examples,
             num_rows=num_rows,
         )
+        if scalings is None:
+            own.carry_out()
+        return factors
 
     def _begin_call(self, num_examples: int, model_pass: int) -> _Pass:
         """Return the pass a call belongs to: a new one after the model was entered anew, or after a backward pass."""

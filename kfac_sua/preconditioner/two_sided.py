@@ -3,8 +3,9 @@
 A weight gradient is a sum over rows, V = Σ δ hᵀ, hence Ḡ⁻¹ V Ā⁻¹ = Σ (Ḡ⁻¹δ)(Ā⁻¹h)ᵀ. Where a layer has fewer rows than
 its weight has vectors (late layers: few locations, many channels) it is cheaper to transform output gradients and
 inputs inside the layer's backward pass than to multiply the weight gradient; the result is the same to rounding. A
-side whose rows are many stays with the weight gradient. K-FAC's activation side transforms patches rather than pixels,
-so there the weight gradient is the product of output gradients and transformed patches instead of a convolution.
+side whose rows are many stays with the weight gradient, and on a GPU one that saves less than its launches take.
+K-FAC's activation side transforms patches rather than pixels, so there the weight gradient is the product of output
+gradients and transformed patches instead of a convolution.
 
 It needs the inverses before the backward pass, so a mini-batch on which statistics or inverses are due is applied to
 the weight gradient instead: no step ever uses older inverses than it otherwise would.
@@ -22,11 +23,12 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 from kfac_sua.preconditioner.capture import PhaseSource, is_transformed
 from kfac_sua.preconditioner.forms import Inverse
+from kfac_sua.preconditioner.forms.cost import SideCost
 from kfac_sua.preconditioner.forms.patch_rows import PatchRows
 from kfac_sua.preconditioner.forms.unfold import output_size, to_locations
 from kfac_sua.preconditioner.geometry import BlockLayout, ChannelGroups, LayerGeometry
 from kfac_sua.preconditioner.kronecker import NEITHER_SIDE, KroneckerInverse, Sides
-from kfac_sua.preconditioner.precision import fits
+from kfac_sua.preconditioner.precision import application_precision, fits
 from kfac_sua.preconditioner.stand_in import ForwardStandIn
 
 
@@ -61,15 +63,23 @@ class TwoSidedForward(ForwardStandIn):
         module: The convolution.
         geometry: Its geometry.
         layout: Its block layout.
+        costs: Work on its activation and on its gradient side.
         phases: Where the time of the transformations is accounted.
     """
 
     _module: nn.Conv2d
 
     def __init__(
-        self, name: str, module: nn.Conv2d, geometry: LayerGeometry, layout: BlockLayout, phases: PhaseSource
+        self,
+        name: str,
+        module: nn.Conv2d,
+        geometry: LayerGeometry,
+        layout: BlockLayout,
+        costs: tuple[SideCost, SideCost],
+        phases: PhaseSource,
     ) -> None:
         self.inverse: KroneckerInverse | None = None
+        self.costs = costs
         self.num_examples: int | None = None
         self.geometry = geometry
         self.layout = layout
@@ -136,7 +146,7 @@ class TwoSidedForward(ForwardStandIn):
         super().remove()
 
     def _cheaper_sides(self, inputs: Tensor, inverse: KroneckerInverse) -> Sides:
-        """Return the sides that have fewer rows than the weight gradient has vectors."""
+        """Return the sides that take less time on the rows of the mini-batch than on the weight gradient."""
         layout = self.layout
         if inputs.dim() != 4 or _is_autocast(inputs.device.type):
             return NEITHER_SIDE
@@ -146,13 +156,12 @@ class TwoSidedForward(ForwardStandIn):
         num_examples = self.num_examples or num_examples
         pixels = num_examples * height * width
         locations = num_examples * math.prod(output_size(self.geometry, height, width))
-        if layout.feature_taps == 1:
-            takes_activation = pixels < layout.gradient.num_channels * layout.identity_taps
-        else:
-            takes_activation = layout.conv_groups == 1 and locations < layout.gradient.num_channels
+        of_activation, of_gradient = self.costs
+        rows = pixels if layout.feature_taps == 1 else locations
+        can_take_activation = layout.feature_taps == 1 or layout.conv_groups == 1
         return Sides(
-            activation=takes_activation,
-            gradient=locations < layout.activation.num_channels * layout.num_taps,
+            activation=can_take_activation and rows < of_activation.two_sided_rows,
+            gradient=locations < of_gradient.two_sided_rows,
         )
 
 
@@ -181,7 +190,7 @@ class _TwoSidedConvolution(torch.autograd.Function):
             input_grad = conv2d_input(inputs.shape, weight, output_grad, *arguments)
         if ctx.needs_input_grad[1]:
             site.note_backward(sides)
-            with site.phases.phase("application"):
+            with site.phases.phase("application"), application_precision():
                 if sides.gradient:
                     output_grad = _transform(
                         output_grad, inverse.gradient, layout.conv_groups, layout.gradient, inverse.like.dtype

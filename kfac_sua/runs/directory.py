@@ -10,7 +10,10 @@ from kfac_sua.config import Config, KroneckerConfig, to_plain
 from kfac_sua.device import choose_precision
 
 # These do not change what is computed, or (seed) have their own level in the path.
-_NOT_IN_FINGERPRINT = ("seed", "output_dir", "progress", "num_threads", "checkpoint_interval_s", "capture")
+_NOT_IN_FINGERPRINT = (
+    *("seed", "output_dir", "progress", "num_threads", "checkpoint_interval_s"),
+    "capture",
+)
 
 # Keys that came after the first runs, with the value that says what these did: node, key, value.
 _ADDED_LATER = (
@@ -18,10 +21,12 @@ _ADDED_LATER = (
     ("", "sync_batch_norm", True),
     ("", "precision", "float32"),
     ("", "deterministic", False),
+    ("", "device_rates", None),
     ("preconditioner", "activation_rows", None),
     ("preconditioner", "kl_clip", None),
     ("preconditioner", "damping_final", None),
     ("preconditioner", "adaptive_damping", None),
+    ("preconditioner", "products", "auto"),
 )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from kfac_sua.config import Config
 from kfac_sua.data import BatchLoader
-from kfac_sua.device import choose_device, choose_precision
+from kfac_sua.device import choose_device, choose_precision, rates_as_configured
 from kfac_sua.runs.directory import run_directory
 from kfac_sua.runs.record import EpochRecord, RunInfo
 from kfac_sua.training.capturing import check_captured, phase_around
@@ -51,6 +51,7 @@ def run(config: Config, launch: Launch | None = None) -> RunInfo:
         world = stack.enter_context(open_world(launch or Launch(), device))
         config = dataclasses.replace(config, precision=choose_precision(config.precision, device.type))
         stack.enter_context(computing_in(config.precision, device))
+        stack.enter_context(rates_as_configured(config.device_rates, device))
         writer = RunWriter(run_directory(config, device.type, world.size), world)
         if ended := writer.find_ended():
             return ended

@@ -6,6 +6,7 @@ import pytest
 import torch
 from layer_cases import LAYERS, mean_loss, plain_gradients
 from oracles import dense_precondition
+from torch import nn
 
 from kfac_sua.preconditioner import KroneckerPreconditioner, KroneckerSettings
 
@@ -68,3 +69,17 @@ def assert_gradients_close(actual, expected):
             assert got is None
             continue
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(1, 7, bias=False), lambda: nn.Conv2d(1, 7, 1, bias=False)])
+def test_a_gradient_without_a_place_for_every_number_is_not_written_into(make):
+    """A product written into an expanded gradient would be wrong without a word: PyTorch refuses the copy."""
+    torch.manual_seed(0)
+    net = make()
+    preconditioner = KroneckerPreconditioner(net, damping=0.1)
+    output = net(torch.randn(5, 1, *[2, 2][: net.weight.dim() - 2]))
+    output.square().flatten(1).sum(1).mean().backward()
+    preconditioner.step()
+    net.weight.grad = torch.ones(1).expand(net.weight.shape)
+    with pytest.raises(RuntimeError, match="more than one element of the written-to tensor"):
+        preconditioner.precondition_()

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from captured_training import rebind
 from identical import assert_identical
 from torch import Tensor, nn
 
 from kfac_sua.preconditioner import KroneckerPreconditioner, KroneckerSettings
 from kfac_sua.preconditioner.forms import DenseInverse, EigenBasis, LowRankInverse, PatchInverse
-from kfac_sua.preconditioner.layer import PreconditionedLayer
 from kfac_sua.preconditioner.state import written_over
 
 LR = 0.05
@@ -119,11 +119,6 @@ def assert_equal(got: Iterable[Tensor], want: Iterable[Tensor]) -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
-def rebind(layer: PreconditionedLayer, inverse: Any) -> None:
-    """Take the tensors of a new inverse, wherever they lie."""
-    layer.inverse = inverse
-
-
 def tensors_in(state: Any) -> Iterator[Tensor]:
     """Yield the tensors in nested dicts."""
     if isinstance(state, Mapping):
@@ -168,7 +163,7 @@ def test_refreshes_write_in_place(monkeypatch, settings):
         assert set(is_new) == {index % PERIOD == 0}
         states.append(run.state)
 
-    monkeypatch.setattr(PreconditionedLayer, "take_inverse", rebind)
+    monkeypatch.setattr("kfac_sua.preconditioner.kfac.take_inverses", rebind)
     twin_kept = []
     for index, state in enumerate(states):
         twin.train([index])
@@ -211,7 +206,7 @@ def test_a_mini_batch_of_another_size(monkeypatch, settings):
                 num_moved += 1
     assert (num_moved > 0) == (settings.get("inverse_method") == "low_rank")
 
-    monkeypatch.setattr(PreconditionedLayer, "take_inverse", rebind)
+    monkeypatch.setattr("kfac_sua.preconditioner.kfac.take_inverses", rebind)
     for index, state in enumerate(states):
         twin.train([index], sizes[index - index % PERIOD])
         for got, want in zip(state, twin.state, strict=True):
@@ -242,8 +237,7 @@ def test_a_failed_refresh_writes_nothing(monkeypatch):
     run.train([0, 1])
     before, numbers = places(run.read_tensors), [tensor.clone() for tensor in run.read_tensors]
     monkeypatch.setattr(
-        "kfac_sua.preconditioner.invert._cholesky",
-        lambda cores: (torch.zeros_like(cores), torch.ones(len(cores), dtype=torch.bool)),
+        "torch.linalg.cholesky_ex", lambda cores: (torch.zeros_like(cores), torch.ones(len(cores), dtype=torch.int32))
     )
     run.train([2, 3])
     assert run.preconditioner.events["failed_inverse:0"] == 1

@@ -12,6 +12,7 @@ from torch import nn
 from kfac_sua.models import PreActResNet50, VisionTransformer
 from kfac_sua.preconditioner import KroneckerSettings, exponential_damping
 from kfac_sua.preconditioner.captured.step import WARM_UP_STEPS
+from kfac_sua.preconditioner.rates import CUDA, rates_in_force
 
 NUM_STEPS = 60  # three refreshes
 
@@ -33,6 +34,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "cholesky": {"inverse_method": "cholesky"},
     "low_rank": {"inverse_method": "low_rank"},
     "reduce": {"weight_sharing": "reduce"},
+    "bf16x3": {"products": "bf16x3"},
     "kl_clip": {"kl_clip": 1e-3},
     "sampled": {"activation_rows": 20},
     "skip": {"skip": ["0"]},
@@ -82,6 +84,16 @@ def check(case: Case, num_steps: int = NUM_STEPS) -> None:
 def test_each_key_alone(structure, name):
     """Parameters, momentum, buffers, gradients, inverses, averages and sums are those of eager steps."""
     check(case_of(STRUCTURES[structure], *([] if name == "none" else [name])))
+
+
+@pytest.mark.parametrize(
+    "name", ["none", "bf16x3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("low_rank", "auto", "reduce"))]
+)
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_forms_that_a_gpu_chooses(structure, name):
+    """What a captured step reads lies where it was in every form that the rates of a GPU lead to."""
+    with rates_in_force(CUDA, "cpu"):
+        check(case_of(STRUCTURES[structure], *([] if name == "none" else [name])))
 
 
 @pytest.mark.parametrize("name", ["none", *SURROUNDINGS])

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from captured_training import LR, PERIOD, Case, Training, batches, make_net, muon, num_plain, sgd, with_dropout
+from captured_training import LR, PERIOD, Case, Training, batches, make_net, muon, num_plain, rebind, sgd, with_dropout
 from graph_emulator import DanglingError, EmulatedGraph
 from identical import assert_identical
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 from kfac_sua.preconditioner import AdaptiveDamping, CapturedStep, KroneckerPreconditioner
 from kfac_sua.preconditioner.captured.inspection import StepInspection
 from kfac_sua.preconditioner.captured.step import MOST_FUTILE_CAPTURES, MOST_LEFTOVERS, WARM_UP_STEPS
-from kfac_sua.preconditioner.layer import PreconditionedLayer
 
 SUA = {"structure": "sua"}
 SHORT = {"structure": "sua", "inverse_period": 10}
@@ -1265,10 +1264,7 @@ def test_a_change_that_nothing_watches_is_dangling_at_worst(monkeypatch):
     """Were the check of addresses missing, the emulator would find the freed inverse: this test can fail."""
     monkeypatch.setattr(CapturedStep, "_change", lambda step, capture: "")
 
-    def rebind(layer: PreconditionedLayer, inverse: object) -> None:
-        layer.inverse = inverse
-
-    monkeypatch.setattr(PreconditionedLayer, "take_inverse", rebind)
+    monkeypatch.setattr("kfac_sua.preconditioner.kfac.take_inverses", rebind)
     training = Training(Case(SUA), is_captured=True)
     training.captured._num_leftovers = MOST_LEFTOVERS  # or new inverses would be seen in the graph's memory
     with pytest.raises(DanglingError):

@@ -1,6 +1,7 @@
 """The preconditioner on a CUDA device gives what it gives on the CPU."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -8,6 +9,9 @@ from torch import nn
 
 from kfac_sua.models import TinyConvNet
 from kfac_sua.preconditioner import KroneckerPreconditioner, KroneckerSettings
+from kfac_sua.preconditioner.forms import DenseInverse, LowRankInverse
+from kfac_sua.preconditioner.forms.dense import gram, inverses_of_triangles
+from kfac_sua.preconditioner.precision import application_precision, factor_precision
 
 pytestmark = [
     pytest.mark.gpu,
@@ -84,3 +88,88 @@ def test_a_model_on_several_devices_is_refreshed_device_by_device():
     preconditioner.step()
     devices = [layer.inverse.bias_scale.device.type for layer in preconditioner._layers.values()]
     assert devices == ["cpu", "cuda"]
+
+
+@pytest.mark.parametrize("form", ["dense", "rows"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_parts_on_tensor_cores_are_the_cpus(form, side):
+    """The same parts, to the bit, and products that differ by the order of float32 sums."""
+    torch.manual_seed(0)
+    inverse = LowRankInverse(torch.randn(2, 40, 200) / 20, torch.tensor([0.5, 2.0])[:, None, None])
+    if form == "dense":
+        inverse = DenseInverse(inverse.dense())
+    values = torch.randn(2, 200, 72) if side == "left" else torch.randn(2, 72, 200)
+    on_cpu = inverse.split()
+    tensors = {name: tensor.cuda() for name, tensor in inverse.tensors().items()}
+    on_cuda = type(inverse)(**tensors).split()
+    for one, other in zip(on_cpu.tensors().values(), on_cuda.tensors().values(), strict=True):
+        assert torch.equal(one, other.cpu())
+    with application_precision():
+        got, want = getattr(on_cuda, side)(values.cuda()).cpu(), getattr(on_cpu, side)(values)
+    assert (got - want).norm() < 1e-5 * want.norm()
+
+
+@pytest.mark.parametrize("shape", [(2, 102_400, 32), (4, 25_600, 32), (32, 6_400, 64), (1, 5_000, 96)], ids=str)
+def test_gram_matrices_in_chunks_are_more_exact_than_whole_ones(shape):
+    """Against float64, in IEEE float32."""
+    blocks, rows, width = shape
+    values = torch.randn(rows, blocks, width, device="cuda").transpose(0, 1)  # [blocks, rows, width], as of channels
+    want = values.double().mT @ values.double()
+    with factor_precision():
+        chunked, whole = gram(values), torch.bmm(values.mT, values)
+    errors = [float((one.double() - want).norm() / want.norm()) for one in (chunked, whole)]
+    assert errors[0] < 1e-6
+    assert errors[0] <= 2 * errors[1]
+
+
+@pytest.mark.parametrize(("blocks", "width"), [(9, 512), (300, 32), (70, 288), (1, 2304), (1, 513)])
+def test_inverses_of_triangles_on_cuda(blocks, width):
+    """By products of blocks, against float64."""
+    torch.manual_seed(0)
+    rows = torch.randn(blocks, 2 * width, width, device="cuda")
+    matrices = rows.mT @ rows / width
+    with factor_precision():
+        got = inverses_of_triangles(torch.linalg.cholesky_ex(matrices)[0])
+    want = torch.linalg.inv(matrices.double())
+    assert (got.double() - want).norm() < 1e-3 * want.norm()
+
+
+@pytest.mark.parametrize("settings", [{"structure": "kfac"}, {"structure": "sua", "group_size": 8}], ids=str)
+def test_a_refresh_waits_for_the_device_once(settings):
+    """PyTorch itself warns of each wait."""
+    torch.manual_seed(0)
+    net = TinyConvNet(10).cuda()
+    preconditioner = KroneckerPreconditioner(net, settings=KroneckerSettings(inverse_period=1, **settings))
+    inputs, labels = torch.randn(16, 3, 32, 32, device="cuda"), torch.randint(0, 10, (16,), device="cuda")
+    for is_first in (True, False):
+        net.zero_grad()
+        nn.functional.cross_entropy(net(inputs), labels).backward()
+        torch.cuda.set_sync_debug_mode("default" if is_first else "warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                preconditioner.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert len([one for one in caught if "synchroniz" in str(one.message)]) == 1
+
+
+def test_products_are_split_where_tf32_is_allowed_and_parts_are_faster():
+    """By the switch at the time of the refresh; gradients agree with those of IEEE products."""
+    grads = {}
+    for allowed in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(2048, 2048, bias=False), nn.Tanh(), nn.Linear(2048, 10)).cuda()
+        preconditioner = KroneckerPreconditioner(net, structure="sua", damping=0.1)
+        inputs, labels = torch.randn(3000, 2048, device="cuda"), torch.randint(0, 10, (3000,), device="cuda")
+        nn.functional.cross_entropy(net(inputs), labels).backward()
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+        try:
+            preconditioner.step()
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
+        forms = preconditioner.describe().rows[0].forms
+        assert forms == (("dense bf16x3",) * 2 if allowed else ("dense",) * 2)
+        grads[allowed] = net[1].weight.grad
+    assert (grads[True] - grads[False]).norm() < 1e-3 * grads[False].norm()

@@ -27,7 +27,7 @@ from kfac_sua.preconditioner.forms import (
     inverse_from_state,
     sum_form,
 )
-from kfac_sua.preconditioner.forms.accumulator import MomentAccumulator
+from kfac_sua.preconditioner.forms.accumulator import MomentAccumulator, Scalings
 from kfac_sua.preconditioner.forms.patch_rows import PatchRows
 from kfac_sua.preconditioner.forms.triangles import packed, unpack_
 from kfac_sua.preconditioner.forms.unfold import to_locations
@@ -209,13 +209,15 @@ def test_rows_of_different_forms_are_kept_together():
         accumulator.keep(PatchFactor(first))
         accumulator.keep(PatchFactor(second))
         accumulator.add(rows)
-        factor = accumulator.factor(0.25)
+        scalings = Scalings()
+        factor = accumulator.factor(0.25, scalings)
+        scalings.carry_out()
         assert type(factor) is form
         torch.testing.assert_close(factor.dense()[0], want / 4)
     accumulator = MomentAccumulator(100)
     accumulator.keep(PatchFactor(first))
     accumulator.keep(PatchFactor(second))
-    assert type(accumulator.factor(1.0)) is PatchFactor
+    assert type(accumulator.factor(1.0, Scalings())) is PatchFactor
 
 
 def test_moments_of_two_forms_are_not_added():

@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from captured_training import Case, Training, batches
+from captured_training import Case, Training, batches, rebind
 from graph_emulator import CaptureError, DanglingError, EmulatedGraph
 from torch import Tensor
-
-from kfac_sua.preconditioner.layer import PreconditionedLayer
 
 
 def recorded(function) -> EmulatedGraph:
@@ -39,10 +37,7 @@ def test_inverses_that_are_replaced_leave_a_graph_dangling(monkeypatch, structur
     refreshed(Training(Case(settings), is_captured=False), graph)
     graph.replay()
 
-    def rebind(layer: PreconditionedLayer, inverse: object) -> None:
-        layer.inverse = inverse
-
-    monkeypatch.setattr(PreconditionedLayer, "take_inverse", rebind)
+    monkeypatch.setattr("kfac_sua.preconditioner.kfac.take_inverses", rebind)
     refreshed(Training(Case(settings), is_captured=False), graph := EmulatedGraph())
     with pytest.raises(DanglingError, match="reads a freed tensor"):
         graph.replay()

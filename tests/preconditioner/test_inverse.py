@@ -132,7 +132,7 @@ def test_the_crossover_is_where_the_counts_cross(width, vectors, period, blocks)
 
 @pytest.mark.parametrize("scale", [0.25, 3.0])
 def test_scaling_an_inverse_scales_what_it_gives(scale):
-    """scale_ multiplies both forms alike."""
+    """What is to be multiplied for a multiple is said by both forms."""
     rows = random_rows(2, 3, 5)
     damping = [torch.full((2,), 0.1, dtype=torch.float64)]
     values = random_rows(2, 4, 5)
@@ -140,5 +140,5 @@ def test_scaling_an_inverse_scales_what_it_gives(scale):
         inverse = invert_factors([factor], damping)[0].inverse
         assert isinstance(inverse, kind)
         before = inverse.right(values)
-        inverse.scale_(scale)
+        inverse.scaled.mul_(scale)
         torch.testing.assert_close(inverse.right(values), before * scale, rtol=1e-12, atol=0)

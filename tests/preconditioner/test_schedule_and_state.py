@@ -1,6 +1,7 @@
 """When statistics and inverses are due, running averages, failures, and bit-exact continuation."""
 
 import copy
+import dataclasses
 import io
 import logging
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from kfac_sua.preconditioner import KroneckerPreconditioner, KroneckerSettings
+from kfac_sua.preconditioner.refresh import refresh_layers
 
 SETTINGS = [
     {"structure": "sua"},
@@ -82,7 +84,7 @@ def test_state_of_another_model_or_version_is_refused():
     other = KroneckerPreconditioner(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(ValueError, match=r"another model; layers that differ: 2, 4"):
         other.load_state_dict(state)
-    with pytest.raises(ValueError, match=r"version 99, this release reads 4"):
+    with pytest.raises(ValueError, match=r"version 99, this release reads 5"):
         preconditioner.load_state_dict({**state, "version": 99})
 
 
@@ -94,7 +96,7 @@ def test_state_of_the_version_before_is_read():
     steps(net, preconditioner, optimizer, range(6))
     state = copy.deepcopy(preconditioner.state_dict())
     state["version"] = 2
-    del state["damping"], state["settings"]["kl_clip"]
+    del state["damping"], state["settings"]["kl_clip"], state["settings"]["products"]
     for layer in state["layers"].values():
         del layer["num_examples"], layer["factors"]
         layer["examples_per_process"] = None
@@ -106,7 +108,7 @@ def test_state_of_the_version_before_is_read():
         steps(*one, range(6, 9))
     for parameter, same in zip(net.parameters(), other.parameters(), strict=True):
         assert torch.equal(parameter, same)
-    assert continued.state_dict()["version"] == 4
+    assert continued.state_dict()["version"] == 5
 
 
 def test_state_of_other_settings_is_refused():
@@ -250,16 +252,49 @@ def test_a_failed_first_inverse_names_layer_and_cure(method):
         preconditioner.step()
 
 
+def test_a_first_inverse_that_fails_leaves_those_of_layers_before_it(monkeypatch):
+    """They are taken; with more damping the failed one can be made, and then all have one."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(30, 4), nn.Tanh(), nn.Linear(4, 2, bias=False))
+    preconditioner = KroneckerPreconditioner(net, damping=0.1)
+    nn.functional.cross_entropy(net(torch.randn(5, 30)), torch.tensor([0, 1, 1, 0, 1])).backward()
+    preconditioner.update_factors()
+
+    def second_fails(*args, **kwargs):
+        first, second = refresh_layers(*args, **kwargs)
+        return [first, dataclasses.replace(second, num_failed=1)]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kfac_sua.preconditioner.kfac.refresh_layers", second_fails)
+        with pytest.raises(RuntimeError, match=r"layer '2' cannot be inverted"):
+            preconditioner.update_inverses()
+    assert [layer.inverse is not None for layer in preconditioner.layers] == [True, False]
+    preconditioner.update_inverses()
+    assert [layer.inverse is not None for layer in preconditioner.layers] == [True, True]
+
+
+def test_a_checkpoint_in_bfloat16_is_read_as_float32():
+    """Only what is kept in bfloat16 parts stays so."""
+    net = make_net()
+    preconditioner, optimizer = start(net, {})
+    steps(net, preconditioner, optimizer, range(2))
+    halved = copy.deepcopy(preconditioner.state_dict())
+    for layer in halved["layers"].values():
+        for side in ("activation", "gradient"):
+            entry = layer["inverse"][side]
+            layer["inverse"][side] = {name: tensor.bfloat16() for name, tensor in entry.items()}
+    preconditioner.load_state_dict(halved)
+    dtypes = {tensor.dtype for layer in preconditioner.layers for tensor in layer.inverse.tensors()}
+    assert dtypes == {torch.float32}
+
+
 def test_a_failed_later_inverse_keeps_the_last_good_one(monkeypatch, caplog):
     """When a refresh fails, the layer goes on with its last inverse; the event is counted and logged once."""
     net = make_net()
     preconditioner, optimizer = start(net, {})
     steps(net, preconditioner, optimizer, range(4))
     good = preconditioner._layers["0"].inverse
-    monkeypatch.setattr(
-        "kfac_sua.preconditioner.invert._cholesky",
-        lambda cores: (cores, torch.ones(len(cores), dtype=torch.bool)),
-    )
+    monkeypatch.setattr("torch.linalg.cholesky_ex", lambda cores: (cores, torch.ones(len(cores), dtype=torch.int32)))
     with caplog.at_level(logging.WARNING, logger="kfac_sua"):
         steps(net, preconditioner, optimizer, range(4, 9))
     assert preconditioner._layers["0"].inverse is good

@@ -33,6 +33,7 @@ BAD_SETTINGS = {
     "factor_period=10 with ema_decay=0 would measure": {"factor_period": 10},
     "structure must be one of kfac, sua, got 'suaa'.": {"structure": "suaa"},
     "damping_rule must be one of factored, factored_pi, exact, got 'pi'.": {"damping_rule": "pi"},
+    "products=bf16x3 splits inverses, but damping_rule=exact": {"products": "bf16x3", "damping_rule": "exact"},
     "inverse_method=low_rank cannot be combined with damping_rule=exact": {
         "inverse_method": "low_rank",
         "damping_rule": "exact",

@@ -56,6 +56,7 @@ KEYS = {
     "preconditioner.ema_decay": ("preconditioner.ema_decay=0.5",),
     "preconditioner.skip": ("preconditioner.skip=[classifier]",),
     "preconditioner.application": ("preconditioner.application=weight",),
+    "preconditioner.products": ("preconditioner.products=bf16x3",),
     "preconditioner.inverse_method": ("preconditioner.inverse_method=cholesky",),
     "preconditioner.inverse_method low": (
         "preconditioner.inverse_method=low_rank",
@@ -79,6 +80,7 @@ OPTIMIZERS = {
 NOT_OF_A_STEP = {
     "device": "what this is about",
     "capture": "what this is about",
+    "device_rates": "which forms: those of a GPU are in test_captured_equality",
     "epochs": "a resume in every epoch is in test_captured_runs",
     "non_finite": "skip stays eager, by name",
     "evaluation_batch_size": "evaluation is eager",

@@ -6,6 +6,7 @@
 | rows | ``RowsFactor``, few of them | ``LowRankInverse`` (Woodbury) |
 | patches | ``PatchFactor``, rows that are never formed | ``PatchInverse`` (Woodbury) |
 | eigenbasis | any of these, made dense | ``EigenBasis`` (exact damping) |
+| split | – | ``SplitInverse``, ``SplitLowRankInverse``: of any inverse |
 
 A new form is a file here and an entry in one of the two lists. Around the forms lies what they are made of: pixels
 (``unfold``, ``patch_rows``), the rows and moments of a mini-batch (``moments``, ``correlations``), how these add up
@@ -19,9 +20,19 @@ from torch import Tensor
 
 from kfac_sua.preconditioner.forms.dense import DenseFactor, DenseInverse
 from kfac_sua.preconditioner.forms.eigen import EigenBasis
-from kfac_sua.preconditioner.forms.form import BlockMessage, Factor, Inverse, Prepared, RowFactor, SumFactor
+from kfac_sua.preconditioner.forms.form import (
+    BlockMessage,
+    Factor,
+    Inverse,
+    Kept,
+    MadeInverse,
+    Prepared,
+    RowFactor,
+    SumFactor,
+)
 from kfac_sua.preconditioner.forms.patches import PatchFactor, PatchInverse
 from kfac_sua.preconditioner.forms.rows import LowRankInverse, RowsFactor
+from kfac_sua.preconditioner.forms.split import SplitInverse, SplitLowRankInverse
 from kfac_sua.preconditioner.geometry import LayerGeometry
 
 SUM_FORMS: tuple[type[SumFactor], ...] = (DenseFactor,)
@@ -29,6 +40,13 @@ SUM_FORMS: tuple[type[SumFactor], ...] = (DenseFactor,)
 
 ROW_FORMS: tuple[type[RowFactor], ...] = (PatchFactor, RowsFactor)
 """Forms of rows, in the order in which they are asked whether they can hold what was measured."""
+
+INVERSE_FORMS: tuple[type[Inverse], ...] = (
+    *(form.inverse_form for form in (*SUM_FORMS, *ROW_FORMS)),
+    SplitInverse,
+    SplitLowRankInverse,
+)
+"""Forms that an inverse can be kept in."""
 
 NUM_DESCRIBED = 5
 """Integers of :func:`description_of`: a number and four sizes, which pixels need."""
@@ -97,10 +115,11 @@ def inverse_from_state(state: Mapping[str, Tensor], geometry: LayerGeometry) -> 
     Raises:
         ValueError: If it is the entry of no form.
     """
-    return form_of(state, [form.inverse_form for form in (*SUM_FORMS, *ROW_FORMS)]).from_tensors(state, geometry)
+    return form_of(state, INVERSE_FORMS).from_tensors(state, geometry)
 
 
 __all__ = [
+    "INVERSE_FORMS",
     "NUM_DESCRIBED",
     "ROW_FORMS",
     "SUM_FORMS",
@@ -110,12 +129,16 @@ __all__ = [
     "EigenBasis",
     "Factor",
     "Inverse",
+    "Kept",
     "LowRankInverse",
+    "MadeInverse",
     "PatchFactor",
     "PatchInverse",
     "Prepared",
     "RowFactor",
     "RowsFactor",
+    "SplitInverse",
+    "SplitLowRankInverse",
     "SumFactor",
     "described_rows",
     "description_of",

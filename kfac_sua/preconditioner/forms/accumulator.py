@@ -1,5 +1,8 @@
 """A moment as it adds up over the calls and micro-batches of a step: as rows while these are few, then as blocks."""
 
+from dataclasses import dataclass, field
+
+import torch
 from torch import Tensor
 
 from kfac_sua.preconditioner.forms import (
@@ -13,9 +16,28 @@ from kfac_sua.preconditioner.forms import (
     moments,
     sum_form,
 )
-from kfac_sua.preconditioner.forms.correlations import can_correlate, patch_moment
+from kfac_sua.preconditioner.forms.correlations import can_correlate, is_worth_correlating, patch_moment
 from kfac_sua.preconditioner.forms.patch_rows import PatchRows, can_be_patch_rows
 from kfac_sua.preconditioner.geometry import BlockLayout, LayerGeometry
+from kfac_sua.preconditioner.rates import rates_of
+
+
+@dataclass
+class Scalings:
+    """Tensors that are still to be multiplied by a number, all of them in one call."""
+
+    tensors: list[Tensor] = field(default_factory=list)
+    numbers: list[float] = field(default_factory=list)
+
+    def add(self, tensor: Tensor, number: float) -> None:
+        """Have a tensor multiplied in place."""
+        self.tensors.append(tensor)
+        self.numbers.append(number)
+
+    def carry_out(self) -> None:
+        """Multiply."""
+        if self.tensors:
+            torch._foreach_mul_(self.tensors, self.numbers)
 
 
 class MomentAccumulator:
@@ -61,10 +83,10 @@ class MomentAccumulator:
             assert type(moment) is type(self._sum), "moments of two forms do not add up"
             self._sum.values.add_(moment.values)
 
-    def factor(self, normaliser: float) -> Factor:
-        """Return the accumulated moment times ``normaliser``."""
+    def factor(self, normaliser: float, scalings: Scalings) -> Factor:
+        """Return the accumulated moment times ``normaliser``, once the scalings are carried out."""
         if self._sum is not None:
-            self._sum.values.mul_(normaliser)
+            scalings.add(self._sum.values, normaliser)
             return self._sum
         joined = (form.joined(self._parts, normaliser**0.5) for form in ROW_FORMS)
         return next(one for one in joined if one is not None)
@@ -98,11 +120,15 @@ class ActivationAccumulator(MomentAccumulator):
                 self.add(rows)
         elif can_be_patch_rows(geometry, layout) and self.has_room(num_rows):
             self.keep(PatchFactor(PatchRows.read(inputs, geometry)))
-        elif can_correlate(geometry, layout) and not self.has_room(num_rows):
+        elif not self.has_room(num_rows) and self._gains_by_correlating(num_rows, inputs.device):
             self._correlate(inputs)
         else:
             for rows in moments.activation_rows(inputs, geometry, layout):
                 self.add(rows)
+
+    def _gains_by_correlating(self, num_rows: int, device: torch.device) -> bool:
+        geometry, layout = self._geometry, self._layout
+        return can_correlate(geometry, layout) and is_worth_correlating(num_rows, geometry, layout, rates_of(device))
 
     def fold_inputs(self) -> None:
         """Add the moments of inputs that wait for the end of the backward pass."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from kfac_sua.preconditioner.forms.dense import gram
 from kfac_sua.preconditioner.forms.unfold import pad, split_channels
 from kfac_sua.preconditioner.geometry import BiasBlock, BlockLayout, LayerGeometry
+from kfac_sua.preconditioner.rates import DeviceRates
 
 
 def can_correlate(geometry: LayerGeometry, layout: BlockLayout) -> bool:
@@ -25,6 +26,22 @@ def can_correlate(geometry: LayerGeometry, layout: BlockLayout) -> bool:
         and geometry.stride[0] == 1
         and geometry.kernel_size[0] > 1
     )
+
+
+def is_worth_correlating(rows: int, geometry: LayerGeometry, layout: BlockLayout, rates: DeviceRates) -> bool:
+    """Whether correlations take less time than the patches formed: a third of the FLOPs, but many operations.
+
+    Args:
+        rows: Patches.
+        geometry: The layer's geometry, for which :func:`can_correlate` holds.
+        layout: Its block layout.
+        rates: Those of the device.
+    """
+    num_blocks, width = layout.activation_blocks
+    taps = geometry.kernel_size[0]
+    saved = 2 * rows * num_blocks * width**2 * (1 - 1 / taps) / rates.product
+    # For every offset between kernel rows up to three products, and each pair of kernel rows added and mirrored.
+    return saved > (3 * taps + taps**2) * rates.launch_s
 
 
 def patch_moment(inputs: Tensor, geometry: LayerGeometry, layout: BlockLayout) -> Tensor:

@@ -1,6 +1,6 @@
-"""What the forms cost on one side of a layer, in counted FLOPs, and up to how many rows rows are cheaper.
+"""What the forms cost on one side of a layer: which factor to keep, and in which form to keep and apply its inverse.
 
-A multiply-add counts as two. What each form costs per block stands in its file.
+FLOPs are counted, and take what the rates of the device say (see ``rates``). What each form counts stands in its file.
 """
 
 from dataclasses import dataclass
@@ -8,14 +8,37 @@ from dataclasses import dataclass
 from kfac_sua.preconditioner.forms.correlations import can_correlate
 from kfac_sua.preconditioner.forms.dense import DenseFactor, DenseInverse
 from kfac_sua.preconditioner.forms.eigen import EigenBasis
+from kfac_sua.preconditioner.forms.form import Inverse, MadeInverse
 from kfac_sua.preconditioner.forms.patch_rows import can_be_patch_rows, product_width
 from kfac_sua.preconditioner.forms.patches import PatchInverse
 from kfac_sua.preconditioner.forms.rows import LowRankInverse
+from kfac_sua.preconditioner.forms.split import PART_BYTES, SPLIT_OPERATIONS
 from kfac_sua.preconditioner.geometry import BiasBlock, BlockLayout, LayerGeometry
-from kfac_sua.preconditioner.settings import InverseMethod, KroneckerSettings, WeightSharing
+from kfac_sua.preconditioner.rates import CPU, DeviceRates, Flops
+from kfac_sua.preconditioner.settings import InverseMethod, KroneckerSettings, Products, WeightSharing
 
 ANY_ROWS = 2**62
 """A number of rows that no mini-batch has."""
+
+TWO_SIDED_OPERATIONS = 6
+"""Operations more that a side takes in the backward pass: the parts of a convolution's backward pass are called one by
+one, and channels are brought last and back."""
+
+FLOAT_BYTES = 4
+"""Of the numbers that are split; in float64 splitting is no gain, and not asked for."""
+
+
+@dataclass(frozen=True)
+class Application:
+    """What multiplying the vectors of one step takes, and how.
+
+    Args:
+        seconds: How long it takes.
+        is_split: Whether as products of bfloat16 parts.
+    """
+
+    seconds: float
+    is_split: bool
 
 
 @dataclass(frozen=True)
@@ -31,6 +54,9 @@ class SideCost:
             one of them (see ``correlations``).
         patch_width: Width of the products between patches that are never formed (see ``patch_rows``); 0 where rows are
             no such patches.
+        keeps_woodbury: Whether what the Woodbury identity gives is never made dense.
+        products: Whether inverses are applied in bfloat16 parts (see ``split``): ``auto`` is where that is faster.
+        rates: Those of the device.
     """
 
     num_blocks: int
@@ -39,9 +65,14 @@ class SideCost:
     inverse_period: int
     correlated_rows: int = 1
     patch_width: int = 0
+    keeps_woodbury: bool = False
+    products: Products = Products.ieee
+    rates: DeviceRates = CPU
 
     @classmethod
-    def of_activation(cls, geometry: LayerGeometry, layout: BlockLayout, settings: KroneckerSettings) -> "SideCost":
+    def of_activation(
+        cls, geometry: LayerGeometry, layout: BlockLayout, settings: KroneckerSettings, rates: DeviceRates = CPU
+    ) -> "SideCost":
         """Return the work on the activation side: a vector per output channel and identity tap."""
         num_blocks, width = layout.activation_blocks
         # A sample of the rows is formed, and multiplied as it is.
@@ -53,18 +84,23 @@ class SideCost:
             settings.inverse_period,
             correlated_rows=geometry.kernel_size[0] if is_whole and can_correlate(geometry, layout) else 1,
             patch_width=product_width(geometry) if is_whole and can_be_patch_rows(geometry, layout) else 0,
+            keeps_woodbury=settings.inverse_method is InverseMethod.low_rank,
+            rates=rates,
         )
 
     @classmethod
-    def of_gradient(cls, layout: BlockLayout, settings: KroneckerSettings) -> "SideCost":
+    def of_gradient(cls, layout: BlockLayout, settings: KroneckerSettings, rates: DeviceRates = CPU) -> "SideCost":
         """Return the work on the gradient side: a vector per weight that an output channel has."""
         num_blocks, width = layout.gradient_blocks
         vectors = layout.activation.num_channels * layout.num_taps + (layout.bias is BiasBlock.JOINT)
-        return cls(num_blocks, width, vectors, settings.inverse_period)
+        keeps_woodbury = settings.inverse_method is InverseMethod.low_rank
+        return cls(num_blocks, width, vectors, settings.inverse_period, keeps_woodbury=keeps_woodbury, rates=rates)
+
+    # --- FLOPs of dense blocks --------------------------------------------------------------------------------------
 
     def dense_inverse(self) -> int:
         """FLOPs of inverting dense blocks."""
-        return self.num_blocks * DenseInverse.inversion_flops(self.width)
+        return self.num_blocks * DenseInverse.inversion_flops(self.width).total
 
     def eigenbasis(self) -> int:
         """FLOPs of decomposing dense blocks."""
@@ -78,23 +114,45 @@ class SideCost:
         """FLOPs of one application in the eigenbasis."""
         return self.num_blocks * EigenBasis.application_flops(self.width, self.vectors)
 
-    def dense_total(self, rows: int) -> int:
-        """FLOPs of statistics, inverse and applications over one refresh period, if dense."""
-        statistics = self.num_blocks * DenseFactor.moment_flops(self.width, rows) // self.correlated_rows
-        return statistics + self.dense_inverse() + self.inverse_period * self.dense_apply()
+    # --- seconds ----------------------------------------------------------------------------------------------------
 
-    def low_rank_total(self, rows: int) -> int:
-        """FLOPs of inverse and applications over one refresh period, if rows, which are the statistics themselves."""
+    def dense_application(self) -> Application:
+        """Return what one application of dense inverse blocks takes."""
+        return self._application(self.dense_apply(), self.num_blocks * self.vectors * self.width, num_products=1)
+
+    def low_rank_application(self, rows: int) -> Application:
+        """Return what one application of roots of so many rows takes."""
+        flops = self.num_blocks * LowRankInverse.application_flops(self.width, rows, self.vectors)
+        return self._application(flops, self.num_blocks * self.vectors * (self.width + rows), num_products=2)
+
+    def patches_application(self, rows: int, num_operations: int = 0) -> Application:
+        """Return what one application of patches takes."""
+        work = PatchInverse.application_flops(self.width, rows, self.vectors)
+        seconds = work.seconds(self.rates) + num_operations * self.rates.kernel_s
+        return Application(seconds, is_split=self.products is Products.bf16x3)
+
+    def dense_total(self, rows: int) -> float:
+        """Seconds of statistics, inverse and applications over one refresh period, if dense."""
+        statistics = self.num_blocks * DenseFactor.moment_flops(self.width, rows) // self.correlated_rows
+        work = Flops(products=statistics, inversions=self.dense_inverse())
+        return work.seconds(self.rates) + self.inverse_period * self.dense_application().seconds
+
+    def low_rank_total(self, rows: int) -> float:
+        """Seconds of inverse and applications over one refresh period, if rows, which are the statistics themselves."""
         if self.patch_width:
-            inversion = PatchInverse.inversion_flops(self.patch_width, rows)
-            application = PatchInverse.application_flops(self.width, rows, self.vectors)
+            making = PatchInverse.inversion_flops(self.patch_width, rows).seconds(self.rates)
+            application = self.patches_application(rows).seconds
         else:
-            inversion = LowRankInverse.inversion_flops(self.width, rows)
-            application = LowRankInverse.application_flops(self.width, rows, self.vectors)
-        return self.num_blocks * (inversion + self.inverse_period * application)
+            making = LowRankInverse.inversion_flops(self.width, rows).seconds(self.rates)
+            application = self.low_rank_application(rows).seconds
+        per_period = self.inverse_period * application
+        if self._may_change_form:
+            others = self._other_forms(rows, is_patches=bool(self.patch_width))
+            per_period = min(per_period, *others.values())
+        return self.num_blocks * making + per_period
 
     def most_low_rank_rows(self) -> int:
-        """Return the largest number of rows for which the Woodbury form needs fewer FLOPs than the dense inverse.
+        """Return the largest number of rows for which the Woodbury identity takes less time than the dense inverse.
 
         The difference of the two totals changes sign at most once in ``[0, d]`` (the low-rank total grows faster), so
         bisection finds it.
@@ -114,3 +172,70 @@ class SideCost:
             return ANY_ROWS
         dense_only = settings.inverse_method is InverseMethod.cholesky or settings.needs_dense_factors
         return 0 if dense_only else self.most_low_rank_rows()
+
+    # --- where an inverse is applied ------------------------------------------------------------------------------
+
+    @property
+    def two_sided_rows(self) -> float:
+        """Rows of the mini-batch below which multiplying these in the backward pass takes less time than the vectors.
+
+        What it saves has to make up for more launches; those of an eager step, as a captured one's take less.
+        """
+        rate = max(self.rates.product, self.rates.split_product)
+        seconds_per_vector = 2 * self.num_blocks * self.width**2 / rate
+        return self.vectors - TWO_SIDED_OPERATIONS * self.rates.launch_s / seconds_per_vector
+
+    # --- the form that an inverse is kept in ------------------------------------------------------------------------
+
+    def kept(self, made: MadeInverse) -> Inverse:
+        """Return an inverse in the form in which making and applying it take least time until the next refresh."""
+        if made.num_rows == 0:
+            return made.split() if self.dense_application().is_split else made
+        if isinstance(made, PatchInverse):
+            is_patches, as_made = True, self.patches_application(made.num_rows, made.num_operations)
+        else:
+            is_patches, as_made = False, self.low_rank_application(made.num_rows)
+        seconds = {"as made": self.inverse_period * as_made.seconds}
+        if self._may_change_form:
+            seconds |= self._other_forms(made.num_rows, is_patches=is_patches)
+        best = min(seconds, key=lambda form: seconds[form])
+        if best == "dense":
+            dense = DenseInverse(made.dense())
+            return dense.split() if self.dense_application().is_split else dense
+        if best == "low rank":
+            assert isinstance(made, PatchInverse)
+            made, as_made = made.with_root(), self.low_rank_application(made.num_rows)
+        return made.split() if as_made.is_split else made
+
+    @property
+    def _may_change_form(self) -> bool:
+        """Whether what the Woodbury identity gives may be kept in another form.
+
+        Where counted FLOPs decide, a factor is kept as rows because these are applied as such in fewest.
+        """
+        return self.rates.has_launches and not self.keeps_woodbury
+
+    def _other_forms(self, rows: int, *, is_patches: bool) -> dict[str, float]:
+        """Return the seconds per refresh period of bringing into other forms, and applying, what rows give."""
+        root = self.num_blocks * Flops(solves=rows**2 * self.width).seconds(self.rates) if is_patches else 0.0
+        product = self.num_blocks * Flops(products=2 * rows * self.width**2).seconds(self.rates)
+        forms = {"dense": root + product + self.inverse_period * self.dense_application().seconds}
+        if is_patches:
+            forms["low rank"] = root + self.inverse_period * self.low_rank_application(rows).seconds
+        return forms
+
+    def _application(self, flops: int, numbers: int, num_products: int) -> Application:
+        """Return what products take in the faster of both ways, or in the one that is asked for.
+
+        Args:
+            flops: Their FLOPs.
+            numbers: What is multiplied: numbers to be split.
+            num_products: Operations.
+        """
+        rates = self.rates
+        plain = flops / rates.product + num_products * rates.kernel_s
+        split = flops / (rates.split_product or rates.product) + num_products * SPLIT_OPERATIONS * rates.kernel_s
+        split += numbers * (FLOAT_BYTES + PART_BYTES) / rates.memory
+        is_faster = self.products is Products.auto and rates.split_product > 0 and split < plain
+        is_split = self.products is Products.bf16x3 or is_faster
+        return Application(split if is_split else plain, is_split)

@@ -46,8 +46,8 @@ class BlockMessage:
         return self.num_matrix + self.num_extra
 
 
-class Prepared(ABC):
-    """The inverse of a damped factor, or its eigenbasis: what a refresh makes of it, as a few named tensors.
+class Kept(ABC):
+    """What is kept from a refresh to the next, as a few named tensors.
 
     Attributes:
         names: Names of the tensors, by which a checkpoint knows the form.
@@ -64,6 +64,10 @@ class Prepared(ABC):
         """Undo :meth:`tensors`, for a layer of this geometry. The tensors are not copied."""
         del geometry
         return cls(**tensors)  # forms are dataclasses of their tensors
+
+
+class Prepared(Kept):
+    """The inverse of a damped factor, or its eigenbasis, as a refresh makes it, on whichever process."""
 
     @classmethod
     @abstractmethod
@@ -91,8 +95,14 @@ class Prepared(ABC):
         """
 
 
-class Inverse(Prepared):
-    """The inverse of a damped factor."""
+class Inverse(Kept):
+    """The inverse of a damped factor, as it is applied.
+
+    Attributes:
+        form: What it is called in a table.
+    """
+
+    form: ClassVar[str]
 
     @abstractmethod
     def left(self, values: Tensor) -> Tensor:
@@ -102,13 +112,35 @@ class Inverse(Prepared):
     def right(self, values: Tensor) -> Tensor:
         """Multiply ``[num_blocks, n, d]`` from the right."""
 
-    @abstractmethod
-    def scale_(self, factor: float) -> None:
-        """Multiply the inverse by a number, in place."""
+    def right_into(self, values: Tensor, out: Tensor) -> None:
+        """Write what :meth:`right` gives into ``[num_blocks, n, d]``, which shares no memory with the values."""
+        out.copy_(self.right(values))
 
     def right_of_patches(self, patches: PatchRows, groups: ChannelGroups) -> Tensor:
         """Multiply patches in channel groups from the right; ``[num_blocks, rows, d]``."""
         return self.right(patches.blocks(groups))
+
+
+class MadeInverse(Inverse, Prepared):
+    """The inverse of a damped factor as a refresh makes it, which may be kept in another form (see ``cost``)."""
+
+    @property
+    @abstractmethod
+    def num_rows(self) -> int:
+        """Rows that it was made of by the Woodbury identity; 0 if it was made of moments."""
+
+    @property
+    @abstractmethod
+    def scaled(self) -> Tensor:
+        """The tensor that a multiple of the inverse has multiplied."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """Return the blocks, ``[num_blocks, d, d]``; not to be changed."""
+
+    @abstractmethod
+    def split(self) -> Inverse:
+        """Return the inverse in parts that tensor cores multiply (see ``split``)."""
 
 
 class Factor(ABC):
@@ -123,7 +155,7 @@ class Factor(ABC):
 
     number: ClassVar[int] = 0
     names: ClassVar[tuple[str, ...]]
-    inverse_form: ClassVar[type[Inverse]]
+    inverse_form: ClassVar[type[MadeInverse]]
     is_summed: ClassVar[bool]
 
     @property
@@ -178,15 +210,20 @@ class Factor(ABC):
 
     @abstractmethod
     def core(self) -> Tensor:
-        """Return a new matrix per block that has its non-zero eigenvalues, ``[num_blocks, core_width, core_width]``."""
+        """Return a matrix per block that has its non-zero eigenvalues, ``[num_blocks, core_width, core_width]``.
+
+        Not to be changed if it is :attr:`values` itself.
+        """
 
     @abstractmethod
-    def loses_damping(self, dampings: Tensor) -> Tensor:
-        """Whether the inverse would divide rounding errors by these dampings, ``[num_blocks]`` each."""
+    def loses_damping(self, dampings: Tensor) -> Tensor | None:
+        """Whether the inverse would divide rounding errors by these dampings, ``[num_blocks]``; ``None``: never."""
 
     @classmethod
     @abstractmethod
-    def invert(cls, factors: Sequence[Self], triangles: Sequence[Tensor], dampings: Sequence[Tensor]) -> list[Inverse]:
+    def invert(
+        cls, factors: Sequence[Self], triangles: Sequence[Tensor], dampings: Sequence[Tensor]
+    ) -> list[MadeInverse]:
         """Return the inverses of factors in this form whose cores have one width, dtype and device.
 
         Args:

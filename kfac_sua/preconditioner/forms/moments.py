@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kfac_sua.preconditioner.forms.unfold import cached_read_counts, output_size, pad, patches, split_channels
+from kfac_sua.preconditioner.forms.unfold import cached_pixel_weights, output_size, pad, patches, split_channels
 from kfac_sua.preconditioner.geometry import BiasBlock, BlockLayout, LayerGeometry
 
 MAX_PATCH_ELEMENTS = 2**25
@@ -77,7 +77,11 @@ def activation_rows(inputs: Tensor, geometry: LayerGeometry, layout: BlockLayout
     if not layout.taps_in_features:
         yield exact_sua_rows(inputs, geometry, layout)
         return
-    windows = patches(pad(inputs, geometry), geometry)  # [n, h', w', kh, kw, channels], a view
+    if geometry.num_taps == 1 and not any(geometry.padding):  # a patch is a pixel: fewer views
+        vertical, horizontal = geometry.stride
+        windows = inputs[:, ::vertical, ::horizontal, None, None]  # [n, h', w', 1, 1, channels]
+    else:
+        windows = patches(pad(inputs, geometry), geometry)  # [n, h', w', kh, kw, channels], a view
     per_example = windows[:1].numel()
     for chunk in windows.split(max(1, MAX_PATCH_ELEMENTS // max(1, per_example))):
         yield _patch_rows(chunk.flatten(0, 2), layout)  # of [rows, kh, kw, channels]
@@ -109,8 +113,8 @@ def exact_sua_rows(inputs: Tensor, geometry: LayerGeometry, layout: BlockLayout)
     """
     if geometry.padding_mode != "zeros":
         inputs = pad(inputs, geometry)
-    counts = cached_read_counts(geometry, inputs.shape[1], inputs.shape[2], inputs.device, inputs.dtype)  # [h, w]
-    pixels = (inputs * counts.sqrt().unsqueeze(-1)).flatten(0, 2)  # [n · h · w, channels]
+    weights = cached_pixel_weights(geometry, inputs.shape[1], inputs.shape[2], inputs.device, inputs.dtype)
+    pixels = (inputs * weights).flatten(0, 2)  # [n · h · w, channels]
     return split_channels(pixels.unsqueeze(1), layout.conv_groups, layout.activation)  # [blocks, n · h · w, d]
 
 

@@ -156,7 +156,7 @@ class PatchRows:
         pixels = groups.split(self.pixels).permute(3, 0, 1, 2, 4)  # [Q, h, w, n, size]
         taps = matrices.unflatten(1, (*self.geometry.kernel_size, -1))  # [Q, kh, kw, size, d]
         product = matrices.new_zeros(len(matrices), *self.output_size, self.pixels.shape[2], matrices.shape[-1])
-        for y, x, outputs, read in self._reads():
+        for y, x, outputs, read in self.reads():
             target = product[:, *outputs].flatten(1, 2)  # [Q, columns · n, d]
             target.baddbmm_(pixels[:, *read].flatten(1, 2), taps[:, y, x])  # of [Q, columns · n, size] and [Q, size, d]
         return product.flatten(1, 3)  # [Q, rows, d]
@@ -173,7 +173,7 @@ class PatchRows:
         taps = values.unflatten(1, (*self.geometry.kernel_size, -1))  # [m, kh, kw, channels]
         out_height, out_width = self.output_size
         product = values.new_zeros(len(values), out_height, out_width, self.pixels.shape[2])
-        for y, x, outputs, pixels in self._reads():
+        for y, x, outputs, pixels in self.reads():
             line = self.pixels[pixels].flatten(0, 1)  # [columns · n, channels]
             product[:, *outputs].flatten(1).addmm_(taps[:, y, x], line.mT)  # [m, columns · n]
         return product.flatten(1)  # [m, rows]
@@ -187,12 +187,12 @@ class PatchRows:
         """
         taps = values.view(len(values), *self.geometry.kernel_size, -1)  # [m, kh, kw, channels]
         locations = coefficients.unflatten(1, (*self.output_size, -1))  # [m, h', w', n]
-        for y, x, outputs, read in self._reads():
+        for y, x, outputs, read in self.reads():
             lines = self.pixels[read].flatten(0, 1)  # [columns · n, channels]
             taps[:, y, x].addmm_(locations[:, *outputs].flatten(1), lines, alpha=-1)  # of [m, columns · n]
         return values
 
-    def _reads(self) -> Iterator[tuple[int, int, _Line, _Line]]:
+    def reads(self) -> Iterator[tuple[int, int, _Line, _Line]]:
         """Yield a tap's row and column, a line of outputs, and the line of pixels that they read through it."""
         for rows in self._vertical_reads():
             output_rows = range(rows.outputs.start, rows.outputs.stop)

@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from kfac_sua.preconditioner.forms.dense import DenseFactor
-from kfac_sua.preconditioner.forms.form import BlockMessage, Factor, Inverse, RowFactor
+from kfac_sua.preconditioner.forms.form import BlockMessage, Factor, Inverse, MadeInverse, RowFactor
 from kfac_sua.preconditioner.forms.patch_rows import PatchRows, joined, product_width
+from kfac_sua.preconditioner.forms.rows import LowRankInverse
 from kfac_sua.preconditioner.forms.unfold import output_size
 from kfac_sua.preconditioner.geometry import ChannelGroups, LayerGeometry
+from kfac_sua.preconditioner.rates import Flops
 
 
 @dataclass
-class PatchInverse(Inverse):
+class PatchInverse(MadeInverse):
     """scale · (I − Uᵀ (L Lᵀ)⁻¹ U), with U the patches of a mini-batch: the Woodbury form that never forms U.
 
     Args:
@@ -33,6 +35,7 @@ class PatchInverse(Inverse):
     scale: Tensor
 
     names: ClassVar[tuple[str, ...]] = ("pixels", "triangle", "scale")
+    form: ClassVar[str] = "patches"
 
     def left(self, values: Tensor) -> Tensor:
         """Multiply ``[1, d, n]`` from the left."""
@@ -54,9 +57,28 @@ class PatchInverse(Inverse):
         coefficients = torch.cholesky_solve(products.mT, self.triangle[0]).mT  # [n, rows]
         return self.patches.subtract_combination_(vectors, coefficients).mul_(self.scale[0])[None]  # [1, n, d]
 
-    def scale_(self, factor: float) -> None:
-        """Multiply the inverse by a number, in place."""
-        self.scale.mul_(factor)
+    @property
+    def num_rows(self) -> int:
+        """Rows that it was made of."""
+        return self.triangle.shape[-1]
+
+    @property
+    def scaled(self) -> Tensor:
+        """The scale."""
+        return self.scale
+
+    def with_root(self) -> LowRankInverse:
+        """Return the same with V = L⁻¹U formed."""
+        root = torch.linalg.solve_triangular(self.triangle, self.patches.rows()[None], upper=False)  # [1, rows, d]
+        return LowRankInverse(root, self.scale)
+
+    def dense(self) -> Tensor:
+        """Return the block, ``[1, d, d]``, formed."""
+        return self.with_root().dense()
+
+    def split(self) -> Inverse:
+        """Return the parts of V, and the scale."""
+        return self.with_root().split()
 
     def tensors(self) -> dict[str, Tensor]:
         """Return pixels, triangle and scale."""
@@ -68,20 +90,25 @@ class PatchInverse(Inverse):
         return cls(PatchRows(tensors["pixels"], geometry), tensors["triangle"], tensors["scale"])
 
     @staticmethod
-    def inversion_flops(patch_width: int, rows: int) -> int:
+    def inversion_flops(patch_width: int, rows: int) -> Flops:
         """FLOPs of the Gram matrix between patches (see ``product_width``) and its Cholesky factorisation."""
-        return 2 * rows**2 * patch_width + rows**3 // 3
+        return Flops(products=2 * rows**2 * patch_width, factorisations=rows**3 // 3)
 
     @staticmethod
-    def application_flops(width: int, rows: int, vectors: int) -> int:
+    def application_flops(width: int, rows: int, vectors: int) -> Flops:
         """FLOPs of multiplying vectors, if all taps read a pixel: products with the patches, and two solves."""
-        return vectors * (4 * width * rows + 2 * rows**2)
+        return Flops(products=4 * vectors * width * rows, solves=2 * vectors * rows**2)
+
+    @property
+    def num_operations(self) -> int:
+        """Operations of multiplying vectors: two products per line of pixels and tap, and what lies between."""
+        return 2 * sum(1 for _ in self.patches.reads()) + 4
 
     @classmethod
     def flops_of(cls, factor: Factor) -> int:
         """FLOPs of the one block."""
         assert isinstance(factor, PatchFactor)
-        return cls.inversion_flops(product_width(factor.patches.geometry), factor.core_width)
+        return cls.inversion_flops(product_width(factor.patches.geometry), factor.core_width).total
 
     @classmethod
     def message_of(cls, factor: Factor) -> BlockMessage:
@@ -112,7 +139,7 @@ class PatchFactor(RowFactor):
     number: ClassVar[int] = 2
     names: ClassVar[tuple[str, ...]] = ("pixels",)
     num_sizes: ClassVar[int] = 4
-    inverse_form: ClassVar[type[Inverse]] = PatchInverse
+    inverse_form: ClassVar[type[MadeInverse]] = PatchInverse
 
     @property
     def values(self) -> Tensor:
@@ -176,7 +203,7 @@ class PatchFactor(RowFactor):
     @classmethod
     def invert(
         cls, factors: Sequence["PatchFactor"], triangles: Sequence[Tensor], dampings: Sequence[Tensor]
-    ) -> list[Inverse]:
+    ) -> list[MadeInverse]:
         """Return patches, triangle and scale as they are."""
         return [
             PatchInverse(factor.patches, triangle, damping.reciprocal()[:, None, None])  # scale [1, 1, 1]

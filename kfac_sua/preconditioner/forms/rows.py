@@ -1,4 +1,4 @@
-"""Rows: chosen where a mini-batch gives so few that the Woodbury identity needs fewer FLOPs than a dense inverse.
+"""Rows: chosen where a mini-batch gives so few that the Woodbury identity takes less time than a dense inverse.
 
 (UᵀU + λI)⁻¹ = (I − VᵀV)/λ, exactly, with V = L⁻¹U and L Lᵀ = U Uᵀ + λI: what is factorised is as wide as there are
 rows, and the block is never formed (Woodbury 1950).
@@ -11,19 +11,22 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kfac_sua.preconditioner.forms.dense import DenseFactor
-from kfac_sua.preconditioner.forms.form import BlockMessage, Factor, Inverse, RowFactor
+from kfac_sua.preconditioner.forms.dense import DenseFactor, gram
+from kfac_sua.preconditioner.forms.form import BlockMessage, Factor, Inverse, MadeInverse, RowFactor
+from kfac_sua.preconditioner.forms.split import SplitLowRankInverse, matrix_parts
 from kfac_sua.preconditioner.geometry import LayerGeometry
+from kfac_sua.preconditioner.rates import Flops
 
 
 @dataclass
-class LowRankInverse(Inverse):
+class LowRankInverse(MadeInverse):
     """scale · (I − rootᵀ root), with ``root`` ``[num_blocks, rows, d]`` and ``scale`` ``[num_blocks, 1, 1]``."""
 
     root: Tensor
     scale: Tensor
 
     names: ClassVar[tuple[str, ...]] = ("root", "scale")
+    form: ClassVar[str] = "rows"
 
     def left(self, values: Tensor) -> Tensor:
         """Multiply ``[num_blocks, d, n]`` from the left."""
@@ -35,14 +38,30 @@ class LowRankInverse(Inverse):
         products = torch.bmm(values, self.root.mT)  # [num_blocks, n, rows]
         return torch.baddbmm(values, products, self.root, alpha=-1).mul_(self.scale)  # [num_blocks, n, d]
 
-    def scale_(self, factor: float) -> None:
-        """Multiply the inverse by a number, in place."""
-        self.scale.mul_(factor)
+    @property
+    def num_rows(self) -> int:
+        """Rows that it was made of."""
+        return self.root.shape[-2]
+
+    @property
+    def scaled(self) -> Tensor:
+        """The scale."""
+        return self.scale
+
+    def dense(self) -> Tensor:
+        """Return scale · (I − rootᵀ root), formed."""
+        blocks = gram(self.root).mul_(-self.scale)
+        blocks.diagonal(dim1=-2, dim2=-1).add_(self.scale.squeeze(-1))  # of [num_blocks, 1]
+        return blocks
+
+    def split(self) -> Inverse:
+        """Return the parts of the root, and the scale."""
+        return SplitLowRankInverse(matrix_parts(self.root), self.scale)
 
     @staticmethod
-    def inversion_flops(width: int, rows: int) -> int:
+    def inversion_flops(width: int, rows: int) -> Flops:
         """FLOPs per block: Gram matrix between rows, its Cholesky factorisation, and the triangular solve."""
-        return 2 * rows**2 * width + rows**3 // 3 + rows**2 * width
+        return Flops(products=2 * rows**2 * width, factorisations=rows**3 // 3, solves=rows**2 * width)
 
     @staticmethod
     def application_flops(width: int, rows: int, vectors: int) -> int:
@@ -52,7 +71,7 @@ class LowRankInverse(Inverse):
     @classmethod
     def flops_of(cls, factor: Factor) -> int:
         """FLOPs per block."""
-        return cls.inversion_flops(factor.width, factor.core_width)
+        return cls.inversion_flops(factor.width, factor.core_width).total
 
     @classmethod
     def message_of(cls, factor: Factor) -> BlockMessage:
@@ -79,7 +98,7 @@ class RowsFactor(RowFactor):
     number: ClassVar[int] = 1
     names: ClassVar[tuple[str, ...]] = ("rows",)
     num_sizes: ClassVar[int] = 3
-    inverse_form: ClassVar[type[Inverse]] = LowRankInverse
+    inverse_form: ClassVar[type[MadeInverse]] = LowRankInverse
 
     @property
     def values(self) -> Tensor:
@@ -136,7 +155,7 @@ class RowsFactor(RowFactor):
     @classmethod
     def invert(
         cls, factors: Sequence["RowsFactor"], triangles: Sequence[Tensor], dampings: Sequence[Tensor]
-    ) -> list[Inverse]:
+    ) -> list[MadeInverse]:
         """Return scale and root, one factor after the other: their rows may have other widths."""
         return [
             LowRankInverse(

@@ -103,6 +103,14 @@ def cached_read_counts(
     return pixel_read_counts(geometry, height, width).to(device, dtype)
 
 
+@lru_cache(maxsize=256)
+def cached_pixel_weights(
+    geometry: LayerGeometry, height: int, width: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Return √w_p of :func:`pixel_read_counts` on a device, ``[height, width, 1]``."""
+    return cached_read_counts(geometry, height, width, device, dtype).sqrt().unsqueeze(-1)  # [height, width, 1]
+
+
 def output_size(geometry: LayerGeometry, height: int, width: int) -> tuple[int, int]:
     """Return height and width of a layer's output, in pixels.
 
@@ -127,6 +135,10 @@ def split_channels(values: Tensor, conv_groups: int, groups: ChannelGroups) -> T
     Returns:
         ``[conv_groups · count, rows, taps · size]``.
     """
+    rows, taps, channels = values.shape
+    if taps == 1 and not groups.num_padded:  # fewer views, which are host time
+        blocks = values.reshape(rows, conv_groups * groups.count, groups.size)  # [rows, g · count, size]
+        return blocks.transpose(0, 1) if channels > groups.size else blocks.reshape(1, rows, channels)
     split = groups.split(values.unflatten(-1, (conv_groups, groups.num_channels)))  # [rows, taps, g, count, size]
     return split.permute(2, 3, 0, 1, 4).flatten(3).flatten(0, 1)  # [g · count, rows, taps · size]
 

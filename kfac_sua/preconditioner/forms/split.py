@@ -1,0 +1,118 @@
+"""Split inverses: chosen where tensor cores multiply three pairs of bfloat16 parts faster than float32 units one pair.
+
+A float32 matrix is the sum of a high part, itself rounded to bfloat16, and a low part, what is missing rounded to
+bfloat16. Of the four products of two such matrices three are kept, M V ≈ Mₕ Vₕ + Mₕ Vₗ + Mₗ Vₕ, added up in float32:
+the relative error is 2⁻¹⁶ or so, where a product of bfloat16 numbers alone has 2⁻⁸, and one of TF32 numbers 2⁻¹¹, in
+directions of high curvature multiplied by what separates these from the rest (see ``docs/gpu.md``). All three
+are one product whose inner dimension is three times as long. An inverse is split once per refresh, a gradient once per
+step and side.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kfac_sua.preconditioner.forms.form import Inverse
+
+PART_BYTES = 2 * 3
+"""Bytes of a number's three parts."""
+
+SPLIT_OPERATIONS = 3
+"""Operations of a product in parts: two that split what is multiplied, and the product."""
+
+
+ALIGNED = 8
+"""Numbers of bfloat16 that tensor cores read at once (16 bytes): rows are padded with zeros to a multiple of it."""
+
+
+def matrix_parts(values: Tensor) -> Tensor:
+    """Return the parts of matrices, ``[b, m, d]`` to ``[b, m, 3, d′]``: high, high, low.
+
+    d′ is d rounded up to a multiple of :data:`ALIGNED`; what is added is zero. Rounding is PyTorch's conversion, to the
+    nearest, ties to even; nothing is left to what a tensor core drops.
+    """
+    return _parts(_padded(values, -1), dim=2, is_vector=False)
+
+
+@dataclass
+class SplitInverse(Inverse):
+    """Inverse blocks, symmetric, as parts ``[num_blocks, d, 3, d′]`` of their rows."""
+
+    parts: Tensor
+
+    names: ClassVar[tuple[str, ...]] = ("parts",)
+    form: ClassVar[str] = "dense bf16x3"
+
+    def left(self, values: Tensor) -> Tensor:
+        """Multiply ``[num_blocks, d, n]`` from the left."""
+        split = _vector_parts(_padded(values, -2), 1).flatten(1, 2)  # [b, 3 · d′, n]
+        return _product(self.parts.flatten(2), split).to(values.dtype)  # [b, d, n]
+
+    def right(self, values: Tensor) -> Tensor:
+        """Multiply ``[num_blocks, n, d]`` from the right."""
+        split = _vector_parts(_padded(values, -1), 2).flatten(2)  # [b, n, 3 · d′]
+        return _product(split, self.parts.flatten(2).mT).to(values.dtype)  # [b, n, d]
+
+
+@dataclass
+class SplitLowRankInverse(Inverse):
+    """scale · (I − rootᵀ root), with the root as parts ``[num_blocks, rows, 3, d′]``, and scale ``[num_blocks, 1, 1]``.
+
+    What the root gives is split anew before its transpose.
+    """
+
+    root_parts: Tensor
+    scale: Tensor
+
+    names: ClassVar[tuple[str, ...]] = ("root_parts", "scale")
+    form: ClassVar[str] = "rows bf16x3"
+
+    def left(self, values: Tensor) -> Tensor:
+        """Multiply ``[num_blocks, d, n]`` from the left."""
+        split = _vector_parts(_padded(values, -2), 1).flatten(1, 2)  # [b, 3 · d′, n]
+        inner = _vector_parts(_product(self.root_parts.flatten(2), split), 2).flatten(1, 2)  # [b, rows · 3, n]
+        outer = _product(self.root_parts.flatten(1, 2).mT, inner)[:, : values.shape[1]]  # [b, d, n]
+        return (values - outer).mul_(self.scale)
+
+    def right(self, values: Tensor) -> Tensor:
+        """Multiply ``[num_blocks, n, d]`` from the right."""
+        split = _vector_parts(_padded(values, -1), 2).flatten(2)  # [b, n, 3 · d′]
+        inner = _vector_parts(_product(split, self.root_parts.flatten(2).mT), 3).flatten(2)  # [b, n, rows · 3]
+        outer = _product(inner, self.root_parts.flatten(1, 2))[..., : values.shape[2]]  # [b, n, d]
+        return (values - outer).mul_(self.scale)
+
+
+def _padded(values: Tensor, dim: int) -> Tensor:
+    """Return ``[b, m, n]`` with zeros up to a multiple of :data:`ALIGNED` along one of the last two dimensions."""
+    missing = -values.shape[dim] % ALIGNED
+    return F.pad(values, (0, missing) if dim == -1 else (0, 0, 0, missing)) if missing else values
+
+
+def _vector_parts(values: Tensor, dim: int) -> Tensor:
+    """Return the parts of what is multiplied by :func:`matrix_parts`, in a new dimension: high, low, high."""
+    return _parts(values, dim, is_vector=True)
+
+
+def _parts(values: Tensor, dim: int, *, is_vector: bool) -> Tensor:
+    shape = list(values.shape)
+    shape.insert(dim, 3)
+    parts = values.new_empty(shape, dtype=torch.bfloat16)
+    by_part = parts.movedim(dim, 0)  # [3, ...]
+    step, low = (2, 1) if is_vector else (1, 2)
+    by_part[: step + 1 : step].copy_(values)  # both high parts, in one operation
+    torch.sub(values, by_part[0], out=by_part[low])
+    return parts
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply bfloat16 matrices ``[b, m, k]`` and ``[b, k, n]`` with float32 sums.
+
+    ``bmm`` without ``out_dtype`` would round its sums to bfloat16. A CPU multiplies the numbers in float32, in which
+    products of two bfloat16 numbers are exact.
+    """
+    if left.is_cuda:
+        return torch.bmm(left, right, out_dtype=torch.float32)
+    return torch.bmm(left.float(), right.float())
