@@ -3,6 +3,7 @@
 import argparse
 import math
 import sys
+from pathlib import Path
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -42,3 +43,18 @@ def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got '{text}'")
     return int(text)
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Raise now rather than after minutes of measuring, if a file cannot be written.
+
+    Args:
+        path: The file; it is left as it was.
+
+    Raises:
+        OSError: If it cannot.
+    """
+    is_new = not path.exists()
+    path.open("ab").close()
+    if is_new:
+        path.unlink()

@@ -28,11 +28,12 @@ from kfac_sua.bench.tables import (
     costs_table,
     layers_table,
     memory_table,
+    operations_table,
     rates_table,
     split_table,
     steps_table,
 )
-from kfac_sua.command_line import BAD_INPUT, FAILED, INTERRUPTED, as_number, count, say
+from kfac_sua.command_line import BAD_INPUT, FAILED, INTERRUPTED, as_number, count, refuse_unwritable, say
 from kfac_sua.config import Config, ConfigError, KroneckerConfig, Precision
 from kfac_sua.device import choose_device, choose_precision
 from kfac_sua.preconditioner import FisherType
@@ -77,7 +78,7 @@ def _carry_out(options: argparse.Namespace) -> int:
         if not any(setting.config.capture for setting in plan.settings):
             refuse_other_capture(options.against, old.costs, dict.fromkeys(shared, False))
     if options.json:
-        _refuse_unwritable(options.json)
+        refuse_unwritable(options.json)
     record = carry_out(plan)
     if options.json:  # before anything is printed: a pipe that is closed must not cost minutes of measuring
         write_record(options.json, record)
@@ -146,16 +147,9 @@ def _refuse_exact_fisher(settings: Sequence[Setting]) -> None:
             )
 
 
-def _refuse_unwritable(path: Path) -> None:
-    """Raise OSError now rather than after minutes of measuring."""
-    is_new = not path.exists()
-    path.open("ab").close()
-    if is_new:
-        path.unlink()
-
-
 def _tables(record: BenchRecord, arithmetic: Arithmetic) -> list[str]:
-    tables = [costs_table(record), split_table(record.costs), memory_table(record.costs), rates_table(record.rates)]
+    tables = [costs_table(record), split_table(record.costs), memory_table(record.costs)]
+    tables += [operations_table(record.costs), rates_table(record.rates)]
     if record.steps:
         tables.append(steps_table(record.steps, record.rates, arithmetic))
     if record.layers:

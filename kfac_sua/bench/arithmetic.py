@@ -6,9 +6,12 @@ from contextlib import AbstractContextManager
 import torch
 
 from kfac_sua.config import Precision
+from kfac_sua.preconditioner import Products
 from kfac_sua.training.precision import computing_in
 
 FLOAT64 = "float64"
+BF16X3 = Products.bf16x3.value
+"""Three products of bfloat16 parts with float32 sums; what runs is counted, so a product counts three times."""
 NAMES = (*map(str, Precision), FLOAT64)
 """What ``--precision`` takes."""
 
@@ -37,12 +40,12 @@ class Arithmetic:
         return torch.float64 if self.name == FLOAT64 else torch.float32
 
     def format_of(self, phase: str) -> str:
-        """Return the number format of a phase's matrix products: ``float32``, ``tf32``, ``bfloat16`` or ``float64``."""
+        """Return the number format of a phase's matrix products: a precision, ``bf16x3`` or ``float64``."""
         if self.name == FLOAT64 or phase == "forward_backward":
             return self.name
-        # Autocast is kept away from both; TF32 only from statistics and inverses.
-        in_tf32 = self.device.type == "cuda" and self.precision is not Precision.float32
-        return "tf32" if in_tf32 and phase == "application" else "float32"
+        # Autocast and TF32 are kept away from the preconditioner; large inverses are applied in bfloat16 parts.
+        in_parts = self.device.type == "cuda" and self.precision is not Precision.float32
+        return BF16X3 if in_parts and phase == "application" else "float32"
 
     def computing(self) -> AbstractContextManager[None]:
         """Return the context of the whole measurement, which is that of a whole training."""

@@ -26,6 +26,9 @@ CAPTURED = "captured"
 STEPS_TOGETHER = {"cpu": 1, "cuda": 10}
 """Plain steps between two waits for the device, at most. A wait after every step would let the host fall behind."""
 
+SPLIT_APART = {"cpu": False, "cuda": True}
+"""Whether steps are timed as a whole without a stopwatch: on CUDA its marks are events, up to 2 ms of an eager step."""
+
 MOST_STEPS_TO_CAPTURE = 10
 """Plain steps until one is a replay, if any ever is: three to warm up, one to capture, and some to spare."""
 ENOUGH_REPLAYS = 6
@@ -182,14 +185,9 @@ class Contender:
         On CUDA several plain steps are timed together, so that the host runs ahead of the device as in training.
         """
         if kind is not StepKind.plain:
-            self.make_due(kind)
-            return self.timed_step()
+            return self._timed_apart(1, kind)
         self._settle()
-        count = self.steps_together
-        if count > 1 and self.preconditioner is not None:
-            self.preconditioner.go_to_step(1)  # so that as many are plain
-        self.make_due(kind)
-        time = self._timed(count)
+        time = self._timed_apart(self.steps_together, kind)
         self._num_timed += 1
         self._num_replayed += time.is_replay
         return time
@@ -198,9 +196,24 @@ class Contender:
         """Take the training step that is due and return its seconds."""
         return self._timed(1)
 
-    def _timed(self, count: int) -> StepTime:
+    def _timed_apart(self, count: int, kind: StepKind) -> StepTime:
+        """Take steps of a kind without a stopwatch where it costs time, and others for what their parts take."""
+        self._make_all_due(count, kind)
+        if not SPLIT_APART[self._device.type]:
+            return self._timed(count)
+        unwatched = self._timed(count, is_watched=False)
+        self._make_all_due(count, kind)
+        return dataclasses.replace(unwatched, split=self._timed(count).split)
+
+    def _make_all_due(self, count: int, kind: StepKind) -> None:
+        """Make the next steps, so many, of this kind."""
+        if count > 1 and self.preconditioner is not None:
+            self.preconditioner.go_to_step(1)  # so that as many are plain
+        self.make_due(kind)
+
+    def _timed(self, count: int, *, is_watched: bool = True) -> StepTime:
         """Take steps between two waits for the device, and return the mean seconds of one."""
-        watch = self._watch = self._new_watch()
+        watch = self._watch = self._new_watch(is_on=is_watched)
         num_replays = 0
         started = seconds_now(self._device)
         for _ in range(count):
@@ -255,5 +268,5 @@ class Contender:
         reason = "" if graph is not None else capturing.why_no_graphs(self._device)
         return reason or capturing.why_eager(self._config, self.preconditioner)
 
-    def _new_watch(self) -> Stopwatch:
-        return Stopwatch(self._device, time.process_time)
+    def _new_watch(self, *, is_on: bool = True) -> Stopwatch:
+        return Stopwatch(self._device, time.process_time, is_on=is_on)

@@ -11,11 +11,13 @@ from kfac_sua.bench.contender import Batch, Contender
 from kfac_sua.bench.costs import Rounds, TimeCost, measure_costs
 from kfac_sua.bench.layers import LayerWork, StepWork, count_steps, measure_layers
 from kfac_sua.bench.memory import peak_bytes
+from kfac_sua.bench.operations import Operations, count_operations
 from kfac_sua.bench.progress import Announcer
 from kfac_sua.bench.rates import measure_rates
 from kfac_sua.bench.record import Arguments, BenchRecord, Cost, Memory
 from kfac_sua.bench.settings import Setting
 from kfac_sua.bench.step_kinds import StepKind
+from kfac_sua.device import rates_as_configured
 from kfac_sua.runs.environment import environment
 from kfac_sua.training.determinism import determinism
 
@@ -59,8 +61,12 @@ def carry_out(plan: Plan) -> BenchRecord:
         RuntimeError: If a setting cannot be carried out, as when memory runs out.
     """
     torch.set_num_threads(plan.arguments.num_threads)
-    is_deterministic = plan.settings[0].config.deterministic  # a key that all settings share
-    with determinism(is_deterministic, plan.arithmetic.device), plan.arithmetic.computing():
+    config, device = plan.settings[0].config, plan.arithmetic.device  # keys that all settings share
+    with (
+        determinism(config.deterministic, device),
+        plan.arithmetic.computing(),
+        rates_as_configured(config.device_rates, device),
+    ):
         return _measure(plan, Announcer())
 
 
@@ -74,6 +80,7 @@ def _measure(plan: Plan, announcer: Announcer) -> BenchRecord:
     why_not_compiled = _add_compiled(contenders, plan, batch, announcer) if plan.with_compiled else ""
     times = measure_costs(contenders, rounds, announcer)
     steps, layers = _count_and_measure(contenders, times, plan, announcer) if plan.with_layers else ([], [])
+    operations = {name: _operations(name, one, announcer) for name, one in contenders.items()}
     captures = {name: (one.is_captured, one.why_eager) for name, one in contenders.items()}
     contenders.clear()  # their memory is another's now
     # After the timing, which fills caches that all settings share.
@@ -81,7 +88,7 @@ def _measure(plan: Plan, announcer: Announcer) -> BenchRecord:
     memory = [_peak(Setting(name, configs[name]), arithmetic, batch, announcer) for name in captures]
     announcer.clear()
     costs = [
-        Cost(name, time, Memory(peak, peak / memory[0]), *capture)
+        Cost(name, time, Memory(peak, peak / memory[0]), *capture, operations[name])
         for (name, capture), time, peak in zip(captures.items(), times, memory, strict=True)
     ]
     return BenchRecord(arguments, environment(arguments.device), rates, costs, steps, layers, why_not_compiled)
@@ -104,6 +111,12 @@ def _count_and_measure(
     own = {setting.name: contenders[setting.name] for setting in plan.settings}
     steps = count_steps(own, times[: len(own)], announcer)
     return steps, measure_layers(own, plan.arithmetic.precision, plan.arguments.refresh_rounds, announcer)
+
+
+def _operations(name: str, contender: Contender, announcer: Announcer) -> dict[str, Operations]:
+    """Return the operations of a setting's steps; a compiled network has others."""
+    announcer.show("operations", name)
+    return {} if name == COMPILED else count_operations(contender)
 
 
 def _peak(setting: Setting, arithmetic: Arithmetic, batch: Batch, announcer: Announcer) -> int:

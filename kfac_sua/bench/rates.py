@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from kfac_sua.bench.arithmetic import Arithmetic
+from kfac_sua.bench.arithmetic import BF16X3, Arithmetic
 from kfac_sua.bench.clock import seconds_now
 from kfac_sua.bench.contender import PHASES
 from kfac_sua.bench.progress import Announcer
 from kfac_sua.config import Precision
+from kfac_sua.preconditioner.forms.split import SplitInverse, matrix_parts
 from kfac_sua.training.precision import computing_in
 
 GEMM_SHAPES = ((512, 4608, 4608), (1600, 512, 512))
@@ -29,7 +30,7 @@ class Rate:
 
     Args:
         operation: ``gemm`` (2 m k n FLOPs) or ``cholesky_inverse`` (factorisation and inverse, n³ FLOPs).
-        dtype: Number format: that of PyTorch, or ``tf32``.
+        dtype: Number format: that of PyTorch, ``tf32`` or ``bf16x3``.
         shape: ``[m, k, n]`` or ``[n]``.
         gflop_per_s: 10⁹ FLOPs per second of the clock of ``clock.py``.
     """
@@ -56,9 +57,11 @@ def measure_rates(arithmetic: Arithmetic, announcer: Announcer, calls: int = 5) 
     for kind in dict.fromkeys(map(arithmetic.format_of, PHASES)):
         for shape in GEMM_SHAPES:
             announcer.show("machine rates", f"gemm {shape}")
-            work = _gemm(shape, DTYPES[kind], device)
+            in_parts = kind == BF16X3
+            work = _gemm_in_parts(shape, device) if in_parts else _gemm(shape, DTYPES[kind], device)
+            flops = (3 if in_parts else 1) * 2 * math.prod(shape)
             with computing_in(Precision.tf32 if kind == "tf32" else Precision.float32, device):
-                rates.append(_rate("gemm", kind, shape, work, 2 * math.prod(shape), device, calls))
+                rates.append(_rate("gemm", kind, shape, work, flops, device, calls))
     for width in CHOLESKY_WIDTHS:
         announcer.show("machine rates", f"Cholesky inverse of width {width}")
         work = _cholesky_inverse(width, DTYPES[of_factors], device)
@@ -81,11 +84,18 @@ def _rate(
     device: torch.device,
     calls: int,
 ) -> Rate:
-    seconds = statistics.median(_seconds_per_call(work, device, calls))
+    seconds = statistics.median(seconds_per_call(work, device, calls))
     return Rate(operation, dtype, list(shape), flops / seconds / 1e9)
 
 
-def _seconds_per_call(work: Callable[[], object], device: torch.device, calls: int) -> list[float]:
+def seconds_per_call(work: Callable[[], object], device: torch.device, calls: int) -> list[float]:
+    """Measure a piece of work several times, after a first time; each long enough for the clock.
+
+    Args:
+        work: The work.
+        device: Where it is done.
+        calls: Measurements.
+    """
     work()  # makes libraries and their memory ready
     once = _seconds(work, device, 1)
     repetitions = max(1, math.ceil(LEAST_SECONDS / max(once, 1e-6)))
@@ -103,6 +113,14 @@ def _gemm(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Cal
     m, k, n = shape
     left, right = _random(m, k, dtype, device), _random(k, n, dtype, device)
     return lambda: left @ right
+
+
+def _gemm_in_parts(shape: Sequence[int], device: torch.device) -> Callable[[], object]:
+    """Return a product whose left factor is split each time, and whose right one is split beforehand."""
+    m, k, n = shape
+    left = _random(m, k, torch.float32, device)[None]  # [1, m, k]
+    inverse = SplitInverse(matrix_parts(_random(n, k, torch.float32, device)[None]))  # as a symmetric one: transposed
+    return lambda: inverse.right(left)
 
 
 def _cholesky_inverse(width: int, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:

@@ -8,13 +8,14 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from kfac_sua.bench.costs import TimeCost
 from kfac_sua.bench.layers import LayerWork, StepWork
+from kfac_sua.bench.operations import Operations
 from kfac_sua.bench.rates import Rate
 from kfac_sua.runs.environment import Environment
 from kfac_sua.runs.record import RecordError
 
-FORMAT = 3
-OLDER_FORMAT = 2
-"""Also read: without captured steps, and with ``dtype`` for the precision."""
+FORMAT = 4
+OLDER_FORMATS = (2, 3)
+"""Also read. 3 is without operations; 2 without captured steps too, and with ``dtype`` for the precision."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Cost:
         memory: At its peak.
         is_captured: Whether its plain steps were replays of a CUDA graph.
         why_eager: Why not, in a clause.
+        operations: Kind of step to its operations; empty for ``compiled`` and where they were not counted.
     """
 
     setting: str
@@ -80,6 +82,7 @@ class Cost:
     memory: Memory
     is_captured: bool
     why_eager: str
+    operations: dict[str, Operations]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,28 +132,32 @@ def read_record(path: Path) -> BenchRecord:
     except ValueError as error:
         raise RecordError(f"{path} is not valid JSON ({error}); measure it again with --json.") from error
     found = content.get("format") if isinstance(content, dict) else None
-    if found not in (OLDER_FORMAT, FORMAT):
+    if found not in (*OLDER_FORMATS, FORMAT):
         raise RecordError(
-            f"{path} has format {json.dumps(found)}, where this version reads {OLDER_FORMAT} and {FORMAT}; measure it "
-            f"again with --json."
+            f"{path} has format {json.dumps(found)}, where this version reads {OLDER_FORMATS[0]} to {FORMAT}; measure "
+            f"it again with --json."
         )
     del content["format"]
-    if found == OLDER_FORMAT:
-        _bring_up_to_date(content)
+    _bring_up_to_date(content, found)
     try:
         return _decode(BenchRecord, content, "the file")
     except RecordError as error:
         raise RecordError(f"{path} was not written by this version: {error}") from error
 
 
-def _bring_up_to_date(content: dict[str, Any]) -> None:
-    """Say what a file of the older format says as this version does."""
+def _bring_up_to_date(content: dict[str, Any], version: int) -> None:
+    """Say what a file of an older format says as this version does."""
+    costs = content.get("costs")
+    for cost in costs if isinstance(costs, list) and version < FORMAT else []:
+        if isinstance(cost, dict):
+            cost["operations"] = {}
+    if version > OLDER_FORMATS[0]:
+        return
     arguments = content.get("arguments")
     if isinstance(arguments, dict) and "dtype" in arguments:
         arguments["precision"] = arguments.pop("dtype")
         arguments["steps_together"] = 1
     content["why_not_compiled"] = ""
-    costs = content.get("costs")
     for cost in costs if isinstance(costs, list) else []:
         if isinstance(cost, dict):
             cost |= {"is_captured": False, "why_eager": ""}

@@ -8,6 +8,7 @@ from kfac_sua.bench.compiled import COMPILED
 from kfac_sua.bench.contender import CAPTURED, PHASES
 from kfac_sua.bench.costs import Spread, StepCost
 from kfac_sua.bench.layers import LayerWork, StepWork, Work
+from kfac_sua.bench.operations import Operations
 from kfac_sua.bench.rates import Rate, best_gemm_rate
 from kfac_sua.bench.record import Arguments, BenchRecord, Cost
 from kfac_sua.bench.step_kinds import StepKind
@@ -53,6 +54,18 @@ def memory_table(costs: Sequence[Cost]) -> str:
     """Return peak memory per setting."""
     rows = [[cost.setting, f"{cost.memory.peak_bytes / 2**20:.2f}", f"{cost.memory.ratio:.3f}×"] for cost in costs]
     return table("Peak memory of construction, refresh and plain steps", ["setting", "MiB", "ratio"], rows)
+
+
+def operations_table(costs: Sequence[Cost]) -> str:
+    """Return the operations of eager steps, and those beyond plain SGD's."""
+    plain_sgd = costs[0].operations.get(StepKind.plain.value)
+    rows = [
+        [cost.setting, kind, str(own.launches), str(own.views), _more(own.launches, plain_sgd), str(own.waits)]
+        for cost in costs
+        for kind, own in cost.operations.items()
+    ]
+    title = "Operations of an eager step: each on numbers is a launch on a GPU, views take the host's time"
+    return table(title, ["setting", "step", "launches", "views", "beyond SGD", "waits"], rows)
 
 
 def rates_table(rates: Sequence[Rate]) -> str:
@@ -149,6 +162,10 @@ def _ratio(spread: Spread) -> str:
     """Return the median with the least and the largest, where they differ."""
     text = f"{spread.median:.3f}×"
     return text if spread.low == spread.high else f"{text} ({spread.low:.3f} to {spread.high:.3f})"
+
+
+def _more(launches: int, plain_sgd: Operations | None) -> str:
+    return NOTHING if plain_sgd is None else str(launches - plain_sgd.launches)
 
 
 def _part(seconds: float) -> str:

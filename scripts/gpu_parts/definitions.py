@@ -21,6 +21,7 @@ RESNET50 = (
     "--model preact_resnet50 --period 64 --settings baseline kfac sua sua_grouped:group_size=64 "
     "--rounds 5 --refresh-rounds 2"
 )
+TRANSFORMER = "--model transformer --settings baseline kfac grouped sua_grouped --rounds 5 --refresh-rounds 2"
 TINY_BENCH = "--model tiny --device cpu --settings sua --rounds 1 --refresh-rounds 1"
 STRUCTURES = "preconditioner=baseline,kfac,grouped,sua,sua_grouped"
 DENSE_KFAC = "preconditioner=kfac preconditioner.application=weight preconditioner.inverse_method=cholesky"
@@ -39,6 +40,7 @@ def define_parts(out: Path, *, is_tiny: bool) -> list[Part]:
     """
     return [
         _tests(is_tiny),
+        _rates(out, is_tiny),
         *_benches(out, is_tiny),
         _training(out, is_tiny),
         _bits(out, is_tiny),
@@ -49,18 +51,26 @@ def define_parts(out: Path, *, is_tiny: bool) -> list[Part]:
 
 def _tests(is_tiny: bool) -> Part:
     if is_tiny:
-        return Part("tests", (f"{_python()} -m pytest -m gpu --collect-only -q tests/training",), 140)
-    return Part("tests", (f"CUBLAS_WORKSPACE_CONFIG=:4096:8 {_python()} -m pytest -m gpu -q",), 140, shown_lines=40)
+        return Part("tests", (f"{_python()} -m pytest -m gpu --collect-only -q tests/training",), 90)
+    return Part("tests", (f"CUBLAS_WORKSPACE_CONFIG=:4096:8 {_python()} -m pytest -m gpu -q",), 90, shown_lines=40)
+
+
+def _rates(out: Path, is_tiny: bool) -> Part:
+    """Return the rates by which the preconditioner chooses, beside those that are in force."""
+    device = "cpu" if is_tiny else "cuda"
+    command = f"{_python()} -m kfac_sua.bench.device_rates --device {device} --out {_quoted(out / 'device-rates.json')}"
+    return Part("device-rates", (command,), 20, shown_from="measured", shown_lines=20)
 
 
 def _benches(out: Path, is_tiny: bool) -> list[Part]:
-    """Return the measurements of both networks, captured and eager."""
+    """Return the measurements of all networks, captured, and of the paper's eager too."""
     vgg11, resnet50 = (TINY_BENCH, TINY_BENCH) if is_tiny else (VGG11, RESNET50)
     return [
         _bench(out, "bench-vgg11", vgg11, 40),
         _bench(out, "bench-vgg11-eager", f"{vgg11} capture=false", 40),
         _bench(out, "bench-resnet50", resnet50, 40),
         _bench(out, "bench-resnet50-eager", f"{resnet50} capture=false", 40),
+        _bench(out, "bench-transformer", TINY_BENCH if is_tiny else TRANSFORMER, 30),
     ]
 
 

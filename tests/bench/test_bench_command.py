@@ -60,7 +60,9 @@ def test_the_file_says_what_was_measured(measured):
     """Plain SGD comes first by itself, an override after --settings is not taken for one, and nothing is left out."""
     code, content, _ = measured
     assert code == 0
-    assert content["format"] == 3
+    assert content["format"] == 4
+    assert set(content["costs"][1]["operations"]) == {"plain", "refresh"}
+    assert [content["costs"][i]["operations"]["plain"]["launches"] > 0 for i in range(3)] == [True] * 3
     assert [cost["setting"] for cost in content["costs"]] == ["baseline", "sua", AVERAGED]
     arguments = content["arguments"]
     assert (arguments["model"], arguments["batch_size"], arguments["period"]) == ("tiny", 8, 50)
@@ -98,9 +100,9 @@ def test_tables_and_progress(monkeypatch, capsys):
     assert remeasure(monkeypatch, "--repeats", "2") == 0
     out, err = capsys.readouterr()
     titles = [block.splitlines()[0] for block in out.split("\n\n")]
-    assert [title.split()[0] for title in titles] == ["Time", "Seconds", "Peak", "Machine"]
+    assert [title.split()[0] for title in titles] == ["Time", "Seconds", "Peak", "Operations", "Machine"]
     assert "tiny width 1, batch 8, refresh every 50, float32, cpu, 1 thread, process CPU time" in titles[0]
-    for block in out.split("\n\n")[:3]:
+    for block in out.split("\n\n")[:4]:
         assert [line.split()[0] for line in block.splitlines()[2:4]] == ["baseline", "sua"]
     assert " to " in out.splitlines()[3]  # low to high over the repeats
     assert "plain steps, round 1 of 1 (repeat 2 of 2)" in err
@@ -134,7 +136,7 @@ def test_against_lets_pass_what_got_faster(measured, tmp_path, monkeypatch, caps
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda content: content.update(format=1), "has format 1, where this version reads 2 and 3"),
+        (lambda content: content.update(format=1), "has format 1, where this version reads 2 to 4"),
         (lambda content: content.pop("format"), "has format null"),
         (lambda content: content["arguments"].pop("width"), "the file.arguments has missing or unknown fields (width)"),
         (lambda content: content["costs"][0].update(extra=1), "unknown fields (extra)"),
@@ -178,8 +180,16 @@ def test_other_conditions_are_refused(other, sentence, measured):
     refuse_other_conditions(path, old, dataclasses.replace(old, rounds=1, repeats=3), ["baseline", "sua"])
 
 
-def in_the_older_format(content):
+def in_format_3(content):
     """Put a measurement on a CPU as the version before wrote it."""
+    content["format"] = 3
+    for cost in content["costs"]:
+        del cost["operations"]
+
+
+def in_format_2(content):
+    """Put it as the version before that."""
+    in_format_3(content)
     content["format"] = 2
     content["arguments"]["dtype"] = content["arguments"].pop("precision")
     del content["arguments"]["steps_together"], content["why_not_compiled"]
@@ -187,18 +197,20 @@ def in_the_older_format(content):
         del cost["is_captured"], cost["why_eager"]
 
 
-def test_the_older_format_is_read(measured, tmp_path):
-    """It holds the same numbers; of a CPU they are of the same quantity."""
-    path = altered(measured[2], tmp_path, in_the_older_format)
+@pytest.mark.parametrize("change", [in_format_2, in_format_3])
+def test_older_formats_are_read(measured, tmp_path, change):
+    """They hold the same numbers; of a CPU they are of the same quantity."""
+    path = altered(measured[2], tmp_path, change)
     old, new = read_record(path), read_record(measured[2])
     assert all(cost.why_eager == "device=cpu has no CUDA graphs" for cost in new.costs)
-    assert old == dataclasses.replace(new, costs=[dataclasses.replace(cost, why_eager="") for cost in new.costs])
+    missing = {"operations": {}} | ({"why_eager": ""} if change is in_format_2 else {})
+    assert old == dataclasses.replace(new, costs=[dataclasses.replace(cost, **missing) for cost in new.costs])
     refuse_other_conditions(path, old.arguments, new.arguments, ["baseline", "sua"])
 
 
 def test_older_files_of_cuda_are_refused(measured, tmp_path):
     """They are of other arithmetic, whatever their precision is called."""
-    path = altered(measured[2], tmp_path, in_the_older_format)
+    path = altered(measured[2], tmp_path, in_format_2)
     old = dataclasses.replace(read_record(path).arguments, device="cuda")
     new = dataclasses.replace(old, steps_together=10)
     with pytest.raises(RecordError, match="with convolutions in TF32 but products in IEEE float32"):

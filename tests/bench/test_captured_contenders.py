@@ -68,6 +68,27 @@ def misbooked(contender: Contender) -> list[str]:
     return found
 
 
+def test_a_step_is_timed_without_the_watch_that_splits_it(monkeypatch):
+    """On CUDA: what the marks take is not in the whole; steps of both runs are of the kind asked for."""
+    monkeypatch.setitem(contenders.SPLIT_APART, "cpu", True)
+    (contender,) = [one for name, one in tiny_contenders("sua").items() if name == "sua"]
+    contender.warm_up()
+    seen = []
+    step = Contender.step
+
+    def watched(self, watch):
+        seen.append((watch._is_on, self.preconditioner.statistics_due))
+        step(self, watch)
+
+    monkeypatch.setattr(Contender, "step", watched)
+    for kind, is_due in ((StepKind.refresh, True), (StepKind.plain, False)):
+        seen.clear()
+        time = contender.timed_turn(kind)
+        assert seen == [(False, is_due), (True, is_due)]
+        assert time.seconds > 0
+        assert (time.split["inversion"] > 0) == is_due
+
+
 def test_plain_steps_are_replays_that_are_timed_as_a_whole():
     """Nothing is captured within what is timed, whatever the refresh period has before."""
     own = tiny_contenders("kfac", AVERAGED, new_graph=EmulatedGraph)

@@ -40,8 +40,8 @@ def test_best_rate_is_that_of_the_number_format():
     ("name", "device", "formats"),
     [
         ("float32", "cuda", ["float32", "float32", "float32"]),
-        ("tf32", "cuda", ["tf32", "float32", "tf32"]),
-        ("bfloat16", "cuda", ["bfloat16", "float32", "tf32"]),
+        ("tf32", "cuda", ["tf32", "float32", "bf16x3"]),
+        ("bfloat16", "cuda", ["bfloat16", "float32", "bf16x3"]),
         ("bfloat16", "cpu", ["bfloat16", "float32", "float32"]),
         ("float64", "cuda", ["float64", "float64", "float64"]),
     ],

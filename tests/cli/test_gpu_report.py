@@ -102,7 +102,7 @@ def test_a_trial_of_all_parts_is_ok(tmp_path):
     assert done.returncode == 0
     assert done.stderr == ""
     text = (out / "report.md").read_text()
-    assert text.count("Time over plain SGD's step") == 4
+    assert text.count("Time over plain SGD's step") == 5
     assert "parameters equal; metrics equal" in text
     assert (out / NAME).stat().st_size < LIMIT
 
@@ -247,7 +247,7 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys, tmp_path):
 def test_bad_input_is_refused(monkeypatch, capsys, tmp_path):
     """A part that does not exist, no minutes, and a directory of somebody else's, which stays as it is."""
     code, said = in_process(monkeypatch, capsys, "--tiny", "--out", str(tmp_path), "--only", "bit")
-    assert (code, said.startswith("There is no part 'bit'; there are tests, bench-vgg11,")) == (2, True)
+    assert (code, said.startswith("There is no part 'bit'; there are tests, device-rates, bench-vgg11,")) == (2, True)
     code, said = in_process(monkeypatch, capsys, "--tiny", "--out", str(tmp_path), "--minutes", "0")
     assert (code, said) == (2, "--minutes must be > 0, got 0.\n")
     (tmp_path / "mine").write_text("mine")

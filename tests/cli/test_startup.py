@@ -56,7 +56,9 @@ def test_command_imports_pytorch_after_it_can_take_an_interrupt(tmp_path):
 
 # Seconds after the process has begun: within the imports of PyTorch, within those after it, and within Hydra.
 @pytest.mark.parametrize("module", ["kfac_sua.train", "kfac_sua.reproduce"])
-@pytest.mark.parametrize("delay_s", [0.3, 0.8, 1.6])
+@pytest.mark.parametrize(
+    "delay_s", [pytest.param(0.3, marks=pytest.mark.slow), 0.8, pytest.param(1.6, marks=pytest.mark.slow)]
+)
 def test_interrupt_while_importing_shows_no_traceback(tmp_path, module, delay_s):
     """Ctrl-C at any moment of the start leaves one line and code 130."""
     arguments = ["optimizer.lr=0.1"] if module == "kfac_sua.train" else ["fig1", "--scale", "smoke", "--dry-run"]

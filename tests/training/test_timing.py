@@ -35,6 +35,16 @@ def watch(clock: FakeClock) -> Stopwatch:
     return Stopwatch("cpu", clock)
 
 
+def test_a_watch_that_is_off_leaves_no_marks(clock):
+    """Whoever reads it finds nothing; phases still nest, and unknown ones are refused."""
+    watch = Stopwatch("cpu", clock, is_on=False)
+    with watch.phase("other"), watch.phase("optimizer"):
+        clock.work(1.0)
+    assert set(watch.totals().values()) == {0.0}
+    with pytest.raises(ValueError, match="no phase 'lunch'"), watch.phase("lunch"):
+        pass
+
+
 def nonzero(watch: Stopwatch) -> dict[str, float]:
     """Return the phases in which time was spent."""
     return {name: seconds for name, seconds in watch.totals().items() if seconds}

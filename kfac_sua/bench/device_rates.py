@@ -1,0 +1,208 @@
+"""Measure the rates by which the preconditioner chooses: ``python -m kfac_sua.bench.device_rates --out rates.json``.
+
+``device_rates=rates.json`` on the command line of a training, or :func:`kfac_sua.preconditioner.use_rates` in a loop of
+your own, puts them in force.
+"""
+
+import argparse
+import dataclasses
+import functools
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kfac_sua.bench.progress import Announcer
+from kfac_sua.bench.rates import seconds_per_call
+from kfac_sua.bench.tables import table
+from kfac_sua.command_line import BAD_INPUT, FAILED, INTERRUPTED, count, refuse_unwritable, say
+from kfac_sua.config import ConfigError, Device, Precision
+from kfac_sua.device import choose_device
+from kfac_sua.preconditioner.forms.dense import gram, inverses_of_triangles
+from kfac_sua.preconditioner.forms.split import SplitInverse, matrix_parts
+from kfac_sua.preconditioner.rates import NEVER, DeviceRates, rates_in_force, rates_of
+from kfac_sua.runs.environment import environment
+from kfac_sua.training.precision import computing_in
+
+CALLS = 5
+"""Measurements of each rate, of which the median counts."""
+
+ROWS, WIDTH = 1600, 4608
+"""The largest factor of the paper, and the rows that its mini-batch has there: 100 maps of 4×4."""
+
+BLOCKS, BLOCK_WIDTH = 9, 512
+"""Blocks of SUA in VGG11 that are factorised in one call."""
+
+LONG_ROWS, NARROW_WIDTH = 102_400, 32
+"""A Gram matrix of SUA in groups of 32 channels: 100 maps of 32×32."""
+
+INVERSES = ((300, 32), (70, 288), (9, 512), (1, 2304))
+"""Blocks, and their width, of which VGG11 and ResNet50 have inverses made."""
+
+SYMMETRIC_WIDTHS = (256, 512, 1024, 2048, 4096)
+SMALL_OPERATIONS = 100
+"""In a row, so that neither the clock nor the first of them counts."""
+
+
+def measure_device_rates(device: torch.device, announcer: Announcer) -> DeviceRates:
+    """Measure a device; takes about a minute.
+
+    Args:
+        device: Which one.
+        announcer: Told of every rate.
+    """
+    with computing_in(Precision.float32, device):
+        return _measure(device, announcer)
+
+
+def _measure(device: torch.device, announcer: Announcer) -> DeviceRates:
+    def seconds(name: str, work: Callable[[], object]) -> float:
+        announcer.show("device rates", name)
+        return statistics.median(seconds_per_call(work, device, CALLS))
+
+    def rate(name: str, flops: float, work: Callable[[], object]) -> float:
+        return flops / seconds(name, work)
+
+    # Products: an inverse of K-FAC's largest factor applied, and one of SUA's.
+    large, small = _random(device, 1, 512, WIDTH), _random(device, 1, ROWS, BLOCK_WIDTH)
+    square, block = _random(device, 1, WIDTH, WIDTH), _random(device, 1, BLOCK_WIDTH, BLOCK_WIDTH)
+    flops = 2 * 512 * WIDTH**2 + 2 * ROWS * BLOCK_WIDTH**2
+    product = rate("products", flops, lambda: (large @ square, small @ block))
+    split_square, split_block = SplitInverse(matrix_parts(square)), SplitInverse(matrix_parts(block))
+    split = rate("products in parts", flops, lambda: (split_square.right(large), split_block.right(small)))
+
+    # Factorisations and what is made of them.
+    spd = _positive_definite(_random(device, BLOCKS, 2 * BLOCK_WIDTH, BLOCK_WIDTH))
+    cholesky = rate("Cholesky", BLOCKS * BLOCK_WIDTH**3 / 3, lambda: torch.linalg.cholesky_ex(spd))
+    triangle = torch.linalg.cholesky(_positive_definite(_random(device, 1, 2 * ROWS, ROWS)))
+    right = _random(device, 1, ROWS, WIDTH)
+    triangular = rate(
+        "triangular solve", ROWS**2 * WIDTH, lambda: torch.linalg.solve_triangular(triangle, right, upper=False)
+    )
+    inverse_width = _product_inverse_width(device, seconds)
+    with rates_in_force(dataclasses.replace(rates_of(device), product_inverse_width=inverse_width), device.type):
+        inverse_s = seconds("inverses", lambda: inverses_of_triangles(torch.linalg.cholesky_ex(spd)[0]))
+
+    # Memory, launches, and what a quarter of a Gram matrix is worth.
+    numbers = torch.zeros(2**24, device=device)
+    memory = rate("memory", 2 * numbers.numel() * numbers.itemsize, lambda: numbers.add_(1))
+    narrow = _random(device, 2, LONG_ROWS, NARROW_WIDTH)
+    one = torch.zeros(1, 1, device=device)
+    launch_s = seconds("launches", lambda: _small_operations(one)) / SMALL_OPERATIONS
+    kernel_s = _kernel_seconds(one, launch_s, seconds)
+    return DeviceRates(
+        source=f"{environment(device.type).device_name or device.type}, torch {torch.__version__}, measured",
+        product=product,
+        split_product=split if device.type == "cuda" else 0.0,  # a CPU only emulates them
+        cholesky=cholesky,
+        triangular=triangular,
+        inverse=BLOCKS * BLOCK_WIDTH**3 / inverse_s,
+        memory=memory,
+        kernel_s=kernel_s,
+        launch_s=launch_s,
+        parallel=torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1,
+        tile_row_s=seconds("narrow Gram matrices", functools.partial(torch.bmm, narrow.mT, narrow)) / LONG_ROWS,
+        symmetric_width=_symmetric_width(device, seconds),
+        product_inverse_width=inverse_width,
+    )
+
+
+def _product_inverse_width(device: torch.device, seconds: Callable[[str, Callable[[], object]], float]) -> int:
+    """Return the least width from which inverses by products are faster, at this width and at all larger ones."""
+    found = NEVER
+    for num_blocks, width in reversed(INVERSES):
+        rows = _random(device, num_blocks, 2 * width, width)
+        triangles = torch.linalg.cholesky(_positive_definite(rows))
+        times = []
+        for threshold in (1, NEVER):
+            with rates_in_force(dataclasses.replace(rates_of(device), product_inverse_width=threshold), device.type):
+                times.append(seconds("inverses", functools.partial(inverses_of_triangles, triangles)))
+        if times[0] >= times[1]:
+            break
+        found = width
+    return found
+
+
+def _symmetric_width(device: torch.device, seconds: Callable[[str, Callable[[], object]], float]) -> int:
+    """Return the least width from which half-width Gram matrices and one product are faster than a whole one."""
+    for width in SYMMETRIC_WIDTHS:
+        rows = _random(device, 1, ROWS, width)
+        times = []
+        for threshold in (width, NEVER):
+            with rates_in_force(dataclasses.replace(rates_of(device), symmetric_width=threshold), device.type):
+                times.append(seconds("Gram matrices", functools.partial(gram, rows)))
+        if times[0] < times[1]:
+            return width
+    return NEVER
+
+
+def _small_operations(one: Tensor) -> None:
+    for _ in range(SMALL_OPERATIONS):
+        one.view(-1).unsqueeze(0).add_(1)  # [1, 1]; about as many views as come with an operation
+
+
+def _kernel_seconds(one: Tensor, launch_s: float, seconds: Callable[[str, Callable[[], object]], float]) -> float:
+    """Return what the smallest operation takes inside a CUDA graph; on a CPU there is none."""
+    if not one.is_cuda:
+        return launch_s
+    graph = torch.cuda.CUDAGraph()
+    _small_operations(one)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        _small_operations(one)
+    return seconds("kernels", graph.replay) / SMALL_OPERATIONS
+
+
+def _random(device: torch.device, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def _positive_definite(rows: Tensor) -> Tensor:
+    return rows.mT @ rows / rows.shape[1]  # [blocks, d, d]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Carry out the command line and return the exit code: 0, 1 for failure, 2 for bad input, 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="python -m kfac_sua.bench.device_rates", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON file, replaced if it is there")
+    parser.add_argument("--device", type=Device, choices=list(Device), default=Device.auto, help="(%(default)s)")
+    parser.add_argument("--threads", type=count, default=1, metavar="N", help="on a CPU (%(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        device = choose_device(options.device)
+        torch.set_num_threads(options.threads)
+        refuse_unwritable(options.out)
+        announcer = Announcer()
+        rates = measure_device_rates(device, announcer)
+        announcer.clear()
+        rates.write(options.out)
+    except ConfigError as error:
+        return say(error, BAD_INPUT)
+    except OSError as error:
+        return say(f"Cannot use {error.filename or options.out}: {error.strerror or error}.", FAILED)
+    except RuntimeError as error:
+        return say(" ".join(str(error).split()), FAILED)
+    except KeyboardInterrupt:
+        return say("interrupted; nothing was written.", INTERRUPTED)
+    print(rates_comparison(rates, rates_of(device)))
+    print(f"Wrote {options.out}; device_rates={options.out} puts them in force.")
+    return 0
+
+
+def rates_comparison(measured: DeviceRates, in_force: DeviceRates) -> str:
+    """Return both as a table."""
+    names = [field.name for field in dataclasses.fields(DeviceRates) if field.name != "source"]
+    rows = [[name, *(_number(getattr(one, name)) for one in (measured, in_force))] for name in names]
+    title = f"measured: {measured.source}; so far: {in_force.source}"
+    return table(title, ["rate", "measured", "so far"], rows)
+
+
+def _number(value: float) -> str:
+    return "never" if value == NEVER else f"{value:.3g}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

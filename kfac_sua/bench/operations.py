@@ -1,0 +1,74 @@
+"""Operations of a step, counted from what runs: on a GPU each is a launch, which is most of what it charges for.
+
+An operation is a call of PyTorch's dispatcher that works on numbers. Views and empty tensors only take the host's time,
+and are counted apart. Fused kernels of several tensors count once, as does a factorisation, whatever its library does.
+"""
+
+import dataclasses
+from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kfac_sua.bench.contender import Contender
+from kfac_sua.training.timing import Stopwatch
+
+NOTHING_TO_DO = {
+    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "detach"),
+    *("_reshape_alias", "is_same_size", "resize_", "_local_scalar_dense"),
+}
+"""Operations that launch nothing, beside those whose result is a view of an argument."""
+
+WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero"}
+"""Operations for which the host waits for a GPU. On a CPU ``tolist()``, ``numpy()`` and ``cpu()`` are none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Operations:
+    """What one step asks the device and the host for.
+
+    Args:
+        launches: Operations on numbers.
+        views: Operations that only make another tensor of the same memory, or an empty one.
+        waits: Reads of a number, for which the host waits.
+    """
+
+    launches: int
+    views: int
+    waits: int
+
+
+class OperationCounter(TorchDispatchMode):
+    """Counts the operations inside, and carries them out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = self.views = self.waits = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count an operation."""
+        name = func._schema.name.removeprefix("aten::")
+        returns = func._schema.returns
+        alias = returns[0].alias_info if returns else None
+        is_view = alias is not None and not alias.is_write
+        self.waits += name in WAITS
+        if is_view or name in NOTHING_TO_DO:
+            self.views += 1
+        else:
+            self.launches += 1
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def counted(self) -> Operations:
+        """What has been counted so far."""
+        return Operations(self.launches, self.views, self.waits)
+
+
+def count_operations(contender: Contender) -> dict[str, Operations]:
+    """Return the operations of each kind of step, taken eagerly, of a contender that has had its first refresh."""
+    counts = {}
+    for kind in contender.steps_per_period:
+        contender.make_due(kind)
+        with OperationCounter() as counter:
+            contender.step(Stopwatch("cpu"))
+        counts[kind.value] = counter.counted
+    return counts
