@@ -7,25 +7,29 @@ your own, puts them in force.
 import argparse
 import dataclasses
 import functools
+import math
 import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kfac_sua.bench.progress import Announcer
-from kfac_sua.bench.rates import seconds_per_call
+from kfac_sua.bench.rates import GEMM_SHAPES, gemm, gemm_in_parts, random_numbers, seconds_per_call
 from kfac_sua.bench.tables import table
 from kfac_sua.command_line import BAD_INPUT, FAILED, INTERRUPTED, count, refuse_unwritable, say
 from kfac_sua.config import ConfigError, Device, Precision
 from kfac_sua.device import choose_device
 from kfac_sua.preconditioner.forms.dense import gram, inverses_of_triangles
-from kfac_sua.preconditioner.forms.split import SplitInverse, matrix_parts
 from kfac_sua.preconditioner.rates import NEVER, DeviceRates, rates_in_force, rates_of
 from kfac_sua.runs.environment import environment
 from kfac_sua.training.precision import computing_in
+
+Seconds = Callable[[str, Callable[[], object]], float]
+"""Measures a named piece of work."""
 
 CALLS = 5
 """Measurements of each rate, of which the median counts."""
@@ -66,19 +70,17 @@ def _measure(device: torch.device, announcer: Announcer) -> DeviceRates:
     def rate(name: str, flops: float, work: Callable[[], object]) -> float:
         return flops / seconds(name, work)
 
-    # Products: an inverse of K-FAC's largest factor applied, and one of SUA's.
-    large, small = _random(device, 1, 512, WIDTH), _random(device, 1, ROWS, BLOCK_WIDTH)
-    square, block = _random(device, 1, WIDTH, WIDTH), _random(device, 1, BLOCK_WIDTH, BLOCK_WIDTH)
-    flops = 2 * 512 * WIDTH**2 + 2 * ROWS * BLOCK_WIDTH**2
-    product = rate("products", flops, lambda: (large @ square, small @ block))
-    split_square, split_block = SplitInverse(matrix_parts(square)), SplitInverse(matrix_parts(block))
-    split = rate("products in parts", flops, lambda: (split_square.right(large), split_block.right(small)))
+    flops = sum(2 * math.prod(shape) for shape in GEMM_SHAPES)
+    products = [gemm(shape, torch.float32, device) for shape in GEMM_SHAPES]
+    product = rate("products", flops, lambda: [work() for work in products])
+    in_parts = [gemm_in_parts(shape, device) for shape in GEMM_SHAPES]
+    split = rate("products in parts", flops, lambda: [work() for work in in_parts])
 
     # Factorisations and what is made of them.
-    spd = _positive_definite(_random(device, BLOCKS, 2 * BLOCK_WIDTH, BLOCK_WIDTH))
+    spd = _positive_definite(random_numbers(BLOCKS, 2 * BLOCK_WIDTH, BLOCK_WIDTH, device=device))
     cholesky = rate("Cholesky", BLOCKS * BLOCK_WIDTH**3 / 3, lambda: torch.linalg.cholesky_ex(spd))
-    triangle = torch.linalg.cholesky(_positive_definite(_random(device, 1, 2 * ROWS, ROWS)))
-    right = _random(device, 1, ROWS, WIDTH)
+    triangle = torch.linalg.cholesky(_positive_definite(random_numbers(1, 2 * ROWS, ROWS, device=device)))
+    right = random_numbers(1, ROWS, WIDTH, device=device)
     triangular = rate(
         "triangular solve", ROWS**2 * WIDTH, lambda: torch.linalg.solve_triangular(triangle, right, upper=False)
     )
@@ -89,7 +91,7 @@ def _measure(device: torch.device, announcer: Announcer) -> DeviceRates:
     # Memory, launches, and what a quarter of a Gram matrix is worth.
     numbers = torch.zeros(2**24, device=device)
     memory = rate("memory", 2 * numbers.numel() * numbers.itemsize, lambda: numbers.add_(1))
-    narrow = _random(device, 2, LONG_ROWS, NARROW_WIDTH)
+    narrow = random_numbers(2, LONG_ROWS, NARROW_WIDTH, device=device)
     one = torch.zeros(1, 1, device=device)
     launch_s = seconds("launches", lambda: _small_operations(one)) / SMALL_OPERATIONS
     kernel_s = _kernel_seconds(one, launch_s, seconds)
@@ -110,33 +112,35 @@ def _measure(device: torch.device, announcer: Announcer) -> DeviceRates:
     )
 
 
-def _product_inverse_width(device: torch.device, seconds: Callable[[str, Callable[[], object]], float]) -> int:
+def _product_inverse_width(device: torch.device, seconds: Seconds) -> int:
     """Return the least width from which inverses by products are faster, at this width and at all larger ones."""
     found = NEVER
     for num_blocks, width in reversed(INVERSES):
-        rows = _random(device, num_blocks, 2 * width, width)
+        rows = random_numbers(num_blocks, 2 * width, width, device=device)
         triangles = torch.linalg.cholesky(_positive_definite(rows))
-        times = []
-        for threshold in (1, NEVER):
-            with rates_in_force(dataclasses.replace(rates_of(device), product_inverse_width=threshold), device.type):
-                times.append(seconds("inverses", functools.partial(inverses_of_triangles, triangles)))
-        if times[0] >= times[1]:
+        invert = functools.partial(inverses_of_triangles, triangles)
+        if not _is_worth(device, {"product_inverse_width": width}, functools.partial(seconds, "inverses", invert)):
             break
         found = width
     return found
 
 
-def _symmetric_width(device: torch.device, seconds: Callable[[str, Callable[[], object]], float]) -> int:
+def _symmetric_width(device: torch.device, seconds: Seconds) -> int:
     """Return the least width from which half-width Gram matrices and one product are faster than a whole one."""
     for width in SYMMETRIC_WIDTHS:
-        rows = _random(device, 1, ROWS, width)
-        times = []
-        for threshold in (width, NEVER):
-            with rates_in_force(dataclasses.replace(rates_of(device), symmetric_width=threshold), device.type):
-                times.append(seconds("Gram matrices", functools.partial(gram, rows)))
-        if times[0] < times[1]:
+        form = functools.partial(gram, random_numbers(1, ROWS, width, device=device))
+        if _is_worth(device, {"symmetric_width": width}, functools.partial(seconds, "Gram matrices", form)):
             return width
     return NEVER
+
+
+def _is_worth(device: torch.device, from_width: dict[str, Any], measure: Callable[[], float]) -> bool:
+    """Whether work takes less time from a width on in the way that begins there than in the other."""
+    times = []
+    for widths in (from_width, dict.fromkeys(from_width, NEVER)):
+        with rates_in_force(dataclasses.replace(rates_of(device), **widths), device.type):
+            times.append(measure())
+    return times[0] < times[1]
 
 
 def _small_operations(one: Tensor) -> None:
@@ -144,7 +148,7 @@ def _small_operations(one: Tensor) -> None:
         one.view(-1).unsqueeze(0).add_(1)  # [1, 1]; about as many views as come with an operation
 
 
-def _kernel_seconds(one: Tensor, launch_s: float, seconds: Callable[[str, Callable[[], object]], float]) -> float:
+def _kernel_seconds(one: Tensor, launch_s: float, seconds: Seconds) -> float:
     """Return what the smallest operation takes inside a CUDA graph; on a CPU there is none."""
     if not one.is_cuda:
         return launch_s
@@ -154,10 +158,6 @@ def _kernel_seconds(one: Tensor, launch_s: float, seconds: Callable[[str, Callab
     with torch.cuda.graph(graph):
         _small_operations(one)
     return seconds("kernels", graph.replay) / SMALL_OPERATIONS
-
-
-def _random(device: torch.device, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def _positive_definite(rows: Tensor) -> Tensor:

@@ -5,8 +5,11 @@ and are counted apart. Fused kernels of several tensors count once, as does a fa
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kfac_sua.bench.contender import Contender
@@ -18,7 +21,7 @@ NOTHING_TO_DO = {
 }
 """Operations that launch nothing, beside those whose result is a view of an argument."""
 
-WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero"}
+WAITS = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "nonzero_numpy", "equal", "masked_select"}
 """Operations for which the host waits for a GPU. On a CPU ``tolist()``, ``numpy()`` and ``cpu()`` are none."""
 
 
@@ -50,7 +53,7 @@ class OperationCounter(TorchDispatchMode):
         returns = func._schema.returns
         alias = returns[0].alias_info if returns else None
         is_view = alias is not None and not alias.is_write
-        self.waits += name in WAITS
+        self.waits += waits_for_device(name, args)
         if is_view or name in NOTHING_TO_DO:
             self.views += 1
         else:
@@ -61,6 +64,20 @@ class OperationCounter(TorchDispatchMode):
     def counted(self) -> Operations:
         """What has been counted so far."""
         return Operations(self.launches, self.views, self.waits)
+
+
+def waits_for_device(name: str, args: Sequence[Any]) -> bool:
+    """Say whether the host would wait for a GPU in an operation: a number is read, or values decide a size.
+
+    Args:
+        name: Its name, without ``aten::``.
+        args: Its arguments.
+    """
+    return name in WAITS or (name == "index" and _selects_by_mask(args[1]))
+
+
+def _selects_by_mask(indices: Sequence[Tensor | None]) -> bool:
+    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
 
 
 def count_operations(contender: Contender) -> dict[str, Operations]:

@@ -121,22 +121,18 @@ def measure_errors(
     model.zero_grad()
     losses[1]().backward()
     for layer in preconditioner.layers:
-        for product, form in PRODUCTS.items():
-            plain, fisher = _errors(layer, form)
+        for product, (plain, fisher) in _errors(layer).items():
             yield ProductError(structure, damping, layer.name, product, plain, fisher)
     model.zero_grad()
 
 
 @torch.no_grad()
-def _errors(layer: PreconditionedLayer, form: Callable[[Tensor], Inverse]) -> tuple[float, float]:
-    """Return the relative error of a layer's preconditioned gradient in both norms, against the same in float64."""
+def _errors(layer: PreconditionedLayer) -> dict[str, tuple[float, float]]:
+    """Return the relative errors of a layer's preconditioned gradient in both norms, against the same in float64."""
     inverse, factors = layer.inverse, layer.factors
     assert isinstance(inverse, KroneckerInverse)
     assert factors is not None
     activation, gradient = (side.tensors()["blocks"] for side in (inverse.activation, inverse.gradient))
-    in_float64 = DenseInverse(activation.double()), DenseInverse(gradient.double())
-    want = _preconditioned(layer, KroneckerInverse(*in_float64, inverse.bias_scale.double()))
-    got = _preconditioned(layer, KroneckerInverse(form(activation), form(gradient), inverse.bias_scale))
     exact_factors = dataclasses.replace(
         factors,
         activation=factors.activation.with_values(factors.activation.values.double()),
@@ -147,10 +143,16 @@ def _errors(layer: PreconditionedLayer, form: Callable[[Tensor], Inverse]) -> tu
         plain = weight.square().sum() + (0.0 if bias is None else bias.square().sum())
         return float(plain), float(quadratic_form(weight, bias, layer.layout, exact_factors).clamp(min=0))
 
-    of_error = squares(got[0] - want[0], None if got[1] is None or want[1] is None else got[1] - want[1])
+    in_float64 = DenseInverse(activation.double()), DenseInverse(gradient.double())
+    want = _preconditioned(layer, KroneckerInverse(*in_float64, inverse.bias_scale.double()))
     of_whole = squares(*want)
-    plain, fisher = ((error / whole) ** 0.5 for error, whole in zip(of_error, of_whole, strict=True))
-    return plain, fisher
+    errors = {}
+    for product, form in PRODUCTS.items():
+        got = _preconditioned(layer, KroneckerInverse(form(activation), form(gradient), inverse.bias_scale))
+        of_error = squares(got[0] - want[0], None if got[1] is None or want[1] is None else got[1] - want[1])
+        plain, fisher = ((error / whole) ** 0.5 for error, whole in zip(of_error, of_whole, strict=True))
+        errors[product] = plain, fisher
+    return errors
 
 
 def _preconditioned(layer: PreconditionedLayer, inverse: KroneckerInverse) -> tuple[Tensor, Tensor | None]:

@@ -58,7 +58,7 @@ def measure_rates(arithmetic: Arithmetic, announcer: Announcer, calls: int = 5) 
         for shape in GEMM_SHAPES:
             announcer.show("machine rates", f"gemm {shape}")
             in_parts = kind == BF16X3
-            work = _gemm_in_parts(shape, device) if in_parts else _gemm(shape, DTYPES[kind], device)
+            work = gemm_in_parts(shape, device) if in_parts else gemm(shape, DTYPES[kind], device)
             flops = (3 if in_parts else 1) * 2 * math.prod(shape)
             with computing_in(Precision.tf32 if kind == "tf32" else Precision.float32, device):
                 rates.append(_rate("gemm", kind, shape, work, flops, device, calls))
@@ -109,26 +109,27 @@ def _seconds(work: Callable[[], object], device: torch.device, repetitions: int)
     return seconds_now(device) - started
 
 
-def _gemm(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
+def gemm(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
+    """Return a product ``[m, k] @ [k, n]`` of random matrices, to be carried out."""
     m, k, n = shape
-    left, right = _random(m, k, dtype, device), _random(k, n, dtype, device)
+    left, right = random_numbers(m, k, dtype=dtype, device=device), random_numbers(k, n, dtype=dtype, device=device)
     return lambda: left @ right
 
 
-def _gemm_in_parts(shape: Sequence[int], device: torch.device) -> Callable[[], object]:
-    """Return a product whose left factor is split each time, and whose right one is split beforehand."""
+def gemm_in_parts(shape: Sequence[int], device: torch.device) -> Callable[[], object]:
+    """Return the same in products of bfloat16 parts; the left factor is split each time, the right one before."""
     m, k, n = shape
-    left = _random(m, k, torch.float32, device)[None]  # [1, m, k]
-    inverse = SplitInverse(matrix_parts(_random(n, k, torch.float32, device)[None]))  # as a symmetric one: transposed
+    left = random_numbers(1, m, k, device=device)
+    inverse = SplitInverse(matrix_parts(random_numbers(1, n, k, device=device)))  # as a symmetric one: transposed
     return lambda: inverse.right(left)
 
 
 def _cholesky_inverse(width: int, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
-    rows = _random(width, width, dtype, device)
+    rows = random_numbers(width, width, dtype=dtype, device=device)
     matrix = rows @ rows.mT / width + torch.eye(width, dtype=dtype, device=device)
     return lambda: torch.cholesky_inverse(torch.linalg.cholesky_ex(matrix)[0])
 
 
-def _random(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Draw a matrix; a GPU multiplies equal numbers with less power, and so faster, than those of training."""
-    return torch.randn(height, width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+def random_numbers(*shape: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Draw numbers; a GPU multiplies equal ones with less power, and so faster, than those of training."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)

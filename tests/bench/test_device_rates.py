@@ -15,6 +15,7 @@ from kfac_sua.training.loop import run
 def test_rates_are_measured(tmp_path, monkeypatch, capsys):
     """All are numbers that can be, and choices by them leave what was in force as it was."""
     monkeypatch.setattr(device_rates, "CALLS", 1)
+    monkeypatch.setattr(device_rates, "GEMM_SHAPES", ((8, 64, 64), (40, 80, 80)))
     monkeypatch.setattr(device_rates, "ROWS", 40)
     monkeypatch.setattr(device_rates, "WIDTH", 64)
     monkeypatch.setattr(device_rates, "BLOCK_WIDTH", 80)

@@ -8,7 +8,9 @@ import torch
 from tiny_runs import tiny_config
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from unseen_reads import refuse_unseen_reads
 
+from kfac_sua.bench.operations import waits_for_device
 from kfac_sua.config import ProgressStyle
 from kfac_sua.training import loop
 from kfac_sua.training.evaluate import ErrorCounter
@@ -49,7 +51,6 @@ CUDA_SETTINGS = SETTINGS | {
     "adamw": ("preconditioner=baseline", "optimizer=adamw"),
     "muon": ("preconditioner=baseline", "optimizer=muon"),
 }
-WAITING_OPERATIONS = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "nonzero_numpy", "equal", "masked_select"}
 
 
 class ForbiddenWaits(TorchDispatchMode):
@@ -60,14 +61,9 @@ class ForbiddenWaits(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Carry an operation out, or say which one waits."""
         name = func._schema.name.removeprefix("aten::")
-        if self.is_on and (name in WAITING_OPERATIONS or (name == "index" and _selects_by_mask(args[1]))):
+        if self.is_on and waits_for_device(name, args):
             raise AssertionError(f"{func} waits for the device")
         return func(*args, **(kwargs or {}))
-
-
-def _selects_by_mask(indices: list[Tensor | None]) -> bool:
-    """Say whether the result's size depends on values."""
-    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
 
 
 class Steps(Progress):
@@ -120,23 +116,13 @@ def test_plain_steps_read_no_value(tmp_path, monkeypatch, overrides):
     """From the request for a mini-batch to the optimizer's step, no operation that would wait for a GPU is called."""
     training = start(tmp_path, "cpu", *overrides)
     waits = ForbiddenWaits()
-    for name in ("tolist", "numpy", "cpu"):  # these pass by the dispatcher, or copy nothing, on the CPU
-        monkeypatch.setattr(Tensor, name, _refusing(waits, getattr(Tensor, name)))
+    refuse_unseen_reads(monkeypatch, lambda: waits.is_on)
 
     def forbid(is_forbidden: bool) -> None:
         waits.is_on = is_forbidden
 
     with waits:
         assert train(training, forbid) == expected_plain(overrides)
-
-
-def _refusing(waits: ForbiddenWaits, method: Callable[..., Any]) -> Callable[..., Any]:
-    def refuse(*args: Any, **kwargs: Any) -> Any:
-        if waits.is_on:
-            raise AssertionError(f"Tensor.{method.__name__} waits for the device")
-        return method(*args, **kwargs)
-
-    return refuse
 
 
 @pytest.mark.parametrize(
@@ -146,7 +132,7 @@ def test_a_read_in_a_plain_step_is_noticed(tmp_path, monkeypatch, read):
     """The guard above fails if the metrics read the loss of every step, in any of the ways there are."""
     training = start(tmp_path, "cpu", "preconditioner=sua", PERIOD)
     waits = ForbiddenWaits()
-    monkeypatch.setattr(Tensor, "tolist", _refusing(waits, Tensor.tolist))
+    refuse_unseen_reads(monkeypatch, lambda: waits.is_on)
     add = ErrorCounter.add
 
     def reading(counter, logits, labels, loss):

@@ -141,15 +141,11 @@ class SideCost:
         """Seconds of inverse and applications over one refresh period, if rows, which are the statistics themselves."""
         if self.patch_width:
             making = PatchInverse.inversion_flops(self.patch_width, rows).seconds(self.rates)
-            application = self.patches_application(rows).seconds
+            as_made = self.patches_application(rows)
         else:
             making = LowRankInverse.inversion_flops(self.width, rows).seconds(self.rates)
-            application = self.low_rank_application(rows).seconds
-        per_period = self.inverse_period * application
-        if self._may_change_form:
-            others = self._other_forms(rows, is_patches=bool(self.patch_width))
-            per_period = min(per_period, *others.values())
-        return self.num_blocks * making + per_period
+            as_made = self.low_rank_application(rows)
+        return self.num_blocks * making + min(self._ways(rows, as_made, is_patches=bool(self.patch_width)).values())
 
     def most_low_rank_rows(self) -> int:
         """Return the largest number of rows for which the Woodbury identity takes less time than the dense inverse.
@@ -195,9 +191,7 @@ class SideCost:
             is_patches, as_made = True, self.patches_application(made.num_rows, made.num_operations)
         else:
             is_patches, as_made = False, self.low_rank_application(made.num_rows)
-        seconds = {"as made": self.inverse_period * as_made.seconds}
-        if self._may_change_form:
-            seconds |= self._other_forms(made.num_rows, is_patches=is_patches)
+        seconds = self._ways(made.num_rows, as_made, is_patches=is_patches)
         best = min(seconds, key=lambda form: seconds[form])
         if best == "dense":
             dense = DenseInverse(made.dense())
@@ -207,22 +201,20 @@ class SideCost:
             made, as_made = made.with_root(), self.low_rank_application(made.num_rows)
         return made.split() if as_made.is_split else made
 
-    @property
-    def _may_change_form(self) -> bool:
-        """Whether what the Woodbury identity gives may be kept in another form.
+    def _ways(self, rows: int, as_made: Application, *, is_patches: bool) -> dict[str, float]:
+        """Return the seconds per refresh period of each form that what rows give may be kept in, as made or another.
 
         Where counted FLOPs decide, a factor is kept as rows because these are applied as such in fewest.
         """
-        return self.rates.has_launches and not self.keeps_woodbury
-
-    def _other_forms(self, rows: int, *, is_patches: bool) -> dict[str, float]:
-        """Return the seconds per refresh period of bringing into other forms, and applying, what rows give."""
+        ways = {"as made": self.inverse_period * as_made.seconds}
+        if self.keeps_woodbury or not self.rates.has_launches:
+            return ways
         root = self.num_blocks * Flops(solves=rows**2 * self.width).seconds(self.rates) if is_patches else 0.0
         product = self.num_blocks * Flops(products=2 * rows * self.width**2).seconds(self.rates)
-        forms = {"dense": root + product + self.inverse_period * self.dense_application().seconds}
+        ways["dense"] = root + product + self.inverse_period * self.dense_application().seconds
         if is_patches:
-            forms["low rank"] = root + self.inverse_period * self.low_rank_application(rows).seconds
-        return forms
+            ways["low rank"] = root + self.inverse_period * self.low_rank_application(rows).seconds
+        return ways
 
     def _application(self, flops: int, numbers: int, num_products: int) -> Application:
         """Return what products take in the faster of both ways, or in the one that is asked for.
