@@ -18,7 +18,7 @@ from kfac_sua.config import (
     SGDConfig,
     settings_error,
 )
-from kfac_sua.data import Splits, load_archive, load_digits, make_splits
+from kfac_sua.data import Splits, archive_path, load_archive, load_digits, make_splits, provide_archive
 from kfac_sua.models import VGG11, PreActResNet50, TinyConvNet, VisionTransformer
 from kfac_sua.optimizers import MuonWithAdamW
 from kfac_sua.preconditioner import AdaptiveDamping, KroneckerPreconditioner
@@ -29,8 +29,30 @@ PLAIN_NETS = {ModelName.vgg11: VGG11, ModelName.tiny: TinyConvNet}
 OTHER_NETS = {ModelName.preact_resnet50: PreActResNet50, ModelName.transformer: VisionTransformer}
 
 
+def has_images(config: DatasetConfig) -> bool:
+    """Return whether nothing has to be fetched before a data set can be loaded.
+
+    Args:
+        config: Which data set.
+    """
+    return config.name is DatasetName.digits or archive_path(config.name.value, config.data_dir).exists()
+
+
+def fetch_images(config: DatasetConfig) -> None:
+    """Fetch what a data set still needs, which may take long.
+
+    Args:
+        config: Which data set, and whether it may be downloaded.
+
+    Raises:
+        DataError: If it is missing and cannot be had.
+    """
+    if not has_images(config):
+        provide_archive(config.name.value, config.data_dir, download=config.download)
+
+
 def build_splits(config: DatasetConfig) -> Splits:
-    """Load a data set and split it.
+    """Load a data set, fetched first where it is missing, and split it.
 
     Args:
         config: Which data set, and how to split it.
@@ -39,10 +61,12 @@ def build_splits(config: DatasetConfig) -> Splits:
         Training, validation and test images.
 
     Raises:
-        DataError: If the data set is missing or damaged, or too small for the split.
+        DataError: If the data set cannot be had or is damaged, or too small for the split.
     """
-    is_embedded = config.name is DatasetName.digits
-    train, test, class_names = load_digits() if is_embedded else load_archive(config.name.value, config.data_dir)
+    if config.name is DatasetName.digits:
+        train, test, class_names = load_digits()
+    else:
+        train, test, class_names = load_archive(config.name.value, config.data_dir, download=config.download)
     return make_splits(
         train,
         test,

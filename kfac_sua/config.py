@@ -137,6 +137,7 @@ class DatasetConfig:
 
     name: DatasetName
     data_dir: str
+    download: bool
     validation_size: int
     train_size: int | None
     train_eval_size: int | None

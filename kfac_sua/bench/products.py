@@ -168,7 +168,7 @@ def train_and_measure(config: Config) -> list[ProductError]:
     """Train one epoch of a configuration on the CPU, and return the errors for it.
 
     Raises:
-        DataError: If the data set is missing, damaged or too small.
+        DataError: If the data set cannot be had, is damaged or too small.
     """
     training = Training.start(dataclasses.replace(config, precision=Precision.float32), choose_device(config.device))
     with contextlib.closing(training):

@@ -57,7 +57,7 @@ def conduct(plan: Plan, rule: Rule, engine: Engine) -> Results:
         LaunchError: If a launcher did not take them.
         SelectionError: If all cells of a grid diverged.
         ConfigError: If a run cannot be configured.
-        DataError: If the images are missing.
+        DataError: If the images are missing and cannot be fetched, or are damaged.
         KeyboardInterrupt: On Ctrl-C; the same call goes on.
     """
     grids, choices = settled(plan, rule)
@@ -164,7 +164,7 @@ def _failure_sentence(failures: Mapping[str, str], num_runs: int, num_left: int)
 
 
 def _check_data(cells: Sequence[Cell]) -> None:
-    """Load every data set once: without it every single run would fail."""
+    """Load every data set once, which fetches it: without it every single run would fail."""
     checked: list[DatasetConfig] = []
     for cell in cells:
         if cell.config.dataset not in checked:

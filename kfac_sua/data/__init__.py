@@ -1,6 +1,6 @@
 """Data sets as uint8 tensors, their splits, and device-resident mini-batches."""
 
-from kfac_sua.data.archive import archive_path, fetch_cifar, load_archive
+from kfac_sua.data.archive import archive_path, fetch_cifar, load_archive, provide_archive
 from kfac_sua.data.batches import BatchLoader, epoch_generator
 from kfac_sua.data.digits import load_digits
 from kfac_sua.data.splits import DataError, ImageSet, Splits, channel_statistics, make_splits
@@ -17,4 +17,5 @@ __all__ = [
     "load_archive",
     "load_digits",
     "make_splits",
+    "provide_archive",
 ]

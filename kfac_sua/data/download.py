@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from kfac_sua.command_line import INTERRUPTED, say
 from kfac_sua.data import DataError, archive_path, fetch_cifar, load_archive
 
 
@@ -14,7 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: Command line without the program's name; ``None`` takes the process's own.
 
     Raises:
-        SystemExit: With one sentence and exit code 1 if a data set cannot be had.
+        SystemExit: With one sentence and exit code 1 if a data set cannot be had, 130 after Ctrl-C.
     """
     parser = argparse.ArgumentParser(
         prog="python -m kfac_sua.data.download",
@@ -32,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{path}: {len(train)} training and {len(test)} test images, {len(class_names)} classes")
     except DataError as error:
         sys.exit(f"Error: {error}")
+    except KeyboardInterrupt as interrupt:
+        sys.exit(say(str(interrupt) or "interrupted.", INTERRUPTED))
 
 
 if __name__ == "__main__":

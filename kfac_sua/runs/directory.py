@@ -14,6 +14,7 @@ _NOT_IN_FINGERPRINT = (
     *("seed", "output_dir", "progress", "num_threads", "checkpoint_interval_s"),
     "capture",
 )
+_OF_DATASET_NOT_IN_FINGERPRINT = ("data_dir", "download")  # from where images come
 
 # Keys that came after the first runs, with the value that says what these did: node, key, value.
 _ADDED_LATER = (
@@ -98,7 +99,8 @@ def fingerprint(config: Config, device: str, num_processes: int = 1) -> str:
         part = values[node] if node else values
         if part.get(key) == default:
             part.pop(key, None)
-    del values["dataset"]["data_dir"]
+    for key in _OF_DATASET_NOT_IN_FINGERPRINT:
+        del values["dataset"][key]
     canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
 

@@ -34,7 +34,7 @@ class Hold:
 
     def check(self) -> None:
         """Raise :class:`RunLostError` if the directory was removed or replaced: what is there may be another's."""
-        if not _is_at(self.path, self.file):
+        if not is_at(self.path, self.file):
             raise RunLostError(f"{self.path.parent} was removed or replaced; this process writes nothing more.")
 
 
@@ -68,7 +68,7 @@ def _locked(path: Path) -> Iterator[TextIO]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+", encoding="ascii") as file:
             _lock(file, path)
-            if _is_at(path, file):
+            if is_at(path, file):
                 yield file
                 return
 
@@ -91,7 +91,13 @@ def _holder(content: str) -> str:
     return f"process {pid}" if host in ("", socket.gethostname()) else f"process {pid} on {host}"
 
 
-def _is_at(path: Path, file: TextIO) -> bool:
+def is_at(path: Path, file: TextIO) -> bool:
+    """Whether an open file is still the one at a path: it may have been removed or replaced.
+
+    Args:
+        path: Where it was.
+        file: The file.
+    """
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except FileNotFoundError:

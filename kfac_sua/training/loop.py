@@ -37,7 +37,7 @@ def run(config: Config, launch: Launch | None = None) -> RunInfo:
 
     Raises:
         ConfigError: If there is no such device or precision, or settings do not fit the network or each other.
-        DataError: If the data set is missing, damaged or too small.
+        DataError: If the data set cannot be had, is damaged or too small.
         CheckpointError: If the run's checkpoint is damaged or belongs to another run.
         RecordError: If the run's records are damaged.
         RunBusyError: If another process is carrying the run out.

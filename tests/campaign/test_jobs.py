@@ -63,9 +63,10 @@ def once_begun(cell: Cell, action: Callable[[int], None]) -> threading.Thread:
 def test_of_three_jobs_one_raises_one_is_killed_and_one_finishes(tmp_path, monkeypatch):
     """Both are named, the killed one with its job's own log, and the other ends as if alone."""
     monkeypatch.setattr(submitit_core.Job, "_results_timeout_s", 0.2)
+    no_images = ("dataset=cifar10", "dataset.download=false", f"dataset.data_dir={tmp_path}")
     killed, raising, good = (
         make_cell(tmp_path, 0.1, "epochs=50000"),
-        make_cell(tmp_path, 0.2, "epochs=1", "dataset=cifar10", f"dataset.data_dir={tmp_path}"),
+        make_cell(tmp_path, 0.2, "epochs=1", *no_images),
         make_cell(tmp_path, 0.3, "epochs=1"),
     )
     thread = once_begun(killed, lambda pid: os.kill(pid, signal.SIGKILL))

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pandas as pd
@@ -180,12 +182,21 @@ def test_failed_runs_end_with_their_names(tmp_path, capsys):
     assert "log.txt" in error
 
 
-def test_missing_images_are_noticed_before_the_first_run(tmp_path, capsys):
-    """One sentence instead of one failure per run."""
+@pytest.mark.parametrize("download", ["true", "false"])
+def test_missing_images_are_noticed_before_the_first_run(tmp_path, capsys, monkeypatch, download):
+    """One sentence instead of one failure per run, whether or not they may be fetched."""
+    requests = []
+
+    def refuse(request):
+        requests.append(request.full_url)
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
     out = tmp_path / "out"
-    overrides = ["device=cpu", f"dataset.data_dir={tmp_path / 'no-data'}"]
+    overrides = ["device=cpu", f"dataset.data_dir={tmp_path / 'no-data'}", f"dataset.download={download}"]
     assert main(["fig1", "--scale", "small", "--out", str(out), *overrides]) == 2
     error = capsys.readouterr().err
-    assert "make data" in error
+    assert ("could not be downloaded" if download == "true" else "make data") in error
+    assert bool(requests) == (download == "true")
     assert error.count("\n") == 1
     assert not list(out.rglob("log.txt"))

@@ -126,7 +126,8 @@ def test_a_sweep_through_submitit(tmp_path):
     result = call([*base, "dataset=digits", "optimizer.lr=0.1,0.2"])
     assert (result.returncode, result.stderr) == (0, "")
     assert len(list(tmp_path.rglob("run.json"))) == 2
-    result = call([*base, "dataset=cifar10,digits", "optimizer.lr=0.3", f"dataset.data_dir={tmp_path}"])
+    no_images = ["dataset=cifar10,digits", "dataset.download=false", f"dataset.data_dir={tmp_path}"]
+    result = call([*base, *no_images, "optimizer.lr=0.3"])
     assert result.returncode == 1
     last = result.stderr.splitlines()[-1]
     assert "Some runs of the sweep failed, the first of them so: " in last

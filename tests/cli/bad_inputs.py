@@ -58,6 +58,7 @@ BAD_COMMANDS = {
     "model.batch_norm=maybe": r"model.batch_norm must be true or false, got 'maybe'\.",
     "optimizer=adamw optimizer.betas=0.9": r"optimizer.betas must be a list such as \[0.5,0.9\], got 0.9\.",
     "schedule=step schedule.milestones=half": r"schedule.milestones must be a list such as \[0.5,0.9\], got 'half'\.",
+    "dataset=cifar10 dataset.download=maybe": r"dataset.download must be true or false, got 'maybe'\.",
     "device=gpu": r"device must be one of auto, cpu, cuda, got 'gpu'\.",
     "epochs=2.5": r"epochs must be an integer, got 2.5\.",
     "channels_last=maybe": r"channels_last must be true or false, got 'maybe'\.",
@@ -169,7 +170,9 @@ BAD_COMMANDS = {
     # flags that start no run
     "--cfg job optimizer.lrr=0.1": r"no key 'optimizer.lrr'",
     # only data, model or device can tell
-    "dataset=cifar10 dataset.data_dir=nowhere": r"nowhere/cifar10.npz does not exist; run `make data`",
+    "dataset=cifar10 dataset.data_dir=nowhere dataset.download=false": (
+        r"nowhere/cifar10.npz does not exist; run `make data`"
+    ),
     "batch_size=5000": r"batch_size must be between 1 and 1300,.* got 5000",
     "dataset.validation_size=1500": r"dataset.validation_size must be between 1 and 1499 .*, got 1500\.",
     "dataset.train_size=1400": r"dataset.train_size must be between 1 and 1300 .*, got 1400\.",

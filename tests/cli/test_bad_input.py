@@ -239,7 +239,7 @@ def test_bug_keeps_its_traceback(monkeypatch):
         (["optimizer=adamw"], ConfigError, "cannot be combined"),
         (["--lr"], ConfigError, "no flag '--lr'"),
         (["batch_size=5000"], DataError, "batch_size must be between 1 and 1300"),
-        (["dataset=cifar10"], DataError, "does not exist"),
+        (["dataset=cifar10", "dataset.download=false"], DataError, "does not exist"),
         (["output_dir=/dev/null"], OSError, "Not a directory"),
         (["--resolve"], ValueError, "--resolve"),
     ],

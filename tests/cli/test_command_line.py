@@ -85,7 +85,7 @@ def test_train_and_the_same_command_again(tmp_path):
             "There is no key 'preconditioner.dampng' (did you mean 'preconditioner.damping'?)",
         ),
         (("preconditioner=grouped", "preconditioner.group_size=0"), "preconditioner.group_size must be ≥ 1 or null"),
-        (("dataset=cifar10",), "data/cifar10.npz does not exist; run `make data`"),
+        (("dataset=cifar10", "dataset.download=false"), "data/cifar10.npz does not exist; run `make data`"),
     ],
 )
 def test_bad_input_in_a_real_process(tmp_path, arguments, sentence):
@@ -125,7 +125,8 @@ def test_diverging_cell_does_not_stop_a_sweep(tmp_path, monkeypatch, capsys):
 
 def test_failing_cell_does_not_stop_a_sweep_but_shows_in_its_exit_code(tmp_path, monkeypatch, capsys):
     """A data set that is missing fails one cell with a sentence; the other cell finishes, and the exit code is 1."""
-    code = call_in_process(monkeypatch, tmp_path, "-m", "preconditioner=baseline", "dataset=cifar10,digits", "epochs=1")
+    arguments = ("preconditioner=baseline", "dataset=cifar10,digits", "dataset.download=false", "epochs=1")
+    code = call_in_process(monkeypatch, tmp_path, "-m", *arguments)
     captured = capsys.readouterr()
     assert code == 1
     assert captured.err.count("data/cifar10.npz does not exist") == 1

@@ -284,20 +284,28 @@ def test_fetch_uses_what_torchvision_already_has(torchvision_folder: Path, no_ne
     assert no_network == []
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_fetch_without_network_is_one_sentence(tmp_path: Path, name: str, no_network: list[float | None]) -> None:
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        ("cifar10", "cifar-10-python.tar.gz or its folder cifar-10-batches-py"),
+        ("cifar100", "cifar-100-python.tar.gz or its folder cifar-100-python"),
+    ],
+)
+def test_fetch_without_network_is_one_sentence(
+    tmp_path: Path, name: str, files: str, no_network: list[float | None]
+) -> None:
     """Torchvision's failure names the data set, the folder, the cause and the cure; waits are bounded."""
     with pytest.raises(DataError) as caught:
         fetch_cifar(name, tmp_path / "new")
     assert str(caught.value) == (
         f"{name} could not be downloaded into {tmp_path / 'new'} "
-        "(URLError: <urlopen error [Errno -2] Name or service not known>); "
-        f"{FETCH}, put {name}.npz there, or use dataset=digits."
+        "(URLError: <urlopen error [Errno -2] Name or service not known>); try again where there is a network, "
+        f"give dataset.data_dir=DIR with a DIR that holds {name}.npz, {files}, or use dataset=digits."
     )
     assert no_network
     assert set(no_network) == {30.0}
     assert socket.getdefaulttimeout() is None
-    assert not (tmp_path / "new" / f"{name}.npz").exists()
+    assert not (tmp_path / "new").exists()
 
 
 def test_fetch_of_an_unknown_name_lists_the_choices(tmp_path: Path) -> None:

@@ -40,8 +40,8 @@ def test_without_network_it_ends_with_one_sentence(tmp_path: Path, monkeypatch: 
         main(["--data-dir", str(tmp_path)])
     assert str(caught.value.code) == (
         f"Error: cifar10 could not be downloaded into {tmp_path} (URLError: <urlopen error no network>); "
-        "run `make data` or `python -m kfac_sua.data.download` where there is a network, put cifar10.npz there, or use "
-        "dataset=digits."
+        "try again where there is a network, give dataset.data_dir=DIR with a DIR that holds cifar10.npz, "
+        "cifar-10-python.tar.gz or its folder cifar-10-batches-py, or use dataset=digits."
     )
 
 

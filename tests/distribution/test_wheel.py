@@ -152,7 +152,7 @@ def test_the_other_commands_start_outside_the_checkout(installed, tmp_path):
     for module in ("kfac_sua.bench", "kfac_sua.bench.scaling", "kfac_sua.runs.collect", "kfac_sua.data.download"):
         result = call(installed, tmp_path, ["-m", module, "--help"])
         assert result.returncode == 0, result.stderr
-    no_images = call(installed, tmp_path, ["-m", "kfac_sua.train", "dataset=cifar10"])
+    no_images = call(installed, tmp_path, ["-m", "kfac_sua.train", "dataset=cifar10", "dataset.download=false"])
     assert no_images.returncode == 2
     assert "python -m kfac_sua.data.download" in no_images.stderr
     assert list(tmp_path.iterdir()) == []

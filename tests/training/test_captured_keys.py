@@ -91,6 +91,7 @@ NOT_OF_A_STEP = {
     "progress": "between steps",
     "dataset.name": "comes with its file; other images",
     "dataset.data_dir": "where images are read",
+    "dataset.download": "how images come there",
     "dataset.validation_size": "evaluation",
     "dataset.train_eval_size": "evaluation",
     "dataset.split_seed": "which images",

@@ -49,7 +49,10 @@ def test_baseline_has_no_damping(tmp_path):
 
 @pytest.mark.parametrize(
     "override",
-    ["seed=1", "progress=bar", "num_threads=2", "dataset.data_dir=elsewhere", "capture=false", "capture=true"],
+    [
+        *("seed=1", "progress=bar", "num_threads=2", "capture=false", "capture=true"),
+        *("dataset.data_dir=elsewhere", "dataset.download=false"),
+    ],
 )
 def test_fingerprint_ignores_what_does_not_change_the_setting(tmp_path, override):
     """Runs that differ in their seed, or in how and where they run, share a fingerprint."""
