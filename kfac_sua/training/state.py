@@ -14,6 +14,8 @@ from kfac_sua.build import (
     build_optimizer,
     build_preconditioner,
     build_splits,
+    fetch_images,
+    has_images,
     memory_format,
 )
 from kfac_sua.config import Config
@@ -69,7 +71,7 @@ class Training:
 
     @classmethod
     def start(cls, config: Config, device: torch.device, world: World | None = None) -> "Training":
-        """Build everything and return the state before the first step; of the disk, only images are read.
+        """Build everything and return the state before the first step; nothing but missing images is written.
 
         Args:
             config: The checked configuration, its ``precision`` resolved.
@@ -78,9 +80,13 @@ class Training:
 
         Raises:
             ConfigError: If the preconditioner's settings do not fit the network, or ``capture=true`` anything else.
-            DataError: If the data set is missing, damaged or too small, or the mini-batch for so many processes.
+            DataError: If the data set cannot be had, is damaged or too small, or the mini-batch for so many processes.
         """
         world = world or World()
+        if world.any(not world.each(lambda: has_images(config.dataset))):
+            patient = world.patiently()
+            patient.from_first(lambda: fetch_images(config.dataset))
+            patient.each(lambda: fetch_images(config.dataset))  # on other machines, whose data_dir may be their own
         training = world.each(lambda: cls._build(config, device, world))
         training.forward = world.averaging(training.model, shares_buffers=not config.sync_batch_norm)
         return training

@@ -28,6 +28,9 @@ from kfac_sua.training.signals import STOP_SIGNALS
 PATIENCE = timedelta(minutes=5)
 """How long the others may keep a process waiting. One that dies is noticed at once, as its connections close."""
 
+LONG_PATIENCE = timedelta(days=1)
+"""The same while one fetches what the others wait for."""
+
 LEAVING_TIME_S = 10.0
 
 Result = TypeVar("Result")
@@ -65,6 +68,14 @@ class World:
     def part(self) -> tuple[int, int]:
         """This process's number and how many there are: which part of a mini-batch is its own."""
         return self.rank, self.size
+
+    def patiently(self) -> "World":
+        """Return the same processes, who wait much longer for each other; all have to ask."""
+        if self._control is None:
+            return self
+        control = dist.new_group(backend="gloo", timeout=LONG_PATIENCE)
+        assert isinstance(control, dist.ProcessGroup)
+        return World(self.rank, self.size, control)
 
     def say(self, text: str) -> None:
         """Print a line, once for all processes."""
