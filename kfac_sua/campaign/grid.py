@@ -2,11 +2,17 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Mapping
+from decimal import Decimal
 
 from omegaconf import OmegaConf
 
 from kfac_sua.config import CONFIG_DIR, ConfigError
+
+# How far the ratio of two values may lead beside a third one, in steps of the grid: 3 stands for √10, and
+# 0.1 · 0.1/0.03 is 0.09 steps off 0.3; in a ladder 1, 2, 5 it is at most 0.25.
+SAME_RUNG = 0.3
 
 LR, DAMPING = "optimizer.lr", "preconditioner.damping"
 
@@ -37,12 +43,17 @@ class Grid:
     def grown(self, lr: float, damping: float | None) -> "Grid":
         """Return the grid with one more value beyond every edge on which a cell lies; itself if on none.
 
-        The new value continues the ratio of the two outermost ones, to two digits.
+        The new value continues the ratio of the two outermost ones, on the digits that the grid has in other decades.
         """
         axes = {LR: self.lr, DAMPING: self.damping}
         for (key, is_highest), _ in self._edges(lr, damping):
             axes[key] = _extended(axes[key] or (), is_highest)
         return Grid(axes[LR] or (), axes[DAMPING])
+
+    def most_grown(self, steps: int) -> int:
+        """Return how many cells so many steps of growth add at most: one value per step beyond an edge per axis."""
+        axes = [len(axis) for axis in (self.lr, self.damping) if axis is not None]
+        return math.prod(size + steps * (size > 1) for size in axes) - math.prod(axes)
 
     def _edges(self, lr: float, damping: float | None) -> Iterator[tuple[tuple[str, bool], str]]:
         for key, name, values, value in ((LR, "lr", self.lr, lr), (DAMPING, "damping", self.damping, damping)):
@@ -84,9 +95,14 @@ def _values(sweep: str, text: object) -> tuple[float, ...]:
 
 def _extended(values: tuple[float, ...], is_highest: bool) -> tuple[float, ...]:
     if is_highest:
-        return (*values, _two_digits(values[-1] * values[-1] / values[-2]))
-    return (_two_digits(values[0] * values[0] / values[1]), *values)
+        return (*values, _next(values[-1], values[-1] / values[-2], values))
+    return (_next(values[0], values[0] / values[1], values), *values)
 
 
-def _two_digits(value: float) -> float:
-    return float(f"{value:.1e}")
+def _next(value: float, ratio: float, values: tuple[float, ...]) -> float:
+    """Return the value after one of a grid, with the digits of another decade: after 0.03, 0.1 comes 0.3, not 0.33."""
+    exact = value * ratio
+    rungs = (Decimal(repr(other)).scaleb(round(math.log10(exact / other))) for other in values)
+    nearest = min(map(float, rungs), key=lambda rung: abs(math.log(rung / exact)))
+    is_rung = abs(math.log(nearest / exact)) < SAME_RUNG * abs(math.log(ratio))
+    return nearest if is_rung else float(f"{exact:.1e}")
