@@ -1,5 +1,6 @@
 """From command-line overrides to checked configurations: one run, or every cell of a sweep."""
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -20,6 +21,7 @@ from kfac_sua.checks import check
 from kfac_sua.config import CONFIG_DIR, CONFIG_NAME, VERSION_BASE, Config, ConfigError, settings_error
 from kfac_sua.explain import explain, explain_unknown_key, shown
 from kfac_sua.launchers import missing_plugin
+from kfac_sua.tuned import resolve_auto
 
 # Every cell of a sweep is composed before the first one runs; a typing error such as seed=range(1000000000) must not
 # fill the memory first.
@@ -107,7 +109,9 @@ def to_config(raw: DictConfig) -> Config:
         ConfigError: If a key was added or removed, a value is missing, or :func:`check` refuses one.
     """
     _refuse_changed_keys(raw, "")
+    raw = copy.deepcopy(raw)
     try:
+        resolve_auto(raw)
         config = OmegaConf.to_object(raw)
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error)) from error

@@ -6,7 +6,7 @@ Types live here, values in ``configs/*.yaml``, checks of values in ``checks.py``
 import dataclasses
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_store import ConfigStore
 
@@ -17,6 +17,16 @@ _PACKAGED = Path(__file__).resolve().parent / "configs"
 CONFIG_DIR = _PACKAGED if _PACKAGED.is_dir() else _PACKAGED.parents[1] / "configs"
 CONFIG_NAME = "config"
 VERSION_BASE = "1.3"
+
+
+# What stands in a configuration for "a number that suits the network" (tuned.py).
+AUTO = "auto"
+# Files and command lines may hold the word; a ``Config`` holds the number. Any, since OmegaConf 2.3 cannot merge a node
+# with a union in it.
+if TYPE_CHECKING:
+    AutoFloat = float
+else:
+    AutoFloat = Any
 
 
 class ConfigError(Exception):
@@ -156,6 +166,7 @@ class PreconditionerConfig:
 class KroneckerConfig(PreconditionerConfig, KroneckerSettings):
     """All settings of the preconditioner; see ``configs/preconditioner`` and :class:`KroneckerSettings`."""
 
+    damping: AutoFloat = 0.1
     allow_exact_fisher: bool = False
     damping_final: float | None = None
     adaptive_damping: int | None = None
@@ -171,7 +182,7 @@ class OptimizerConfig:
     """What every optimizer has; see ``configs/optimizer``."""
 
     name: OptimizerName
-    lr: float
+    lr: AutoFloat
     weight_decay: float
 
 

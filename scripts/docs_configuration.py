@@ -18,7 +18,7 @@ import yaml
 
 from kfac_sua.checks import RANGES
 from kfac_sua.compose import compose_config
-from kfac_sua.config import CONFIG_DIR, to_plain
+from kfac_sua.config import AUTO, CONFIG_DIR, AutoFloat, to_plain
 from kfac_sua.preconditioner import settings
 from kfac_sua.preconditioner.settings import KroneckerSettings
 
@@ -108,7 +108,8 @@ def _keys_of_file(path: Path, node: Any, prefix: str = "", also: Path | None = N
         meaning = described.get(field.name) or comments.get(field.name, "")
         if field.name == "name" and prefix:
             meaning = f"Comes with the file; give `{prefix.rstrip('.')}=…` instead."
-        yield Key(name, _kind(hints[field.name]), _yaml(to_plain(value)), meaning)
+        default = AUTO if hints[field.name] is AutoFloat else to_plain(value)  # ``value`` is what auto came to
+        yield Key(name, _kind(hints[field.name]), _yaml(default), meaning)
 
 
 def _keys_of_option(group: str, option: str) -> Iterator[Key]:
@@ -183,6 +184,8 @@ def _kind(hint: Any) -> str:
         return " or ".join(kinds)
     if get_origin(hint) is list:
         return f"list of {_kind(get_args(hint)[0])}"
+    if hint is AutoFloat:
+        return f"number or {AUTO}"
     if issubclass(hint, Enum):
         return ", ".join(f"`{member.value}`" for member in hint)
     return {int: "integer", float: "number", bool: "true or false", str: "text"}[hint]

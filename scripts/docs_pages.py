@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kfac_sua import tuned
+
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "outputs" / "reference"
 FIGURES = (
@@ -17,6 +19,7 @@ FIGURES = (
     "fig1-small-cpu/time_split.png",
     "fig1-small-cpu/time_to_target.png",
     "fig2-small-cpu/fig2.png",
+    "first-light/fig1.png",
     "scaling/scaling.png",
 )
 
@@ -96,4 +99,19 @@ def bench_vgg11() -> str:
     return "\n".join(lines + [f"| `{name}` | {plain} | {refresh} | {mean} |" for name, plain, refresh, mean in ratios])
 
 
-TABLES: dict[str, Callable[[], str]] = {"best_lr_by_damping": best_lr_by_damping, "bench_vgg11": bench_vgg11}
+def auto_settings() -> str:
+    """Return what ``auto`` stands for, per network and width."""
+    methods = ("baseline", *METHODS)
+    lines = [f"| network, width | {' | '.join(methods)} | evidence |", "|---|" + "---|" * (len(methods) + 1)]
+    for row in tuned.TABLE:
+        pairs = (row.settings[method] for method in methods)
+        cells = (f"{lr:g}" if damping is None else f"{lr:g}, {damping:g}" for lr, damping in pairs)
+        lines.append(f"| `{row.model}`, {row.width:g} | {' | '.join(cells)} | {row.evidence} |")
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "auto_settings": auto_settings,
+    "best_lr_by_damping": best_lr_by_damping,
+    "bench_vgg11": bench_vgg11,
+}

@@ -34,6 +34,7 @@ from kfac_sua.training.progress import Progress, print_once
 from kfac_sua.training.signals import Interrupted, StopRequest
 from kfac_sua.training.state import Training
 from kfac_sua.training.world import World, named_losses
+from kfac_sua.tuned import origin
 
 _SAVE = 1
 
@@ -124,6 +125,7 @@ class RunWriter:
         world.from_first(self._prepare)
         where = f"{world.size} processes, {training.device.type}" if world.size > 1 else training.device.type
         world.say(f"{'resumed' if checkpoint is not None else 'started'} on {where}: {directory.path}")
+        world.say(origin(training.config))
 
     def _prepare(self) -> None:
         assert self.info is not None

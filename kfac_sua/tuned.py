@@ -1,0 +1,154 @@
+"""What ``optimizer.lr=auto`` and ``preconditioner.damping=auto`` stand for: one table of settings that were tried.
+
+No single learning rate is good for every structure, network and width: the curvature that a damping is added to grows
+and shrinks with them. The table is a start, not an optimum: with it each structure trains stably from the first epoch,
+and is ahead of the baseline's own default per epoch. ``sweep=lr_damping`` and ``make reproduce-fig1`` search further.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping
+
+from omegaconf import DictConfig
+
+from kfac_sua.config import (
+    AUTO,
+    Config,
+    ConfigError,
+    KroneckerConfig,
+    ModelName,
+    OptimizerName,
+    PlainNetConfig,
+    PreconditionerName,
+)
+from kfac_sua.explain import shown
+
+_MEASURED = "outputs/reference/defaults"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """What ``auto`` stands for.
+
+    Attributes:
+        lr: Learning rate.
+        damping: Tikhonov ε; None for the baseline, which has none.
+        evidence: Where it was tried, in words; it begins with ``provisional`` where it was not tried at this place.
+    """
+
+    lr: float
+    damping: float | None
+    evidence: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One network at one width, trained by SGD with momentum 0.9.
+
+    Attributes:
+        model: The network.
+        width: Its width.
+        evidence: Where the settings were tried, in words.
+        settings: Learning rate and damping by structure; the baseline has no damping.
+    """
+
+    model: ModelName
+    width: float
+    evidence: str
+    settings: Mapping[str, tuple[float, float | None]]
+
+
+TABLE = (
+    Row(
+        ModelName.vgg11,
+        1.0,
+        _MEASURED,
+        {
+            "baseline": (0.03, None),
+            **{"kfac": (0.1, 1.0), "grouped": (0.1, 1.0), "sua": (0.1, 1.0), "sua_grouped": (0.03, 0.1)},
+        },
+    ),
+    Row(
+        ModelName.preact_resnet50,
+        1.0,
+        _MEASURED,
+        {
+            "baseline": (0.03, None),
+            **{"kfac": (0.1, 1.0), "grouped": (0.1, 1.0), "sua": (0.1, 1.0), "sua_grouped": (0.03, 0.1)},
+        },
+    ),
+    Row(
+        ModelName.transformer,
+        1.0,
+        _MEASURED,
+        {
+            "baseline": (0.03, None),
+            **{"kfac": (0.1, 1.0), "grouped": (0.1, 1.0), "sua": (0.1, 1.0), "sua_grouped": (0.03, 0.1)},
+        },
+    ),
+    Row(
+        ModelName.tiny,
+        1.0,
+        _MEASURED,
+        {
+            "baseline": (0.03, None),
+            **{"kfac": (0.1, 1.0), "grouped": (0.1, 1.0), "sua": (0.1, 1.0), "sua_grouped": (0.03, 0.1)},
+        },
+    ),
+)
+# On the plain gradient, of any network: the defaults of PyTorch and of Muon's author.
+_COMPARATORS = {OptimizerName.adamw: 0.001, OptimizerName.muon: 0.02}
+
+
+def tuned(
+    preconditioner: PreconditionerName, model: ModelName, width: float, optimizer: OptimizerName = OptimizerName.sgd
+) -> Tuned:
+    """Return what ``auto`` stands for: the row of the network with the nearest width.
+
+    Args:
+        preconditioner: The structure, or ``baseline``.
+        model: The network.
+        width: Its width.
+        optimizer: The optimizer; all but ``sgd`` are comparators on the plain gradient.
+    """
+    row = min((row for row in TABLE if row.model is model), key=lambda row: abs(row.width - width))
+    lr, damping = row.settings[preconditioner.value]
+    if optimizer in _COMPARATORS:
+        return Tuned(_COMPARATORS[optimizer], damping, "provisional: its authors' default, not tuned here")
+    elsewhere = "" if row.width == width else f"provisional at this width: tried at {row.width:g}; "
+    return Tuned(lr, damping, elsewhere + row.evidence)
+
+
+def resolve_auto(raw: DictConfig) -> None:
+    """Put numbers for ``auto`` into a composed configuration, in place.
+
+    Args:
+        raw: What Hydra composed, without its own ``hydra`` node.
+
+    Raises:
+        ConfigError: If a learning rate or a damping is neither a number nor ``auto``.
+    """
+    best = tuned(raw.preconditioner.name, raw.model.name, raw.model.width, raw.optimizer.name)
+    for node, key, number in (("optimizer", "lr", best.lr), ("preconditioner", "damping", best.damping)):
+        if key in raw[node]:
+            raw[node][key] = number if raw[node][key] == AUTO else _number(f"{node}.{key}", raw[node][key])
+
+
+def origin(config: Config) -> str:
+    """Return learning rate and damping of a run in words, and whether they are what ``auto`` stands for."""
+    lr, damping = config.optimizer.lr, None
+    if isinstance(config.preconditioner, KroneckerConfig):
+        damping = config.preconditioner.damping
+    values = f"lr {lr:g}" if damping is None else f"lr {lr:g}, damping {damping:g}"
+    best = tuned(config.preconditioner.name, config.model.name, config.model.width, config.optimizer.name)
+    if (lr, damping) != (best.lr, best.damping):
+        return values
+    plain = isinstance(config.model, PlainNetConfig) and not config.model.batch_norm
+    return f"{values} (auto; {best.evidence}{', with batch normalisation' if plain else ''})"
+
+
+def _number(key: str, value: object) -> float:
+    with contextlib.suppress(ValueError):  # a text that is no number
+        if isinstance(value, int | float | str) and not isinstance(value, bool):
+            return float(value)
+    raise ConfigError(f"{key} must be a number or {AUTO}, got {shown(value)}.")
