@@ -1,6 +1,6 @@
 """Hydra's launchers, which carry out runs elsewhere than in this process: what each needs, and how each fails.
 
-They are plugins, installed by ``pip install 'kfac_sua[cluster]'``.
+They are plugins, each a package of its own; ``pip install '.[cluster]'`` in a clone installs them all.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def missing_plugin(option: str) -> str | None:
     if option not in PLUGINS or _is_installed(PLUGINS[option]):
         return None
     package = PLUGINS[option].rpartition(".")[2].replace("_", "-")
-    return f"The launcher {option} needs {package}, which is not installed: pip install 'kfac_sua[cluster]'."
+    return f"The launcher {option} needs {package}, which is not installed: pip install {package}."
 
 
 def _is_installed(module: str) -> bool:

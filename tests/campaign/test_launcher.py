@@ -90,7 +90,7 @@ def test_bad_settings_are_one_sentence(tmp_path, capsys, arguments, sentence):
 def test_a_missing_plugin_is_named_with_what_installs_it(tmp_path, capsys, monkeypatch, launcher, package):
     """Campaigns and sweeps alike end with one sentence."""
     monkeypatch.setattr(launchers, "find_spec", lambda name: None)
-    sentence = f"The launcher {launcher} needs {package}, which is not installed: pip install 'kfac_sua[cluster]'.\n"
+    sentence = f"The launcher {launcher} needs {package}, which is not installed: pip install {package}.\n"
     assert main([*FIG1, "--out", str(tmp_path / "out"), "--launcher", launcher]) == 2
     assert capsys.readouterr().err == sentence
     monkeypatch.setattr("sys.argv", ["train", "-m", f"hydra/launcher={launcher}", "seed=0,1"])
