@@ -1,11 +1,45 @@
 """What ``auto`` comes to on this machine: the device, the precision of its products, and what choices go by."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 
 from kfac_sua.config import ConfigError, Device, Precision
 from kfac_sua.preconditioner.rates import OWN_RATES, DeviceRates, rates_in_force
+
+
+@dataclass(frozen=True)
+class CudaDevice:
+    """What of a CUDA device decides in which precisions it computes.
+
+    Attributes:
+        name: As its maker calls it.
+        precisions: Those that it has, bfloat16 only if it is not emulated.
+    """
+
+    name: str
+    precisions: frozenset[Precision]
+
+    @classmethod
+    def current(cls) -> "CudaDevice":
+        """Return that of this process, which has used CUDA from then on."""
+        precisions = (Precision.float32, Precision.tf32, Precision.bfloat16)
+        return cls(torch.cuda.get_device_name(), frozenset(filter(_current_has, precisions)))
+
+
+_known: list[CudaDevice] = []
+
+
+@contextmanager
+def knowing(device: CudaDevice) -> Iterator[None]:
+    """Choose inside by what another process has found out, so that this one need not use CUDA."""
+    _known.append(device)
+    try:
+        yield
+    finally:
+        _known.pop()
 
 
 def choose_device(device: Device) -> torch.device:
@@ -52,7 +86,7 @@ def choose_precision(precision: Precision, device: str) -> Precision:
     if precision is Precision.auto:
         return Precision.tf32 if _has(Precision.tf32, device) else Precision.float32
     if not _has(precision, device):
-        where = torch.cuda.get_device_name() if device == "cuda" else "the CPU"
+        where = (_known[-1].name if _known else torch.cuda.get_device_name()) if device == "cuda" else "the CPU"
         raise ConfigError(
             f"precision={precision}, which {where} does not have; use precision=float32 or precision=auto."
         )
@@ -82,9 +116,15 @@ def rates_as_configured(path: str | None, device: torch.device) -> AbstractConte
 
 
 def _has(precision: Precision, device: str) -> bool:
-    is_there = device == "cuda" and not torch.cuda.is_available()
+    if device != "cuda":
+        return precision is not Precision.tf32  # bfloat16 is autocast, be it emulated
+    if not torch.cuda.is_available():
+        return True
+    return precision in _known[-1].precisions if _known else _current_has(precision)
+
+
+def _current_has(precision: Precision) -> bool:
+    """Whether the CUDA device of this process has a precision."""
     if precision is Precision.tf32:
-        return is_there or (device == "cuda" and torch.cuda.is_tf32_supported())
-    if precision is Precision.bfloat16:  # on a CPU it is autocast, be it emulated
-        return is_there or device != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    return True
+        return torch.cuda.is_tf32_supported()
+    return precision is not Precision.bfloat16 or torch.cuda.is_bf16_supported(including_emulation=False)
