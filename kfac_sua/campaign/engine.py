@@ -9,7 +9,8 @@ from typing import Protocol
 from kfac_sua.campaign.cell import Cell, log_path
 from kfac_sua.campaign.jobs import run_as_jobs
 from kfac_sua.campaign.launcher import JOBLIB, SUBMITIT_LOCAL, Launcher
-from kfac_sua.campaign.pool import Task, run_all
+from kfac_sua.campaign.pool import run_all
+from kfac_sua.campaign.worker import Task
 
 
 class Engine(Protocol):

@@ -1,0 +1,96 @@
+"""Processes that start at once: each is a copy of one that has imported what a run needs, and has never used CUDA.
+
+However the process that starts them ends, they end too, after a checkpoint, and so does the one that is copied.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+
+# How long a process that is told to stop may take for its current step and its checkpoint.
+LEAVING_TIME_S = 30.0
+
+# What a run imports, some of it late, and what the command imports, which is its children's main module too: seconds
+# of work. None of it uses CUDA, which no copy could use any more, or leaves a thread that a copy would lack; those of
+# OpenBLAS end before each copy is made, and start again where they are needed.
+PRELOADED = (
+    "kfac_sua.training.loop",
+    "kfac_sua.campaign.dry_run",
+    "kfac_sua.campaign.publish",
+    "sklearn.datasets",
+    "torch._dynamo",
+    "torch.utils.tensorboard.summary",
+)
+
+# macOS, which has no CUDA, may end a copy of a process that has loaded its frameworks: CPython spawns there by default.
+METHOD = "forkserver" if sys.platform == "linux" else "spawn"
+
+# Those that Ctrl-C and schedulers send to a whole group: what is copied must outlive its copies, or no one would learn
+# how they end, and between its first instruction and its first line of Python a process cannot ignore them by itself.
+_HELD = {signal.SIGINT, signal.SIGTERM}
+
+
+def start(
+    target: Callable[[Connection], None], environment: Mapping[str, str] | None = None
+) -> tuple[BaseProcess, Connection]:
+    """Start a process. Its environment is that of this process now, and Ctrl-C does nothing to it.
+
+    Args:
+        target: What it does, given its end of a pipe: a function of a module.
+        environment: Variables that are its own, set before anything can use CUDA.
+
+    Returns:
+        The process, and this end of the pipe, which ends with it.
+    """
+    context = multiprocessing.get_context(METHOD)
+    ours, theirs = context.Pipe()
+    arguments = (target, theirs, {**os.environ, **(environment or {})})
+    process: BaseProcess = context.Process(target=_begin, args=arguments, daemon=True)  # type: ignore[attr-defined]
+    resource_tracker.ensure_running()  # it would let the signals through that are held below
+    if METHOD == "forkserver":
+        context.set_forkserver_preload(list(PRELOADED))
+        with _held_signals():
+            forkserver.ensure_running()
+        process.start()
+    else:
+        with _held_signals():
+            process.start()
+    theirs.close()  # so that the end of the process is the end of the pipe
+    return process, ours
+
+
+@contextlib.contextmanager
+def _held_signals() -> Iterator[None]:
+    """Hold signals back inside, from this thread and for as long as they like from the processes it starts."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin(target: Callable[[Connection], None], connection: Connection, environment: Mapping[str, str]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD)
+    os.environ.clear()  # what is copied has that of its own start
+    os.environ.update(environment)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    target(connection)
+
+
+def _leave_with_parent() -> None:
+    """End this process when its parent is gone, even by SIGKILL: no one would see the end of the run."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)  # a run writes a checkpoint
+    time.sleep(LEAVING_TIME_S)
+    os._exit(1)
