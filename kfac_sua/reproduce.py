@@ -24,7 +24,8 @@ from types import FrameType
 from kfac_sua.campaign.conduct import CampaignError, conduct
 from kfac_sua.campaign.definition import campaign_names, keep_methods, load_campaign, load_scale, scale_names
 from kfac_sua.campaign.dry_run import describe
-from kfac_sua.campaign.engine import Engine, Jobs, Workers, num_cores
+from kfac_sua.campaign.engine import RUNS_PER_GPU, Jobs, Workers, num_cores
+from kfac_sua.campaign.gpus import find_gpus
 from kfac_sua.campaign.jobs import LaunchError
 from kfac_sua.campaign.launcher import LAUNCHERS, SLURM, Launcher, load_launcher, require_cluster, with_device
 from kfac_sua.campaign.plan import Plan
@@ -34,7 +35,7 @@ from kfac_sua.command_line import BAD_INPUT, FAILED, count, say
 from kfac_sua.compose import compose_config
 from kfac_sua.config import ConfigError
 from kfac_sua.data import DataError
-from kfac_sua.device import choose_device, device_type
+from kfac_sua.device import choose_device, device_type, knowing
 from kfac_sua.figures.curves import FigureError
 from kfac_sua.launchers import launcher_overrides
 from kfac_sua.runs.collect import CollectError
@@ -85,20 +86,24 @@ def _carry_out(options: argparse.Namespace, command: str) -> None:
     scale = load_scale(campaign, options.scale)
     device, overrides, launcher = _resources(options)
     root = options.out or Path("outputs") / f"{campaign.name}-{options.scale}-{device}"
-    plan = Plan(campaign, scale, root, options.seeds, tuple(overrides))
-    plan.check()
-    engine: Engine = Jobs(launcher, root) if launcher else Workers(options.jobs or _default_jobs(device))
-    if options.dry_run:
-        print(describe(plan, options.select_by, engine))
-        return
-    if launcher is not None:
-        require_cluster(launcher)
-    with _only_one(root):
-        results = conduct(plan, options.select_by, engine)
-        paths = publish(
-            plan, scale=options.scale, device=device, rule=options.select_by, results=results, command=command
-        )
-    print(f"Wrote {', '.join(map(str, paths))}.")
+    gpus = find_gpus() if launcher is None and device == "cuda" else ()
+    with knowing(gpus[0].device) if gpus else contextlib.nullcontext():
+        plan = Plan(campaign, scale, root, options.seeds, tuple(overrides))
+        plan.check()
+        engine = Jobs(launcher, root) if launcher else Workers.sharing(gpus, options.jobs)
+        if options.dry_run:
+            print(describe(plan, options.select_by, engine))
+            return
+        if launcher is not None:
+            require_cluster(launcher)
+        with _only_one(root):
+            if engine.description:
+                print(engine.description, flush=True)
+            results = conduct(plan, options.select_by, engine)
+            paths = publish(
+                plan, scale=options.scale, device=device, rule=options.select_by, results=results, command=command
+            )
+        print(f"Wrote {', '.join(map(str, paths))}.")
 
 
 @contextlib.contextmanager
@@ -175,7 +180,8 @@ def _parser() -> argparse.ArgumentParser:
         "--jobs",
         type=count,
         metavar="N",
-        help="runs of the grid at the same time (one per core; on a GPU 1; slurm: array_parallelism)",
+        help=f"runs of the grid at the same time (one per core, and at most {RUNS_PER_GPU} on each GPU; slurm: "
+        "array_parallelism)",
     )
     parser.add_argument(
         "--launcher",

@@ -123,7 +123,7 @@ def _run(
     _check_data(waiting)
     estimator = Estimator([*unique, *like], plan.scale.seconds_per_step)
     left = shown_seconds(estimator.total(to_do, jobs))
-    print(f"{title}: {len(waiting)} of {len(unique)} runs to do, {jobs} at a time, {left}", flush=True)
+    print(f"{title}: {len(waiting)} of {len(unique)} runs to do, {engine.how(is_final=is_final)}, {left}", flush=True)
     ended: list[str] = []
     failures: dict[str, str] = {}
     progress = CampaignProgress(title, unique, estimator, jobs)

@@ -27,10 +27,10 @@ def describe(plan: Plan, rule: Rule, engine: Engine) -> str:
     both = None if grid_s is None or final_s is None else grid_s + final_s
     lines = [
         f"{plan.campaign.title}, in {plan.root}",
-        *([f"Launcher: {engine.description}"] if engine.description else []),
+        *([engine.description] if engine.description else []),
         *(_line(*each, estimator) for each in [*grid_states, *(final_states if chosen else [])]),
-        _sum("grid", grid_states, grid_s, f", {engine.jobs} at a time"),
-        _sum("final runs", final_states, final_s, _how_final(engine)),
+        _sum("grid", grid_states, grid_s, engine.how(is_final=False)),
+        _sum("final runs", final_states, final_s, engine.how(is_final=True)),
         f"together {shown_seconds(both)}",
     ]
     if not chosen:
@@ -41,12 +41,6 @@ def describe(plan: Plan, rule: Rule, engine: Engine) -> str:
     if plan.scale.measured_on:
         lines.append(f"The time of curves that have not run here is that of {plan.scale.measured_on}.")
     return "\n".join(lines)
-
-
-def _how_final(engine: Engine) -> str:
-    if engine.final_jobs == 1:
-        return ", alone on the device"
-    return f", {engine.final_jobs} at a time, each in a job of its own with the same resources"
 
 
 def _line(cell: Cell, state: CellState, estimator: Estimator) -> str:
@@ -64,4 +58,4 @@ def _status(cell: Cell, state: CellState) -> str:
 
 def _sum(title: str, states: list[tuple[Cell, CellState]], seconds: float | None, how: str) -> str:
     done = sum(state.has_ended for _, state in states)
-    return f"{title}: {len(states)} runs, {done} done, {len(states) - done} to do{how}: {shown_seconds(seconds)}"
+    return f"{title}: {len(states)} runs, {done} done, {len(states) - done} to do, {how}: {shown_seconds(seconds)}"

@@ -1,16 +1,22 @@
 """Who carries out the runs of a campaign: worker processes of this command, or a launcher of Hydra's."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from kfac_sua.campaign.cell import Cell, log_path
+from kfac_sua.campaign.gpus import Gpu
 from kfac_sua.campaign.jobs import run_as_jobs
 from kfac_sua.campaign.launcher import JOBLIB, SUBMITIT_LOCAL, Launcher
 from kfac_sua.campaign.pool import run_all
 from kfac_sua.campaign.worker import Task
+
+# An H200 took 44 runs of 3 epochs in 150 s from five processes: a run of this size leaves most of a GPU idle, and each
+# process also needs a core to launch its operations from.
+RUNS_PER_GPU = 5
 
 
 class Engine(Protocol):
@@ -22,11 +28,14 @@ class Engine(Protocol):
 
     @property
     def final_jobs(self) -> int:
-        """Final runs at the same time, whose seconds are compared: one, unless each has a machine to itself."""
+        """Final runs at the same time, whose seconds are compared: one, unless each has a device to itself."""
 
     @property
     def description(self) -> str:
-        """Who carries out the runs, and with what; empty if there is nothing to say."""
+        """Who carries out the runs, and with what, in a line; empty if there is nothing to say."""
+
+    def how(self, *, is_final: bool) -> str:
+        """Return how many runs are carried out at the same time, in words, and what each has."""
 
     def carry_out(
         self,
@@ -52,11 +61,62 @@ class Workers:
 
     Attributes:
         jobs: Runs of the grid at the same time.
+        gpus: The GPUs of this machine that they may use; none on a CPU.
     """
 
     jobs: int
-    final_jobs: int = 1
-    description: str = ""
+    gpus: tuple[Gpu, ...] = ()
+
+    @classmethod
+    def sharing(cls, gpus: Sequence[Gpu], jobs: int | None = None) -> "Workers":
+        """Return workers on GPUs or, without any, on the CPU.
+
+        Args:
+            gpus: The GPUs.
+            jobs: Runs of the grid at the same time; None is as many as the device bears, with a core each at least.
+        """
+        workers = cls(jobs or num_cores(), tuple(gpus))
+        most = RUNS_PER_GPU * len(workers.grid_gpus)
+        return workers if jobs or not gpus else cls(min(most, num_cores()), tuple(gpus))
+
+    @property
+    def grid_gpus(self) -> tuple[Gpu, ...]:
+        """Those with the precisions of the first, as these decide where the files of a run lie."""
+        return tuple(gpu for gpu in self.gpus if gpu.device.precisions == self.gpus[0].device.precisions)
+
+    @property
+    def final_gpus(self) -> tuple[Gpu, ...]:
+        """Those of the kind of the first, so that seconds can be compared."""
+        return tuple(gpu for gpu in self.gpus if gpu.device == self.gpus[0].device)
+
+    @property
+    def final_jobs(self) -> int:
+        """Final runs at the same time: one on each GPU of one kind, with a core at least."""
+        return max(1, min(len(self.final_gpus), num_cores()))
+
+    @property
+    def description(self) -> str:
+        """The GPUs, what bounds the runs on them, and which are left out of what."""
+        if not self.gpus:
+            return ""
+        parts = [f"GPUs: {_kinds(self.gpus)}"]
+        if self.jobs == num_cores() < RUNS_PER_GPU * len(self.grid_gpus):
+            parts.append(f"{self.jobs} cores bound the runs of the grid, as each needs one")
+        if len(self.grid_gpus) < len(self.gpus):
+            parts.append(f"grid on {_kinds(self.grid_gpus)}, as the others have other precisions")
+        if len(self.final_gpus) < len(self.gpus):
+            parts.append(f"final runs, whose seconds are compared, on {_kinds(self.final_gpus)}")
+        return "; ".join(parts)
+
+    def how(self, *, is_final: bool) -> str:
+        """Return how many runs are carried out at the same time, in words, and on which GPUs."""
+        if is_final:
+            return "alone on the device" if self.final_jobs == 1 else f"one at a time on each of {self.final_jobs} GPUs"
+        number = len(self.grid_gpus)
+        per_gpu, others = divmod(self.jobs, max(1, number))
+        if number > 1 and not others:
+            return f"{per_gpu} at a time on each of {number} GPUs"
+        return f"{self.jobs} at a time{f' on {number} GPU(s)' if number else ''}"
 
     def carry_out(
         self,
@@ -66,13 +126,14 @@ class Workers:
         on_end: Callable[[Cell, str | None], None],
         on_tick: Callable[[list[Cell]], None],
     ) -> None:
-        """Carry out runs: final ones alone, each in a process that finds no warm caches."""
-        jobs = self.final_jobs if is_final else self.jobs
+        """Carry out runs: final ones alone on their device, each in a process that finds no warm caches."""
+        jobs, gpus = (self.final_jobs, self.final_gpus) if is_final else (self.jobs, self.grid_gpus)
 
         def make_task(cell: Cell) -> Task:
             return Task(cell.config, log_path(cell), _fair_threads(jobs))
 
-        run_all(cells, make_task, jobs=jobs, reuse=not is_final, on_end=on_end, on_tick=on_tick)
+        entries = [gpu.entry for gpu in gpus]
+        run_all(cells, make_task, jobs=jobs, reuse=not is_final, gpus=entries, on_end=on_end, on_tick=on_tick)
 
 
 @dataclass(frozen=True)
@@ -100,7 +161,15 @@ class Jobs:
     @property
     def description(self) -> str:
         """The launcher with what each run gets."""
-        return self.launcher.describe()
+        return f"Launcher: {self.launcher.describe()}"
+
+    def how(self, *, is_final: bool) -> str:
+        """Return how many runs are carried out at the same time, in words."""
+        if not is_final:
+            return f"{self.jobs} at a time"
+        if self.final_jobs == 1:
+            return "alone on the device"
+        return f"{self.final_jobs} at a time, each in a job of its own with the same resources"
 
     def carry_out(
         self,
@@ -128,6 +197,11 @@ class Jobs:
 def num_cores() -> int:
     """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _kinds(gpus: Sequence[Gpu]) -> str:
+    numbers = Counter(gpu.device.name for gpu in gpus)
+    return ", ".join(f"{number} × {name}" for name, number in numbers.items())
 
 
 def _fair_threads(jobs: int) -> int | None:

@@ -9,6 +9,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING
 
+from kfac_sua.campaign.gpus import least_busy, visible_alone
 from kfac_sua.campaign.starting import LEAVING_TIME_S, start
 from kfac_sua.campaign.worker import Task, work
 
@@ -24,6 +25,7 @@ UNKNOWN_EXIT_CODE = 255
 class _Worker:
     process: BaseProcess
     connection: Connection
+    gpu: str | None
     cell: "Cell | None" = None
 
 
@@ -33,6 +35,7 @@ def run_all(
     *,
     jobs: int,
     reuse: bool,
+    gpus: Sequence[str] = (),
     on_end: "Callable[[Cell, str | None], None]",
     on_tick: "Callable[[list[Cell]], None]",
 ) -> None:
@@ -44,6 +47,7 @@ def run_all(
         jobs: Runs at the same time.
         reuse: Whether a worker takes one run after the other, which saves the imports; otherwise each run has a
             process of its own, so that none finds warm caches that another lacks.
+        gpus: GPUs to share the runs out over, each of which sees but one; none leaves the processes to see all.
         on_end: Called with each run that has ended and, if it failed, the reason in one sentence.
         on_tick: Called about once a second with the runs in progress.
 
@@ -53,8 +57,9 @@ def run_all(
     waiting = list(cells)
     with _workers() as workers:
         while waiting or any(worker.cell for worker in workers):
-            while waiting and sum(worker.cell is not None for worker in workers) < jobs:
-                _give(_idle(workers), waiting.pop(0), make_task)
+            while waiting and len(busy := [worker for worker in workers if worker.cell is not None]) < jobs:
+                gpu = least_busy(gpus, [worker.gpu for worker in busy])
+                _give(_idle(workers, gpu), waiting.pop(0), make_task)
             busy = [worker for worker in workers if worker.cell is not None]
             ready = wait([worker.connection for worker in busy], timeout=POLL_PERIOD_S)
             for worker in busy:
@@ -77,12 +82,13 @@ def _workers() -> "Iterator[list[_Worker]]":
         _stop(workers)
 
 
-def _idle(workers: list[_Worker]) -> _Worker:
-    """Return a worker without a run, a new one if need be."""
+def _idle(workers: list[_Worker], gpu: str | None) -> _Worker:
+    """Return a worker on a GPU that has no run, a new one if need be."""
     for worker in workers:
-        if worker.cell is None:
+        if worker.cell is None and worker.gpu == gpu:
             return worker
-    workers.append(_Worker(*start(work)))
+    process, connection = start(work, visible_alone(gpu))
+    workers.append(_Worker(process, connection, gpu))
     return workers[-1]
 
 

@@ -90,7 +90,7 @@ def test_joblib_one_run_raising(undisturbed, tmp_path):
     result = call(command)
     assert result.returncode == 0, result.stderr
     assert f"grid: 1 of {len(directories)} runs to do, 2 at a time" in result.stdout
-    assert "final runs: 1 of 1 runs to do, 1 at a time" in result.stdout
+    assert "final runs: 1 of 1 runs to do, alone on the device" in result.stdout
     assert_same_tables(undisturbed, tmp_path)
 
 
