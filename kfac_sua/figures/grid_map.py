@@ -88,13 +88,15 @@ def draw_grid_map(
 def _cells(
     grid: pd.DataFrame, chosen: Mapping[tuple[str, str], str], panels: list[str], names: list[str]
 ) -> pd.DataFrame:
-    """Return one row per run, in the order of the maps; NaN for what did not finish."""
-    last = grid.sort_values("epoch", kind="stable").groupby("run", sort=False).last()
-    best = 100 * grid.groupby("run")["val_error"].min()
+    """Return one row per panel, method and run, in the order of the maps; NaN for what did not finish."""
+    by_cell = ["panel", "method", "run"]  # panels that have become one configuration share their runs
+    last = grid.sort_values("epoch", kind="stable").groupby(by_cell, sort=False).last()
+    best = 100 * grid.groupby(by_cell)["val_error"].min()
     is_finished = last["status"] == "finished"
-    cells = last[["panel", "method", "base_lr", "damping", "status", "fingerprint"]].rename(columns={"base_lr": "lr"})
+    cells = last[["base_lr", "damping", "status", "fingerprint"]].rename(columns={"base_lr": "lr"})
     cells["train_loss"] = last["train_loss"].where(is_finished)
     cells["val_error_percent"] = best.reindex(last.index).where(is_finished)
+    cells = cells.reset_index(["panel", "method"])
     keys = list(zip(cells["panel"], cells["method"], strict=True))
     pairs = zip(keys, cells["fingerprint"], strict=True)
     cells["is_chosen"] = [chosen.get(key) == fingerprint for key, fingerprint in pairs]

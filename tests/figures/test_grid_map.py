@@ -171,3 +171,16 @@ def test_a_loss_that_exploded_does_not_flatten_the_colours(drawn, tmp_path):
     found = texts(drawn[0])
     assert "≥ 2.30" in found
     assert short_number(3e5) in found
+
+
+def test_panels_that_share_their_runs_each_have_all_cells(drawn, tmp_path):
+    """At a small scale two panels may be one configuration; the maps of both are there, and both choices framed."""
+    left = _grid(["sua"])
+    grid = pd.concat([left, left.assign(panel="right")], ignore_index=True)
+    chosen = {("vgg11", "sua"): "sua-0.03-0.1", ("right", "sua"): "sua-0.01-0.01"}
+    table = pd.read_csv(draw_grid_map(grid, tmp_path, chosen=chosen)[2])
+    assert table.groupby("panel").size().to_dict() == {"vgg11": 12, "right": 12}
+    assert table.groupby("panel")["is_chosen"].sum().to_dict() == {"vgg11": 1, "right": 1}
+    numbers = [table.loc[table["panel"] == name, "val_error_percent"].tolist() for name in ("vgg11", "right")]
+    np.testing.assert_array_equal(*numbers)
+    assert_readable(drawn[0])
