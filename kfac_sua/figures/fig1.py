@@ -33,16 +33,18 @@ from kfac_sua.figures.lines import (
 )
 from kfac_sua.figures.panels import check_uniform, method_names, with_names
 from kfac_sua.figures.style import METHODS, MethodStyle
+from kfac_sua.figures.titles import subject
 from kfac_sua.runs.collect import (
     CollectError,
     collect_runs,
+    final_runs_root,
     final_table,
-    format_table,
     require_one_precision,
     require_runs,
     select_best,
 )
 from kfac_sua.runs.record import RecordError
+from kfac_sua.runs.summary import format_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -94,16 +96,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: Command line without the program's name; None reads it from the process.
     """
     parser = argparse.ArgumentParser(prog="python -m kfac_sua.figures.fig1", description="Draw Figure 1.")
-    parser.add_argument("root", type=Path, metavar="RUNS_ROOT", help="directory searched for runs")
+    parser.add_argument("root", type=Path, metavar="RUNS_ROOT", help="directory searched for runs, or a campaign's")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of the files")
-    parser.add_argument("--title", help="line above the panels")
+    parser.add_argument("--title", help="line above the panels (the network and the data set)")
     parser.add_argument("--methods", nargs="+", choices=_PAPER_METHODS, default=_PAPER_METHODS)
     options = parser.parse_args(arguments)
     try:
-        frame = collect_runs(options.root)
+        frame = collect_runs(final_runs_root(options.root))
         require_runs(frame, options.methods)
         best = select_best(frame[frame["preconditioner"].isin(options.methods)])
-        paths = draw_figure1(best, options.out, options.title)
+        paths = draw_figure1(best, options.out, options.title or subject(best))
     except (CollectError, RecordError, FigureError) as error:
         raise SystemExit(str(error)) from error
     except OSError as error:

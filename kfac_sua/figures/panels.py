@@ -71,10 +71,10 @@ def check_uniform(frame: pd.DataFrame, place: str) -> None:
         place: What holds them, for the message, such as ``Figure 1``.
 
     Raises:
-        FigureError: If there is not exactly one data set and one model.
+        FigureError: If there is not exactly one data set, one model and one width of it.
     """
-    for column in ("dataset", "model"):
-        values = sorted(set(frame[column]))
+    for column in ("dataset", "model", *(["width"] if "width" in frame else [])):  # tables of before have no width
+        values = sorted(f"{value:g}" if column == "width" else value for value in set(frame[column]))
         if len(values) != 1:
             found = ", ".join(values) or "none"
             raise FigureError(f"{place} needs runs of one {column}, got {found}; give the directory of one.")

@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from kfac_sua.config import PreconditionerName
+from kfac_sua.figures.style import METHODS
 from kfac_sua.runs.record import (
     COLUMNS,
     ENDED,
@@ -25,8 +25,12 @@ from kfac_sua.runs.record import (
     read_ended_records,
     read_run_info,
 )
+from kfac_sua.runs.summary import format_table
 
-SETTING_COLUMNS = ("dataset", "model", "preconditioner", "base_lr", "damping", "precision", "fingerprint")
+SETTING_COLUMNS = (
+    *("dataset", "model", "width", "preconditioner", "optimizer", "schedule"),
+    *("base_lr", "damping", "precision", "fingerprint"),
+)
 RUN_COLUMNS = ("run", *SETTING_COLUMNS, "seed", "status", "test_error")
 QUANTITIES = (
     "epochs",
@@ -65,9 +69,34 @@ def collect_runs(root: Path) -> pd.DataFrame:
     orphans = [path.parent for path in sorted(root.rglob("metrics.csv")) if path.with_name("run.json") not in paths]
     if orphans:
         raise CollectError(f"{orphans[0]} has metrics.csv but no run.json; restore it or remove the directory.")
-    frame = pd.DataFrame([row for path in paths for row in run_rows(root, path)], columns=[*RUN_COLUMNS, *COLUMNS])
+    frame = collect_directories(root, [path.parent for path in paths])
     _check_unique(frame)
     return frame
+
+
+def collect_directories(root: Path, directories: Sequence[Path]) -> pd.DataFrame:
+    """Return the same of some runs.
+
+    Args:
+        root: Directory to which the names of the runs are relative.
+        directories: The directories of the runs.
+
+    Raises:
+        CollectError: If the epochs of a run are not in order, or missing although it has finished.
+        RecordError: If a file of a run cannot be read.
+    """
+    rows = [row for path in directories for row in run_rows(root, path / "run.json")]
+    return pd.DataFrame(rows, columns=[*RUN_COLUMNS, *COLUMNS])
+
+
+def final_runs_root(root: Path) -> Path:
+    """Return the directory of the runs that figures show: of a campaign that of its final runs, else the one given.
+
+    Args:
+        root: Directory of a campaign, with its ``grid`` and ``final`` runs, or any directory of runs.
+    """
+    final = root / "final"
+    return final if final.is_dir() and (root / "grid").is_dir() else root
 
 
 def run_rows(root: Path, path: Path) -> list[dict[str, Any]]:
@@ -148,12 +177,13 @@ def final_table(frame: pd.DataFrame) -> pd.DataFrame:
         frame: Result of ``collect_runs``.
 
     Returns:
-        ``SETTING_COLUMNS``, the counts ``finished``, ``diverged``, ``running`` and ``failed``, then per name in
-        ``QUANTITIES`` ``<name>_mean`` and ``<name>_std`` over the finished seeds: NaN without one, and the
-        sample standard deviation is NaN with one. Losses and ``final_val_error`` are those of the last epoch.
+        ``SETTING_COLUMNS``, the counts ``finished``, ``diverged``, ``running`` and ``failed``, ``seeds`` as text, then
+        per name in ``QUANTITIES`` ``<name>_mean`` and ``<name>_std`` over the finished seeds: NaN without one, and the
+        sample standard deviation is NaN with one. Losses and ``final_val_error`` are those of the last epoch. Rows
+        stand in the order of the figures' curves.
     """
-    setting = list(SETTING_COLUMNS)
-    summaries = pd.DataFrame([_summary(run) for _, run in frame.groupby("run", sort=False)])
+    setting = [name for name in SETTING_COLUMNS if name in frame]  # tables of before have fewer
+    summaries = pd.DataFrame([_summary(run, setting) for _, run in frame.groupby("run", sort=False)])
     # dropna=False keeps the baseline, whose damping is NaN.
     counts = summaries.groupby([*setting, "status"], dropna=False).size().unstack("status", fill_value=0)
     counts = counts.reindex(columns=[*ENDED, *UNENDED], fill_value=0)
@@ -161,8 +191,9 @@ def final_table(frame: pd.DataFrame) -> pd.DataFrame:
     measured = summaries[setting].join(summaries[list(QUANTITIES)].astype(float).where(is_finished))
     numbers = measured.groupby(setting, dropna=False).agg(["mean", "std"])
     numbers.columns = numbers.columns.map("_".join)
-    table = counts.join(numbers).reset_index().rename_axis(columns=None)
-    return table.sort_values(setting, key=_in_paper_order, kind="stable", ignore_index=True)
+    seeds = summaries.groupby(setting, dropna=False)["seed"].agg(_seeds_text)
+    table = counts.join(seeds.rename("seeds")).join(numbers).reset_index().rename_axis(columns=None)
+    return table.sort_values(setting, key=_in_order_of_figures, kind="stable", ignore_index=True)
 
 
 def select_best(frame: pd.DataFrame, by: str = "best_val_error") -> pd.DataFrame:
@@ -188,28 +219,6 @@ def select_best(frame: pd.DataFrame, by: str = "best_val_error") -> pd.DataFrame
     ranked = ended.sort_values(["diverged", f"{by}_mean", "train_loss_mean"], kind="stable")
     best = ranked.drop_duplicates(["dataset", "model", "preconditioner"])
     return frame[frame["fingerprint"].isin(best["fingerprint"])].reset_index(drop=True)
-
-
-def format_table(table: pd.DataFrame) -> str:
-    """Return the result of ``final_table`` as text, each quantity as mean ± standard deviation.
-
-    Settings say in which precision they computed where that is not the same for all, so that seconds are not compared.
-
-    Args:
-        table: Result of ``final_table``.
-
-    Returns:
-        Lines for a terminal, without a newline at the end.
-    """
-    has_several = table["precision"].nunique() > 1
-    settings = ["dataset", "model", "preconditioner", "base_lr", "damping", *(["precision"] if has_several else [])]
-    shown = table[settings].copy()
-    shown["damping"] = [f"{value:g}" if not math.isnan(value) else "-" for value in table["damping"]]
-    shown["runs"] = [_count_text(row) for _, row in table.iterrows()]
-    for name in QUANTITIES:
-        pairs = zip(table[f"{name}_mean"], table[f"{name}_std"], strict=True)
-        shown[name] = [_spread_text(mean, std) for mean, std in pairs]
-    return shown.to_string(index=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -246,7 +255,10 @@ def _run_values(root: Path, path: Path, info: RunInfo) -> dict[str, Any]:
             "run": path.parent.relative_to(root).as_posix(),
             "dataset": str(info.config["dataset"]["name"]),
             "model": str(info.config["model"]["name"]),
+            "width": float(info.config["model"]["width"]),
             "preconditioner": name,
+            "optimizer": str(info.config["optimizer"]["name"]),
+            "schedule": str(info.config["schedule"]["name"]),
             "base_lr": float(info.config["optimizer"]["lr"]),
             "damping": math.nan if name == "baseline" else float(preconditioner["damping"]),
             "precision": info.precision,
@@ -274,10 +286,10 @@ def _check_unique(frame: pd.DataFrame) -> None:
         raise CollectError(f"{first} and {second} are the same run (equal configuration and seed); move one away.")
 
 
-def _summary(run: pd.DataFrame) -> dict[str, Any]:
+def _summary(run: pd.DataFrame, setting: Sequence[str]) -> dict[str, Any]:
     """Return the setting, the status and the quantities of one run, whose rows are its epochs in order."""
     last = run.iloc[-1]
-    kept = (*SETTING_COLUMNS, "status", "train_loss", "train_eval_loss", "test_error")
+    kept = (*setting, "seed", "status", "train_loss", "train_eval_loss", "test_error")
     return {name: last[name] for name in kept} | {
         "epochs": last["epoch"],
         "best_val_error": run["val_error"].min(),
@@ -286,25 +298,19 @@ def _summary(run: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def _in_paper_order(column: "pd.Series[Any]") -> "pd.Series[Any]":
+def _seeds_text(seeds: "pd.Series[int]") -> str:
+    """Return seeds as ``0``, ``0, 1``, or ``0 to 4`` where three or more follow each other."""
+    values = sorted(seeds)
+    is_range = len(values) > 2 and values == list(range(values[0], values[-1] + 1))
+    return f"{values[0]} to {values[-1]}" if is_range else ", ".join(map(str, values))
+
+
+def _in_order_of_figures(column: "pd.Series[Any]") -> "pd.Series[Any]":
     """Return sort keys: methods in the order of the figures, everything else by value."""
     if column.name != "preconditioner":
         return column
-    order = {name.value: position for position, name in enumerate(PreconditionerName)}
+    order = {name: position for position, name in enumerate(METHODS)}
     return column.map(lambda name: order.get(name, len(order)))
-
-
-def _count_text(row: "pd.Series[Any]") -> str:
-    """Return how many runs ended how, such as ``3`` or ``2 +1 diverged``."""
-    others = [f" +{row[name]} {name}" for name in ("diverged", *UNENDED) if row[name]]
-    return f"{row['finished']}{''.join(others)}"
-
-
-def _spread_text(mean: float, std: float) -> str:
-    """Return ``mean ± std`` with four significant digits; without spread where there is none."""
-    if math.isnan(mean):
-        return "-"
-    return f"{mean:.4g}" if math.isnan(std) or std == 0 else f"{mean:.4g} ± {std:.2g}"
 
 
 if __name__ == "__main__":

@@ -34,8 +34,9 @@ def run_info(preconditioner: str = "sua", seed: int = 0, lr: float = 0.1, **valu
         group["damping"] = 0.01
     config = {
         "preconditioner": group,
-        "optimizer": {"lr": lr},
-        "model": {"name": "tiny"},
+        "optimizer": {"name": "sgd", "lr": lr},
+        "schedule": {"name": "constant"},
+        "model": {"name": "tiny", "width": 1.0},
         "dataset": {"name": "digits"},
         "seed": seed,
     }

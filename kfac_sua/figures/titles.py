@@ -1,0 +1,67 @@
+"""What runs are, in words from their records: the network, the data set, and what tells panels apart."""
+
+from typing import Any
+
+import pandas as pd
+
+# Names of the configuration as the literature writes them; any other is written as it is.
+_WRITTEN = {
+    **{"vgg11": "VGG11", "preact_resnet50": "PreAct-ResNet50"},
+    **{"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"},
+    **{"constant": "constant learning rate", "step": "decay", "cosine": "cosine decay"},
+}
+
+
+def subject(rows: pd.DataFrame) -> str:
+    """Return what was trained on what, such as ``VGG11 (width 0.25) on CIFAR-10``.
+
+    Args:
+        rows: Rows of ``collect_runs``; those of before ``width`` and ``schedule`` were collected say less.
+    """
+    return f"{_networks(rows)} on {_written(rows, 'dataset')}"
+
+
+def panel_subjects(frame: pd.DataFrame) -> dict[str, str]:
+    """Return a title per panel, from what the records say of it.
+
+    Args:
+        frame: Rows of ``collect_runs`` with ``panel``.
+
+    Returns:
+        Titles by name, in order: the subject of a single panel; of several the data set, the network and the schedule
+        where these differ between panels, and the panels' names where that does not tell all of them apart.
+    """
+    panels = {str(name): rows for name, rows in frame.groupby("panel", sort=False)}
+    if len(panels) == 1:
+        return {name: subject(rows) for name, rows in panels.items()}
+    have_networks = len({_networks(rows) for rows in panels.values()}) > 1
+    have_schedules = len({_written(rows, "schedule") for rows in panels.values()}) > 1
+    titles = {}
+    for name, rows in panels.items():
+        what = subject(rows) if have_networks else _written(rows, "dataset")
+        titles[name] = f"{what}, {_written(rows, 'schedule')}" if have_schedules else what
+    is_unique = len(set(titles.values())) == len(titles)
+    return titles if is_unique else {name: f"{name}: {title}" for name, title in titles.items()}
+
+
+def _networks(rows: pd.DataFrame) -> str:
+    """Return the networks, each with its width unless that is the published one."""
+    columns = ["model", *(["width"] if "width" in rows else [])]
+    kinds = rows[columns].drop_duplicates().to_dict("records")
+    return _listed([_name(kind["model"]) + _width(kind.get("width", 1.0)) for kind in kinds])
+
+
+def _width(width: float) -> str:
+    return "" if width == 1 else f" (width {width:g})"
+
+
+def _written(rows: pd.DataFrame, column: str) -> str:
+    return _listed([_name(value) for value in rows[column].unique()]) if column in rows else ""
+
+
+def _name(value: Any) -> str:
+    return _WRITTEN.get(str(value), str(value))
+
+
+def _listed(items: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(items[:-1]), items[-1]]))
