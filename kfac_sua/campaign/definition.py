@@ -38,11 +38,17 @@ class Curve:
 
 @dataclasses.dataclass(kw_only=True)
 class Panel:
-    """Curves that are compared with each other: one network, one data set, one schedule."""
+    """Curves that are compared with each other: one network, one data set, one schedule.
+
+    Attributes:
+        name: What the panel is called in records, unique within the campaign.
+        curves: What is trained.
+        title: Heading in figures and report, which comes from the records of the runs (``titles.py``).
+    """
 
     name: str = MISSING
-    title: str = MISSING
     curves: list[Curve] = MISSING
+    title: str = ""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -72,7 +78,7 @@ class Campaign:
 
     Attributes:
         name: File in ``configs/campaign``.
-        title: Heading of its figure and report.
+        title: Heading of its figure and report, up to what the records of the runs say themselves (``titles.py``).
         figure: Which drawing: ``fig1`` (loss per epoch, error per second) or ``fig2`` (both errors per second).
         claims: Claims of the paper (``claims.py``) that it decides.
         differences: Sentences for the report: what is not as in the paper.

@@ -1,11 +1,11 @@
 """From the results of a campaign to its figures, tables and report in one directory."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 
-from kfac_sua.campaign.cell import read_cell_info
+from kfac_sua.campaign.cell import Cell, read_cell_info
 from kfac_sua.campaign.claims import CLAIMS, judge
 from kfac_sua.campaign.conduct import Results
 from kfac_sua.campaign.definition import Campaign
@@ -14,6 +14,7 @@ from kfac_sua.campaign.report import ReportInput, write_report
 from kfac_sua.campaign.selection import RULE_SENTENCES, Rule
 from kfac_sua.campaign.sensitivity import rule_table
 from kfac_sua.campaign.targets import target_table
+from kfac_sua.campaign.titles import titled
 from kfac_sua.figures.fig1 import draw_figure1
 from kfac_sua.figures.fig2 import draw_figure2
 from kfac_sua.figures.grid_map import draw_grid_map
@@ -21,6 +22,7 @@ from kfac_sua.figures.style import MethodStyle, method_styles
 from kfac_sua.figures.time_split import draw_time_split
 from kfac_sua.figures.time_to_target import draw_time_to_target
 from kfac_sua.runs.environment import source_commit
+from kfac_sua.runs.record import RunInfo
 
 _WRITTEN = (".csv", ".png", ".svg", ".md", ".html")
 
@@ -51,8 +53,9 @@ def publish(plan: Plan, *, scale: str, device: str, rule: Rule, results: Results
             path.unlink()
     results.grid.to_csv(out_dir / "grid_runs.csv", index=False)
     results.finals.to_csv(out_dir / "final_runs.csv", index=False)
+    campaign = titled(plan.campaign, results.finals)
     report = ReportInput(
-        campaign=plan.campaign,
+        campaign=campaign,
         scale=scale,
         scale_settings=plan.scale,
         device=device,
@@ -65,14 +68,19 @@ def publish(plan: Plan, *, scale: str, device: str, rule: Rule, results: Results
         choices=results.choices,
         targets=targets,
         verdicts=[judge(claim, results.finals) for claim in claims],
-        figures=_draw(plan.campaign, scale, results, targets, out_dir),
-        infos=[read_cell_info(cell) for cell in (*results.grid_cells, *results.final_cells)],
+        figures=_draw(campaign, scale, results, targets, out_dir),
+        infos=_infos([*results.grid_cells, *results.final_cells]),
         by_rule=rule_table(results.grid, claims, results.grid_cells[0].config.dataset.validation_size),
         source_commit=source_commit(),
-        final_infos=[read_cell_info(cell) for cell in results.final_cells],
+        final_infos=_infos(results.final_cells),
         overrides=plan.overrides,
     )
     return list(write_report(report, out_dir))
+
+
+def _infos(cells: Sequence[Cell]) -> list[RunInfo]:
+    """Return run.json of every run, once where curves share it."""
+    return [read_cell_info(cell) for cell in {cell.directory.path: cell for cell in cells}.values()]
 
 
 def _decidable(campaign: Campaign) -> list[str]:

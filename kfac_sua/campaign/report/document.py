@@ -14,6 +14,7 @@ from kfac_sua.campaign.report.html import render_html
 from kfac_sua.campaign.report.paper import CITATION, TITLE, URL, difference_section, limit_section
 from kfac_sua.campaign.report.provenance import command_section, dirty_warning, environment_section, timing_warning
 from kfac_sua.campaign.report.results import final_problems, final_section, target_section
+from kfac_sua.campaign.report.shared import shared_paragraph
 from kfac_sua.campaign.report.text import code, count, escape, join
 from kfac_sua.campaign.report.tuning import tuning_section
 from kfac_sua.campaign.report.verdicts import rule_section, verdict_section, verdict_summary
@@ -119,9 +120,7 @@ def _document(report: ReportInput, addresses: Mapping[str, str]) -> str:
 def _opening(report: ReportInput) -> list[str]:
     """Return what this is, and what a reader must know before any number."""
     curves = sum(len(panel.curves) for panel in report.campaign.panels)
-    grid_runs, final_runs = (
-        len(frame.drop_duplicates(["panel", "method", "run"])) for frame in (report.grid, report.finals)
-    )
+    grid_runs, final_runs = (frame["run"].nunique() for frame in (report.grid, report.finals))
     about = (
         f"Campaign {code(report.campaign.name)} at scale {code(report.scale)} on {code(report.device)}, after"
         f" [{CITATION}, *{TITLE}*]({URL}). {count(grid_runs, 'grid run')} chose the learning rate, and the damping"
@@ -136,7 +135,8 @@ def _opening(report: ReportInput) -> list[str]:
     if summary and report.scale != "full":
         summary += f" These are verdicts at scale {code(report.scale)} on this device, not at the paper's own size."
     warnings = [dirty_warning(report.infos), timing_warning(report.final_infos)]
-    return [about, f"Verdicts: {summary}" if summary else "", problems, *warnings]
+    shared = shared_paragraph(report.campaign, report.finals)
+    return [about, shared, f"Verdicts: {summary}" if summary else "", problems, *warnings]
 
 
 def _address(path: Path, out_dir: Path) -> str:

@@ -162,8 +162,11 @@ def _minute(time: str) -> str:
 
 
 def _cost(stage: str, frame: pd.DataFrame) -> str:
-    """Return how many runs of a stage there are, how they ended, and the training seconds of all together."""
-    runs = frame.groupby(["panel", "method", "run"], sort=False).agg({"status": "last", "train_time_s": "max"})
+    """Return how many runs of a stage there are, how they ended, and the training seconds of all together.
+
+    A run that curves share has cost once.
+    """
+    runs = frame.groupby("run", sort=False).agg({"status": "last", "train_time_s": "max"})
     others = [f"{int((runs['status'] == name).sum())} {name}" for name in ("diverged", *UNENDED)]
     others = [text for text in others if not text.startswith("0 ")]
     hours = float(runs["train_time_s"].sum()) / 3600
