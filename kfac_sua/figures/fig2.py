@@ -1,15 +1,21 @@
 """Figure 2 of the paper: training (dashed) and validation error (solid) against training time, one panel per task.
 
+Command line: ``python -m kfac_sua.figures.fig2 RUNS_ROOT --out DIR [--title T] [--methods baseline sua_grouped]``.
+
 Means, bands and diverged runs are as in Figure 1. As dashes tell training from validation here, methods differ in
 colour and marker; the markers of training curves are empty.
 """
 
+import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from kfac_sua.command_line import BAD_INPUT, say
+from kfac_sua.config import PreconditionerName
 from kfac_sua.figures.curves import FigureError, Method, method_curves
 from kfac_sua.figures.files import PAGE_WIDTH, write_figure
 from kfac_sua.figures.lines import (
@@ -26,7 +32,18 @@ from kfac_sua.figures.lines import (
 )
 from kfac_sua.figures.panels import check_uniform, method_names, panel_titles, with_names
 from kfac_sua.figures.style import METHODS, MethodStyle, wrapped
-from kfac_sua.runs.collect import require_one_precision
+from kfac_sua.figures.titles import panel_subjects, subject
+from kfac_sua.runs.collect import (
+    CollectError,
+    collect_runs,
+    final_runs_root,
+    final_table,
+    require_one_precision,
+    require_runs,
+    select_best,
+)
+from kfac_sua.runs.record import ENDED, RecordError
+from kfac_sua.runs.summary import format_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,6 +106,56 @@ def draw_figure2(
 
     size = (width, 0.6 + 2.4 * rows + 0.18 * legend_rows)
     return write_figure(draw, _plotted_numbers(drawn), out_dir, name, size, title)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Draw Figure 2 from all runs below a directory: a panel per task, in it the best setting per method.
+
+    Args:
+        arguments: Command line without the program's name; None reads it from the process.
+
+    Returns:
+        0 if it is drawn, otherwise 2, after a sentence on why it is not.
+    """
+    parser = argparse.ArgumentParser(prog="python -m kfac_sua.figures.fig2", description="Draw Figure 2.")
+    parser.add_argument(
+        "root", type=Path, metavar="RUNS_ROOT", help="directory searched for runs, or a campaign's (its final runs)"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of the files")
+    parser.add_argument("--title", help="line above the panels (the network and the data sets)")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=[name.value for name in PreconditionerName],
+        help="only these, all of which each panel must have (all that have ended)",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        best = _best_per_panel(collect_runs(final_runs_root(options.root)), options.methods)
+        titles = list(panel_subjects(best).items())
+        paths = draw_figure2(best, titles, options.out, options.title or subject(best))
+    except (CollectError, RecordError, FigureError) as error:
+        return say(error, BAD_INPUT)
+    except OSError as error:
+        return say(f"Cannot write the figure to {options.out}: {error.strerror or error}.", BAD_INPUT)
+    print("Best setting per panel and method, by the lowest mean validation error:")
+    print(format_table(final_table(best)))
+    print(f"Wrote {', '.join(map(str, paths))}.")
+    return 0
+
+
+def _best_per_panel(frame: pd.DataFrame, methods: Sequence[str] | None) -> pd.DataFrame:
+    """Return the runs of the best setting per task and method; sorted, tasks are the paper's panels in their order."""
+    if not frame["status"].isin(ENDED).any():
+        require_runs(frame, methods or sorted(set(frame["preconditioner"])))
+    parts = []
+    for (dataset, model, width, schedule), runs in frame.groupby(["dataset", "model", "width", "schedule"]):
+        if methods:
+            runs = runs[runs["preconditioner"].isin(methods)]
+            require_runs(runs, methods)
+        if runs["status"].isin(ENDED).any():
+            parts.append(select_best(runs).assign(panel=f"{dataset} {model} {width:g} {schedule}"))
+    return pd.concat(parts, ignore_index=True)
 
 
 def _panel_methods(rows: pd.DataFrame, panel: str, styles: Mapping[str, MethodStyle]) -> list[Method]:
@@ -169,3 +236,7 @@ def _handles(labels: Mapping[str, str], styles: Mapping[str, MethodStyle]) -> "l
     methods = {name: styles[name] for name in labels if name not in lines}
     lines |= {name: Line2D([], [], color=style.color, marker=style.marker) for name, style in methods.items()}
     return [lines[name] for name in labels]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,13 +1,16 @@
 """Figure 2: its panels, its two kinds of lines, and its numbers."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 from figures.layout import assert_readable, assert_same_bytes, assert_written, texts
 from figures.synthetic_frames import PAPER, finals
+from runs.synthetic_runs import epoch_record, run_info, write_run
 
 from kfac_sua.figures.curves import FigureError
-from kfac_sua.figures.fig2 import draw_figure2
+from kfac_sua.figures.fig2 import draw_figure2, main
 from kfac_sua.figures.style import METHODS, method_styles
 
 PANELS = [("left", "CIFAR-10, constant learning rate"), ("middle", "CIFAR-10, decay"), ("right", "CIFAR-100, decay")]
@@ -109,3 +112,46 @@ def test_what_cannot_be_drawn_is_refused(frame, tmp_path):
     with pytest.raises(FigureError, match="No style for method 'sua_grouped'"):
         draw_figure2(frame, PANELS, tmp_path, styles=method_styles(["baseline"]))
     assert not list(tmp_path.iterdir())
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+
+def _write(root: Path, schedule: str, method: str, lr: float, error: float) -> None:
+    """Write one run of three epochs."""
+    config = run_info(method, lr=lr).config | {"schedule": {"name": schedule}}
+    records = [epoch_record(epoch, val_error=error / epoch) for epoch in (1, 2, 3)]
+    write_run(root / schedule, records, method, lr=lr, config=config, fingerprint=f"{schedule}-{method}-{lr}")
+
+
+def test_command_line_draws_a_panel_per_task_with_the_best_settings(drawn, tmp_path, capsys):
+    """Titles come from the records, and so does the choice; of a campaign's directory the final runs are drawn."""
+    for schedule in ("constant", "step"):
+        for method in METHODS_DRAWN:
+            _write(tmp_path / "final", schedule, method, 0.1, 0.6)
+            _write(tmp_path / "final", schedule, method, 0.3, 0.9)
+            _write(tmp_path / "grid", schedule, method, 0.1, 0.3)  # the same settings, which a wrong root would refuse
+    assert main([str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "tiny on digits" in printed
+    assert "fig2.png" in printed
+    shown = texts(drawn[0])
+    assert {"tiny on digits", "(a) digits, constant learning rate", "(b) digits, decay"} <= set(shown)
+    table = pd.read_csv(tmp_path / "out" / "fig2.csv")
+    assert set(table["base_lr"]) == {0.1}
+    assert table.loc[table["quantity"] == "val_error_percent", "mean"].min() == pytest.approx(20.0)
+
+
+def test_command_line_says_in_one_sentence_why_not(tmp_path, capsys):
+    """No runs, none that has ended, or none of a method asked for; exit code 2 and no file."""
+    out = ["--out", str(tmp_path / "out")]
+    assert main([str(tmp_path), *out]) == 2
+    write_run(tmp_path / "running", [epoch_record(1)], "sua", status="running")
+    assert main([str(tmp_path / "running"), *out]) == 2
+    _write(tmp_path / "ended", "constant", "baseline", 0.1, 0.5)
+    assert main([str(tmp_path / "ended"), *out, "--methods", "baseline", "sua_grouped"]) == 2
+    none, running, missing = capsys.readouterr().err.splitlines()
+    assert none.startswith(f"No run below {tmp_path}")
+    assert "sua still marked as running" in running
+    assert "have no finished run: sua_grouped;" in missing
+    assert not (tmp_path / "out").exists()
