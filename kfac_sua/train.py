@@ -6,6 +6,7 @@ if __name__ == "__main__":  # before the imports that take seconds
     leave_on_interrupt()
 
 import contextlib
+import dataclasses
 import os
 import signal
 import sys
@@ -22,13 +23,14 @@ from omegaconf.errors import OmegaConfBaseException
 from kfac_sua.checks import check_environment
 from kfac_sua.command_line import BAD_INPUT, FAILED, say
 from kfac_sua.compose import compose_cells, to_config
-from kfac_sua.config import CONFIG_DIR, CONFIG_NAME, VERSION_BASE, ConfigError
+from kfac_sua.config import CONFIG_DIR, CONFIG_NAME, VERSION_BASE, Config, ConfigError
 from kfac_sua.data import DataError
 from kfac_sua.explain import explain
 from kfac_sua.launchers import killed_sentence, was_killed
 from kfac_sua.runs.lock import RunBusyError
 from kfac_sua.runs.record import RecordError
 from kfac_sua.startup import raise_on_interrupt
+from kfac_sua.sweep import number_override, place_in_sweep, say_summary
 from kfac_sua.training.checkpoint import CheckpointError
 from kfac_sua.training.launch import Launch, read_launch
 from kfac_sua.training.loop import run
@@ -109,17 +111,20 @@ def _raised_errors() -> Iterator[None]:
 
 def _debug() -> int:
     """Carry out the command line, whose errors all come through."""
-    sys.argv[1:] = _checked_arguments(sys.argv[1:])
+    sys.argv[1:], cells = _checked_arguments(sys.argv[1:])
     _with_hydra(train)()
+    say_summary(cells)
     return 0
 
 
 def _carry_out() -> int:
     """Carry out the command line, say in one sentence what a user can cause, and return the exit code."""
+    cells: list[Config] = []
     try:
-        sys.argv[1:] = _checked_arguments(sys.argv[1:])
+        sys.argv[1:], cells = _checked_arguments(sys.argv[1:])
         _with_hydra(train_and_report)()
     except SweepCellError as error:
+        say_summary(cells)
         said = " as said above" if error.is_said else f", the first of them so: {str(error).rstrip('.')}"
         return say(f"Some runs of the sweep failed{said}; the same command starts only what is missing.")
     except INPUT_ERRORS as error:
@@ -132,6 +137,7 @@ def _carry_out() -> int:
         if _is_from_run(error):
             raise
         return say(f"Hydra cannot carry this out: {_one_line(error)}. (--debug shows where.)", BAD_INPUT)
+    say_summary(cells)
     return 0
 
 
@@ -141,7 +147,8 @@ def train(raw: DictConfig) -> None:
     Args:
         raw: The composed configuration.
     """
-    run(to_config(raw), read_launch(os.environ))
+    config = to_config(raw)
+    run(config, dataclasses.replace(read_launch(os.environ), place=place_in_sweep(config)))
 
 
 def train_and_report(raw: DictConfig) -> None:
@@ -178,11 +185,12 @@ def _with_hydra(task: TaskFunction) -> Callable[[], None]:
     return hydra.main(version_base=VERSION_BASE, config_path=str(CONFIG_DIR), config_name=CONFIG_NAME)(task)
 
 
-def _checked_arguments(arguments: list[str]) -> list[str]:
+def _checked_arguments(arguments: list[str]) -> tuple[list[str], list[Config]]:
     """Refuse bad flags and, before Hydra writes anything, bad configurations of any of the runs.
 
     Returns:
-        The arguments with ``-m`` in front: Hydra does not take overrides on both sides of it.
+        The arguments with ``-m`` in front, as Hydra does not take overrides on both sides of it, and with the number of
+        runs of a sweep; and the configurations of all runs, none where the arguments only show something.
     """
     check_environment(os.environ)
     launch = read_launch(os.environ)
@@ -191,7 +199,7 @@ def _checked_arguments(arguments: list[str]) -> list[str]:
         if flag.partition("=")[0] not in RUN_FLAGS | OTHER_FLAGS:
             raise ConfigError(f"There is no flag '{flag}'; give settings as key=value, for example optimizer.lr=0.1.")
     if not RUN_FLAGS.issuperset(flags):
-        return arguments  # shows something, or takes its configuration from elsewhere
+        return arguments, []  # shows something, or takes its configuration from elsewhere
     overrides = [argument for argument in arguments if argument not in flags]
     cells = compose_cells(overrides, multirun=not MULTIRUN_FLAGS.isdisjoint(flags))
     if launch.size > 1 and len(cells) > 1:
@@ -199,7 +207,7 @@ def _checked_arguments(arguments: list[str]) -> list[str]:
             f"{len(cells)} runs by {launch.size} processes together: give torchrun one run, or start the sweep "
             f"without it, whose runs a launcher can spread over machines."
         )
-    return [*flags, *overrides]
+    return [*flags, *overrides, *([number_override(len(cells))] if len(cells) > 1 else [])], cells
 
 
 def _say_why(error: BaseException) -> int:

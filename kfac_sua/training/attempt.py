@@ -28,12 +28,12 @@ from kfac_sua.training.checkpoint import Checkpoint, CheckpointError, load_check
 from kfac_sua.training.state import Training
 
 
-def find_ended(directory: RunDirectory) -> RunInfo | None:
-    """Say so if the run has finished or diverged, and return what it left."""
+def find_ended(directory: RunDirectory, place: str = "") -> RunInfo | None:
+    """Say so if the run has finished or diverged, after its place in a sweep, and return what it left."""
     info = read_own_info(directory)
     if info is None or info.status not in ENDED:
         return None
-    print(f"already {summary_line(directory, info)}", flush=True)
+    print(f"{place}already {summary_line(directory, info)}", flush=True)
     return info
 
 

@@ -16,7 +16,7 @@ _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 @dataclass(frozen=True)
 class Launch:
-    """This process's place among those of a run.
+    """This process's place among those of a run, and the run's among those of a sweep.
 
     Args:
         rank: Number of the process, from 0.
@@ -24,6 +24,7 @@ class Launch:
         local_rank: Number of the process among those of its machine that see the same GPUs, from 0.
         address: Host name of process 0.
         port: Port at which the processes meet there.
+        place: Beginning of the run's opening line, such as ``#3 of 10`` and a blank.
     """
 
     rank: int = 0
@@ -31,6 +32,7 @@ class Launch:
     local_rank: int = 0
     address: str = ""
     port: int = 0
+    place: str = ""
 
 
 def read_launch(variables: Mapping[str, str]) -> Launch:

@@ -46,6 +46,7 @@ class RunWriter:
         directory: The run's directory.
         world: The processes that carry it out.
         clock: Seconds of a monotonic clock.
+        place: Beginning of the run's opening line.
 
     Attributes:
         info: What run.json says; ``None`` until :meth:`resume`.
@@ -59,17 +60,20 @@ class RunWriter:
     _hold: Hold | None = None
     _log: TensorBoardLog | None = None
 
-    def __init__(self, directory: RunDirectory, world: World, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, directory: RunDirectory, world: World, clock: Callable[[], float] = time.monotonic, place: str = ""
+    ) -> None:
         self.directory = directory
         self.records: list[EpochRecord] = []
         self._world = world
         self._clock = clock
+        self._place = place
 
     # --- begin ------------------------------------------------------------------------------------------------------
 
     def find_ended(self) -> RunInfo | None:
         """Say so if the run has finished or diverged, and return what it left."""
-        return self._world.from_first(lambda: find_ended(self.directory))
+        return self._world.from_first(lambda: find_ended(self.directory, self._place))
 
     @contextlib.contextmanager
     def noting_early_failure(self) -> Iterator[None]:
@@ -124,7 +128,7 @@ class RunWriter:
         self.info = info if begun is None else continued_info(begun, info, is_resumed=checkpoint is not None)
         world.from_first(self._prepare)
         where = f"{world.size} processes, {training.device.type}" if world.size > 1 else training.device.type
-        world.say(f"{'resumed' if checkpoint is not None else 'started'} on {where}: {directory.path}")
+        world.say(f"{self._place}{'resumed' if checkpoint is not None else 'started'} on {where}: {directory.path}")
         world.say(origin(training.config))
 
     def _prepare(self) -> None:

@@ -105,10 +105,15 @@ def test_multirun_gives_every_cell_a_directory_and_repeats_none(tmp_path, monkey
     assert {info["status"] for info in runs.values()} == {"finished"}
     assert {name.split("-")[2].split("/")[0] for name in runs} == {"sua", "grouped"}
     assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
-    capsys.readouterr()
+    first = capsys.readouterr().out
+    assert all(f"#{number} of 4 started on cpu: " in first for number in (1, 2, 3, 4))
+    assert "\n4 runs: 4 finished.\n" in first
+    assert first.splitlines()[-2].endswith("-m kfac_sua.runs.collect outputs/runs")
+    assert first.splitlines()[-1].endswith("--logdir outputs/runs")
     assert call_in_process(monkeypatch, tmp_path, *arguments) == 0
     captured = capsys.readouterr()
     assert captured.out.count("already finished") == 4
+    assert captured.out.count("#4 of 4 already finished") == 1
     assert "\nepoch " not in captured.out
     assert captured.err == ""
     assert infos(tmp_path) == runs
@@ -120,6 +125,7 @@ def test_diverging_cell_does_not_stop_a_sweep(tmp_path, monkeypatch, capsys):
     captured = capsys.readouterr()
     assert (code, captured.err) == (0, "")
     assert captured.out.count("diverged in epoch 1 (the loss is not finite)") == 1
+    assert "\n2 runs: 1 finished, 1 diverged.\n" in captured.out
     assert sorted(info["status"] for info in infos(tmp_path).values()) == ["diverged", "finished"]
 
 
@@ -132,7 +138,25 @@ def test_failing_cell_does_not_stop_a_sweep_but_shows_in_its_exit_code(tmp_path,
     assert captured.err.count("data/cifar10.npz does not exist") == 1
     assert "Some runs of the sweep failed" in captured.err
     assert "Traceback" not in captured.err
+    assert "\n2 runs: 1 finished, 1 failed.\n" in captured.out
     assert [info["status"] for info in infos(tmp_path).values()] == ["finished"]
+
+
+def test_the_summary_of_a_sweep_is_of_its_own_runs_and_silent_if_asked(tmp_path, monkeypatch, capsys):
+    """Runs of before stay out of the table; a single run and progress=none have neither place nor table."""
+    assert call_in_process(monkeypatch, tmp_path, "preconditioner=baseline", "epochs=1", "optimizer.lr=0.123") == 0
+    alone = capsys.readouterr().out
+    assert "#" not in alone
+    assert " runs: " not in alone
+    sweep = ("-m", "preconditioner=baseline", "epochs=1", "optimizer.lr=0.02,0.05")
+    assert call_in_process(monkeypatch, tmp_path, *sweep) == 0
+    _, header, *rows = capsys.readouterr().out.split("\n2 runs: 2 finished.\n")[1].splitlines()
+    assert header.split()[0] == "lr"
+    assert [row.split()[0] for row in rows[:-2]] == ["0.02", "0.05"]
+    assert call_in_process(monkeypatch, tmp_path, *sweep, "progress=none") == 0
+    silent = capsys.readouterr().out
+    assert " of 2 " not in silent
+    assert " runs: " not in silent
 
 
 def test_progress_bar_goes_to_stderr(tmp_path, monkeypatch, capsys):

@@ -1,0 +1,84 @@
+"""A sweep, ``python -m kfac_sua.train -m …``: which of its runs this one is, and what all of them came to."""
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
+from kfac_sua.command_line import say
+from kfac_sua.config import Config, ProgressStyle
+from kfac_sua.device import device_type
+from kfac_sua.runs.directory import run_directory
+from kfac_sua.runs.record import RecordError
+
+# How a run learns how many there are, in whatever process and on whatever machine a launcher carries it out.
+_NUM_RUNS = "KFAC_SUA_SWEEP_RUNS"
+
+
+def number_override(num_runs: int) -> str:
+    """Return the override by which Hydra tells every run of a sweep how many there are.
+
+    Args:
+        num_runs: Cells of the sweep.
+    """
+    return f"+hydra.job.env_set.{_NUM_RUNS}={num_runs}"
+
+
+def place_in_sweep(config: Config) -> str:
+    """Return what the opening line of a run begins with: ``#3 of 10`` in a sweep, counted from 1, else nothing.
+
+    Args:
+        config: Its configuration, which may ask for silence.
+    """
+    if config.progress is ProgressStyle.none or HydraConfig.get().mode is not RunMode.MULTIRUN:
+        return ""
+    number, num_runs = int(HydraConfig.get().job.num) + 1, int(os.environ.get(_NUM_RUNS, 0))
+    # A sweeper that draws its own values has other numbers of runs than the command line tells.
+    return f"#{number} of {num_runs} " if number <= num_runs else f"#{number} "
+
+
+def say_summary(cells: Sequence[Config]) -> None:
+    """Print the table of a sweep's runs, how many have failed or diverged, and the commands that show more.
+
+    Args:
+        cells: The configurations of all its runs; nothing is said of a single one, which has said how it ended.
+    """
+    if len(cells) < 2 or all(cell.progress is ProgressStyle.none for cell in cells):
+        return
+    from kfac_sua.runs.collect import CollectError, collect_directories, final_table  # pandas takes a second
+    from kfac_sua.runs.summary import format_table
+
+    directories = dict.fromkeys(run_directory(cell, device_type(cell.device)).path.absolute() for cell in cells)
+    begun = [path for path in directories if (path / "run.json").exists()]
+    root = os.path.commonpath([Path(cell.output_dir).absolute() for cell in cells])
+    try:
+        frame = collect_directories(Path(root), begun)
+    except (CollectError, RecordError) as error:
+        say(error)
+        return
+    counts = frame.drop_duplicates("run")["status"].value_counts().to_dict()
+    counts["failed"] = counts.get("failed", 0) + len(directories) - len(begun)  # before there was anything to write
+    outcomes = [f"{counts[name]} {name}" for name in ("finished", "diverged", "failed", "running") if counts.get(name)]
+    print(f"\n{len(directories)} runs: {', '.join(outcomes)}.")
+    if begun:
+        print(format_table(final_table(frame)))
+        python = _called("python", _shown(sys.executable))  # that of `make` lies below the working directory
+        print(f"This table of all runs there: {python} -m kfac_sua.runs.collect {_shown(root)}")
+        tensorboard = _called("tensorboard", f"{python} -m tensorboard.main")
+        print(f"Their curves: {tensorboard} --logdir {_shown(root)}", flush=True)
+
+
+def _called(name: str, otherwise: str) -> str:
+    """Return the name of a program if the shell finds this environment's by it."""
+    found = shutil.which(name)
+    return name if found is not None and Path(found).parent == Path(sys.executable).parent else otherwise
+
+
+def _shown(path: str) -> str:
+    """Return a path as it is typed, from the working directory if it lies below that."""
+    return shlex.quote(os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else path)
