@@ -32,11 +32,12 @@ help: ## Show this list
 install: $(INSTALLED) ## Make .venv with everything the project needs (about 6 GB with a CUDA build of PyTorch)
 
 $(INSTALLED): pyproject.toml
+	@echo "Installing into $(VENV), once: minutes without a word, about 6 GB with a CUDA build of PyTorch."
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
-data: $(INSTALLED) ## Download CIFAR-10 and CIFAR-100 into data/, or check what is there
+data: $(INSTALLED) ## CIFAR-10 and CIFAR-100 into data/ before a run needs them, or check what is there
 	$(RUN) scripts/download_data.py
 
 train: $(INSTALLED) ## One run: make train ARGS="preconditioner=sua model=vgg11"

@@ -25,6 +25,7 @@ from kfac_sua.campaign.conduct import CampaignError, conduct
 from kfac_sua.campaign.definition import campaign_names, keep_methods, load_campaign, load_scale, scale_names
 from kfac_sua.campaign.dry_run import describe
 from kfac_sua.campaign.engine import RUNS_PER_GPU, Jobs, Workers, num_cores
+from kfac_sua.campaign.forecast import foretell
 from kfac_sua.campaign.gpus import find_gpus
 from kfac_sua.campaign.jobs import LaunchError
 from kfac_sua.campaign.launcher import LAUNCHERS, SLURM, Launcher, load_launcher, require_cluster, with_device
@@ -50,6 +51,7 @@ RUN_ERRORS = (
     *(OSError, MemoryError),
 )
 LOCAL = "local"
+_SMALLER = "This is the paper's size, without a GPU; --scale small (make: SCALE=small) is made for a CPU."
 _INTERRUPTED = "interrupted; the same command goes on where this one stopped."
 
 
@@ -92,14 +94,19 @@ def _carry_out(options: argparse.Namespace, command: str) -> None:
         plan.check()
         engine = Jobs(launcher, root) if launcher else Workers.sharing(gpus, options.jobs)
         if options.dry_run:
-            print(describe(plan, options.select_by, engine))
+            print(describe(plan, options.select_by, engine, foretell(plan, options.select_by, engine, with_data=False)))
             return
         if launcher is not None:
             require_cluster(launcher)
         with _only_one(root):
             if engine.description:
                 print(engine.description, flush=True)
-            results = conduct(plan, options.select_by, engine)
+            forecast = foretell(plan, options.select_by, engine, with_data=True)
+            for line in forecast.lines():
+                print(line, flush=True)
+            if forecast.lines() and options.scale == "full" and device == "cpu":
+                print(_SMALLER, flush=True)
+            results = conduct(plan, options.select_by, engine, forecast.first)
             paths = publish(
                 plan, scale=options.scale, device=device, rule=options.select_by, results=results, command=command
             )

@@ -56,6 +56,11 @@ class Cell:
     directory: RunDirectory
 
     @property
+    def curve(self) -> tuple[str, str]:
+        """Panel and method."""
+        return self.panel, self.method
+
+    @property
     def name(self) -> str:
         """What progress and errors call it, such as ``grid vgg11/sua lr=0.03 damping=0.1 seed=0``."""
         config = self.config

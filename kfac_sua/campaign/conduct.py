@@ -10,6 +10,7 @@ from kfac_sua.build import build_splits
 from kfac_sua.campaign.cell import Cell, log_path, mark_failed, read_state
 from kfac_sua.campaign.engine import Engine
 from kfac_sua.campaign.estimate import Estimator, shown_seconds
+from kfac_sua.campaign.first_steps import FirstSteps
 from kfac_sua.campaign.frames import collect_cells
 from kfac_sua.campaign.grid import Grid
 from kfac_sua.campaign.plan import CurveKey, Plan
@@ -44,13 +45,14 @@ class Results:
     choices: list[Choice]
 
 
-def conduct(plan: Plan, rule: Rule, engine: Engine) -> Results:
+def conduct(plan: Plan, rule: Rule, engine: Engine, first: Mapping[CurveKey, FirstSteps]) -> Results:
     """Carry out everything of a campaign that has not been carried out yet.
 
     Args:
         plan: The campaign.
         rule: How the best cell of a grid is chosen.
         engine: Who carries out the runs.
+        first: What first steps took, of curves of which no run has completed an epoch.
 
     Raises:
         CampaignError: If runs failed; the others have been carried out.
@@ -62,14 +64,14 @@ def conduct(plan: Plan, rule: Rule, engine: Engine) -> Results:
     """
     grids, choices = settled(plan, rule)
     while choices is None:
-        _run(f"{plan.campaign.name} grid", plan.all_grid_cells(grids), plan, engine)
+        _run(f"{plan.campaign.name} grid", plan.all_grid_cells(grids), engine, first)
         grids, choices = settled(plan, rule)
     grid_cells = plan.all_grid_cells(grids)
     for choice in choices:
         print(_choice_line(choice), flush=True)
     chosen = {(choice.panel, choice.method): (choice.lr, choice.damping) for choice in choices}
     final_cells = plan.final_cells(chosen)
-    _run(f"{plan.campaign.name} final runs", final_cells, plan, engine, is_final=True, like=grid_cells)
+    _run(f"{plan.campaign.name} final runs", final_cells, engine, first, is_final=True, like=grid_cells)
     grid, finals = collect_cells(plan.root, grid_cells), collect_cells(plan.root, final_cells)
     return Results(grid_cells, final_cells, grid, finals, choices)
 
@@ -107,8 +109,8 @@ def _choose(plan: Plan, key: CurveKey, grids: tuple[Grid, Grid], rule: Rule) -> 
 def _run(
     title: str,
     cells: Sequence[Cell],
-    plan: Plan,
     engine: Engine,
+    first: Mapping[CurveKey, FirstSteps],
     *,
     is_final: bool = False,
     like: Sequence[Cell] = (),
@@ -120,8 +122,8 @@ def _run(
         print(f"{title}: all {len(unique)} runs are done", flush=True)
         return
     waiting, jobs = [cell for cell, _ in to_do], engine.final_jobs if is_final else engine.jobs
-    _check_data(waiting)
-    estimator = Estimator([*unique, *like], plan.scale.seconds_per_step)
+    check_data(waiting)
+    estimator = Estimator([*unique, *like], first, engine.runs_per_device)
     left = shown_seconds(estimator.total(to_do, jobs))
     print(f"{title}: {len(waiting)} of {len(unique)} runs to do, {engine.how(is_final=is_final)}, {left}", flush=True)
     ended: list[str] = []
@@ -163,7 +165,7 @@ def _failure_sentence(failures: Mapping[str, str], num_runs: int, num_left: int)
     return f"{failed} The same command tries these again, and no other."
 
 
-def _check_data(cells: Sequence[Cell]) -> None:
+def check_data(cells: Sequence[Cell]) -> None:
     """Load every data set once, which fetches it: without it every single run would fail."""
     checked: list[DatasetConfig] = []
     for cell in cells:

@@ -60,16 +60,12 @@ class Scale:
         grid: Overrides of the runs of the grid, after ``run``: usually a shorter training.
         sweeps: From a curve's ``tuning`` to the file of ``configs/sweep`` that holds its grid.
         growth_steps: How often a grid grows by one step beyond an edge on which the best cell lies.
-        seconds_per_step: Seconds of one mini-batch per method on ``measured_on``, to estimate what has not run here.
-        measured_on: Where ``seconds_per_step`` was measured, in words.
     """
 
     run: list[str] = MISSING
     grid: list[str] = MISSING
     sweeps: dict[str, str] = MISSING
     growth_steps: int = MISSING
-    seconds_per_step: dict[str, float] = dataclasses.field(default_factory=dict)
-    measured_on: str = ""
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -2,15 +2,17 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from kfac_sua.campaign.cell import Cell, log_path
-from kfac_sua.campaign.gpus import Gpu
+from kfac_sua.campaign.first_steps import FirstSteps, take_first_steps
+from kfac_sua.campaign.gpus import Gpu, visible_alone
 from kfac_sua.campaign.jobs import run_as_jobs
 from kfac_sua.campaign.launcher import JOBLIB, SUBMITIT_LOCAL, Launcher
+from kfac_sua.campaign.plan import CurveKey
 from kfac_sua.campaign.pool import run_all
 from kfac_sua.campaign.worker import Task
 
@@ -34,8 +36,15 @@ class Engine(Protocol):
     def description(self) -> str:
         """Who carries out the runs, and with what, in a line; empty if there is nothing to say."""
 
+    @property
+    def runs_per_device(self) -> float:
+        """Runs of the grid on one device at the same time, each of which takes so much longer than alone."""
+
     def how(self, *, is_final: bool) -> str:
         """Return how many runs are carried out at the same time, in words, and what each has."""
+
+    def first_steps(self, cells: Mapping[CurveKey, Cell]) -> Mapping[CurveKey, FirstSteps]:
+        """Take a few steps of each of some runs where they will be carried out; none if that is not this machine."""
 
     def carry_out(
         self,
@@ -108,6 +117,17 @@ class Workers:
             parts.append(f"final runs, whose seconds are compared, on {_kinds(self.final_gpus)}")
         return "; ".join(parts)
 
+    @property
+    def runs_per_device(self) -> float:
+        """Runs of the grid on one GPU; those on a CPU have cores of their own."""
+        return max(1.0, self.jobs / len(self.grid_gpus)) if self.gpus else 1.0
+
+    def first_steps(self, cells: Mapping[CurveKey, Cell]) -> Mapping[CurveKey, FirstSteps]:
+        """Take a few steps of each of some runs, alone on the first GPU or with the cores of one run."""
+        return take_first_steps(
+            cells, _fair_threads(self.jobs), visible_alone(self.gpus[0].entry if self.gpus else None)
+        )
+
     def how(self, *, is_final: bool) -> str:
         """Return how many runs are carried out at the same time, in words, and on which GPUs."""
         if is_final:
@@ -162,6 +182,17 @@ class Jobs:
     def description(self) -> str:
         """The launcher with what each run gets."""
         return f"Launcher: {self.launcher.describe()}"
+
+    @property
+    def runs_per_device(self) -> float:
+        """One: a launcher gives each run what it asks for."""
+        return 1.0
+
+    def first_steps(self, cells: Mapping[CurveKey, Cell]) -> Mapping[CurveKey, FirstSteps]:
+        """Take a few steps of each of some runs, unless they will be carried out on other machines."""
+        if self.launcher.has_machines_of_its_own:
+            return {}
+        return take_first_steps(cells, self.launcher.num_threads or _fair_threads(self.jobs), {})
 
     def how(self, *, is_final: bool) -> str:
         """Return how many runs are carried out at the same time, in words."""

@@ -1,10 +1,11 @@
-"""How long the runs to come will take: from those that are done, or else from the figures that come with the scale."""
+"""How long the runs to come will take: from those that are done, or else from first steps."""
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from kfac_sua.campaign.cell import Cell, CellState, sound_records
+from kfac_sua.campaign.cell import Cell, CellState, Stage, sound_records
+from kfac_sua.campaign.first_steps import FirstSteps
 from kfac_sua.campaign.plan import CurveKey
 from kfac_sua.config import Config, DatasetName
 
@@ -23,12 +24,13 @@ class Estimator:
 
     Args:
         cells: Runs to learn from, whatever their state.
-        known: Seconds per training step by method, for curves without a completed epoch.
+        first: What the first steps of each curve took, for those of which no run has completed an epoch.
+        sharing: Runs of the grid on one device at the same time, each of which takes so much longer than alone.
     """
 
-    def __init__(self, cells: Iterable[Cell], known: Mapping[str, float]) -> None:
-        self._known = known
-        self._measured: dict[CurveKey, dict[Path, float]] = {}
+    def __init__(self, cells: Iterable[Cell], first: Mapping[CurveKey, FirstSteps], sharing: float = 1) -> None:
+        self._first, self._sharing = first, sharing
+        self._measured: dict[tuple[Stage, CurveKey], dict[Path, float]] = {}
         for cell in cells:
             self.learn(cell)
 
@@ -37,7 +39,11 @@ class Estimator:
         records = sound_records(cell)
         if records and records[-1].step:
             per_step = records[-1].train_time_s / records[-1].step
-            self._measured.setdefault((cell.panel, cell.method), {})[cell.directory.path] = per_step
+            self._measured.setdefault((cell.stage, cell.curve), {})[cell.directory.path] = per_step
+
+    def has_measured(self, curve: CurveKey) -> bool:
+        """Whether a run of a curve has completed an epoch."""
+        return any((stage, curve) in self._measured for stage in Stage)
 
     def seconds(self, cell: Cell, state: CellState) -> float | None:
         """Return the seconds that are left of a run; None if nothing is known about runs like it.
@@ -51,7 +57,11 @@ class Estimator:
         per_step = self._per_step(cell)
         if per_step is None:
             return None
-        return per_step * num_steps(cell.config) * (1 - state.epochs / cell.config.epochs)
+        first = self._first.get(cell.curve)
+        setup_s = 0.0 if first is None else first.setup_s
+        if first is not None and cell.stage is Stage.final:  # in a process of its own
+            setup_s += first.start_s
+        return setup_s + per_step * num_steps(cell.config) * (1 - state.epochs / cell.config.epochs)
 
     def total(self, cells: Sequence[tuple[Cell, CellState]], jobs: int = 1) -> float | None:
         """Return the seconds until several runs have ended; None if one is unknown.
@@ -67,8 +77,13 @@ class Estimator:
         return max(sum(known) / jobs, max(known, default=0.0))  # a last long run has no one to share it with
 
     def _per_step(self, cell: Cell) -> float | None:
-        measured = self._measured.get((cell.panel, cell.method))
-        return statistics.median(measured.values()) if measured else self._known.get(cell.method)
+        """Return the seconds per step of runs like one: in its stage, in the other one, or by first steps."""
+        sharing = {Stage.grid: self._sharing, Stage.final: 1.0}
+        for stage in (cell.stage, *Stage):
+            if measured := self._measured.get((stage, cell.curve)):
+                return statistics.median(measured.values()) / sharing[stage] * sharing[cell.stage]
+        first = self._first.get(cell.curve)
+        return None if first is None or first.step_s is None else first.step_s * sharing[cell.stage]
 
 
 def num_steps(config: Config) -> float:

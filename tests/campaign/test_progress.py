@@ -9,11 +9,13 @@ from tiny_runs import tiny_config
 
 from kfac_sua.campaign.cell import Cell, CellState, Stage, read_state
 from kfac_sua.campaign.estimate import Estimator, num_steps, shown_seconds
+from kfac_sua.campaign.first_steps import FirstSteps
 from kfac_sua.campaign.progress import CampaignProgress
 from kfac_sua.runs.directory import run_directory
 from kfac_sua.runs.record import rewrite_records, write_run_info
 
 NOTHING = CellState("missing", 0)
+BASELINE = ("panel", "baseline")
 
 
 def make_cell(root: Path, lr: float, method: str = "baseline", *, epochs: int = 10) -> Cell:
@@ -39,10 +41,10 @@ def test_work_counts_training_and_evaluation(tmp_path):
 
 
 def test_what_is_measured_replaces_what_is_known(tmp_path):
-    """Seconds per step come from runs of the same curve, else from the scale, else are unknown."""
+    """Seconds per step come from runs of the same curve, else from first steps, else are unknown."""
     done, to_do, other = make_cell(tmp_path, 0.1), make_cell(tmp_path, 0.2), make_cell(tmp_path, 0.3, "kfac")
     work = num_steps(to_do.config)
-    estimator = Estimator([done, to_do], {"baseline": 3.0})
+    estimator = Estimator([done, to_do], {BASELINE: FirstSteps(3.0)})
     assert estimator.seconds(to_do, NOTHING) == pytest.approx(3.0 * work)
     leave(done, 10, "finished")
     estimator.learn(done)
@@ -52,10 +54,33 @@ def test_what_is_measured_replaces_what_is_known(tmp_path):
     assert estimator.total([(to_do, NOTHING), (other, NOTHING)]) is None
 
 
+def test_first_steps_of_runs_that_share_a_device(tmp_path):
+    """Alone a step takes 1 s; among five on one GPU 5 s; a final run is alone, and pays the start of its process."""
+    cell = make_cell(tmp_path, 0.1)
+    final = dataclasses.replace(cell, stage=Stage.final)
+    work = num_steps(cell.config)
+    estimator = Estimator([], {BASELINE: FirstSteps(1.0, setup_s=2.0, start_s=7.0)}, sharing=5)
+    assert estimator.seconds(cell, NOTHING) == pytest.approx(2 + 5 * work)
+    assert estimator.seconds(final, NOTHING) == pytest.approx(2 + 7 + work)
+
+
+def test_runs_of_the_grid_tell_of_final_runs(tmp_path):
+    """What five that shared a GPU took 0.5 s per step for, takes one alone 0.1 s, until final runs are measured."""
+    done = make_cell(tmp_path, 0.1)
+    final = dataclasses.replace(make_cell(tmp_path, 0.2), stage=Stage.final)
+    leave(done, 10, "finished", seconds_per_step=0.5)
+    estimator = Estimator([done], {BASELINE: FirstSteps(9.0)}, sharing=5)
+    assert estimator.seconds(final, NOTHING) == pytest.approx(0.1 * num_steps(final.config))
+    other = dataclasses.replace(make_cell(tmp_path, 0.3), stage=Stage.final)
+    leave(other, 10, "finished", seconds_per_step=0.25)
+    estimator.learn(other)
+    assert estimator.seconds(final, NOTHING) == pytest.approx(0.25 * num_steps(final.config))
+
+
 def test_several_at_a_time_take_as_long_as_the_longest(tmp_path):
     """Four equal runs by two take twice one's time; one run by eight takes its own."""
     cell = make_cell(tmp_path, 0.1)
-    estimator = Estimator([], {"baseline": 1.0})
+    estimator = Estimator([], {BASELINE: FirstSteps(1.0)})
     work = num_steps(cell.config)
     assert estimator.total([(cell, NOTHING)] * 4, jobs=2) == pytest.approx(2 * work)
     assert estimator.total([(cell, NOTHING)], jobs=8) == pytest.approx(work)
@@ -69,7 +94,7 @@ def test_damaged_records_make_a_run_a_failed_one(tmp_path):
     state = read_state(cell)
     assert (state.status, state.epochs, state.has_ended) == ("failed", 0, False)
     assert "expected the header of metrics.csv" in str(state.failure)
-    assert Estimator([cell], {"baseline": 1.0}).seconds(cell, state) == pytest.approx(num_steps(cell.config))
+    assert Estimator([cell], {BASELINE: FirstSteps(1.0)}).seconds(cell, state) == pytest.approx(num_steps(cell.config))
     cell.directory.info.write_text("{")
     assert "run.json is not valid JSON" in str(read_state(cell).failure)
 
@@ -85,7 +110,7 @@ def test_a_finished_run_that_lacks_epochs_is_a_failed_one(tmp_path):
 def test_half_a_run_takes_half_the_time(tmp_path):
     """What a checkpoint has saved is not counted again."""
     cell = make_cell(tmp_path, 0.1)
-    estimator = Estimator([], {"baseline": 1.0})
+    estimator = Estimator([], {BASELINE: FirstSteps(1.0)})
     assert estimator.seconds(cell, CellState("running", 5)) == pytest.approx(num_steps(cell.config) / 2)
 
 

@@ -14,7 +14,7 @@ from kfac_sua.runs.directory import fingerprint
 from kfac_sua.tuned import origin, tuned
 
 
-@pytest.mark.parametrize(("preconditioner", "model"), itertools.product(PreconditionerName, ModelName))
+@pytest.mark.parametrize(("preconditioner", "model"), list(itertools.product(PreconditionerName, ModelName)))
 def test_every_structure_and_network_has_numbers(preconditioner, model):
     """A command without a learning rate can be run, at any width, and stays a valid configuration."""
     config = compose_config([f"preconditioner={preconditioner}", f"model={model}", "model.width=0.3"])

@@ -18,7 +18,7 @@ import yaml
 from torch import nn
 
 from kfac_sua.compose import compose_cells, compose_config
-from kfac_sua.config import CONFIG_DIR, to_plain
+from kfac_sua.config import CONFIG_DIR, ModelName, to_plain
 from kfac_sua.preconditioner import KroneckerPreconditioner, KroneckerSettings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -222,7 +222,9 @@ def test_configuration_page_names_every_file():
 def test_configuration_page_shows_defaults_as_a_run_gets_them():
     """Those that differ between options are listed by option."""
     page = configuration_page()
-    assert "| `optimizer.lr` | number | sgd: `0.03`<br>adamw: `0.001`<br>muon: `0.02` |" in page
+    assert "| `optimizer.lr` | number or auto | `auto` |" in page
+    assert "| `preconditioner.damping` | number or auto | `auto`" in page
+    assert "| `optimizer.momentum` | number | sgd: `0.9`<br>muon: `0.95` |" in page
     assert "| `preconditioner.application` | `weight`, `auto` | `auto` | `weight`: To the weight gradient" in page
 
 
@@ -235,6 +237,13 @@ def test_table_of_best_learning_rates_is_that_of_the_records():
     (row,) = (line for line in lines if line.startswith("| training loss | SUA |"))
     assert row.split(" | ")[4] == f"lr {best['lr']:g} ({best['train_loss']:.3f})"
     assert len(lines) == 2 + 2 * 4
+
+
+def test_table_of_auto_has_every_network():
+    """A row per network and width, with a number for every structure."""
+    rows = PAGES_HOOK["auto_settings"]().splitlines()[2:]
+    assert {row.split("`")[1] for row in rows} == set(ModelName)
+    assert all(re.search(r"\| 0\.\d+ \| 0\.\d+, [\d.]+ \|", row) for row in rows)
 
 
 def test_table_of_costs_has_every_setting_of_the_benchmark():

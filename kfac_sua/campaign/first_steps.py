@@ -1,0 +1,136 @@
+"""How long a step of each curve takes here: a few steps of each, in a process that ends before the first run."""
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from kfac_sua.bench.arithmetic import Arithmetic
+from kfac_sua.bench.contender import Batch, Contender
+from kfac_sua.bench.step_kinds import StepKind
+from kfac_sua.build import build_splits
+from kfac_sua.campaign.cell import Cell
+from kfac_sua.campaign.plan import CurveKey
+from kfac_sua.campaign.starting import start
+from kfac_sua.config import Config, ConfigError
+from kfac_sua.data import DataError
+from kfac_sua.device import choose_device, choose_precision, device_type, rates_as_configured
+from kfac_sua.runs.directory import resolved
+from kfac_sua.runs.record import failure_reason
+from kfac_sua.training.determinism import determinism
+
+# Steps of each kind, of which the fastest counts: the first ones fill caches.
+REPETITIONS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstSteps:
+    """What the first steps of a curve took, alone on the device.
+
+    Attributes:
+        step_s: Seconds of a step, refreshes in their proportion; None if none could be taken.
+        setup_s: Seconds before the first step of a run: images, network, warm-up.
+        start_s: Seconds that a process takes for its first run on top: its start, and what is loaded once.
+        problem: Why no step could be taken, in one sentence; the run itself will say the same.
+    """
+
+    step_s: float | None
+    setup_s: float = 0.0
+    start_s: float = 0.0
+    problem: str = ""
+
+
+def take_first_steps(
+    cells: Mapping[CurveKey, Cell], num_threads: int | None, environment: Mapping[str, str]
+) -> dict[CurveKey, FirstSteps]:
+    """Take a few steps of a run of each curve, one curve after the other. Those that cost the same are taken once.
+
+    Args:
+        cells: A run per curve.
+        num_threads: CPU threads of PyTorch where the run's configuration is silent; None leaves PyTorch's choice.
+        environment: Variables of the process's own, such as which GPU it sees.
+
+    Returns:
+        What they took, per curve.
+    """
+    if not cells:
+        return {}
+    by_work: dict[str, list[CurveKey]] = {}
+    for key, cell in cells.items():
+        by_work.setdefault(_work(cell.config), []).append(key)
+    start(Connection.close, environment)[0].join()  # what is copied is made once, and no part of a start
+    asked_at = time.monotonic()
+    process, connection = start(_answer, environment)
+    try:
+        connection.send(([cells[keys[0]].config for keys in by_work.values()], num_threads, asked_at))
+        taken: Sequence[FirstSteps] = connection.recv()
+    except (EOFError, ConnectionResetError):
+        process.join()
+        lost = FirstSteps(None, problem=f"the process of the first steps left with {process.exitcode}.")
+        taken = [lost] * len(by_work)
+    finally:
+        connection.close()
+        process.terminate()
+        process.join()
+    return {key: steps for keys, steps in zip(by_work.values(), taken, strict=True) for key in keys}
+
+
+def _work(config: Config) -> str:
+    """Return what decides how long a step takes: all but images, schedule and the numbers that a grid varies."""
+    values: dict[str, Any] = resolved(config, device_type(config.device))
+    for key in ("seed", "epochs", "output_dir", "progress", "schedule", "dataset"):
+        del values[key]
+    for node, key in (("optimizer", "lr"), ("preconditioner", "damping")):
+        values[node].pop(key, None)
+    return json.dumps(values, sort_keys=True)
+
+
+def _answer(connection: Connection) -> None:
+    """Take first steps of the runs that are asked for, and send what they took."""
+    configs, num_threads, asked_at = connection.recv()
+    start_s = time.monotonic() - asked_at
+    cold, *taken = [_try(config, config.num_threads or num_threads) for config in [configs[0], *configs]]
+    start_s += max(0.0, cold.setup_s - taken[0].setup_s)
+    connection.send([dataclasses.replace(steps, start_s=start_s) for steps in taken])
+
+
+def _try(config: Config, num_threads: int | None) -> FirstSteps:
+    """Take first steps of one run, or say why that cannot be done."""
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    try:
+        return _taken(config)
+    except (ConfigError, RuntimeError, MemoryError, OSError) as error:
+        return FirstSteps(None, problem=failure_reason(error))
+
+
+def _taken(config: Config) -> FirstSteps:
+    """Take first steps of one run, on random images."""
+    started = time.perf_counter()
+    device = choose_device(config.device)
+    config = dataclasses.replace(config, precision=choose_precision(config.precision, device.type))
+    arithmetic = Arithmetic(config.precision, device)
+    rates = rates_as_configured(config.device_rates, device)
+    with determinism(config.deterministic, device), arithmetic.computing(), rates:
+        with contextlib.suppress(DataError):  # what is missing will be fetched, or asked for, before the first run
+            build_splits(dataclasses.replace(config.dataset, download=False))
+        contender = Contender(config, arithmetic, Batch.random(config.batch_size, arithmetic))
+        contender.warm_up()
+        setup_s = time.perf_counter() - started
+        counts = contender.steps_per_period
+        seconds = {kind: min(_step_s(contender, kind) for _ in range(REPETITIONS)) for kind in counts}
+    step_s = sum(seconds[kind] * count for kind, count in counts.items()) / sum(counts.values())
+    return FirstSteps(step_s, setup_s)
+
+
+def _step_s(contender: Contender, kind: StepKind) -> float:
+    """Return the wall seconds of a step, which on a CPU are fewer than those of its threads together."""
+    contender.make_due(kind)
+    started = time.perf_counter()
+    contender.timed_step()
+    return time.perf_counter() - started

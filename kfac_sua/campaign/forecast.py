@@ -1,0 +1,110 @@
+"""How long a campaign will take, told before it starts: from runs that are done here, or else from first steps."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from kfac_sua.campaign.cell import Cell, CellState, read_state
+from kfac_sua.campaign.conduct import check_data, settled
+from kfac_sua.campaign.engine import Engine
+from kfac_sua.campaign.estimate import Estimator, shown_seconds
+from kfac_sua.campaign.first_steps import FirstSteps
+from kfac_sua.campaign.grid import Grid
+from kfac_sua.campaign.plan import CurveKey, Plan
+from kfac_sua.campaign.selection import Choice, Rule
+
+CellStates = Sequence[tuple[Cell, CellState]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+    """What is to be done of a campaign, and how long that will take.
+
+    Attributes:
+        estimator: Knows how long runs take.
+        first: First steps of the curves of which no run has completed an epoch.
+        grid: Runs of the grids as they stand, with their states.
+        finals: Final runs; until the grids are done each stands for the one that is chosen, which takes as long.
+        choices: The chosen cells; None until the grids are done.
+        grid_s: Seconds of what is left of the grids; None if not known.
+        growth_s: Seconds of what the grids may grow by, at most.
+        final_s: Seconds of what is left of the final runs.
+    """
+
+    estimator: Estimator
+    first: Mapping[CurveKey, FirstSteps]
+    grid: CellStates
+    finals: CellStates
+    choices: list[Choice] | None
+    grid_s: float | None
+    growth_s: float | None
+    final_s: float | None
+
+    def lines(self) -> list[str]:
+        """Return how long everything takes that is left, and of which curves that is not known."""
+        if not _to_do(self.grid) + _to_do(self.finals):
+            return []
+        runs = f"{_to_do(self.grid)} runs of the grid and {_to_do(self.finals)} final runs to do"
+        problems = [
+            f"How long {panel}/{method} takes is not known: {taken.problem}"
+            for (panel, method), taken in self.first.items()
+            if taken.problem
+        ]
+        if self.grid_s is None or self.final_s is None:
+            return [f"{runs}; how long they take is known once a run of every curve has completed an epoch", *problems]
+        growth = f", and up to {shown_seconds(self.growth_s)} more if all grids grow" if self.growth_s else ""
+        return [f"{runs}: {shown_seconds(self.grid_s + self.final_s)} on this machine{growth}"]
+
+
+def foretell(plan: Plan, rule: Rule, engine: Engine, *, with_data: bool) -> Forecast:
+    """Return what is to be done of a campaign, and how long that will take here.
+
+    Args:
+        plan: The campaign.
+        rule: How the best cell of a grid is chosen.
+        engine: Who carries out the runs, and takes first steps where nothing is known.
+        with_data: Whether to load the images of the runs to do before, and to fetch what is missing.
+
+    Raises:
+        DataError: If images are missing and cannot be fetched, or are damaged.
+    """
+    grids, choices = settled(plan, rule)
+    chosen = {(choice.panel, choice.method): (choice.lr, choice.damping) for choice in choices or ()}
+    finals = plan.final_cells(chosen or {key: next(grid.points()) for key, grid in grids.items()})
+    grid_states, final_states = _states(plan.all_grid_cells(grids)), _states(finals)
+    to_do = [cell for cell, state in [*grid_states, *final_states] if not state.has_ended]
+    if with_data:
+        check_data(to_do)
+    known = Estimator([cell for cell, _ in [*grid_states, *final_states]], {})
+    first = engine.first_steps({cell.curve: cell for cell in to_do if not known.has_measured(cell.curve)})
+    estimator = Estimator([cell for cell, _ in [*grid_states, *final_states]], first, engine.runs_per_device)
+    return Forecast(
+        estimator,
+        first,
+        grid_states,
+        final_states,
+        choices,
+        estimator.total(grid_states, engine.jobs),
+        0.0 if choices else _growth_s(plan, grids, estimator, engine.jobs),
+        estimator.total(final_states, engine.final_jobs),
+    )
+
+
+def _states(cells: Sequence[Cell]) -> CellStates:
+    """Return what is on disk of runs, each of them once: two curves may share one."""
+    return [(cell, read_state(cell)) for cell in {cell.directory.path: cell for cell in cells}.values()]
+
+
+def _growth_s(plan: Plan, grids: Mapping[CurveKey, Grid], estimator: Estimator, jobs: int) -> float | None:
+    """Return the seconds of the runs by which grids may still grow."""
+    each: list[float] = []
+    for key, first in plan.grids().items():
+        seconds = estimator.seconds(plan.grid_cells(key, first)[0], CellState("missing", 0))
+        if seconds is None:
+            return None
+        grown = len(list(grids[key].points())) - len(list(first.points()))
+        each.append(seconds * (first.most_grown(plan.scale.growth_steps) - grown))
+    return sum(each) / jobs
+
+
+def _to_do(states: CellStates) -> int:
+    return sum(not state.has_ended for _, state in states)
