@@ -37,7 +37,7 @@ def shared_paragraph(campaign: Campaign, finals: pd.DataFrame) -> str:
             if groups
             else "",
             f"**The same numbers, in runs of their own, have {'; '.join(of_their_own)}**: what tells their settings"
-            " apart has no effect in this network."
+            " apart has no effect in these runs."
             if of_their_own
             else "",
         ]
