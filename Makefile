@@ -45,8 +45,7 @@ train: $(INSTALLED) ## One run: make train ARGS="preconditioner=sua model=vgg11"
 
 quickstart: $(INSTALLED) ## The main job on the embedded digits: five settings, Figure 1, no download (SEEDS=2)
 	$(RUN) -m kfac_sua.train -m 'experiment=glob(quickstart_*)' 'seed=range($(or $(SEEDS),2))' 'output_dir=$(QUICKSTART_OUT)/runs' $(ARGS)
-	$(RUN) -m kfac_sua.figures.fig1 "$(QUICKSTART_OUT)/runs" --out "$(QUICKSTART_OUT)" --title "VGG11 on digits"
-	@echo "TensorBoard: $(RUN) -m tensorboard.main --logdir $(QUICKSTART_OUT)/runs"
+	$(RUN) -m kfac_sua.figures.fig1 "$(QUICKSTART_OUT)/runs" --out "$(QUICKSTART_OUT)" --quiet
 
 reproduce-fig1: $(INSTALLED) ## Figure 1 with grid and report: SCALE=full|small|smoke SEEDS=3 JOBS= WITH=adamw,muon DRY_RUN=1 LAUNCHER=joblib|slurm
 	$(call REPRODUCE,fig1)

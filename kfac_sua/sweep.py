@@ -20,13 +20,23 @@ from kfac_sua.runs.record import RecordError
 _NUM_RUNS = "KFAC_SUA_SWEEP_RUNS"
 
 
-def number_override(num_runs: int) -> str:
-    """Return the override by which Hydra tells every run of a sweep how many there are.
+def sweep_overrides(overrides: Sequence[str], num_runs: int) -> list[str]:
+    """Return what Hydra is told of a sweep on top: how many runs there are, for each to say.
+
+    Runs that this process carries out one after the other say which they are, so that Hydra's own lines, which count
+    from 0, are left out; a launcher's jobs say nothing here, and its lines stay.
 
     Args:
+        overrides: Those of the command line.
         num_runs: Cells of the sweep.
     """
-    return f"+hydra.job.env_set.{_NUM_RUNS}={num_runs}"
+    told = [f"+hydra.job.env_set.{_NUM_RUNS}={num_runs}"]
+    keys = [override.partition("=")[0] for override in overrides]
+    if not any(
+        key == "hydra/launcher" or key.startswith(("hydra/hydra_logging", "hydra.hydra_logging")) for key in keys
+    ):
+        told.append("hydra.hydra_logging.root.level=WARNING")
+    return told
 
 
 def place_in_sweep(config: Config) -> str:

@@ -30,7 +30,7 @@ from kfac_sua.launchers import killed_sentence, was_killed
 from kfac_sua.runs.lock import RunBusyError
 from kfac_sua.runs.record import RecordError
 from kfac_sua.startup import raise_on_interrupt
-from kfac_sua.sweep import number_override, place_in_sweep, say_summary
+from kfac_sua.sweep import place_in_sweep, say_summary, sweep_overrides
 from kfac_sua.training.checkpoint import CheckpointError
 from kfac_sua.training.launch import Launch, read_launch
 from kfac_sua.training.loop import run
@@ -207,7 +207,7 @@ def _checked_arguments(arguments: list[str]) -> tuple[list[str], list[Config]]:
             f"{len(cells)} runs by {launch.size} processes together: give torchrun one run, or start the sweep "
             f"without it, whose runs a launcher can spread over machines."
         )
-    return [*flags, *overrides, *([number_override(len(cells))] if len(cells) > 1 else [])], cells
+    return [*flags, *overrides, *(sweep_overrides(overrides, len(cells)) if len(cells) > 1 else [])], cells
 
 
 def _say_why(error: BaseException) -> int:

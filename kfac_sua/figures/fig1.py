@@ -99,6 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("root", type=Path, metavar="RUNS_ROOT", help="directory searched for runs, or a campaign's")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of the files")
     parser.add_argument("--title", help="line above the panels (the network and the data set)")
+    parser.add_argument("--quiet", action="store_true", help="print no table")
     parser.add_argument("--methods", nargs="+", choices=_PAPER_METHODS, default=_PAPER_METHODS)
     options = parser.parse_args(arguments)
     try:
@@ -110,9 +111,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(str(error)) from error
     except OSError as error:
         raise SystemExit(f"Cannot write the figure to {options.out}: {error.strerror or error}.") from error
-    settings = frame.loc[frame["preconditioner"].isin(options.methods), "fingerprint"].nunique()
-    print(f"Best setting per method, by the lowest mean validation error, of {settings} settings:")
-    print(format_table(final_table(best)))
+    if not options.quiet:
+        settings = frame.loc[frame["preconditioner"].isin(options.methods), "fingerprint"].nunique()
+        print(f"Best setting per method, by the lowest mean validation error, of {settings} settings:")
+        print(format_table(final_table(best)))
     print(f"Wrote {', '.join(map(str, paths))}.")
 
 
