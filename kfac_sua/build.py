@@ -18,7 +18,7 @@ from kfac_sua.config import (
     SGDConfig,
     settings_error,
 )
-from kfac_sua.data import Splits, archive_path, load_archive, load_digits, make_splits, provide_archive
+from kfac_sua.data import Splits, is_at_hand, load_archive, load_digits, make_splits, provide_archive
 from kfac_sua.models import VGG11, PreActResNet50, TinyConvNet, VisionTransformer
 from kfac_sua.optimizers import MuonWithAdamW
 from kfac_sua.preconditioner import AdaptiveDamping, KroneckerPreconditioner
@@ -35,7 +35,7 @@ def has_images(config: DatasetConfig) -> bool:
     Args:
         config: Which data set.
     """
-    return config.name is DatasetName.digits or archive_path(config.name.value, config.data_dir).exists()
+    return config.name is DatasetName.digits or is_at_hand(config.name.value, config.data_dir)
 
 
 def fetch_images(config: DatasetConfig) -> None:

@@ -1,6 +1,6 @@
 """Data sets as uint8 tensors, their splits, and device-resident mini-batches."""
 
-from kfac_sua.data.archive import archive_path, fetch_cifar, load_archive, provide_archive
+from kfac_sua.data.archive import archive_path, fetch_cifar, is_at_hand, load_archive, provide_archive
 from kfac_sua.data.batches import BatchLoader, epoch_generator
 from kfac_sua.data.digits import load_digits
 from kfac_sua.data.splits import DataError, ImageSet, Splits, channel_statistics, make_splits
@@ -14,6 +14,7 @@ __all__ = [
     "channel_statistics",
     "epoch_generator",
     "fetch_cifar",
+    "is_at_hand",
     "load_archive",
     "load_digits",
     "make_splits",

@@ -7,6 +7,7 @@ in a fraction of the time of torchvision's pickled batches and runs no code whil
 
 from __future__ import annotations
 
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kfac_sua.data.cifar import CIFAR_SOURCES, FETCH_COMMANDS, make_archive, one_line
+from kfac_sua.data.cifar import CIFAR_SOURCES, FETCH_COMMANDS, make_archive, one_line, read_torchvision
 from kfac_sua.data.splits import DataError, ImageSet
 
 Array = NDArray[Any]
@@ -58,12 +59,28 @@ def load_archive(
 
     Reference: Laurent et al. (2018), Sec. 3 (CIFAR-10) and 3.2 (CIFAR-100).
     """
-    path = provide_archive(name, data_dir, download=download)
-    source = CIFAR_SOURCES.get(name)
-    arrays = _read_arrays(path)
+    source, path = CIFAR_SOURCES.get(name), archive_path(name, data_dir)
+    if is_at_hand(name, data_dir) and not path.exists():
+        arrays = read_torchvision(name, path)
+    else:
+        arrays = _read_arrays(provide_archive(name, data_dir, download=download))
     class_names = _check_classes(path, arrays["classes"], source.num_classes if source else None)
     train, test = (_checked_image_set(path, arrays, split, len(class_names)) for split in ("train", "test"))
     return train, test, class_names
+
+
+def is_at_hand(name: str, data_dir: str | Path = "data") -> bool:
+    """Return whether a data set can be loaded without writing anything.
+
+    That is so if its archive is there, or torchvision's files in a folder that cannot be written to, such as one that a
+    cluster's users share: these are then read every time.
+
+    Args:
+        name: Data set.
+        data_dir: Folder of all data sets.
+    """
+    path, source = archive_path(name, data_dir), CIFAR_SOURCES.get(name)
+    return path.exists() or (source is not None and source.is_in(path.parent) and not os.access(path.parent, os.W_OK))
 
 
 def provide_archive(name: str, data_dir: str | Path = "data", *, download: bool) -> Path:

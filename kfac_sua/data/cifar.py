@@ -16,6 +16,7 @@ import shutil
 import socket
 import sys
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -99,6 +100,20 @@ def make_archive(name: str, path: Path, *, download: bool) -> None:
         raise DataError(
             f"{path} could not be written ({one_line(error)}); free space there or choose another data_dir."
         ) from error
+
+
+def read_torchvision(name: str, path: Path) -> dict[str, NDArray[Any]]:
+    """Return the arrays of a CIFAR data set from torchvision's files, without writing beside them.
+
+    Args:
+        name: A key of ``CIFAR_SOURCES``.
+        path: Where its archive would be; torchvision's files are looked for beside it.
+
+    Raises:
+        DataError: If they are damaged.
+    """
+    with tempfile.TemporaryDirectory() as staging:
+        return _arrays(*_read(name, path, Path(staging), download=False))
 
 
 def _read(name: str, path: Path, staging: Path, *, download: bool) -> tuple[Any, Any]:

@@ -17,7 +17,7 @@ import pytest
 from cifar_mirror import DOWNLOAD, FOLDER, Mirror, fake_cifar, serving, use_mirror
 from process_group import free_ports
 
-from kfac_sua.data import DataError, cifar, fetch_cifar, load_archive
+from kfac_sua.data import DataError, archive, cifar, fetch_cifar, is_at_hand, load_archive
 
 WRONG = r"the checksum of what came is wrong: it is incomplete or another file"
 CURE = (
@@ -74,6 +74,28 @@ def test_a_missing_data_set_is_downloaded_once(
     load_archive("cifar10", data_dir, download=True)
     assert mirror.downloads == 1
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("kind", ["folder", "download"])
+def test_torchvisions_files_in_a_shared_folder_are_read_every_time(
+    tmp_path: Path, mirror: Mirror, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing can be written, nothing is: no archive, no lock; damaged files are refused as everywhere."""
+    monkeypatch.setattr(archive.os, "access", lambda path, mode: False)  # to root every folder can be written to
+    if kind == "folder":
+        mirror.cifar.extract(tmp_path)
+    else:
+        (tmp_path / DOWNLOAD).write_bytes(mirror.cifar.archive)
+    before = names_in(tmp_path)
+    for _ in range(2):
+        assert_whole(tmp_path, mirror)
+    assert is_at_hand("cifar10", tmp_path)
+    assert names_in(tmp_path) == before
+    assert mirror.downloads == 0
+    damaged = tmp_path / before[0] / "data_batch_3" if kind == "folder" else tmp_path / before[0]
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"could not be read from"):
+        load_archive("cifar10", tmp_path)
 
 
 @pytest.mark.parametrize("behaviour", FAILURES)
