@@ -1,5 +1,6 @@
 """What ``auto`` comes to on this machine: the device, the precision of its products, and what choices go by."""
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,16 +18,19 @@ class CudaDevice:
     Attributes:
         name: As its maker calls it.
         precisions: Those that it has, bfloat16 only if it is not emulated.
+        memory_gib: Its memory.
     """
 
     name: str
     precisions: frozenset[Precision]
+    memory_gib: float = math.inf
 
     @classmethod
     def current(cls) -> "CudaDevice":
         """Return that of this process, which has used CUDA from then on."""
         precisions = (Precision.float32, Precision.tf32, Precision.bfloat16)
-        return cls(torch.cuda.get_device_name(), frozenset(filter(_current_has, precisions)))
+        memory_gib = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
+        return cls(torch.cuda.get_device_name(), frozenset(filter(_current_has, precisions)), memory_gib)
 
 
 _known: list[CudaDevice] = []

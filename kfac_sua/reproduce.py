@@ -25,7 +25,7 @@ from kfac_sua.campaign.conduct import CampaignError, conduct
 from kfac_sua.campaign.definition import campaign_names, keep_methods, load_campaign, load_scale, scale_names
 from kfac_sua.campaign.dry_run import describe
 from kfac_sua.campaign.engine import RUNS_PER_GPU, Jobs, Workers, num_cores
-from kfac_sua.campaign.forecast import foretell
+from kfac_sua.campaign.forecast import Forecast, foretell
 from kfac_sua.campaign.gpus import find_gpus
 from kfac_sua.campaign.jobs import LaunchError
 from kfac_sua.campaign.launcher import LAUNCHERS, SLURM, Launcher, load_launcher, require_cluster, with_device
@@ -88,13 +88,16 @@ def _carry_out(options: argparse.Namespace, command: str) -> None:
     scale = load_scale(campaign, options.scale)
     device, overrides, launcher = _resources(options)
     root = options.out or Path("outputs") / f"{campaign.name}-{options.scale}-{device}"
-    gpus = find_gpus() if launcher is None and device == "cuda" else ()
+    is_here = launcher is None or not launcher.has_machines_of_its_own
+    gpus = find_gpus() if is_here and device == "cuda" else ()
     with knowing(gpus[0].device) if gpus else contextlib.nullcontext():
         plan = Plan(campaign, scale, root, options.seeds, tuple(overrides))
         plan.check()
         engine = Jobs(launcher, root) if launcher else Workers.sharing(gpus, options.jobs)
         if options.dry_run:
-            print(describe(plan, options.select_by, engine, foretell(plan, options.select_by, engine, with_data=False)))
+            forecast = foretell(plan, options.select_by, engine, with_data=False)
+            print(describe(plan, options.select_by, engine, forecast))
+            _say_time(forecast, options.scale, device)
             return
         if launcher is not None:
             require_cluster(launcher)
@@ -102,15 +105,21 @@ def _carry_out(options: argparse.Namespace, command: str) -> None:
             if engine.description:
                 print(engine.description, flush=True)
             forecast = foretell(plan, options.select_by, engine, with_data=True)
-            for line in forecast.lines():
-                print(line, flush=True)
-            if forecast.lines() and options.scale == "full" and device == "cpu":
-                print(_SMALLER, flush=True)
+            _say_time(forecast, options.scale, device)
             results = conduct(plan, options.select_by, engine, forecast.first)
             paths = publish(
                 plan, scale=options.scale, device=device, rule=options.select_by, results=results, command=command
             )
         print(f"Wrote {', '.join(map(str, paths))}.")
+
+
+def _say_time(forecast: Forecast, scale: str, device: str) -> None:
+    """Say how long what is left will take, and which scale is made for this machine if it is not this one."""
+    lines = forecast.lines()
+    if lines and scale == "full" and device == "cpu":
+        lines.append(_SMALLER)
+    for line in lines:
+        print(line, flush=True)
 
 
 @contextlib.contextmanager

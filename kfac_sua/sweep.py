@@ -60,27 +60,35 @@ def say_summary(cells: Sequence[Config]) -> None:
     """
     if len(cells) < 2 or all(cell.progress is ProgressStyle.none for cell in cells):
         return
+    by_place: dict[str, list[Config]] = {}
+    for cell in cells:
+        by_place.setdefault(cell.output_dir, []).append(cell)
+    for output_dir, there in by_place.items():
+        _say_runs(Path(output_dir).absolute(), there)
+
+
+def _say_runs(root: Path, cells: Sequence[Config]) -> None:
+    """Print the table of some runs below one directory, and what shows more of it."""
     from kfac_sua.runs.collect import CollectError, collect_directories, final_table  # pandas takes a second
     from kfac_sua.runs.summary import format_table
 
     directories = dict.fromkeys(run_directory(cell, device_type(cell.device)).path.absolute() for cell in cells)
     begun = [path for path in directories if (path / "run.json").exists()]
-    root = os.path.commonpath([Path(cell.output_dir).absolute() for cell in cells])
     try:
-        frame = collect_directories(Path(root), begun)
+        frame = collect_directories(root, begun)
     except (CollectError, RecordError) as error:
         say(error)
         return
     counts = frame.drop_duplicates("run")["status"].value_counts().to_dict()
     counts["failed"] = counts.get("failed", 0) + len(directories) - len(begun)  # before there was anything to write
     outcomes = [f"{counts[name]} {name}" for name in ("finished", "diverged", "failed", "running") if counts.get(name)]
-    print(f"\n{len(directories)} runs: {', '.join(outcomes)}.")
+    print(f"\n{len(directories)} run{'s' if len(directories) > 1 else ''}: {', '.join(outcomes)}.")
     if begun:
         print(format_table(final_table(frame)))
         python = _called("python", _shown(sys.executable))  # that of `make` lies below the working directory
-        print(f"This table of all runs there: {python} -m kfac_sua.runs.collect {_shown(root)}")
+        print(f"This table of all runs there: {python} -m kfac_sua.runs.collect {_shown(str(root))}")
         tensorboard = _called("tensorboard", f"{python} -m tensorboard.main")
-        print(f"Their curves: {tensorboard} --logdir {_shown(root)}", flush=True)
+        print(f"Their curves: {tensorboard} --logdir {_shown(str(root))}", flush=True)
 
 
 def _called(name: str, otherwise: str) -> str:

@@ -35,6 +35,7 @@ from kfac_sua.training.checkpoint import CheckpointError
 from kfac_sua.training.launch import Launch, read_launch
 from kfac_sua.training.loop import run
 from kfac_sua.training.world import LostContactError, OtherProcessError
+from kfac_sua.tuned import auto_keys
 
 # What a user can cause. PyTorch and the preconditioner raise RuntimeError for what cannot be done (out of memory, a
 # factor that is not positive definite); any other exception is a bug and keeps its traceback.
@@ -148,7 +149,7 @@ def train(raw: DictConfig) -> None:
         raw: The composed configuration.
     """
     config = to_config(raw)
-    run(config, dataclasses.replace(read_launch(os.environ), place=place_in_sweep(config)))
+    run(config, dataclasses.replace(read_launch(os.environ), place=place_in_sweep(config), auto=auto_keys(raw)))
 
 
 def train_and_report(raw: DictConfig) -> None:

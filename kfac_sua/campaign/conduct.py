@@ -10,7 +10,7 @@ from kfac_sua.build import build_splits
 from kfac_sua.campaign.cell import Cell, log_path, mark_failed, read_state
 from kfac_sua.campaign.engine import Engine
 from kfac_sua.campaign.estimate import Estimator, shown_seconds
-from kfac_sua.campaign.first_steps import FirstSteps
+from kfac_sua.campaign.first_steps import FirstSteps, StageKey
 from kfac_sua.campaign.frames import collect_cells
 from kfac_sua.campaign.grid import Grid
 from kfac_sua.campaign.plan import CurveKey, Plan
@@ -45,14 +45,14 @@ class Results:
     choices: list[Choice]
 
 
-def conduct(plan: Plan, rule: Rule, engine: Engine, first: Mapping[CurveKey, FirstSteps]) -> Results:
+def conduct(plan: Plan, rule: Rule, engine: Engine, first: Mapping[StageKey, FirstSteps]) -> Results:
     """Carry out everything of a campaign that has not been carried out yet.
 
     Args:
         plan: The campaign.
         rule: How the best cell of a grid is chosen.
         engine: Who carries out the runs.
-        first: What first steps took, of curves of which no run has completed an epoch.
+        first: What first steps took, by stage and curve, where no run has completed an epoch.
 
     Raises:
         CampaignError: If runs failed; the others have been carried out.
@@ -110,7 +110,7 @@ def _run(
     title: str,
     cells: Sequence[Cell],
     engine: Engine,
-    first: Mapping[CurveKey, FirstSteps],
+    first: Mapping[StageKey, FirstSteps],
     *,
     is_final: bool = False,
     like: Sequence[Cell] = (),

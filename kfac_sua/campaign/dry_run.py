@@ -30,7 +30,7 @@ def describe(plan: Plan, rule: Rule, engine: Engine, forecast: Forecast) -> str:
             f"The final runs are those of the cells chosen once the grid is done ({rule}). A grid whose best cell lies "
             f"on an edge grows by one step beyond it, at most {plan.scale.growth_steps} time(s)."
         )
-    return "\n".join([*lines, *forecast.lines()])
+    return "\n".join(lines)
 
 
 def _line(cell: Cell, state: CellState, estimator: Estimator) -> str:

@@ -7,18 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from kfac_sua.campaign.cell import Cell, log_path
-from kfac_sua.campaign.first_steps import FirstSteps, take_first_steps
+from kfac_sua.campaign.cell import Cell, Stage, log_path
+from kfac_sua.campaign.first_steps import FirstSteps, StageKey, take_first_steps
 from kfac_sua.campaign.gpus import Gpu, visible_alone
 from kfac_sua.campaign.jobs import run_as_jobs
 from kfac_sua.campaign.launcher import JOBLIB, SUBMITIT_LOCAL, Launcher
-from kfac_sua.campaign.plan import CurveKey
 from kfac_sua.campaign.pool import run_all
 from kfac_sua.campaign.worker import Task
 
 # An H200 took 44 runs of 3 epochs in 150 s from five processes: a run of this size leaves most of a GPU idle, and each
 # process also needs a core to launch its operations from.
 RUNS_PER_GPU = 5
+# GiB of a GPU that are left to each run: a network of the paper with its factors, its graphs and a CUDA context of its
+# own. Estimated, not measured: VGG11 at full width takes 0.4 GiB without the context.
+MEMORY_PER_RUN_GIB = 8
 
 
 class Engine(Protocol):
@@ -43,7 +45,7 @@ class Engine(Protocol):
     def how(self, *, is_final: bool) -> str:
         """Return how many runs are carried out at the same time, in words, and what each has."""
 
-    def first_steps(self, cells: Mapping[CurveKey, Cell]) -> Mapping[CurveKey, FirstSteps]:
+    def first_steps(self, cells: Sequence[Cell]) -> Mapping[StageKey, FirstSteps]:
         """Take a few steps of each of some runs where they will be carried out; none if that is not this machine."""
 
     def carry_out(
@@ -85,7 +87,7 @@ class Workers:
             jobs: Runs of the grid at the same time; None is as many as the device bears, with a core each at least.
         """
         workers = cls(jobs or num_cores(), tuple(gpus))
-        most = RUNS_PER_GPU * len(workers.grid_gpus)
+        most = sum(_most_runs(gpu) for gpu in workers.grid_gpus)
         return workers if jobs or not gpus else cls(min(most, num_cores()), tuple(gpus))
 
     @property
@@ -109,7 +111,9 @@ class Workers:
         if not self.gpus:
             return ""
         parts = [f"GPUs: {_kinds(self.gpus)}"]
-        if self.jobs == num_cores() < RUNS_PER_GPU * len(self.grid_gpus):
+        if any(_most_runs(gpu) < RUNS_PER_GPU for gpu in self.grid_gpus):
+            parts.append(f"runs of the grid are left {MEMORY_PER_RUN_GIB} GiB each")
+        if self.jobs == num_cores() < sum(_most_runs(gpu) for gpu in self.grid_gpus):
             parts.append(f"{self.jobs} cores bound the runs of the grid, as each needs one")
         if len(self.grid_gpus) < len(self.gpus):
             parts.append(f"grid on {_kinds(self.grid_gpus)}, as the others have other precisions")
@@ -122,11 +126,10 @@ class Workers:
         """Runs of the grid on one GPU; those on a CPU have cores of their own."""
         return max(1.0, self.jobs / len(self.grid_gpus)) if self.gpus else 1.0
 
-    def first_steps(self, cells: Mapping[CurveKey, Cell]) -> Mapping[CurveKey, FirstSteps]:
+    def first_steps(self, cells: Sequence[Cell]) -> Mapping[StageKey, FirstSteps]:
         """Take a few steps of each of some runs, alone on the first GPU or with the cores of one run."""
-        return take_first_steps(
-            cells, _fair_threads(self.jobs), visible_alone(self.gpus[0].entry if self.gpus else None)
-        )
+        threads = {Stage.grid: _fair_threads(self.jobs), Stage.final: _fair_threads(self.final_jobs)}
+        return take_first_steps(cells, threads, visible_alone(self.gpus[0].entry) if self.gpus else {})
 
     def how(self, *, is_final: bool) -> str:
         """Return how many runs are carried out at the same time, in words, and on which GPUs."""
@@ -188,11 +191,13 @@ class Jobs:
         """One: a launcher gives each run what it asks for."""
         return 1.0
 
-    def first_steps(self, cells: Mapping[CurveKey, Cell]) -> Mapping[CurveKey, FirstSteps]:
+    def first_steps(self, cells: Sequence[Cell]) -> Mapping[StageKey, FirstSteps]:
         """Take a few steps of each of some runs, unless they will be carried out on other machines."""
         if self.launcher.has_machines_of_its_own:
             return {}
-        return take_first_steps(cells, self.launcher.num_threads or _fair_threads(self.jobs), {})
+        own = self.launcher.num_threads
+        threads = {Stage.grid: own or _fair_threads(self.jobs), Stage.final: own or _fair_threads(self.final_jobs)}
+        return take_first_steps(cells, threads, {})
 
     def how(self, *, is_final: bool) -> str:
         """Return how many runs are carried out at the same time, in words."""
@@ -228,6 +233,11 @@ class Jobs:
 def num_cores() -> int:
     """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _most_runs(gpu: Gpu) -> int:
+    """Return how many runs of the grid a GPU takes at the same time."""
+    return max(1, int(min(RUNS_PER_GPU, gpu.device.memory_gib / MEMORY_PER_RUN_GIB)))
 
 
 def _kinds(gpus: Sequence[Gpu]) -> str:

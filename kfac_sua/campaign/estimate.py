@@ -5,8 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from kfac_sua.campaign.cell import Cell, CellState, Stage, sound_records
-from kfac_sua.campaign.first_steps import FirstSteps
-from kfac_sua.campaign.plan import CurveKey
+from kfac_sua.campaign.first_steps import FirstSteps, StageKey
 from kfac_sua.config import Config, DatasetName
 
 # Images of a whole data set's training and test split.
@@ -24,13 +23,13 @@ class Estimator:
 
     Args:
         cells: Runs to learn from, whatever their state.
-        first: What the first steps of each curve took, for those of which no run has completed an epoch.
+        first: What first steps took, by stage and curve, where no run has completed an epoch.
         sharing: Runs of the grid on one device at the same time, each of which takes so much longer than alone.
     """
 
-    def __init__(self, cells: Iterable[Cell], first: Mapping[CurveKey, FirstSteps], sharing: float = 1) -> None:
+    def __init__(self, cells: Iterable[Cell], first: Mapping[StageKey, FirstSteps], sharing: float = 1) -> None:
         self._first, self._sharing = first, sharing
-        self._measured: dict[tuple[Stage, CurveKey], dict[Path, float]] = {}
+        self._measured: dict[StageKey, dict[Path, float]] = {}
         for cell in cells:
             self.learn(cell)
 
@@ -41,9 +40,9 @@ class Estimator:
             per_step = records[-1].train_time_s / records[-1].step
             self._measured.setdefault((cell.stage, cell.curve), {})[cell.directory.path] = per_step
 
-    def has_measured(self, curve: CurveKey) -> bool:
-        """Whether a run of a curve has completed an epoch."""
-        return any((stage, curve) in self._measured for stage in Stage)
+    def has_measured(self, cell: Cell) -> bool:
+        """Whether a run of the same stage and curve has completed an epoch."""
+        return (cell.stage, cell.curve) in self._measured
 
     def seconds(self, cell: Cell, state: CellState) -> float | None:
         """Return the seconds that are left of a run; None if nothing is known about runs like it.
@@ -57,7 +56,7 @@ class Estimator:
         per_step = self._per_step(cell)
         if per_step is None:
             return None
-        first = self._first.get(cell.curve)
+        first = self._first.get((cell.stage, cell.curve))
         setup_s = 0.0 if first is None else first.setup_s
         if first is not None and cell.stage is Stage.final:  # in a process of its own
             setup_s += first.start_s
@@ -77,13 +76,14 @@ class Estimator:
         return max(sum(known) / jobs, max(known, default=0.0))  # a last long run has no one to share it with
 
     def _per_step(self, cell: Cell) -> float | None:
-        """Return the seconds per step of runs like one: in its stage, in the other one, or by first steps."""
-        sharing = {Stage.grid: self._sharing, Stage.final: 1.0}
-        for stage in (cell.stage, *Stage):
-            if measured := self._measured.get((stage, cell.curve)):
-                return statistics.median(measured.values()) / sharing[stage] * sharing[cell.stage]
-        first = self._first.get(cell.curve)
-        return None if first is None or first.step_s is None else first.step_s * sharing[cell.stage]
+        """Return the seconds per step of runs of the same stage and curve."""
+        key = (cell.stage, cell.curve)
+        if measured := self._measured.get(key):
+            return statistics.median(measured.values())
+        first = self._first.get(key)
+        if first is None or first.step_s is None:
+            return None
+        return first.step_s * (self._sharing if cell.stage is Stage.grid else 1)
 
 
 def num_steps(config: Config) -> float:

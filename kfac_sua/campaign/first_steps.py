@@ -14,7 +14,7 @@ from kfac_sua.bench.arithmetic import Arithmetic
 from kfac_sua.bench.contender import Batch, Contender
 from kfac_sua.bench.step_kinds import StepKind
 from kfac_sua.build import build_splits
-from kfac_sua.campaign.cell import Cell
+from kfac_sua.campaign.cell import Cell, Stage
 from kfac_sua.campaign.plan import CurveKey
 from kfac_sua.campaign.starting import start
 from kfac_sua.config import Config, ConfigError
@@ -23,6 +23,9 @@ from kfac_sua.device import choose_device, choose_precision, device_type, rates_
 from kfac_sua.runs.directory import resolved
 from kfac_sua.runs.record import failure_reason
 from kfac_sua.training.determinism import determinism
+
+# A stage and one of its curves.
+StageKey = tuple[Stage, CurveKey]
 
 # Steps of each kind, of which the fastest counts: the first ones fill caches.
 REPETITIONS = 2
@@ -46,63 +49,68 @@ class FirstSteps:
 
 
 def take_first_steps(
-    cells: Mapping[CurveKey, Cell], num_threads: int | None, environment: Mapping[str, str]
-) -> dict[CurveKey, FirstSteps]:
-    """Take a few steps of a run of each curve, one curve after the other. Those that cost the same are taken once.
+    cells: Sequence[Cell], num_threads: Mapping[Stage, int | None], environment: Mapping[str, str]
+) -> dict[StageKey, FirstSteps]:
+    """Take a few steps of some runs, one run after the other. Those that cost the same are taken once.
 
     Args:
-        cells: A run per curve.
-        num_threads: CPU threads of PyTorch where the run's configuration is silent; None leaves PyTorch's choice.
+        cells: The runs, one per stage and curve.
+        num_threads: CPU threads of PyTorch by stage where a run's configuration is silent; None leaves PyTorch's
+            choice.
         environment: Variables of the process's own, such as which GPU it sees.
 
     Returns:
-        What they took, per curve.
+        What they took, per stage and curve.
     """
     if not cells:
         return {}
-    by_work: dict[str, list[CurveKey]] = {}
-    for key, cell in cells.items():
-        by_work.setdefault(_work(cell.config), []).append(key)
+    requests: dict[str, tuple[Config, int | None]] = {}
+    works: dict[StageKey, str] = {}
+    for cell in cells:
+        threads = cell.config.num_threads or num_threads[cell.stage]
+        works[cell.stage, cell.curve] = work = _work(cell.config, threads)
+        requests.setdefault(work, (cell.config, threads))
     start(Connection.close, environment)[0].join()  # what is copied is made once, and no part of a start
     asked_at = time.monotonic()
     process, connection = start(_answer, environment)
     try:
-        connection.send(([cells[keys[0]].config for keys in by_work.values()], num_threads, asked_at))
+        connection.send((list(requests.values()), asked_at))
         taken: Sequence[FirstSteps] = connection.recv()
     except (EOFError, ConnectionResetError):
         process.join()
         lost = FirstSteps(None, problem=f"the process of the first steps left with {process.exitcode}.")
-        taken = [lost] * len(by_work)
+        taken = [lost] * len(requests)
     finally:
         connection.close()
         process.terminate()
         process.join()
-    return {key: steps for keys, steps in zip(by_work.values(), taken, strict=True) for key in keys}
+    by_work = dict(zip(requests, taken, strict=True))
+    return {key: by_work[work] for key, work in works.items()}
 
 
-def _work(config: Config) -> str:
+def _work(config: Config, num_threads: int | None) -> str:
     """Return what decides how long a step takes: all but images, schedule and the numbers that a grid varies."""
     values: dict[str, Any] = resolved(config, device_type(config.device))
     for key in ("seed", "epochs", "output_dir", "progress", "schedule", "dataset"):
         del values[key]
     for node, key in (("optimizer", "lr"), ("preconditioner", "damping")):
         values[node].pop(key, None)
-    return json.dumps(values, sort_keys=True)
+    return json.dumps(values | {"num_threads": num_threads}, sort_keys=True)
 
 
 def _answer(connection: Connection) -> None:
     """Take first steps of the runs that are asked for, and send what they took."""
-    configs, num_threads, asked_at = connection.recv()
+    requests, asked_at = connection.recv()
     start_s = time.monotonic() - asked_at
-    cold, *taken = [_try(config, config.num_threads or num_threads) for config in [configs[0], *configs]]
+    default = torch.get_num_threads()
+    cold, *taken = [_try(config, threads or default) for config, threads in [requests[0], *requests]]
     start_s += max(0.0, cold.setup_s - taken[0].setup_s)
     connection.send([dataclasses.replace(steps, start_s=start_s) for steps in taken])
 
 
-def _try(config: Config, num_threads: int | None) -> FirstSteps:
+def _try(config: Config, num_threads: int) -> FirstSteps:
     """Take first steps of one run, or say why that cannot be done."""
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
+    torch.set_num_threads(num_threads)
     try:
         return _taken(config)
     except (ConfigError, RuntimeError, MemoryError, OSError) as error:

@@ -2,12 +2,13 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from kfac_sua.campaign.cell import Cell, CellState, read_state
 from kfac_sua.campaign.conduct import check_data, settled
 from kfac_sua.campaign.engine import Engine
 from kfac_sua.campaign.estimate import Estimator, shown_seconds
-from kfac_sua.campaign.first_steps import FirstSteps
+from kfac_sua.campaign.first_steps import FirstSteps, StageKey
 from kfac_sua.campaign.grid import Grid
 from kfac_sua.campaign.plan import CurveKey, Plan
 from kfac_sua.campaign.selection import Choice, Rule
@@ -21,7 +22,7 @@ class Forecast:
 
     Attributes:
         estimator: Knows how long runs take.
-        first: First steps of the curves of which no run has completed an epoch.
+        first: First steps, by stage and curve, where no run has completed an epoch.
         grid: Runs of the grids as they stand, with their states.
         finals: Final runs; until the grids are done each stands for the one that is chosen, which takes as long.
         choices: The chosen cells; None until the grids are done.
@@ -31,7 +32,7 @@ class Forecast:
     """
 
     estimator: Estimator
-    first: Mapping[CurveKey, FirstSteps]
+    first: Mapping[StageKey, FirstSteps]
     grid: CellStates
     finals: CellStates
     choices: list[Choice] | None
@@ -46,12 +47,12 @@ class Forecast:
         runs = f"{_to_do(self.grid)} runs of the grid and {_to_do(self.finals)} final runs to do"
         problems = [
             f"How long {panel}/{method} takes is not known: {taken.problem}"
-            for (panel, method), taken in self.first.items()
+            for (_, (panel, method)), taken in self.first.items()
             if taken.problem
         ]
         if self.grid_s is None or self.final_s is None:
             return [f"{runs}; how long they take is known once a run of every curve has completed an epoch", *problems]
-        growth = f", and up to {shown_seconds(self.growth_s)} more if all grids grow" if self.growth_s else ""
+        growth = "" if self.growth_s == 0 else f", and up to {shown_seconds(self.growth_s)} more if all grids grow"
         return [f"{runs}: {shown_seconds(self.grid_s + self.final_s)} on this machine{growth}"]
 
 
@@ -70,13 +71,17 @@ def foretell(plan: Plan, rule: Rule, engine: Engine, *, with_data: bool) -> Fore
     grids, choices = settled(plan, rule)
     chosen = {(choice.panel, choice.method): (choice.lr, choice.damping) for choice in choices or ()}
     finals = plan.final_cells(chosen or {key: next(grid.points()) for key, grid in grids.items()})
+    cells = [*plan.all_grid_cells(grids), *finals]
     grid_states, final_states = _states(plan.all_grid_cells(grids)), _states(finals)
     to_do = [cell for cell, state in [*grid_states, *final_states] if not state.has_ended]
     if with_data:
         check_data(to_do)
-    known = Estimator([cell for cell, _ in [*grid_states, *final_states]], {})
-    first = engine.first_steps({cell.curve: cell for cell in to_do if not known.has_measured(cell.curve)})
-    estimator = Estimator([cell for cell, _ in [*grid_states, *final_states]], first, engine.runs_per_device)
+    first: Mapping[StageKey, FirstSteps] = {}
+    if to_do:
+        known = Estimator(cells, {})
+        unknown = {(cell.stage, cell.curve): cell for cell in cells if not known.has_measured(cell)}
+        first = engine.first_steps(list(unknown.values()))
+    estimator = Estimator(cells, first, engine.runs_per_device)
     return Forecast(
         estimator,
         first,
@@ -95,15 +100,16 @@ def _states(cells: Sequence[Cell]) -> CellStates:
 
 
 def _growth_s(plan: Plan, grids: Mapping[CurveKey, Grid], estimator: Estimator, jobs: int) -> float | None:
-    """Return the seconds of the runs by which grids may still grow."""
-    each: list[float] = []
+    """Return the seconds of the runs by which grids may still grow; those of curves that share runs count once."""
+    each: dict[frozenset[Path], float] = {}
     for key, first in plan.grids().items():
-        seconds = estimator.seconds(plan.grid_cells(key, first)[0], CellState("missing", 0))
+        cells = plan.grid_cells(key, first)
+        seconds = estimator.seconds(cells[0], CellState("missing", 0))
         if seconds is None:
             return None
-        grown = len(list(grids[key].points())) - len(list(first.points()))
-        each.append(seconds * (first.most_grown(plan.scale.growth_steps) - grown))
-    return sum(each) / jobs
+        left = first.most_grown(plan.scale.growth_steps) - (len(list(grids[key].points())) - len(cells))
+        each[frozenset(cell.directory.path for cell in cells)] = seconds * left
+    return sum(each.values()) / jobs
 
 
 def _to_do(states: CellStates) -> int:

@@ -104,7 +104,7 @@ def _output_to(path: Path) -> Iterator[None]:
 
 def _run(task: Task) -> None:
     """Carry out a run, once a worker that holds it has left."""
-    # Imported here, in the worker: the process that waits needs neither PyTorch's memory nor its time.
+    # Imported here, in the worker: the process that waits carries out no run.
     import torch
 
     from kfac_sua.training.loop import run

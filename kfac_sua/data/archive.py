@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kfac_sua.data.cifar import CIFAR_SOURCES, FETCH_COMMANDS, make_archive, one_line, read_torchvision
+from kfac_sua.data.cifar import CIFAR_SOURCES, FETCH_COMMANDS, make_archive, one_line, read_torchvision, where_else
 from kfac_sua.data.splits import DataError, ImageSet
 
 Array = NDArray[Any]
@@ -104,8 +104,8 @@ def provide_archive(name: str, data_dir: str | Path = "data", *, download: bool)
     # A link that leads nowhere, as to a disk that is not mounted, is not replaced.
     if source is None or path.is_symlink() or not (download or source.is_in(path.parent)):
         raise DataError(
-            f"{path} does not exist; run {FETCH_COMMANDS} where there is a network, put the file there, "
-            "or use dataset=digits."
+            f"{path} does not exist; run {FETCH_COMMANDS} where there is a network, {where_else(name)}, or use "
+            "dataset=digits."
         )
     make_archive(name, path, download=download)
     return path

@@ -65,6 +65,17 @@ CIFAR_SOURCES = {
 }
 
 
+def where_else(name: str) -> str:
+    """Return in words where a data set may lie besides, for a message.
+
+    Args:
+        name: Data set.
+    """
+    source = CIFAR_SOURCES.get(name)
+    torchvisions = f", {source.download} or its folder {source.folder}" if source else ""
+    return f"give dataset.data_dir=DIR with a DIR that holds {name}.npz{torchvisions}"
+
+
 def make_archive(name: str, path: Path, *, download: bool) -> None:
     """Write the archive of a CIFAR data set, if no other process does so in the meantime.
 
@@ -150,7 +161,7 @@ def _read(name: str, path: Path, staging: Path, *, download: bool) -> tuple[Any,
                 _tell(f"{reason}; it is left as it is")
     if not download:
         raise DataError(
-            f"{reason}; run {FETCH_COMMANDS} where there is a network, put {path.name} there, or use dataset=digits."
+            f"{reason}; run {FETCH_COMMANDS} where there is a network, {where_else(name)}, or use dataset=digits."
         )
 
     # --- With it ----------------------------------------------------------------------------------------------------
@@ -161,8 +172,7 @@ def _read(name: str, path: Path, staging: Path, *, download: bool) -> tuple[Any,
     except _READ_ERRORS as error:
         raise DataError(
             f"{name} could not be downloaded into {data_dir} ({_reason(error)}); try again where there is a network, "
-            f"give dataset.data_dir=DIR with a DIR that holds {path.name}, {source.download} or its folder "
-            f"{source.folder}, or use dataset=digits."
+            f"{where_else(name)}, or use dataset=digits."
         ) from error
     except KeyboardInterrupt as interrupt:
         interrupt.args = interrupt.args or (f"interrupted; the same command downloads {name} again.",)

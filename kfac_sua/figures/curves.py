@@ -61,6 +61,20 @@ class Method:
         return "finished" in self.counts
 
 
+def without_comparators(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs that the paper compares, and say which others are left out: a campaign's report draws them.
+
+    Args:
+        frame: Rows of ``collect_runs``.
+    """
+    is_paper = (frame["optimizer"] == "sgd") & frame["batch_norm"]
+    others = [*frame.loc[frame["optimizer"] != "sgd", "optimizer"].unique()]
+    others += [] if frame["batch_norm"].all() else ["no batch normalisation"]
+    if others:
+        print(f"Left out: runs with {', '.join(others)}, which are no baseline of the paper.")
+    return frame[is_paper]
+
+
 def loss_curve(runs: pd.DataFrame) -> Curve:
     """Return the training loss per epoch, over the epochs that all seeds have reached.
 

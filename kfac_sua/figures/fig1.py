@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from kfac_sua.config import PreconditionerName
-from kfac_sua.figures.curves import FigureError, Method, method_curves
+from kfac_sua.figures.curves import FigureError, Method, method_curves, without_comparators
 from kfac_sua.figures.files import PAGE_WIDTH, write_figure
 from kfac_sua.figures.lines import (
     Line,
@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", choices=_PAPER_METHODS, default=_PAPER_METHODS)
     options = parser.parse_args(arguments)
     try:
-        frame = collect_runs(final_runs_root(options.root))
+        frame = without_comparators(collect_runs(final_runs_root(options.root)))
         require_runs(frame, options.methods)
         best = select_best(frame[frame["preconditioner"].isin(options.methods)])
         paths = draw_figure1(best, options.out, options.title or subject(best))

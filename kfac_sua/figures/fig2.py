@@ -16,7 +16,7 @@ import pandas as pd
 
 from kfac_sua.command_line import BAD_INPUT, say
 from kfac_sua.config import PreconditionerName
-from kfac_sua.figures.curves import FigureError, Method, method_curves
+from kfac_sua.figures.curves import FigureError, Method, method_curves, without_comparators
 from kfac_sua.figures.files import PAGE_WIDTH, write_figure
 from kfac_sua.figures.lines import (
     Line,
@@ -131,7 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        best = _best_per_panel(collect_runs(final_runs_root(options.root)), options.methods)
+        runs = without_comparators(collect_runs(final_runs_root(options.root)))
+        best = _best_per_panel(runs, options.methods)
         titles = list(panel_subjects(best).items())
         paths = draw_figure2(best, titles, options.out, options.title or subject(best))
     except (CollectError, RecordError, FigureError) as error:

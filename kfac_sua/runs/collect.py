@@ -28,7 +28,7 @@ from kfac_sua.runs.record import (
 from kfac_sua.runs.summary import format_table
 
 SETTING_COLUMNS = (
-    *("dataset", "model", "width", "preconditioner", "optimizer", "schedule"),
+    *("dataset", "model", "width", "batch_norm", "preconditioner", "optimizer", "schedule"),
     *("base_lr", "damping", "precision", "fingerprint"),
 )
 RUN_COLUMNS = ("run", *SETTING_COLUMNS, "seed", "status", "test_error")
@@ -256,6 +256,7 @@ def _run_values(root: Path, path: Path, info: RunInfo) -> dict[str, Any]:
             "dataset": str(info.config["dataset"]["name"]),
             "model": str(info.config["model"]["name"]),
             "width": float(info.config["model"]["width"]),
+            "batch_norm": bool(info.config["model"].get("batch_norm", True)),
             "preconditioner": name,
             "optimizer": str(info.config["optimizer"]["name"]),
             "schedule": str(info.config["schedule"]["name"]),

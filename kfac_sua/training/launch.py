@@ -25,6 +25,7 @@ class Launch:
         address: Host name of process 0.
         port: Port at which the processes meet there.
         place: Beginning of the run's opening line, such as ``#3 of 10`` and a blank.
+        auto: Keys whose numbers the run was not given, but ``auto`` stood for.
     """
 
     rank: int = 0
@@ -33,6 +34,11 @@ class Launch:
     address: str = ""
     port: int = 0
     place: str = ""
+    auto: tuple[str, ...] = ()
+
+
+ALONE = Launch()
+"""One process that carries out a run by itself."""
 
 
 def read_launch(variables: Mapping[str, str]) -> Launch:

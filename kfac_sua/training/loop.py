@@ -52,7 +52,7 @@ def run(config: Config, launch: Launch | None = None) -> RunInfo:
         config = dataclasses.replace(config, precision=choose_precision(config.precision, device.type))
         stack.enter_context(computing_in(config.precision, device))
         stack.enter_context(rates_as_configured(config.device_rates, device))
-        writer = RunWriter(run_directory(config, device.type, world.size), world, place=launch.place if launch else "")
+        writer = RunWriter(run_directory(config, device.type, world.size), world, launch=launch or Launch())
         if ended := writer.find_ended():
             return ended
 

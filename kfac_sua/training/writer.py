@@ -30,11 +30,12 @@ from kfac_sua.training.attempt import (
     write_end,
 )
 from kfac_sua.training.checkpoint import Checkpoint, save_checkpoint
+from kfac_sua.training.launch import ALONE, Launch
 from kfac_sua.training.progress import Progress, print_once
 from kfac_sua.training.signals import Interrupted, StopRequest
 from kfac_sua.training.state import Training
 from kfac_sua.training.world import World, named_losses
-from kfac_sua.tuned import origin
+from kfac_sua.tuned import opening_line
 
 _SAVE = 1
 
@@ -46,7 +47,7 @@ class RunWriter:
         directory: The run's directory.
         world: The processes that carry it out.
         clock: Seconds of a monotonic clock.
-        place: Beginning of the run's opening line.
+        launch: What the run's opening lines say of it beside its configuration.
 
     Attributes:
         info: What run.json says; ``None`` until :meth:`resume`.
@@ -61,13 +62,13 @@ class RunWriter:
     _log: TensorBoardLog | None = None
 
     def __init__(
-        self, directory: RunDirectory, world: World, clock: Callable[[], float] = time.monotonic, place: str = ""
+        self, directory: RunDirectory, world: World, clock: Callable[[], float] = time.monotonic, launch: Launch = ALONE
     ) -> None:
         self.directory = directory
         self.records: list[EpochRecord] = []
         self._world = world
         self._clock = clock
-        self._place = place
+        self._place, self._auto = launch.place, launch.auto
 
     # --- begin ------------------------------------------------------------------------------------------------------
 
@@ -129,7 +130,7 @@ class RunWriter:
         world.from_first(self._prepare)
         where = f"{world.size} processes, {training.device.type}" if world.size > 1 else training.device.type
         world.say(f"{self._place}{'resumed' if checkpoint is not None else 'started'} on {where}: {directory.path}")
-        world.say(origin(training.config))
+        world.say(opening_line(training.config, self._auto))
 
     def _prepare(self) -> None:
         assert self.info is not None

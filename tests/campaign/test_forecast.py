@@ -1,11 +1,13 @@
 """The time of a campaign, told before it starts: first steps, grid growth, starts of processes."""
 
+import dataclasses
 import multiprocessing
 import re
 from pathlib import Path
 
 import pytest
 
+from kfac_sua.campaign import engine
 from kfac_sua.campaign.cell import Stage
 from kfac_sua.campaign.definition import keep_methods, load_campaign, load_scale
 from kfac_sua.campaign.engine import Jobs, Workers
@@ -24,7 +26,7 @@ class Known(Workers):
 
     def first_steps(self, cells):
         """Return the same for all."""
-        return dict.fromkeys(cells, FirstSteps(1.0, 2.0, 4.0))
+        return {(cell.stage, cell.curve): FirstSteps(1.0, 2.0, 4.0) for cell in cells}
 
 
 def make_plan(root: Path, scale: str = "smoke", *overrides: str) -> Plan:
@@ -61,9 +63,12 @@ def test_hours_are_said_in_hours(tmp_path):
 def test_first_steps_are_taken_in_a_process_of_their_own(tmp_path):
     """Curves that cost the same are measured once; nothing of the process is left."""
     plan = make_plan(tmp_path)
-    cells = {key: plan.grid_cells(key, grid)[0] for key, grid in plan.grids().items()}
-    taken = take_first_steps({**cells, ("copy", "sua"): cells["vgg11", "sua"]}, 1, {})
-    assert taken["copy", "sua"] is taken["vgg11", "sua"]
+    cells = [plan.grid_cells(key, grid)[0] for key, grid in plan.grids().items()]
+    copies = [dataclasses.replace(cell, panel="copy") for cell in cells]
+    taken = take_first_steps([*cells, *copies], {Stage.grid: 1}, {})
+    assert len(taken) == 4
+    for method in METHODS:
+        assert taken[Stage.grid, ("copy", method)] == taken[Stage.grid, ("vgg11", method)]
     for steps in taken.values():
         assert not steps.problem
         assert 0 < steps.step_s < 60
@@ -76,11 +81,11 @@ def test_first_steps_are_taken_in_a_process_of_their_own(tmp_path):
 def test_a_curve_whose_steps_cannot_be_taken_says_why(tmp_path):
     """The time is not known then, and the sentence names the curve and the reason."""
     plan = make_plan(tmp_path, "smoke", "preconditioner.skip=[nowhere]")
-    cells = {("vgg11", "sua"): plan.grid_cells(("vgg11", "sua"), plan.grids()["vgg11", "sua"])[0]}
-    steps = take_first_steps(cells, 1, {})["vgg11", "sua"]
+    key = ("vgg11", "sua")
+    steps = take_first_steps(plan.grid_cells(key, plan.grids()[key])[:1], {Stage.grid: 1}, {})[Stage.grid, key]
     assert steps.step_s is None
     assert "nowhere" in steps.problem
-    assert take_first_steps({}, 1, {}) == {}
+    assert take_first_steps([], {}, {}) == {}
 
 
 def test_unknown_times_are_called_unknown(tmp_path):
@@ -110,7 +115,28 @@ def test_images_are_looked_for_before_anything_is_measured(tmp_path):
 def test_joblib_is_measured_here(tmp_path):
     """Its runs are carried out on this machine, so that their first steps tell."""
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    engine = Jobs(load_launcher("joblib", [], 2, 2), tmp_path)
+    jobs = Jobs(load_launcher("joblib", [], 2, 2), tmp_path)
     plan = make_plan(tmp_path)
     key, grid = next(iter(plan.grids().items()))
-    assert engine.first_steps({key: plan.grid_cells(key, grid)[0]})[key].step_s > 0
+    assert jobs.first_steps(plan.grid_cells(key, grid)[:1])[Stage.grid, key].step_s > 0
+
+
+def test_threads_are_those_of_each_stage(tmp_path, monkeypatch):
+    """Of a network that asks for none: runs side by side share the cores, and a final run has them all."""
+    asked = []
+    monkeypatch.setattr(engine, "num_cores", lambda: 8)
+    monkeypatch.setattr(engine, "take_first_steps", lambda cells, threads, environment: asked.append(threads) or {})
+    Workers(4).first_steps([])
+    assert asked == [{Stage.grid: 2, Stage.final: None}]
+
+
+def test_growth_of_panels_that_share_their_runs_counts_once(tmp_path):
+    """At smoke two of Figure 2's three panels are the same runs: sums are those of two."""
+    campaign = load_campaign("fig2")
+    plan = Plan(campaign, load_scale(campaign, "smoke"), tmp_path, 1, ("device=cpu",))
+    forecast = foretell(plan, Rule.one_standard_error, Known(1), with_data=False)
+    run_s = forecast.estimator.seconds(*forecast.grid[0])
+    assert len(forecast.grid) == 2 * (4 + 4)
+    assert forecast.grid_s == pytest.approx(2 * 8 * run_s)
+    assert forecast.growth_s == pytest.approx(2 * (1 + 5) * run_s)
+    assert "more if all grids grow" in forecast.lines()[0]

@@ -15,7 +15,7 @@ from kfac_sua.runs.directory import run_directory
 from kfac_sua.runs.record import rewrite_records, write_run_info
 
 NOTHING = CellState("missing", 0)
-BASELINE = ("panel", "baseline")
+BASELINE = (Stage.grid, ("panel", "baseline"))
 
 
 def make_cell(root: Path, lr: float, method: str = "baseline", *, epochs: int = 10) -> Cell:
@@ -59,18 +59,20 @@ def test_first_steps_of_runs_that_share_a_device(tmp_path):
     cell = make_cell(tmp_path, 0.1)
     final = dataclasses.replace(cell, stage=Stage.final)
     work = num_steps(cell.config)
-    estimator = Estimator([], {BASELINE: FirstSteps(1.0, setup_s=2.0, start_s=7.0)}, sharing=5)
+    steps = FirstSteps(1.0, setup_s=2.0, start_s=7.0)
+    estimator = Estimator([], {BASELINE: steps, (Stage.final, final.curve): steps}, sharing=5)
     assert estimator.seconds(cell, NOTHING) == pytest.approx(2 + 5 * work)
     assert estimator.seconds(final, NOTHING) == pytest.approx(2 + 7 + work)
 
 
-def test_runs_of_the_grid_tell_of_final_runs(tmp_path):
-    """What five that shared a GPU took 0.5 s per step for, takes one alone 0.1 s, until final runs are measured."""
+def test_runs_of_the_grid_do_not_tell_of_final_runs(tmp_path):
+    """They share devices and have other threads: a final run is known by first steps of its own, then by final runs."""
     done = make_cell(tmp_path, 0.1)
     final = dataclasses.replace(make_cell(tmp_path, 0.2), stage=Stage.final)
     leave(done, 10, "finished", seconds_per_step=0.5)
-    estimator = Estimator([done], {BASELINE: FirstSteps(9.0)}, sharing=5)
-    assert estimator.seconds(final, NOTHING) == pytest.approx(0.1 * num_steps(final.config))
+    assert Estimator([done], {}).seconds(final, NOTHING) is None
+    estimator = Estimator([done], {(Stage.final, final.curve): FirstSteps(2.0)}, sharing=5)
+    assert estimator.seconds(final, NOTHING) == pytest.approx(2 * num_steps(final.config))
     other = dataclasses.replace(make_cell(tmp_path, 0.3), stage=Stage.final)
     leave(other, 10, "finished", seconds_per_step=0.25)
     estimator.learn(other)

@@ -48,8 +48,8 @@ BAD_COMMANDS = {
     ),
     "model=transformer model.batch_norm=false": r"no key 'model.batch_norm' with model=preact_resnet50 or transformer;",
     # wrong types
-    "preconditioner.damping=abc": r"preconditioner.damping must be a number, got 'abc'\.",
-    "preconditioner.damping=null": r"preconditioner.damping must be a number, got null\.",
+    "preconditioner.damping=abc": r"preconditioner.damping must be a number or auto, got 'abc'\.",
+    "preconditioner.damping=null": r"preconditioner.damping must be a number or auto, got null\.",
     "preconditioner.group_size=2.5": r"preconditioner.group_size must be an integer or null, got 2.5\.",
     "preconditioner.skip=classifier": r"preconditioner.skip must be a list such as \[a,b\], got 'classifier'\.",
     "preconditioner.fisher_type=true_fisher": (

@@ -45,7 +45,7 @@ def test_experiment_says_what_it_is_for(name):
     assert lines[3].startswith("# lr and damping: ")
     if name.startswith("fig"):  # trained at any width, for which one number would not do
         assert "auto" in lines[3]
-        assert not {"lr:", "damping:"} & set(" ".join(lines).split())
+        assert not {"lr:", "damping:"} & {line.strip().split(" ")[0] for line in lines}
     else:
         grid = lines[3].rsplit(" in the grid of ", 1)[1].rstrip(".")
         assert (CONFIG_DIR.parent / grid).is_file()

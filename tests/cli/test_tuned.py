@@ -1,17 +1,28 @@
 """What ``auto`` stands for: numbers before anything is recorded, for every network, structure, width and optimizer."""
 
 import itertools
+import re
 import sys
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
 
 from kfac_sua import train
 from kfac_sua.checks import check
-from kfac_sua.compose import compose_config
-from kfac_sua.config import ConfigError, KroneckerConfig, ModelName, OptimizerName, PreconditionerName
+from kfac_sua.compose import compose_config, to_config
+from kfac_sua.config import (
+    CONFIG_DIR,
+    CONFIG_NAME,
+    VERSION_BASE,
+    ConfigError,
+    KroneckerConfig,
+    ModelName,
+    OptimizerName,
+    PreconditionerName,
+)
 from kfac_sua.runs.directory import fingerprint
-from kfac_sua.tuned import origin, tuned
+from kfac_sua.tuned import auto_keys, opening_line, tuned
 
 
 @pytest.mark.parametrize(("preconditioner", "model"), list(itertools.product(PreconditionerName, ModelName)))
@@ -81,14 +92,23 @@ def test_numbers_are_converted():
         assert repr(compose_config([f"optimizer.lr={text}"]).optimizer.lr) == "1.0"
 
 
-def test_a_run_says_where_its_numbers_are_from():
-    """Those of the table with their evidence; others by themselves; without batch normalisation what that means."""
-    assert " (auto; " in origin(compose_config(["preconditioner=sua"]))
-    assert origin(compose_config(["preconditioner=sua", "optimizer.lr=0.5", "preconditioner.damping=2"])) == (
-        "lr 0.5, damping 2"
-    )
-    assert origin(compose_config(["preconditioner=baseline", "optimizer.lr=0.5"])) == "lr 0.5"
-    assert "with batch normalisation" in origin(compose_config(["model.batch_norm=false"]))
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["preconditioner=sua", "optimizer.lr=0.5", "preconditioner.damping=2"], r"lr 0\.5, damping 2"),
+        (["preconditioner=baseline", "optimizer.lr=0.5"], r"lr 0\.5"),
+        (["preconditioner=sua"], r"lr \S+, damping \S+ \(auto lr and damping: .+\)"),
+        (["preconditioner=sua", "optimizer.lr=0.5"], r"lr 0\.5, damping \S+ \(auto damping: .+\)"),
+        (["preconditioner=baseline"], r"lr \S+ \(auto lr: .+\)"),
+        (["preconditioner=sua", "model.batch_norm=false"], r".+, with batch normalisation\)"),
+        (["experiment=quickstart_sua"], r"lr 0\.1, damping 1"),  # numbers of its own, be they those of the table
+    ],
+)
+def test_a_run_says_which_numbers_are_the_tables(overrides, expected):
+    """Those that were given stand by themselves; of the others the line says where they were tried."""
+    with initialize_config_dir(version_base=VERSION_BASE, config_dir=str(CONFIG_DIR)):
+        raw = compose(CONFIG_NAME, overrides)
+    assert re.fullmatch(expected, opening_line(to_config(raw), auto_keys(raw)))
 
 
 def test_the_command_prints_numbers_and_writes_them(monkeypatch, tmp_path, capsys):
@@ -97,7 +117,7 @@ def test_the_command_prints_numbers_and_writes_them(monkeypatch, tmp_path, capsy
     monkeypatch.setattr(sys, "argv", ["train", *overrides, f"output_dir={tmp_path}"])
     assert train.main() == 0
     config = compose_config(overrides)
-    line = f"lr {config.optimizer.lr:g}, damping {config.preconditioner.damping:g} (auto; "
+    line = f"lr {config.optimizer.lr:g}, damping {config.preconditioner.damping:g} (auto lr and damping: "
     assert line in capsys.readouterr().out
     (path,) = tmp_path.rglob("config.yaml")
     written = yaml.safe_load(path.read_text(encoding="utf-8"))

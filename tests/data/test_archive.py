@@ -70,11 +70,21 @@ def test_archive_of_another_name_is_read_when_it_is_there(tmp_path: Path, tiny_a
     assert len(load_archive("own", tmp_path)[2]) == 12
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100", "own"])
-def test_missing_archive_names_the_file_and_the_cure(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "also"),
+    [
+        ("cifar10", ", cifar-10-python.tar.gz or its folder cifar-10-batches-py"),
+        ("cifar100", ", cifar-100-python.tar.gz or its folder cifar-100-python"),
+        ("own", ""),
+    ],
+)
+def test_missing_archive_names_the_file_and_the_cure(tmp_path: Path, name: str, also: str) -> None:
     """Without archive and without torchvision's folder there is one sentence and no attempt to download."""
     path = tmp_path / f"{name}.npz"
-    assert load_error(path, name) == (f"{path} does not exist; {FETCH}, put the file there, or use dataset=digits.")
+    assert load_error(path, name) == (
+        f"{path} does not exist; {FETCH}, give dataset.data_dir=DIR with a DIR that holds {name}.npz{also}, "
+        "or use dataset=digits."
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -271,7 +281,8 @@ def test_damaged_torchvision_folder_is_refused(torchvision_folder: Path) -> None
     assert load_error(data_dir / "cifar10.npz") == (
         f"cifar10 could not be read from cifar-10-batches-py in {data_dir} "
         f"(RuntimeError: Dataset not found or corrupted); {FETCH}, "
-        "put cifar10.npz there, or use dataset=digits."
+        "give dataset.data_dir=DIR with a DIR that holds cifar10.npz, cifar-10-python.tar.gz or its folder "
+        "cifar-10-batches-py, or use dataset=digits."
     )
     assert [path.name for path in data_dir.iterdir()] == ["cifar-10-batches-py"]
 

@@ -27,7 +27,7 @@ def no_gpu(monkeypatch):
 def fingerprints(device: str, *overrides: str) -> tuple[str, ...]:
     """Return the first digits of the fingerprints of the baseline and of SUA."""
     configs = [
-        compose_config(["model=tiny", "dataset=digits", f"preconditioner={name}", *overrides])
+        compose_config(["model=tiny", "dataset=digits", "optimizer.lr=0.03", f"preconditioner={name}", *overrides])
         for name in ("baseline", "sua")
     ]
     return tuple(run_directory(config, device).fingerprint[:8] for config in configs)
@@ -43,7 +43,7 @@ def test_path_names_setting_cell_and_seed(tmp_path):
 
 def test_baseline_has_no_damping(tmp_path):
     """The cell of the baseline is its learning rate."""
-    directory = run_directory(tiny_config(tmp_path, "preconditioner=baseline"), "cpu")
+    directory = run_directory(tiny_config(tmp_path, "preconditioner=baseline", "optimizer.lr=0.03"), "cpu")
     assert directory.path.parent.name == f"lr=0.03-{directory.fingerprint[:8]}"
 
 
