@@ -8,8 +8,8 @@ RUN ?= $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 # One thread per process: tests are many small tensors, where more threads only wait for each other.
 TEST_ENV := OMP_NUM_THREADS=1
-# Test processes at a time, each of which imports PyTorch.
-TEST_JOBS ?= 2
+# Test processes at a time, each of which imports PyTorch: on 2 cores three, as many tests wait for what they start.
+TEST_JOBS ?= 3
 QUICKSTART_OUT ?= outputs/quickstart
 # Of a figure or an ablation: how large, how many final runs per curve, how many runs at a time, what else.
 SCALE ?= full
@@ -69,7 +69,7 @@ communication: $(INSTALLED) ## What processes send each other: counted, measured
 torture: $(INSTALLED) ## Kill, corrupt, starve and exhaust small runs, one table (MINUTES=15; 2 is the short cut)
 	$(TEST_ENV) $(RUN) scripts/torture.py --minutes $(MINUTES) $(ARGS)
 
-test: $(INSTALLED) ## Tests without a GPU and without a download, six minutes on 2 cores
+test: $(INSTALLED) ## Tests without a GPU and without a download, 11 minutes on 2 cores
 	$(TEST_ENV) $(RUN) -m pytest -n $(TEST_JOBS) --dist worksteal -m "not slow and not gpu"
 
 test-slow: $(INSTALLED) ## The tests that `make test` leaves out because they take long

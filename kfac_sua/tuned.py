@@ -54,7 +54,16 @@ class Row:
     model: ModelName
     width: float
     evidence: str
-    settings: Mapping[str, tuple[float, float | None]]
+    settings: Mapping[PreconditionerName, tuple[float, float | None]]
+
+
+def _settings(
+    baseline_lr: float, lr: float, damping: float, **apart: tuple[float, float]
+) -> dict[PreconditionerName, tuple[float, float | None]]:
+    """Return one pair for all structures but those named apart, and a learning rate for the baseline."""
+    pairs: dict[PreconditionerName, tuple[float, float | None]] = dict.fromkeys(PreconditionerName, (lr, damping))
+    pairs[PreconditionerName.baseline] = (baseline_lr, None)
+    return pairs | {PreconditionerName(name): pair for name, pair in apart.items()}
 
 
 TABLE = (
@@ -62,61 +71,31 @@ TABLE = (
         ModelName.vgg11,
         1.0,
         "provisional but for SUA, which was tried on CIFAR-10",
-        {
-            "baseline": (0.03, None),
-            "kfac": (0.1, 1.0),
-            "grouped": (0.1, 1.0),
-            "sua": (0.1, 1.0),
-            "sua_grouped": (0.03, 0.1),
-        },
+        _settings(0.03, lr=0.1, damping=1.0, sua_grouped=(0.03, 0.1)),
     ),
     Row(
         ModelName.vgg11,
         0.25,
         "tried on CIFAR-10, CIFAR-100 and digits",
-        {
-            "baseline": (0.03, None),
-            "kfac": (0.1, 1.0),
-            "grouped": (0.1, 1.0),
-            "sua": (0.1, 1.0),
-            "sua_grouped": (0.1, 1.0),
-        },
+        _settings(0.03, lr=0.1, damping=1.0),
     ),
     Row(
         ModelName.preact_resnet50,
         0.125,
         "tried on 10,000 images of CIFAR-10",
-        {
-            "baseline": (0.03, None),
-            "kfac": (0.1, 1.0),
-            "grouped": (0.1, 1.0),
-            "sua": (0.1, 1.0),
-            "sua_grouped": (0.1, 1.0),
-        },
+        _settings(0.03, lr=0.1, damping=1.0),
     ),
     Row(
         ModelName.transformer,
         1.0,
         "provisional: not tried",
-        {
-            "baseline": (0.03, None),
-            "kfac": (0.03, 0.1),
-            "grouped": (0.03, 0.1),
-            "sua": (0.03, 0.1),
-            "sua_grouped": (0.03, 0.1),
-        },
+        _settings(0.03, lr=0.03, damping=0.1),
     ),
     Row(
         ModelName.tiny,
         1.0,
         "tried on digits",
-        {
-            "baseline": (0.1, None),
-            "kfac": (0.03, 0.1),
-            "grouped": (0.03, 0.1),
-            "sua": (0.03, 0.1),
-            "sua_grouped": (0.03, 0.1),
-        },
+        _settings(0.1, lr=0.03, damping=0.1),
     ),
 )
 # Where auto may stand: node and key.
@@ -137,7 +116,7 @@ def tuned(
         optimizer: The optimizer; all but ``sgd`` are comparators on the plain gradient.
     """
     row = min((row for row in TABLE if row.model is model), key=lambda row: abs(row.width - width))
-    lr, damping = row.settings[preconditioner.value]
+    lr, damping = row.settings[preconditioner]
     if optimizer in _COMPARATORS:
         return Tuned(_COMPARATORS[optimizer], damping, "provisional: its authors' default, not tuned here")
     elsewhere = "" if row.width == width else f"provisional at this width: tried at {row.width:g}; "

@@ -101,7 +101,7 @@ def bench_vgg11() -> str:
 
 def auto_settings() -> str:
     """Return what ``auto`` stands for, per network and width."""
-    methods = ("baseline", *METHODS)
+    methods = list(tuned.PreconditionerName)
     lines = [f"| network, width | {' | '.join(methods)} | evidence |", "|---|" + "---|" * (len(methods) + 1)]
     for row in tuned.TABLE:
         pairs = (row.settings[method] for method in methods)

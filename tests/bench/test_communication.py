@@ -20,6 +20,7 @@ def shape_model(item: str, model: str = "tiny") -> ShapeModel:
     return ShapeModel(compose_settings(parse_items([item]), [], {"model": model, "device": "cpu"})[1].config)
 
 
+@pytest.mark.slow
 def test_measured_bytes_are_the_counted_ones(tmp_path, capsys):
     """Two gloo processes, uneven parts, everything shared out: the command compares and says so, and keeps both."""
     arguments = ["--out", str(tmp_path), "--model", "tiny", "--settings", "kfac", "sua_grouped", "kfac:ema_decay=0.5"]

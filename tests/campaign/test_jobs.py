@@ -60,6 +60,7 @@ def once_begun(cell: Cell, action: Callable[[int], None]) -> threading.Thread:
     return thread
 
 
+@pytest.mark.slow
 def test_of_three_jobs_one_raises_one_is_killed_and_one_finishes(tmp_path, monkeypatch):
     """Both are named, the killed one with its job's own log, and the other ends as if alone."""
     monkeypatch.setattr(submitit_core.Job, "_results_timeout_s", 0.2)

@@ -127,7 +127,7 @@ def work(rank: int, size: int, port: int, directory: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_processes_train_as_one(tmp_path, size):
     """Training over five refreshes, with inverses shared out or not, and refreshes with a bad block on one process."""
     run_processes(work, size, size, *free_ports(1), str(tmp_path))
