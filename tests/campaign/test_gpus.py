@@ -1,5 +1,6 @@
 """Which GPUs a campaign uses, how many runs at a time, which run gets which, and the words for it."""
 
+import dataclasses
 import os
 import time
 from collections import Counter
@@ -202,3 +203,12 @@ def test_a_campaign_says_who_runs_what_and_leaves_cuda_to_its_processes(tmp_path
         assert reproduce.main(arguments) == (0 if precision == "tf32" else 2)
         capsys.readouterr()
     assert not Path(out[1]).exists()
+
+
+@pytest.mark.parametrize(("memory_gib", "jobs"), [((139,), 5), ((40, 40), 10), ((16, 24), 2 + 3), ((4,), 1)])
+def test_memory_bounds_the_runs_on_a_gpu(memory_gib, jobs, monkeypatch):
+    """8 GiB each, one run on the smallest GPU; who is bounded by it is told."""
+    monkeypatch.setattr(engine, "num_cores", lambda: 64)
+    workers = Workers.sharing(make_gpus(*(dataclasses.replace(NEW, memory_gib=memory) for memory in memory_gib)))
+    assert workers.jobs == jobs
+    assert ("runs of the grid are left 8 GiB each" in workers.description) == (min(memory_gib) < 40)
