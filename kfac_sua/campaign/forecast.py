@@ -80,6 +80,8 @@ def foretell(plan: Plan, rule: Rule, engine: Engine, *, with_data: bool) -> Fore
     if to_do:
         known = Estimator(cells, {})
         unknown = {(cell.stage, cell.curve): cell for cell in cells if not known.has_measured(cell)}
+        if unknown:  # of a network at full width on a CPU they take minutes
+            print("taking a few steps of every curve, which tell how long all of them take", flush=True)
         first = engine.first_steps(list(unknown.values()))
     estimator = Estimator(cells, first, engine.runs_per_device)
     return Forecast(
