@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from kfac_sua.build import build_splits
 from kfac_sua.campaign.cell import Cell, log_path, mark_failed, read_state
 from kfac_sua.campaign.engine import Engine
 from kfac_sua.campaign.estimate import Estimator, shown_seconds
@@ -16,7 +15,6 @@ from kfac_sua.campaign.grid import Grid
 from kfac_sua.campaign.plan import CurveKey, Plan
 from kfac_sua.campaign.progress import CampaignProgress
 from kfac_sua.campaign.selection import Choice, Rule, select
-from kfac_sua.config import DatasetConfig
 
 # Failures whose reason is given in the last sentence; the log of each run holds its own.
 MAX_REASONS = 3
@@ -46,7 +44,7 @@ class Results:
 
 
 def conduct(plan: Plan, rule: Rule, engine: Engine, first: Mapping[StageKey, FirstSteps]) -> Results:
-    """Carry out everything of a campaign that has not been carried out yet.
+    """Carry out everything of a campaign that has not been carried out yet; its images are there, see ``foretell``.
 
     Args:
         plan: The campaign.
@@ -59,7 +57,6 @@ def conduct(plan: Plan, rule: Rule, engine: Engine, first: Mapping[StageKey, Fir
         LaunchError: If a launcher did not take them.
         SelectionError: If all cells of a grid diverged.
         ConfigError: If a run cannot be configured.
-        DataError: If the images are missing and cannot be fetched, or are damaged.
         KeyboardInterrupt: On Ctrl-C; the same call goes on.
     """
     grids, choices = settled(plan, rule)
@@ -122,7 +119,6 @@ def _run(
         print(f"{title}: all {len(unique)} runs are done", flush=True)
         return
     waiting, jobs = [cell for cell, _ in to_do], engine.final_jobs if is_final else engine.jobs
-    check_data(waiting)
     estimator = Estimator([*unique, *like], first, engine.runs_per_device)
     left = shown_seconds(estimator.total(to_do, jobs))
     print(f"{title}: {len(waiting)} of {len(unique)} runs to do, {engine.how(is_final=is_final)}, {left}", flush=True)
@@ -163,15 +159,6 @@ def _failure_sentence(failures: Mapping[str, str], num_runs: int, num_left: int)
     if num_left:
         return f"{failed} {num_left} were not begun. The same command tries the former again and begins the latter."
     return f"{failed} The same command tries these again, and no other."
-
-
-def check_data(cells: Sequence[Cell]) -> None:
-    """Load every data set once, which fetches it: without it every single run would fail."""
-    checked: list[DatasetConfig] = []
-    for cell in cells:
-        if cell.config.dataset not in checked:
-            checked.append(cell.config.dataset)
-            build_splits(cell.config.dataset)
 
 
 def _choice_line(choice: Choice) -> str:

@@ -4,14 +4,16 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from kfac_sua.build import build_splits
 from kfac_sua.campaign.cell import Cell, CellState, read_state
-from kfac_sua.campaign.conduct import check_data, settled
+from kfac_sua.campaign.conduct import settled
 from kfac_sua.campaign.engine import Engine
 from kfac_sua.campaign.estimate import Estimator, shown_seconds
 from kfac_sua.campaign.first_steps import FirstSteps, StageKey
 from kfac_sua.campaign.grid import Grid
 from kfac_sua.campaign.plan import CurveKey, Plan
 from kfac_sua.campaign.selection import Choice, Rule
+from kfac_sua.config import DatasetConfig
 
 CellStates = Sequence[tuple[Cell, CellState]]
 
@@ -71,11 +73,11 @@ def foretell(plan: Plan, rule: Rule, engine: Engine, *, with_data: bool) -> Fore
     grids, choices = settled(plan, rule)
     chosen = {(choice.panel, choice.method): (choice.lr, choice.damping) for choice in choices or ()}
     finals = plan.final_cells(chosen or {key: next(grid.points()) for key, grid in grids.items()})
-    cells = [*plan.all_grid_cells(grids), *finals]
-    grid_states, final_states = _states(plan.all_grid_cells(grids)), _states(finals)
+    grid_cells = plan.all_grid_cells(grids)
+    cells, grid_states, final_states = [*grid_cells, *finals], _states(grid_cells), _states(finals)
     to_do = [cell for cell, state in [*grid_states, *final_states] if not state.has_ended]
     if with_data:
-        check_data(to_do)
+        _check_data(to_do)
     first: Mapping[StageKey, FirstSteps] = {}
     if to_do:
         known = Estimator(cells, {})
@@ -94,6 +96,15 @@ def foretell(plan: Plan, rule: Rule, engine: Engine, *, with_data: bool) -> Fore
         0.0 if choices else _growth_s(plan, grids, estimator, engine.jobs),
         estimator.total(final_states, engine.final_jobs),
     )
+
+
+def _check_data(cells: Sequence[Cell]) -> None:
+    """Load every data set once, which fetches it: without it every single run would fail."""
+    checked: list[DatasetConfig] = []
+    for cell in cells:
+        if cell.config.dataset not in checked:
+            checked.append(cell.config.dataset)
+            build_splits(cell.config.dataset)
 
 
 def _states(cells: Sequence[Cell]) -> CellStates:
