@@ -1,12 +1,12 @@
 """Hooks that record layer inputs and output gradients, only while statistics are due.
 
-One forward hook per layer; output gradients come through ``output.register_hook`` (empirical Fisher) or through the
-gradient edge of the output (sampled and exact Fisher). Both refer to the output as the layer returned it, also when it
-is modified in place afterwards (``relu_``, ``out += shortcut``), where full backward hooks raise.
+One forward hook per layer, and one hook on the node of autograd's graph that computed its output: it sees the gradient
+of the output as the layer returned it, also when it is modified in place afterwards (``relu_``, ``out += shortcut``),
+where full backward hooks raise. Which of it counts is decided in ``recorder``.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,20 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from kfac_sua.preconditioner.precision import factor_precision
-from kfac_sua.preconditioner.statistics import Call, LayerStatistics
+from kfac_sua.preconditioner.backward import (
+    NO_TASK,
+    GradUse,
+    current_task,
+    is_transformed,
+    node_at_work,
+    num_nodes_made,
+    use_of_grad,
+)
+from kfac_sua.preconditioner.compiled import never_traced
+from kfac_sua.preconditioner.ordinary import ordinary
+from kfac_sua.preconditioner.precision import factor_precision, on_one_device
+from kfac_sua.preconditioner.recorder import LayerRecorder
+from kfac_sua.preconditioner.statistics import Call, LayerStatistics, ModelPass
 
 Phase = Callable[[str], AbstractContextManager[Any]]
 
@@ -29,9 +41,27 @@ class PhaseSource:
 
 @dataclass
 class _RecordedOutput:
-    statistics: LayerStatistics
+    recorder: LayerRecorder
     edge: GradientEdge
     call: Call
+    shape: torch.Size
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What the passes of a step have come to.
+
+    Args:
+        gone: Layers whose gradient was thrown away, and with it what was recorded.
+        empty: Layers that were called with no examples.
+        added_to_used: Layers whose gradient was added to one that had been preconditioned.
+        unexplained: Whether a layer's gradient is not the sum over its recorded calls, ``[layers]``, in their order.
+    """
+
+    gone: set[str]
+    empty: set[str]
+    added_to_used: set[str]
+    unexplained: Tensor
 
 
 class Capture:
@@ -42,8 +72,12 @@ class Capture:
         modules: Layer name to module.
         statistics: Layer name to the statistics it feeds.
         phases: Where the time of the statistics is accounted.
-        from_training_loss: Take output gradients from whatever backward pass comes (empirical Fisher); otherwise only
-            from :meth:`backward`.
+        from_training_loss: Take output gradients from the backward passes that reach ``.grad`` (empirical Fisher);
+            otherwise only from :meth:`backward`.
+
+    Attributes:
+        enabled: Whether passes are recorded.
+        is_paused: Whether that is because they are not the training step's.
     """
 
     def __init__(
@@ -56,28 +90,56 @@ class Capture:
         from_training_loss: bool,
     ) -> None:
         self.enabled = False
+        self.is_paused = False
         self.was_compiled = False
         self._phases = phases
         self._from_training_loss = from_training_loss
-        self._statistics = statistics
         self._outputs: list[_RecordedOutput] = []
-        self._model_pass = 0
-        self._is_entered = False
-        self._handles = [model.register_forward_pre_hook(_PassHook(self))]
+        self._passes: list[ModelPass] = []
+        self._is_pass_over = True
+        self._handles = [model.register_forward_pre_hook(_PassHook(self), with_kwargs=True)]
+        self.recorders: dict[str, LayerRecorder] = {}
         for name, module in modules.items():
-            hook = _LayerHook(self, module, statistics[name])
+            recorder = LayerRecorder(module, statistics[name], self, from_training_loss=from_training_loss)
+            self.recorders[name] = recorder
             # Before hooks that are there already: they may return another output than the layer's own.
+            hook = _LayerHook(self, recorder)
             self._handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
 
     def clear(self) -> None:
         """Forget recorded statistics and outputs."""
         self._outputs.clear()
-        for statistics in self._statistics.values():
-            statistics.clear()
+        self._passes.clear()
+        self._is_pass_over = True
+        for recorder in self.recorders.values():
+            recorder.clear()
+
+    def settle(self, *, needs_gradients: bool) -> Settled:
+        """Decide which calls count, at the end of a step.
+
+        Args:
+            needs_gradients: Calls whose gradient is not in ``.grad`` any more do not.
+        """
+        gone, failing = set(), []
+        for name, recorder in self.recorders.items():
+            recorder.count_sampled()
+            weight = recorder.weight
+            is_counted = self._from_training_loss and recorder.statistics.num_counted > 0
+            if needs_gradients and is_counted and weight.grad is None:
+                recorder.forget_counted()
+                gone.add(name)
+            fails = recorder.does_not_add_up()
+            failing.append(torch.zeros((), dtype=torch.bool, device=weight.device) if fails is None else fails)
+        return Settled(
+            gone=gone,
+            empty={name for name, recorder in self.recorders.items() if recorder.statistics.was_empty},
+            added_to_used={name for name, recorder in self.recorders.items() if recorder.adds_to_used},
+            unexplained=torch.stack(on_one_device(failing)),
+        )
 
     def remove(self) -> None:
         """Remove every hook from the model, and forget what they recorded."""
-        self.enabled = False
+        self.enabled = self.is_paused = False
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -103,43 +165,74 @@ class Capture:
             grads: Sequence[Tensor | None] = torch.autograd.grad(
                 outputs, edges, cotangent, retain_graph=True, allow_unused=True
             )
-            for output, grad in zip(recorded, grads, strict=True):
-                if grad is not None:
-                    self._record_gradient(output.statistics, output.call, grad, sample)
+            with self._phases.phase("statistics"), factor_precision():
+                for output, grad in zip(recorded, grads, strict=True):
+                    if grad is not None:
+                        output.recorder.statistics.add_output_grads(grad.reshape(output.shape), output.call, sample)
+        self.end_pass()
 
-    def begin_pass(self) -> None:
-        """Note that the model is entered anew."""
-        self._is_entered = True
+    @never_traced
+    def begin_pass(self, inputs: Any) -> None:
+        """Note that the model is entered anew, with these arguments."""
+        if current_task() == NO_TASK:  # inside a backward pass, a checkpoint enters it again
+            # Without gradients it may be that of a checkpoint, whose node was the last to be made.
+            start = num_nodes_made() - (not torch.is_grad_enabled())
+            self._passes.append(ModelPass(len(self._passes), _num_examples(inputs), start))
+            self._is_pass_over = False
 
-    def record(self, statistics: LayerStatistics, weight: Any, inputs: Tensor, output: Any) -> None:
+    def end_pass(self) -> None:
+        """Let the next call begin a new forward pass: a backward pass has been counted since the last one."""
+        self._is_pass_over = True
+
+    @never_traced
+    def record(self, recorder: LayerRecorder, weight: Any, inputs: Any, output: Any) -> None:
         """Record one call of a layer, if it is of a kind whose gradient reaches the layer's ``.grad``.
 
         Calls without gradients are not, nor those with a frozen weight or one that ``torch.func.functional_call``
         lends, nor those inside transformations of ``torch.func``.
         """
-        if not (self.enabled and torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad):
+        if not (torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad):
             return
         if not isinstance(weight, nn.Parameter) or not weight.requires_grad or is_transformed():
             return
-        if statistics.is_awaiting and torch._C._current_graph_task_id() != -1:
-            return  # activation checkpointing runs the forward pass again during backward; it was recorded before
-        if self._is_entered:
-            self._model_pass, self._is_entered = self._model_pass + 1, False
-        with self._phases.phase("statistics"), factor_precision():
-            call = statistics.add_inputs(inputs, output.shape, self._model_pass)
-        if not self._from_training_loss:
-            self._outputs.append(_RecordedOutput(statistics, get_gradient_edge(output), call))
+        if self.is_paused:
+            recorder.is_excused = True
+        if not self.enabled:
             return
-
-        def on_gradient(grad: Tensor) -> None:
-            if self.enabled:
-                self._record_gradient(statistics, call, grad)
-
-        output.register_hook(on_gradient)
-
-    def _record_gradient(self, statistics: LayerStatistics, call: Call, grad: Tensor, sample: int = 0) -> None:
+        name, shape = recorder.statistics.name, output.shape
+        inputs = ordinary(inputs, name).to(output.device)
+        if not inputs.numel() or not output.numel():
+            recorder.statistics.was_empty = True  # no examples, and nothing to add to any sum
+            return
         with self._phases.phase("statistics"), factor_precision():
-            statistics.add_output_grads(grad, call, sample)
+            call = recorder.add_call(inputs, shape, self._current_pass())
+        edge = get_gradient_edge(_computed(output))
+        index = edge.output_nr
+        if not self._from_training_loss:
+            self._outputs.append(_RecordedOutput(recorder, edge, call, shape))
+
+        def on_gradient(grads: Sequence[Tensor | None]) -> None:  # must not refer to the node that refers to it
+            grad = grads[index]
+            if grad is None or not self.enabled or use_of_grad(weight) is not GradUse.ACCUMULATED:
+                return
+            with torch.no_grad(), self._phases.phase("statistics"), factor_precision():
+                recorder.receive(call, ordinary(grad, name).reshape(shape))
+
+        edge.node.register_prehook(on_gradient)
+
+    def _current_pass(self) -> ModelPass:
+        """Return the model's forward pass that a call belongs to.
+
+        A call inside a backward pass belongs to the forward pass whose checkpoint is run again: that in which the node
+        at work was made. Loops that call layers without the model begin a new pass after each backward pass.
+        """
+        if current_task() != NO_TASK and self._passes:
+            made = node_at_work()
+            return next((one for one in reversed(self._passes) if one.start <= made), self._passes[0])
+        if self._is_pass_over:
+            self._passes.append(ModelPass(len(self._passes), None, num_nodes_made()))
+            self._is_pass_over = False
+        return self._passes[-1]
 
 
 def num_captures_on(model: nn.Module) -> int:
@@ -147,56 +240,85 @@ def num_captures_on(model: nn.Module) -> int:
     return sum(isinstance(hook, _PassHook) for module in model.modules() for hook in module._forward_pre_hooks.values())
 
 
-def is_transformed() -> bool:
-    """Whether a transformation of ``torch.func`` (``vmap``, ``grad``, …) is at work."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+def _computed(output: Tensor) -> Tensor:
+    """Return what a layer's output is a view of, if it is another shape of it, or the output itself.
+
+    An in-place operation on a view takes the node that made the view out of autograd's graph, but not that of its base:
+    ``nn.Linear`` returns such a view for inputs of more than two dimensions.
+    """
+    base = output._base
+    return output if base is None or base.numel() != output.numel() or not base.requires_grad else base
 
 
-class _InertCopy:
-    """A hook belongs to one module of one model: copies and pickles of the module get one that does nothing."""
+def _num_examples(values: Any) -> int | None:
+    """Return the first dimension of the first tensor in nested arguments; ``None`` if there is none."""
+    if isinstance(values, Tensor):
+        return None if values.is_nested or not values.dim() else values.shape[0]
+    if isinstance(values, Mapping):
+        values = list(values.values())
+    if not isinstance(values, list | tuple):
+        return None
+    return next((count for one in values if (count := _num_examples(one)) is not None), None)
+
+
+class _ModelHook:
+    """A hook that belongs to one model, which must not follow it elsewhere.
+
+    Copies and pickles of the model get a hook of the standard library that does nothing, so that they can be loaded
+    where this package is not installed.
+    """
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return _do_nothing
+        return _InertHook()
 
-    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
-        return _make_inert, ()
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (nullcontext(), "__exit__")
+
+    @property
+    def __name__(self) -> str:
+        """What only ``torch.jit.script`` asks for, which would compile the hook."""
+        raise AttributeError(
+            "torch.jit.script cannot compile the hooks of a preconditioner: call preconditioner.remove_hooks() first, "
+            "or script a new model that was given load_state_dict(model.state_dict()); torch.jit.trace, torch.export "
+            "and torch.fx take the model as it is"
+        )
+
+
+class _InertHook(_ModelHook):
+    """What a copied model has in the place of a hook."""
+
+    def __call__(self, *args: Any) -> None:
+        del args
 
 
 # torch.compile may trace these hooks (see `compiled`): so they store nothing but constants, and read `enabled` first.
-class _PassHook(_InertCopy):
+class _PassHook(_ModelHook):
     def __init__(self, capture: Capture) -> None:
         self._capture = capture
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        del module, args
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        del module
         if self._capture.enabled:
-            self._capture.begin_pass()
+            if torch.compiler.is_compiling():
+                self._capture.end_pass()
+            else:
+                self._capture.begin_pass((args, kwargs))
 
 
-class _LayerHook(_InertCopy):
-    def __init__(self, capture: Capture, module: nn.Module, statistics: LayerStatistics) -> None:
+class _LayerHook(_ModelHook):
+    def __init__(self, capture: Capture, recorder: LayerRecorder) -> None:
         self._capture = capture
-        self._module = module
-        self._statistics = statistics
+        self._recorder = recorder
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if getattr(module, "_is_replica", False):
             raise RuntimeError(
-                f"Layer {self._statistics.name!r} runs in a copy that nn.DataParallel made, which cannot be recorded; "
-                f"use DistributedDataParallel, with one process per device."
+                f"Layer {self._recorder.statistics.name!r} runs in a copy that nn.DataParallel made, which cannot be "
+                f"recorded; use DistributedDataParallel, with one process per device."
             )
-        if self._capture.enabled and module is self._module:
+        capture = self._capture
+        if (capture.enabled or capture.is_paused) and module is self._recorder.module:
             inputs = args[0] if args else kwargs["input"]
-            record = self._capture.record
             if torch.compiler.is_compiling():
-                self._capture.was_compiled = True
-                record = torch.compiler.disable(record)
-            record(self._statistics, module._parameters.get("weight"), inputs, output)
-
-
-def _do_nothing(*args: object) -> None:
-    del args
-
-
-def _make_inert() -> Callable[..., None]:
-    return _do_nothing
+                capture.was_compiled = True
+            capture.record(self._recorder, module._parameters.get("weight"), inputs, output)

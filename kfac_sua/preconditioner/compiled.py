@@ -18,6 +18,10 @@ from kfac_sua.preconditioner.wrappers import inside_of_compiled
 REASON = "kfac_sua records statistics of this mini-batch, which no graph can hold; compile without fullgraph=True"
 
 
+never_traced = torch._disable_dynamo
+"""Keeps a function out of graphs, without loading the compiler where nothing is compiled."""
+
+
 class Recorder(Protocol):
     """What knows whether statistics are being recorded."""
 

@@ -39,24 +39,45 @@ class EventLog:
 
 
 def report_other_examples(layers: Iterable[PreconditionedLayer], events: EventLog) -> None:
-    """Name layers whose inputs have another first dimension than most: it counts as examples."""
-    counts = {layer.name: count for layer in layers if (count := layer.statistics.num_examples)}
-    usual = max(Counter(counts.values()).items(), key=lambda item: item[::-1], default=(0, 0))[0]
+    """Name layers whose inputs have another first dimension than the model's: it counts as examples.
+
+    Where the model's is not known, or no layer has it, as when the batch is its second dimension, that of most layers.
+    """
+    counts = {layer.name: layer.statistics.num_examples for layer in layers if layer.statistics.num_counted}
+    of_model = {layer.name: layer.statistics.num_model_examples for layer in layers}
+    usual, whose = max(Counter(counts.values()).items(), key=lambda item: item[::-1], default=(0, 0))[0], "most layers"
+    is_known = any(count == of_model[name] for name, count in counts.items())
     for name, count in counts.items():
-        if count != usual:
+        expected = usual
+        if is_known and (known := of_model[name]) is not None:
+            expected, whose = known, "the inputs of the model"
+        if count != expected:
             consequence = (
-                f"the first dimension of its inputs, {count}, counts as examples, but most layers have {usual}, so "
+                f"the first dimension of its inputs, {count}, counts as examples, but {whose} have {expected}, so "
                 f"that its factors are scaled differently: put the batch first, or list the layer in skip"
             )
             events.report("other_examples", name, consequence)
 
 
-def report_missing(layer: PreconditionedLayer, events: EventLog) -> None:
-    """Say why a layer has no statistics of a mini-batch, and what follows."""
+def report_missing(layer: PreconditionedLayer, events: EventLog, *, is_gone: bool, was_empty: bool) -> None:
+    """Say why a layer has no statistics of a mini-batch, and what follows.
+
+    Args:
+        layer: The layer.
+        events: Where to say it.
+        is_gone: Whether it had, of a gradient that was thrown away before the step.
+        was_empty: Whether it was called with no examples.
+    """
     if is_frozen(layer.module):
         return  # reported where its gradient would be preconditioned
     meanwhile = "the plain gradient" if layer.inverse is None else "its last inverse"
-    if layer.has_gradient():
+    if is_gone:
+        consequence = f"the gradient that belonged to its statistics was gone at step(); it goes on with {meanwhile}"
+        events.report("gradient_gone", layer.name, consequence)
+    elif was_empty:
+        consequence = f"all its calls had 0 examples; it goes on with {meanwhile}, until a refresh that has some"
+        events.report("no_examples", layer.name, consequence)
+    elif layer.has_gradient():
         consequence = (
             f"it got a gradient, as when its weight is used without calling it, and goes on with {meanwhile}: list it "
             f"in skip if that is meant"
@@ -65,6 +86,59 @@ def report_missing(layer: PreconditionedLayer, events: EventLog) -> None:
     else:
         consequence = f"it goes on with {meanwhile}, until a refresh whose loss reaches it"
         events.report("not_reached", layer.name, consequence)
+
+
+def report_unexplained(layer_name: str, events: EventLog) -> None:
+    """Say that a weight gradient is not the sum over the recorded calls of its layer."""
+    consequence = (
+        "part of its weight gradient does not come from the calls that its statistics were measured in, as when the "
+        "weight is also used without calling the layer, or by a penalty (on its squares apart): list the layer in skip "
+        "unless that is meant"
+    )
+    events.report("gradient_not_explained", layer_name, consequence)
+
+
+def report_added_to_used(layer_name: str, events: EventLog) -> None:
+    """Say that new gradients were added to preconditioned ones."""
+    consequence = (
+        "its gradients were added to those of the step before, already preconditioned, which step() preconditions once "
+        "more: call optimizer.zero_grad() before loss.backward()"
+    )
+    events.report("used_gradient", layer_name, consequence)
+
+
+def unused_gradients(layers: Iterable[PreconditionedLayer], events: EventLog) -> list[PreconditionedLayer]:
+    """Return the layers whose gradient is there, and has not been preconditioned before.
+
+    Args:
+        layers: All layers.
+        events: Where a gradient that is not there, or used up, is reported.
+
+    Raises:
+        RuntimeError: If all that there are have been preconditioned before.
+    """
+    trainable = [layer for layer in layers if not is_frozen(layer.module)]
+    present = [layer for layer in trainable if layer.weight.grad is not None]
+    if trainable and not present:
+        consequence = (
+            "no layer has a gradient at step(), so that nothing is preconditioned: call step() after loss.backward() "
+            "and before the gradients are used or zeroed; an optimizer that steps inside the backward pass cannot be "
+            "combined with a preconditioner"
+        )
+        events.report("no_gradient", "(model)", consequence)
+    used = [layer for layer in present if layer.is_used_up]
+    if used and len(used) == len(present):
+        raise RuntimeError(
+            f"The gradient of layer {used[0].name!r} and all others have been preconditioned already, by this or by "
+            f"another preconditioner of the model: call step() of one of them, once after each loss.backward()."
+        )
+    for layer in used:
+        consequence = (
+            "its gradient is still that of the step before, already preconditioned, and is left as it is: call "
+            "optimizer.zero_grad() before loss.backward()"
+        )
+        events.report("used_gradient", layer.name, consequence)
+    return [layer for layer in present if not layer.is_used_up]
 
 
 def report_frozen(layer: PreconditionedLayer, events: EventLog) -> None:
@@ -107,9 +181,10 @@ def nothing_recorded(fisher_type: FisherType) -> str:
     """Return why a step that needs statistics has none, in one sentence."""
     if fisher_type is FisherType.empirical:
         return (
-            "step() needs statistics of this mini-batch, but no backward pass through the model was recorded: call "
-            "loss.backward() with gradients enabled, after constructing the preconditioner, on the model that it "
-            "was made for (of a compiled model, what torch.compile returned; not a copy)."
+            "step() needs statistics of this mini-batch, but no backward pass through the model was recorded whose "
+            "gradients are there: call loss.backward() with gradients enabled, after constructing the preconditioner, "
+            "on the model that it was made for (of a compiled model, what torch.compile returned; not a copy), and "
+            "step() before the gradients are used or zeroed (not with an optimizer that steps in the backward pass)."
         )
     return (
         f"step() needs statistics of this mini-batch: with fisher_type={fisher_type} call fisher_backward(outputs) "

@@ -21,15 +21,19 @@ from kfac_sua.preconditioner.faults import (
     EventLog,
     drop_statistics,
     nothing_recorded,
+    report_added_to_used,
     report_frozen,
     report_missing,
     report_other_examples,
+    report_unexplained,
+    unused_gradients,
     usable_inverse,
     validate_loss_factor,
 )
 from kfac_sua.preconditioner.fisher import fisher_cotangents
 from kfac_sua.preconditioner.forms.accumulator import Scalings
 from kfac_sua.preconditioner.kl_clip import KLClip
+from kfac_sua.preconditioner.later import LaterFlags
 from kfac_sua.preconditioner.layer import PreconditionedLayer, take_inverses
 from kfac_sua.preconditioner.layers import discover_layers, log_plain_layers, preconditioned
 from kfac_sua.preconditioner.precision import application_precision, factor_precision
@@ -223,6 +227,7 @@ class KroneckerPreconditioner:
         self._replaced: list[UncompiledWhileRecording | PreconditionedLayer] = [*self._layers.values()]
         self._run_uncompiled(compiled_modules(model))
         self._fisher_passes = 0
+        self._unexplained: LaterFlags | None = None
         # The hooks must not outlive the preconditioner: they would go on recording for nobody.
         self._release = weakref.finalize(self, _release, self._capture, self._replaced)
         self._begin_step()
@@ -314,6 +319,7 @@ class KroneckerPreconditioner:
 
     def capture(self) -> AbstractContextManager[None]:
         """Record statistics of the passes inside, due or not; for those who call the verbs one by one."""
+        self._check_in_use()
         return self._recording(True)
 
     def paused(self) -> AbstractContextManager[None]:
@@ -366,12 +372,15 @@ class KroneckerPreconditioner:
         Raises:
             ValueError: If the outputs do not fit ``settings.likelihood``.
         """
+        self._check_in_use()
         if not self._capture.enabled or self.settings.fisher_type is FisherType.empirical:
             return
         generator = torch.Generator(outputs.device)
         generator.manual_seed(self.seed * 1_000_003 + self.num_steps * 1_009 + self._fisher_passes)
         self._fisher_passes += 1
         place = self._processes.place(len(outputs), outputs.device) if self._processes else None
+        if not outputs.numel():
+            return  # no examples; the other processes were told
         cotangents = fisher_cotangents(outputs, self.settings.fisher_type, self.settings.likelihood, generator, place)
         self._capture.backward(outputs, cotangents)
 
@@ -398,9 +407,11 @@ class KroneckerPreconditioner:
         Raises:
             ValueError: If ``loss_scale`` or ``loss_weight`` is not a finite number > 0, or ``lr`` is missing where
                 ``kl_clip`` is on.
-            RuntimeError: If statistics are due but none were recorded, an inverse fails that has no predecessor, or
-                the model has got other trainable layers since the preconditioner was made.
+            RuntimeError: If statistics are due but none were recorded, all gradients have been preconditioned before,
+                an inverse fails that has no predecessor, the model has got other trainable layers since the
+                preconditioner was made, or its hooks were removed.
         """
+        self._check_in_use()
         clip = self._make_clip(lr)
         if loss_scale is not None:
             validate_loss_factor("loss_scale", loss_scale)
@@ -408,15 +419,17 @@ class KroneckerPreconditioner:
                 self.discard()
                 return False
         self._follow_model()
+        layers = unused_gradients(self._layers.values(), self._events)
         if self.statistics_due:
             scale = 1.0 if loss_scale is None else loss_scale
-            self._measure(scale, loss_weight, is_judged=not self._inversion_judges)
+            self._measure(scale, loss_weight, is_judged=not self._inversion_judges, needs_gradients=True)
         if self.inverses_due:
             self.update_inverses()
+        self._report_unexplained()
         observer = self._interested_observer()
         if observer is not None:
             observer.observe()
-        self._precondition_(clip)
+        self._precondition_(clip, layers)
         self.num_steps += 1
         self._begin_step()
         return True
@@ -433,15 +446,24 @@ class KroneckerPreconditioner:
             ValueError: If ``loss_scale`` or ``loss_weight`` is not a finite number > 0.
             RuntimeError: If nothing was recorded, or not all of it can be used.
         """
-        self._measure(loss_scale, loss_weight, is_judged=True)
+        self._check_in_use()
+        self._measure(loss_scale, loss_weight, is_judged=True, needs_gradients=False)
+        self._report_unexplained()
 
     @torch.no_grad()
-    def _measure(self, loss_scale: float, loss_weight: float, *, is_judged: bool) -> None:
-        """Do what :meth:`update_factors` does; whether factors are finite is looked at now, which waits, or later."""
+    def _measure(self, loss_scale: float, loss_weight: float, *, is_judged: bool, needs_gradients: bool) -> None:
+        """Do what :meth:`update_factors` does.
+
+        Args:
+            loss_scale: As there.
+            loss_weight: As there.
+            is_judged: Look at once, which waits for the device, whether factors are finite.
+            needs_gradients: Leave out layers whose gradients are not there any more.
+        """
         validate_loss_factor("loss_scale", loss_scale)
         validate_loss_factor("loss_weight", loss_weight)
         with self._phases.phase("statistics"), factor_precision():
-            report_other_examples(self._layers.values(), self._events)
+            settled = self._capture.settle(needs_gradients=needs_gradients)
             is_empirical = self.settings.fisher_type is FisherType.empirical
             mean_loss = is_empirical and self.settings.loss_reduction is LossReduction.mean
             scale = loss_scale * loss_weight if is_empirical else 1.0  # fisher_backward() does not send the scaled loss
@@ -452,16 +474,23 @@ class KroneckerPreconditioner:
                     for name, layer in self._layers.items()
                 }
                 scalings.carry_out()
+                report_other_examples(self._layers.values(), self._events)
             finally:  # a refused mini-batch must not spoil the next one
                 self._forget_passes()
+            unexplained = settled.unexplained
             if self._processes is not None:
                 measured = self._join(measured, self._processes)
+                unexplained = unexplained.float()
+                self._processes.add_up_(unexplained, "checks")
+            self._unexplained = LaterFlags(unexplained)
+            for name in settled.added_to_used:
+                report_added_to_used(name, self._events)
             present = {name: factors for name, factors in measured.items() if factors is not None}
-            if not present:
+            if not present and not settled.empty:
                 raise RuntimeError(nothing_recorded(self.settings.fisher_type))
-            for name in measured:
+            for name, layer in self._layers.items():
                 if name not in present:
-                    report_missing(self._layers[name], self._events)
+                    report_missing(layer, self._events, is_gone=name in settled.gone, was_empty=name in settled.empty)
             finite = finite_layers(list(present.values())) if is_judged else [True] * len(present)
             for (name, factors), is_finite in zip(present.items(), finite, strict=True):
                 if is_finite:
@@ -506,7 +535,8 @@ class KroneckerPreconditioner:
         Raises:
             ValueError: If ``kl_clip`` is on and ``lr`` is missing, negative or not finite.
         """
-        self._precondition_(self._make_clip(lr))
+        self._check_in_use()
+        self._precondition_(self._make_clip(lr), unused_gradients(self._layers.values(), self._events))
 
     def describe(self) -> LayerTable:
         """Return a row per layer: structure, blocks, sizes, memory, FLOPs and forms, or why it is left alone.
@@ -594,13 +624,18 @@ class KroneckerPreconditioner:
 
     @contextmanager
     def _paused(self) -> Iterator[None]:
-        inverses = [layer.swap_backward_inverse(None) for layer in self._layers.values()]
+        before = self._capture.is_paused
+        self._set_paused(True)
         try:
             with self._recording(False):
                 yield
         finally:
-            for layer, inverse in zip(self._layers.values(), inverses, strict=True):
-                layer.swap_backward_inverse(inverse)
+            self._set_paused(before)
+
+    def _set_paused(self, is_paused: bool) -> None:
+        self._capture.is_paused = is_paused
+        for layer in self._layers.values():
+            layer.pause(is_paused)
 
     def _begin_step(self) -> None:
         """Record statistics if they are due; otherwise let layers apply their inverses in the backward pass."""
@@ -620,18 +655,38 @@ class KroneckerPreconditioner:
         return None if self.settings.kl_clip is None else KLClip(self.settings.kl_clip, lr)
 
     @torch.no_grad()
-    def _precondition_(self, clip: KLClip | None) -> None:
+    def _precondition_(self, clip: KLClip | None, layers: Sequence[PreconditionedLayer]) -> None:
+        """Precondition the gradients of these layers, and report those that are frozen."""
         with self._phases.phase("application"), application_precision():
-            missing = [layer.take_missing_sides() for layer in self._layers.values()]  # all may raise before any change
-            for layer, sides in zip(self._layers.values(), missing, strict=True):
-                if is_frozen(layer.module):
-                    report_frozen(layer, self._events)
-                    continue
+            missing = {layer.name: layer.take_missing_sides() for layer in self._layers.values()}  # may raise: first
+            for layer in layers:
                 with nullcontext() if clip is None else clip.measuring(layer.preconditioned_grads):
-                    layer.precondition_(sides)
+                    layer.precondition_(missing[layer.name])
             if clip is not None:
                 scale = clip.scale_()
                 self._kl_scale = None if scale is None else written_over(self._kl_scale, scale, scale)
+        for layer in layers:
+            layer.mark_used_up()
+        for layer in self._layers.values():
+            if is_frozen(layer.module):
+                report_frozen(layer, self._events)
+
+    def _report_unexplained(self) -> None:
+        """Name the layers whose gradient was found not to be that of their recorded calls."""
+        if self._unexplained is None:
+            return
+        for name, is_unexplained in zip(self._layers, self._unexplained.read(), strict=True):
+            if is_unexplained:
+                report_unexplained(name, self._events)
+        self._unexplained = None
+
+    def _check_in_use(self) -> None:
+        """Refuse to be used after the hooks were removed: what comes then would be right for no model."""
+        if not self._release.alive:
+            raise RuntimeError(
+                "The hooks of this preconditioner were removed, so that it cannot be used any more: make a new one, "
+                "which may continue with load_state_dict(preconditioner.state_dict())."
+            )
 
     def _run_uncompiled(self, modules: Iterable[nn.Module]) -> None:
         """Leave compiled modules uncompiled while statistics are recorded."""

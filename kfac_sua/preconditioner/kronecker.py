@@ -25,7 +25,15 @@ class Sides:
 
     def complement(self) -> "Sides":
         """Return the sides that are not in this."""
-        return Sides(activation=not self.activation, gradient=not self.gradient)
+        return BOTH_SIDES.without(self)
+
+    def common(self, other: "Sides") -> "Sides":
+        """Return the sides that are in both."""
+        return Sides(activation=self.activation and other.activation, gradient=self.gradient and other.gradient)
+
+    def without(self, other: "Sides") -> "Sides":
+        """Return the sides that are in this alone."""
+        return Sides(activation=self.activation and not other.activation, gradient=self.gradient and not other.gradient)
 
 
 EIGENBASIS = "eigenbasis"

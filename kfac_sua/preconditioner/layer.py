@@ -15,7 +15,6 @@ from kfac_sua.preconditioner.forms.cost import SideCost
 from kfac_sua.preconditioner.geometry import BlockLayout, LayerGeometry
 from kfac_sua.preconditioner.kronecker import (
     BOTH_SIDES,
-    KroneckerInverse,
     LayerInverse,
     Sides,
     layer_inverse_from_state,
@@ -27,6 +26,7 @@ from kfac_sua.preconditioner.settings import Application, KroneckerSettings, Pro
 from kfac_sua.preconditioner.state import written_over
 from kfac_sua.preconditioner.statistics import LayerStatistics
 from kfac_sua.preconditioner.two_sided import TwoSidedForward, can_be_two_sided
+from kfac_sua.preconditioner.used import is_used_up, mark_used_up
 
 
 @dataclass
@@ -124,12 +124,10 @@ class PreconditionedLayer:
                 math.ceil((self.num_examples or 0) / self.num_processes) if is_shared else None
             )
 
-    def swap_backward_inverse(self, inverse: KroneckerInverse | None) -> KroneckerInverse | None:
-        """Set what coming forward passes apply in their backward pass, and return what it was."""
-        if self.two_sided is None:
-            return None
-        before, self.two_sided.inverse = self.two_sided.inverse, inverse
-        return before
+    def pause(self, is_paused: bool) -> None:
+        """Leave the gradients of coming forward passes plain, or no more."""
+        if self.two_sided is not None:
+            self.two_sided.is_paused = is_paused
 
     def measured(self, factors: LayerFactors) -> None:
         """Take in the factors of a mini-batch."""
@@ -193,6 +191,16 @@ class PreconditionedLayer:
         """Whether its weight has a gradient that is not zero; waits for the device."""
         grad = self.weight.grad
         return grad is not None and bool(grad.any())
+
+    @property
+    def is_used_up(self) -> bool:
+        """Whether its gradient has been preconditioned before, and has not changed since."""
+        return self.weight.grad is not None and is_used_up(self.weight.grad)
+
+    def mark_used_up(self) -> None:
+        """Remember that its gradient is preconditioned."""
+        if self.inverse is not None and self.weight.grad is not None:
+            mark_used_up(self.weight.grad)
 
     @property
     def preconditioned_grads(self) -> list[Tensor]:

@@ -24,8 +24,11 @@ class ForwardStandIn:
         return own_forward(memo[id(self._module)])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle as the module's own forward, for the same reason."""
-        return own_forward, (self._module,)
+        """Pickle as the module's own forward, for the same reason, and loadable without this package.
+
+        When it is loaded, the module has nothing but its class yet.
+        """
+        return getattr, (self._module, "forward")
 
     def remove(self) -> None:
         """Give the module its ``forward`` back, unless something else has taken this one's place."""

@@ -1,5 +1,10 @@
-"""Statistics of one layer over the mini-batch, or the accumulated micro-batches, of one optimisation step."""
+"""Statistics of one layer over the mini-batch, or the accumulated micro-batches, of one optimisation step.
 
+A call of the layer is measured on its own and *counted* once it is known that its weight gradient is part of ``.grad``
+(see ``recorder``). Calls that are never counted leave no trace.
+"""
+
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -16,31 +21,65 @@ MAX_KEPT_ROWS = 16384
 """Rows that the Woodbury form may factorise: a matrix of 1 GiB in float32. ``auto`` never comes near."""
 
 
-@dataclass
-class _Pass:
-    """One forward pass through a layer: its examples, and the locations of all its calls joined.
+@dataclass(frozen=True)
+class ModelPass:
+    """One forward pass of the model.
 
-    Under ``reduce`` it also holds the per-example sums over these locations: of the inputs, and of the output gradients
-    per backward pass (one, or one per class for the ``exact`` Fisher).
+    Args:
+        index: Which one since the last step.
+        num_examples: First dimension of the model's input; ``None`` if that is not known.
+        start: Number of the first node that it adds to autograd's graph.
     """
 
-    num_examples: int
-    num_locations: int = 0
-    input_sums: Tensor | None = None
-    output_grad_sums: dict[int, Tensor] = field(default_factory=dict)
+    index: int
+    num_examples: int | None = None
+    start: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class Call:
     """One call of a layer.
 
     Args:
-        index: Index of the forward pass through the layer that it belongs to.
-        samples: Backward passes whose output gradient has arrived.
+        model_pass: The model's forward pass that it belongs to.
+        num_examples: First dimension of its inputs.
+        num_locations: Output locations per example.
+        inputs: Its inputs while they wait to be measured, ``[n, h, w, channels]``; ``None`` afterwards.
+        activation: Moment of its inputs under ``expand``; ``None`` until they are measured.
+        gradient: Moment of its output gradients under ``expand``; ``None`` until one has arrived.
+        input_sums: Under ``reduce``, sums of the inputs over locations, per example.
+        output_grad_sums: The same of the output gradients, by ``sample``.
+        samples: Backward passes whose output gradient has arrived: one, or one per class for the ``exact`` Fisher.
+        is_counted: Whether it has been counted.
     """
 
-    index: int
+    model_pass: ModelPass
+    num_examples: int
+    num_locations: int
+    inputs: Tensor | None = None
+    activation: ActivationAccumulator | None = None
+    gradient: MomentAccumulator | None = None
+    input_sums: Tensor | None = None
+    output_grad_sums: dict[int, Tensor] = field(default_factory=dict)
     samples: set[int] = field(default_factory=set)
+    is_counted: bool = False
+
+    def forget_output_grads(self) -> None:
+        """Forget the output gradients of a backward pass whose weight gradient did not get into ``.grad``."""
+        self.gradient = None
+        self.output_grad_sums.clear()
+        self.samples.clear()
+
+
+@dataclass
+class _Pass:
+    """The counted calls of one forward pass of the model: its examples, and the locations of all calls joined."""
+
+    model_pass: ModelPass
+    num_examples: int
+    num_locations: int = 0
+    input_sums: Tensor | None = None
+    output_grad_sums: dict[int, Tensor] = field(default_factory=dict)
 
 
 class LayerStatistics:
@@ -58,6 +97,9 @@ class LayerStatistics:
         max_activation_rows: Rows of the activation factor kept at most before it is formed densely.
         max_gradient_rows: The same for the gradient factor.
         sampled_rows: Rows of the activation factor measured at most per call; ``None`` for all.
+
+    Attributes:
+        was_empty: Whether the layer was called with no examples.
     """
 
     def __init__(
@@ -81,46 +123,54 @@ class LayerStatistics:
 
     def clear(self) -> None:
         """Forget everything collected."""
+        self.open_calls: list[Call] = []
+        self.was_empty = False
+        self.forget_counted()
+
+    def forget_counted(self) -> None:
+        """Forget the calls that were counted, as when their gradient is thrown away."""
         most_activation, most_gradient = self.max_rows
-        self._activation = ActivationAccumulator(most_activation, self.geometry, self.layout, self._max_sampled_rows)
+        self._activation = self._activation_accumulator(most_activation)
         self._gradient = MomentAccumulator(most_gradient)
-        self._passes: list[_Pass] = []
-        self._model_pass = -1
-        self._calls: list[Call] = []
+        self._passes: dict[int, _Pass] = {}
+        self._unlike: tuple[int, int] | None = None
+
+    @property
+    def num_counted(self) -> int:
+        """Forward passes of the model in which a call was counted."""
+        return len(self._passes)
+
+    @property
+    def num_examples(self) -> int:
+        """Examples in all passes counted."""
+        return sum(one.num_examples for one in self._passes.values())
+
+    @property
+    def num_model_examples(self) -> int | None:
+        """The same, as the first dimension of the model's input says; ``None`` where that is not known."""
+        counts = [one.model_pass.num_examples for one in self._passes.values()]
+        known = [count for count in counts if count is not None]
+        return sum(known) if len(known) == len(counts) else None
 
     @torch.no_grad()
-    def add_inputs(self, inputs: Tensor, output_shape: torch.Size, model_pass: int) -> Call:
+    def add_call(self, inputs: Tensor, output_shape: torch.Size, model_pass: ModelPass, *, waits: bool = False) -> Call:
         """Record one call.
 
         Args:
             inputs: The layer's inputs.
             output_shape: Shape of its outputs.
-            model_pass: Index of the model's forward pass.
+            model_pass: The model's forward pass.
+            waits: Measure the inputs when an output gradient arrives, and hold on to them until then.
 
         Returns:
-            The call, to hand to :meth:`add_output_grads`.
+            The call, to hand to :meth:`add_output_grads` and :meth:`count`.
         """
-        inputs = to_locations(at_least_float32(inputs.detach()), self.geometry)
-        current = self._begin_call(inputs.shape[0], model_pass)
-        current.num_locations += self._num_locations(output_shape)
-        call = Call(len(self._passes) - 1)
-        self._calls.append(call)
-        if self.reduce:
-            sums = moments.reduced_activation_rows(inputs, self.geometry, self.layout)
-            current.input_sums = sums if current.input_sums is None else current.input_sums + sums
-        else:
-            self._activation.add_inputs(inputs)
+        inputs = to_locations(inputs.detach(), self.geometry)
+        call = Call(model_pass, inputs.shape[0], self._num_locations(output_shape), inputs)
+        if not waits:
+            self._measure_inputs(call)
+        self.open_calls.append(call)
         return call
-
-    @property
-    def num_examples(self) -> int:
-        """Examples in all forward passes recorded."""
-        return sum(one.num_examples for one in self._passes)
-
-    @property
-    def is_awaiting(self) -> bool:
-        """Whether a call has been recorded whose output gradient has not arrived."""
-        return any(not call.samples for call in self._calls)
 
     @torch.no_grad()
     def add_output_grads(self, output_grads: Tensor, call: Call, sample: int = 0) -> None:
@@ -128,32 +178,60 @@ class LayerStatistics:
 
         Args:
             output_grads: Gradient with respect to the call's output.
-            call: What :meth:`add_inputs` returned for it.
+            call: What :meth:`add_call` returned for it.
             sample: Index of the backward pass (several for the ``exact`` Fisher), so that ``reduce`` sums over the
                 calls of one backward only.
 
         Raises:
             RuntimeError: If the call has had this output gradient before.
         """
-        if sample in call.samples:
+        if call.is_counted or sample in call.samples:
             raise RuntimeError(
                 f"Layer {self.name!r}: a second backward pass reached one forward pass while statistics were recorded; "
                 f"add losses up for one backward pass, and run passes that are not the training step's inside "
                 f"preconditioner.paused()."
             )
+        self._measure_inputs(call)
         call.samples.add(sample)
         grads = to_locations(at_least_float32(output_grads.detach()), self.geometry)
         rows = moments.gradient_rows(grads, self.layout, reduce=self.reduce)
-        if not self.reduce:
-            self._gradient.add(rows)
+        if self.reduce:
+            call.output_grad_sums[sample] = rows
             return
-        sums = self._passes[call.index].output_grad_sums
-        sums[sample] = sums[sample] + rows if sample in sums else rows
+        if call.gradient is None:
+            others = [one.gradient for one in self.open_calls if one.gradient is not None]
+            call.gradient = MomentAccumulator(_room(self.max_rows[1], [self._gradient, *others]))
+        call.gradient.add(rows)
+
+    @torch.no_grad()
+    def count(self, calls: Iterable[Call]) -> None:
+        """Count calls whose output gradients have arrived: their gradient is part of ``.grad``."""
+        for call in calls:
+            call.is_counted = True
+            self.open_calls.remove(call)
+            one = self._passes.setdefault(call.model_pass.index, _Pass(call.model_pass, call.num_examples))
+            if one.num_examples != call.num_examples:
+                self._unlike = min(one.num_examples, call.num_examples), max(one.num_examples, call.num_examples)
+                continue
+            one.num_locations += call.num_locations
+            if self.reduce:
+                assert call.input_sums is not None
+                one.input_sums = call.input_sums if one.input_sums is None else one.input_sums + call.input_sums
+                for sample, sums in call.output_grad_sums.items():
+                    before = one.output_grad_sums.get(sample)
+                    one.output_grad_sums[sample] = sums if before is None else before + sums
+            else:
+                assert call.activation is not None
+                assert call.gradient is not None
+                self._activation.absorb(call.activation)
+                self._gradient.absorb(call.gradient)
+            call.activation = call.input_sums = None
+            call.forget_output_grads()
 
     def factors(
         self, *, grads_of_mean_loss: bool, loss_scale: float = 1.0, scalings: Scalings | None = None
     ) -> LayerFactors | None:
-        """Return the normalised factors, or ``None`` if the layer took no part in the loss.
+        """Return the normalised factors of the calls counted, or ``None`` if there are none.
 
         Args:
             grads_of_mean_loss: The output gradients belong to the *mean* over examples, so they are multiplied by
@@ -163,20 +241,17 @@ class LayerStatistics:
                 ``None`` multiplies here.
 
         Raises:
-            RuntimeError: If only some of the layer's calls received an output gradient.
+            RuntimeError: If calls of one forward pass had different numbers of examples.
         """
-        num_awaiting = sum(not call.samples for call in self._calls)
-        if num_awaiting == len(self._calls):
-            return None
-        if num_awaiting:
+        if self._unlike is not None:
             raise RuntimeError(
-                f"Layer {self.name!r}: no output gradient arrived for {num_awaiting} of its {len(self._calls)} "
-                f"calls since the last step, so its statistics would be wrong; run forward passes that no training "
-                f"loss follows under torch.no_grad() or inside preconditioner.paused(), and call "
-                f"preconditioner.discard() where a mini-batch is abandoned."
+                f"Layer {self.name!r} was called with {self._unlike[0]} and with {self._unlike[1]} examples within "
+                f"one forward pass; statistics over such calls are not defined, list it in skip."
             )
+        if not self._passes:
+            return None
         num_examples = self.num_examples
-        num_rows = sum(one.num_examples * one.num_locations for one in self._passes)
+        num_rows = sum(one.num_examples * one.num_locations for one in self._passes.values())
         per_gradient = (num_examples if grads_of_mean_loss else 1) ** 2 / loss_scale**2
         self._activation.fold_inputs()
         if self.reduce:
@@ -199,22 +274,24 @@ class LayerStatistics:
             own.carry_out()
         return factors
 
-    def _begin_call(self, num_examples: int, model_pass: int) -> _Pass:
-        """Return the pass a call belongs to: a new one after the model was entered anew, or after a backward pass."""
-        if model_pass != self._model_pass or not self.is_awaiting:
-            self._model_pass = model_pass
-            self._passes.append(_Pass(num_examples))
-        current = self._passes[-1]
-        if num_examples != current.num_examples:
-            raise RuntimeError(
-                f"Layer {self.name!r} was called with {current.num_examples} and then with {num_examples} examples "
-                f"within one forward pass; statistics over such calls are not defined, list it in skip."
-            )
-        return current
+    def _measure_inputs(self, call: Call) -> None:
+        """Take in the inputs of a call, unless that is done."""
+        if call.inputs is None:
+            return
+        inputs, call.inputs = at_least_float32(call.inputs), None
+        if self.reduce:
+            call.input_sums = moments.reduced_activation_rows(inputs, self.geometry, self.layout)
+            return
+        others = [one.activation for one in self.open_calls if one.activation is not None]
+        call.activation = self._activation_accumulator(_room(self.max_rows[0], [self._activation, *others]))
+        call.activation.add_inputs(inputs)
+
+    def _activation_accumulator(self, max_rows: int) -> ActivationAccumulator:
+        return ActivationAccumulator(max_rows, self.geometry, self.layout, self._max_sampled_rows)
 
     def _fold_passes(self) -> None:
         """Turn the sums of every pass into rows: inputs averaged, output gradients summed over locations."""
-        for one in self._passes:
+        for one in self._passes.values():
             assert one.input_sums is not None
             self._activation.add(one.input_sums / one.num_locations)
             for sums in one.output_grad_sums.values():
@@ -224,3 +301,13 @@ class LayerStatistics:
         if self.geometry.is_convolution:
             return output_shape[-1] * output_shape[-2]
         return max(1, output_shape[1:-1].numel()) if len(output_shape) > 1 else 1
+
+
+def _room(most: int, accumulators: Iterable[MomentAccumulator]) -> int:
+    """Return how many rows may be kept beside those of other accumulators, which will be joined."""
+    taken = 0
+    for one in accumulators:
+        if one.is_folded:
+            return 0
+        taken += one.num_rows
+    return max(0, most - taken)

@@ -9,19 +9,25 @@ gradients and transformed patches instead of a convolution.
 
 It needs the inverses before the backward pass, so a mini-batch on which statistics or inverses are due is applied to
 the weight gradient instead: no step ever uses older inverses than it otherwise would.
+
+All parts of a step's gradient carry the same sides: those that the first of them to get to ``.grad`` carries. The other
+parts, from mini-batches of other sizes, calls under autocast or in ``paused()``, or derivatives of a gradient, are
+multiplied as they arrive. A gradient that does not get to ``.grad``, as ``torch.autograd.grad`` asks for, stays plain.
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from kfac_sua.preconditioner.capture import PhaseSource, is_transformed
+from kfac_sua.preconditioner.apply import precondition_
+from kfac_sua.preconditioner.backward import GradUse, is_transformed, use_of_grad
+from kfac_sua.preconditioner.capture import PhaseSource
 from kfac_sua.preconditioner.forms import Inverse
 from kfac_sua.preconditioner.forms.cost import SideCost
 from kfac_sua.preconditioner.forms.patch_rows import PatchRows
@@ -79,6 +85,7 @@ class TwoSidedForward(ForwardStandIn):
         phases: PhaseSource,
     ) -> None:
         self.inverse: KroneckerInverse | None = None
+        self.is_paused = False
         self.costs = costs
         self.num_examples: int | None = None
         self.geometry = geometry
@@ -91,7 +98,7 @@ class TwoSidedForward(ForwardStandIn):
             geometry.conv_groups,
         )
         self._name = name
-        self._applied: set[Sides] = set()
+        self._sides: Sides | None = None
         self._was_compiled = False
         super().__init__(module)
 
@@ -105,21 +112,33 @@ class TwoSidedForward(ForwardStandIn):
             return type(module).forward(module, input)
         if is_transformed() or not isinstance(module._parameters.get("weight"), nn.Parameter):
             return type(module).forward(module, input)  # a pass of torch.func: its gradient does not get into .grad
-        sides = self._cheaper_sides(input, inverse)
+        if not fits(inverse.like, module.weight):
+            return type(module).forward(module, input)  # the model has been moved since; step() moves the inverse too
+        sides = NEITHER_SIDE if self.is_paused else self._cheaper_sides(input)
         if sides == NEITHER_SIDE:
-            output = type(module).forward(module, input)
-            output.register_hook(lambda grad: self.note_backward(NEITHER_SIDE))
-            return output
+            weight: Tensor = _WithSides.apply(module.weight, self, inverse)
+            return module._conv_forward(input, weight, None)
         result: Tensor = _TwoSidedConvolution.apply(input, module.weight, self, inverse, sides)
         return result
 
-    def note_backward(self, sides: Sides) -> None:
-        """Remember which sides a weight gradient that is about to be accumulated carries."""
-        self._applied.add(sides)
+    @property
+    def weight(self) -> Tensor:
+        """The convolution's weight."""
+        return self._module.weight
+
+    def sides_of_step(self, sides: Sides) -> Sides:
+        """Return the sides that a weight gradient which is about to be accumulated must carry.
+
+        Args:
+            sides: Those that it would best carry, which are taken if it is the first.
+        """
+        if self._sides is None:
+            self._sides = NEITHER_SIDE if self._was_compiled else sides
+        return self._sides
 
     def forget_backward(self) -> None:
-        """Forget the weight gradients noted, as when they are thrown away."""
-        self._applied.clear()
+        """Forget the weight gradients of the step, as when they are thrown away."""
+        self._sides = None
         self._was_compiled = False
 
     def take_applied_sides(self) -> Sides:
@@ -128,30 +147,25 @@ class TwoSidedForward(ForwardStandIn):
         Raises:
             RuntimeError: If its parts carry different ones.
         """
-        applied, self._applied = self._applied, set()
-        if self._was_compiled:  # such a pass leaves no other note
-            applied.add(NEITHER_SIDE)
-        self._was_compiled = False
-        if len(applied) > 1:
+        sides, was_compiled = self._sides or NEITHER_SIDE, self._was_compiled
+        self.forget_backward()
+        if was_compiled and sides != NEITHER_SIDE:  # a compiled pass has left its part plain
             raise RuntimeError(
                 f"Layer {self._name!r}: the parts of its accumulated gradient were preconditioned differently in the "
-                f"backward pass (autocast or torch.compile on and off, or very different batch sizes within one "
-                f"step); use application=weight."
+                f"backward pass (torch.compile off and then on within one step); use application=weight."
             )
-        return applied.pop() if applied else NEITHER_SIDE
+        return sides
 
     def remove(self) -> None:
         """Give the module its own ``forward`` back."""
         self.inverse = None
         super().remove()
 
-    def _cheaper_sides(self, inputs: Tensor, inverse: KroneckerInverse) -> Sides:
+    def _cheaper_sides(self, inputs: Tensor) -> Sides:
         """Return the sides that take less time on the rows of the mini-batch than on the weight gradient."""
         layout = self.layout
-        if inputs.dim() != 4 or _is_autocast(inputs.device.type):
+        if type(inputs) is not Tensor or inputs.dim() != 4 or not inputs.numel() or _is_autocast(inputs.device.type):
             return NEITHER_SIDE
-        if not fits(inverse.like, self._module.weight):
-            return NEITHER_SIDE  # the model has been moved since; step() moves the inverse too
         num_examples, _, height, width = inputs.shape
         num_examples = self.num_examples or num_examples
         pixels = num_examples * height * width
@@ -165,8 +179,46 @@ class TwoSidedForward(ForwardStandIn):
         )
 
 
+class _WithSides(torch.autograd.Function):
+    """The weight itself; on the way back its gradient is multiplied by the sides of the step."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, site: TwoSidedForward, inverse: KroneckerInverse) -> Tensor:
+        ctx.site, ctx.inverse = site, inverse
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        if use_of_grad(ctx.site.weight) is GradUse.ACCUMULATED:
+            sides = ctx.site.sides_of_step(NEITHER_SIDE)
+            if sides != NEITHER_SIDE:
+                grad = _Multiplied.apply(grad, ctx.site, ctx.inverse, sides)
+        return grad, None, None
+
+
+class _Multiplied(torch.autograd.Function):
+    """A weight gradient multiplied by sides of an inverse: a symmetric operator, and so its own derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, site: TwoSidedForward, inverse: KroneckerInverse, sides: Sides) -> Tensor:
+        ctx.site, ctx.inverse, ctx.sides = site, inverse, sides
+        result = grad.clone()
+        with site.phases.phase("application"), application_precision():
+            precondition_(result, None, site.layout, inverse, sides)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _Multiplied.apply(*grads, ctx.site, ctx.inverse, ctx.sides), None, None, None
+
+
 class _TwoSidedConvolution(torch.autograd.Function):
-    """A convolution whose weight gradient is Σ (Ḡ⁻¹δ)(Ā⁻¹h)ᵀ; output and input gradient are the ordinary ones."""
+    """A convolution whose weight gradient is Σ (Ḡ⁻¹δ)(Ā⁻¹h)ᵀ; output and input gradient are the ordinary ones.
+
+    Where derivatives of these gradients are asked for (``create_graph=True``), the ordinary weight gradient is
+    multiplied instead, and so is what the derivatives send to the weight.
+    """
 
     @staticmethod
     def forward(
@@ -178,34 +230,51 @@ class _TwoSidedConvolution(torch.autograd.Function):
         return F.conv2d(inputs, weight, None, options.stride, options.padding, options.dilation, options.groups)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *output_grads: Tensor) -> tuple[Tensor | None, ...]:
         (output_grad,) = output_grads
         inputs, weight = ctx.saved_tensors
-        site, inverse, sides = ctx.site, ctx.inverse, ctx.sides
-        options, layout = site.options, site.layout
+        site, inverse = ctx.site, ctx.inverse
+        options = site.options
         arguments = (options.stride, options.padding, options.dilation, options.groups)
         input_grad = weight_grad = None
         if ctx.needs_input_grad[0]:
-            input_grad = conv2d_input(inputs.shape, weight, output_grad, *arguments)
-        if ctx.needs_input_grad[1]:
-            site.note_backward(sides)
-            with site.phases.phase("application"), application_precision():
-                if sides.gradient:
-                    output_grad = _transform(
-                        output_grad, inverse.gradient, layout.conv_groups, layout.gradient, inverse.like.dtype
-                    )
-                if sides.activation and layout.feature_taps == 1:
-                    inputs = _transform(
-                        inputs, inverse.activation, layout.conv_groups, layout.activation, inverse.like.dtype
-                    )
-                elif sides.activation:
-                    rows = _transform_patches(inputs, site, inverse)
-            if sides.activation and layout.feature_taps > 1:
-                weight_grad = _weight_grad_of_rows(rows, output_grad, weight.shape)
-            else:
-                weight_grad = conv2d_weight(inputs, weight.shape, output_grad, *arguments)
+            differentiable = _WithSides.apply(weight, site, inverse) if torch.is_grad_enabled() else weight
+            input_grad = conv2d_input(inputs.shape, differentiable, output_grad, *arguments)
+        use = use_of_grad(site.weight) if ctx.needs_input_grad[1] else GradUse.NONE
+        if use is GradUse.NONE:
+            return input_grad, None, None, None, None
+        sides = site.sides_of_step(ctx.sides) if use is GradUse.ACCUMULATED else NEITHER_SIDE
+        own = NEITHER_SIDE if torch.is_grad_enabled() else sides.common(ctx.sides)
+        weight_grad = _weight_grad(inputs, weight.shape, output_grad, own, site, inverse)
+        if own != sides:
+            weight_grad = _Multiplied.apply(weight_grad, site, inverse, sides.without(own))
         return input_grad, weight_grad, None, None, None
+
+
+def _weight_grad(
+    inputs: Tensor,
+    shape: torch.Size,
+    output_grad: Tensor,
+    sides: Sides,
+    site: TwoSidedForward,
+    inverse: KroneckerInverse,
+) -> Tensor:
+    """Return the weight gradient, multiplied by the given sides through inputs and output gradients."""
+    options, layout = site.options, site.layout
+    rows = None
+    with site.phases.phase("application") if sides != NEITHER_SIDE else nullcontext(), application_precision():
+        dtype = inverse.like.dtype
+        if sides.gradient:
+            output_grad = _transform(output_grad, inverse.gradient, layout.conv_groups, layout.gradient, dtype)
+        if sides.activation and layout.feature_taps == 1:
+            inputs = _transform(inputs, inverse.activation, layout.conv_groups, layout.activation, dtype)
+        elif sides.activation:
+            rows = _transform_patches(inputs, site, inverse)
+    if rows is not None:
+        return _weight_grad_of_rows(rows, output_grad, shape)
+    arguments = (options.stride, options.padding, options.dilation, options.groups)
+    result: Tensor = conv2d_weight(inputs, shape, output_grad, *arguments)
+    return result
 
 
 def _is_autocast(device_type: str) -> bool:

@@ -894,7 +894,13 @@ def test_a_model_inside_another_module():
 
 def test_two_steps_of_the_preconditioner_in_one_are_refused(caplog):
     """The counts of both would be wrong."""
-    reason = refused(caplog, lambda training, loss: training.preconditioner.step())
+
+    def step_again(training: Training, loss: Tensor) -> None:
+        for parameter in training.net.parameters():
+            parameter.grad.mul_(2)  # or the gradients would be used up
+        training.preconditioner.step()
+
+    reason = refused(caplog, step_again)
     assert reason == "it took 2 steps of the preconditioner instead of one"
 
 

@@ -12,7 +12,7 @@ from kfac_sua.preconditioner.forms.correlations import can_correlate, patch_mome
 from kfac_sua.preconditioner.forms.unfold import to_locations
 from kfac_sua.preconditioner.geometry import BlockLayout, LayerGeometry
 from kfac_sua.preconditioner.settings import Structure
-from kfac_sua.preconditioner.statistics import LayerStatistics
+from kfac_sua.preconditioner.statistics import LayerStatistics, ModelPass
 
 
 @settings(max_examples=150, deadline=None)
@@ -80,7 +80,9 @@ def test_micro_batches_add_up_whether_inputs_or_moments_are_kept(channels):
     inputs = torch.randn(60, channels, 4, 5, dtype=torch.float64)
     grads = torch.randn(60, 4, 4, 5, dtype=torch.float64)
     for index, part in enumerate((slice(0, 10), slice(10, 60))):
-        statistics.add_output_grads(grads[part], statistics.add_inputs(inputs[part], grads[part].shape, index))
+        call = statistics.add_call(inputs[part], grads[part].shape, ModelPass(index))
+        statistics.add_output_grads(grads[part], call)
+        statistics.count([call])
     factors = statistics.factors(grads_of_mean_loss=False)
     rows = patches_by_loop(module, inputs).flatten(0, 1).flatten(1)
     torch.testing.assert_close(factors.activation.dense()[0], rows.T @ rows / len(rows), rtol=1e-9, atol=1e-9)

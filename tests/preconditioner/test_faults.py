@@ -234,6 +234,7 @@ def test_eigenvectors_that_do_not_converge_leave_the_last_ones(monkeypatch, is_f
         return values, vectors
 
     monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    net.zero_grad()
     nn.functional.cross_entropy(net(inputs), labels).backward()
     preconditioner.step()
     assert preconditioner.events == {"failed_inverse:0": 1}

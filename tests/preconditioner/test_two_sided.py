@@ -118,40 +118,144 @@ def test_removing_the_preconditioner_restores_forward():
     del preconditioner
 
 
-def test_autocast_takes_the_plain_path_and_mixing_is_an_error():
-    """Under autocast the convolution stays ordinary; autocast on and off within one step is refused by name."""
+def gradients_of(parts, *, structure="sua", make=lambda: make_net("plain")):
+    """Return the preconditioned gradients under ``weight`` and ``auto`` of a step in several parts, after a refresh."""
+    results = []
+    for application in ("weight", "auto"):
+        net = make()
+        preconditioner = KroneckerPreconditioner(net, structure=structure, application=application, inverse_period=10)
+        net(torch.randn(4, *INPUT, dtype=torch.float64, generator=generator(0))).square().sum(1).mean().backward()
+        preconditioner.step()
+        net.zero_grad()
+        parts(net, preconditioner)
+        preconditioner.step()
+        results.append([parameter.grad for parameter in net.parameters()])
+        assert not preconditioner.events
+    return zip(*results, strict=True)
+
+
+INPUT = 6, 5, 5
+
+
+def generator(seed):
+    """Return a source of inputs."""
+    return torch.Generator().manual_seed(seed)
+
+
+def loss_of(net, size, seed=1):
+    """Return the loss of a micro-batch."""
+    inputs = torch.randn(size, *INPUT, dtype=torch.float64, generator=generator(seed))
+    return net(inputs.requires_grad_()).square().sum(1).mean()
+
+
+def uneven(net, preconditioner):
+    """Accumulate micro-batches of which the one has many rows and the other few, and an empty one."""
+    for size in (40, 1, 12):
+        loss_of(net, size).backward()
+    net(torch.zeros(0, *INPUT, dtype=torch.float64)).sum().backward()
+
+
+def few_first(net, preconditioner):
+    """The same, with the sides of the small one first."""
+    for size in (1, 40):
+        loss_of(net, size).backward()
+
+
+def paused_last(net, preconditioner):
+    """Add the gradient of a pass inside paused()."""
+    loss_of(net, 2).backward()
+    with preconditioner.paused():
+        loss_of(net, 2, seed=2).backward()
+
+
+def paused_first(net, preconditioner):
+    """The same, in the other order."""
+    with preconditioner.paused():
+        loss_of(net, 2, seed=2).backward()
+    loss_of(net, 2).backward()
+
+
+def autocast_last(net, preconditioner):
+    """Add the gradient of a pass under autocast, which leaves float64 as it is."""
+    loss_of(net, 2).backward()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss_of(net, 2, seed=2).backward()
+
+
+def gradient_penalty(net, preconditioner):
+    """Add the squared norm of the input gradient to the loss."""
+    inputs = torch.randn(2, *INPUT, dtype=torch.float64, generator=generator(1), requires_grad=True)
+    loss = net(inputs).square().sum(1).mean()
+    (grad,) = torch.autograd.grad(loss, inputs, create_graph=True)
+    (loss + grad.square().sum()).backward()
+
+
+def weight_gradient_penalty(net, preconditioner):
+    """Add the squared norm of the weight gradient to the loss."""
+    loss = loss_of(net, 2)
+    grads = torch.autograd.grad(loss, [net[0].weight, net[2].weight], create_graph=True)
+    (loss + sum(grad.square().sum() for grad in grads)).backward()
+
+
+def retained_graph(net, preconditioner):
+    """Send two losses backward through one forward pass, one of them with a graph of its own."""
+    loss = loss_of(net, 2)
+    loss.backward(create_graph=True)
+    loss.square().backward()
+
+
+PARTS = [
+    uneven,
+    few_first,
+    paused_last,
+    paused_first,
+    autocast_last,
+    gradient_penalty,
+    weight_gradient_penalty,
+    retained_graph,
+]
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
+@pytest.mark.parametrize("structure", ["sua", "kfac"])
+@pytest.mark.parametrize("parts", PARTS, ids=lambda parts: parts.__name__)
+def test_all_parts_of_a_step_carry_the_sides_of_the_first(parts, structure):
+    """Whatever a step's gradient is made up of, the result is that of preconditioning the sum."""
+    for on_weight, on_sides in gradients_of(parts, structure=structure):
+        torch.testing.assert_close(on_sides, on_weight, rtol=1e-9, atol=1e-12)
+
+
+def test_autocast_takes_the_plain_path():
+    """Under autocast the convolution stays ordinary, and its gradient plain until step()."""
     net = make_net("plain").float()
     inputs = torch.randn(2, 6, 5, 5)
     net(inputs)
-    preconditioner = KroneckerPreconditioner(
-        net, settings=KroneckerSettings(structure="sua", application="auto", inverse_period=10)
-    )
-    net(inputs).square().mean().backward()
-    preconditioner.step()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        net(inputs).square().mean().backward()
-    preconditioner.step()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        net(inputs).square().mean().backward()
-    net(inputs).square().mean().backward()
-    with pytest.raises(RuntimeError, match=r"'0': the parts of its accumulated gradient .* application=weight"):
-        preconditioner.step()
-
-
-def test_ragged_micro_batches_are_refused_rather_than_mixed():
-    """Micro-batches so different that other sides are cheaper cannot share one accumulated gradient."""
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(4, 40, 3, bias=False), nn.Flatten(), nn.Linear(360, 3)).double()
     preconditioner = KroneckerPreconditioner(net, structure="sua", application="auto", inverse_period=10)
-    net(torch.randn(4, 4, 5, 5, dtype=torch.float64)).square().sum(1).mean().backward()
+    net(inputs).square().mean().backward()
+    preconditioner.step()
+    grads = []
+    for model in (net, copy.deepcopy(net)):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(inputs).square().mean().backward()
+        grads.append(model[2].weight.grad)
+    assert torch.equal(*grads)
+
+
+def test_a_gradient_that_is_asked_for_is_plain():
+    """``torch.autograd.grad`` with respect to a weight returns the plain gradient, which no step preconditions."""
+    net = make_net("plain")
+    loss_of(net, 2)
+    preconditioner = KroneckerPreconditioner(net, structure="sua", application="auto", inverse_period=10)
+    loss_of(net, 4).backward()
     preconditioner.step()
     net.zero_grad()
-    for size in (9, 1):
-        net(torch.randn(size, 4, 5, 5, dtype=torch.float64)).square().sum(1).mean().backward()
-    before = net[2].weight.grad.clone()
-    with pytest.raises(RuntimeError, match="application=weight"):
-        preconditioner.step()
-    assert torch.equal(net[2].weight.grad, before)  # nothing was changed before the error
+    (got,) = torch.autograd.grad(loss_of(net, 2), net[2].weight)
+    twin = copy.deepcopy(net)
+    (want,) = torch.autograd.grad(loss_of(twin, 2), twin[2].weight)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+    loss_of(net, 2).backward()
+    assert not torch.allclose(net[2].weight.grad, want)  # this one is
 
 
 def test_two_forward_passes_before_one_backward_keep_their_sides():
@@ -183,19 +287,6 @@ def test_a_frozen_bias_stays_in_the_output():
     net(inputs).square().mean().backward()
     preconditioner.step()
     assert torch.equal(net(inputs), expected)
-
-
-def test_double_backward_is_refused():
-    """Differentiating a preconditioned gradient again would be silently wrong."""
-    net = make_net("plain")
-    inputs = torch.randn(4, 6, 5, 5, dtype=torch.float64, requires_grad=True)
-    net(inputs)
-    preconditioner = KroneckerPreconditioner(net, structure="sua", application="auto")
-    net(inputs).square().sum(1).mean().backward()
-    preconditioner.step()
-    (grad,) = torch.autograd.grad(net(inputs).sum(), inputs, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.square().sum().backward()
 
 
 def test_passes_that_are_paused_are_plain_and_leave_no_trace():

@@ -57,9 +57,14 @@ class MomentAccumulator:
         """Rows kept."""
         return sum(part.num_rows for part in self._parts)
 
+    @property
+    def is_folded(self) -> bool:
+        """Whether rows have been folded, so that no more are kept."""
+        return self._sum is not None
+
     def has_room(self, num_rows: int) -> bool:
         """Whether so many more rows may be kept."""
-        return self._sum is None and self.num_rows + num_rows <= self._max_rows
+        return not self.is_folded and self.num_rows + num_rows <= self._max_rows
 
     def add(self, rows: Tensor) -> None:
         """Add rows, ``[num_blocks, n, d]``, to be kept if there is room."""
@@ -82,6 +87,16 @@ class MomentAccumulator:
         else:
             assert type(moment) is type(self._sum), "moments of two forms do not add up"
             self._sum.values.add_(moment.values)
+
+    def absorb(self, other: "MomentAccumulator") -> None:
+        """Take over what another has accumulated, which is not to be used any more."""
+        for part in other._parts:
+            if self.has_room(part.num_rows):
+                self.keep(part)
+            else:
+                self.add_moment(part.summed(sum_form(part.width)))
+        if other._sum is not None:
+            self.add_moment(other._sum)
 
     def factor(self, normaliser: float, scalings: Scalings) -> Factor:
         """Return the accumulated moment times ``normaliser``, once the scalings are carried out."""
@@ -135,16 +150,30 @@ class ActivationAccumulator(MomentAccumulator):
         while self._inputs:
             self.add_moment(self._correlations(self._inputs.pop()))  # the inputs go before the moment is added
 
+    def absorb(self, other: MomentAccumulator) -> None:
+        """Take over what another has accumulated, which is not to be used any more."""
+        assert isinstance(other, ActivationAccumulator)
+        super().absorb(other)
+        for inputs in other._inputs:
+            if self._may_wait(inputs):
+                self._inputs.append(inputs)
+            else:
+                self.add_moment(self._correlations(inputs))
+
     def _correlate(self, inputs: Tensor) -> None:
         """Add the moment of patches; after the backward pass, where a copy of the inputs is smaller than the moment.
 
         Until then the activations of all layers are alive, which is when a training step needs most memory.
         """
-        num_blocks, width = self._layout.activation_blocks
-        if sum(kept.numel() for kept in self._inputs) + inputs.numel() <= num_blocks * width**2:
+        if self._may_wait(inputs):
             self._inputs.append(inputs.clone())
         else:
             self.add_moment(self._correlations(inputs))
+
+    def _may_wait(self, inputs: Tensor) -> bool:
+        """Whether inputs, with those that wait already, are smaller than the moment."""
+        num_blocks, width = self._layout.activation_blocks
+        return sum(kept.numel() for kept in self._inputs) + inputs.numel() <= num_blocks * width**2
 
     def _correlations(self, inputs: Tensor) -> DenseFactor:
         return DenseFactor(patch_moment(inputs, self._geometry, self._layout))

@@ -1,0 +1,50 @@
+"""What can be asked of autograd while a backward pass runs. All of PyTorch that is not public lies here."""
+
+from enum import Enum
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+NO_TASK = -1
+"""Number of the backward pass outside of any."""
+
+
+class GradUse(Enum):
+    """What becomes of a parameter's gradient."""
+
+    ACCUMULATED = "accumulated"
+    """It is added to ``.grad``."""
+    RETURNED = "returned"
+    """``torch.autograd.grad`` returns it."""
+    NONE = "none"
+    """It is not computed."""
+
+
+def current_task() -> int:
+    """Return the number of the backward pass that is running; :data:`NO_TASK` outside of any."""
+    return torch._C._current_graph_task_id()
+
+
+def num_nodes_made() -> int:
+    """Return a number that grows with every node that is added to autograd's graph."""
+    return torch.autograd._get_sequence_nr()
+
+
+def node_at_work() -> int:
+    """Return when the node was made that the running backward pass is at, as :func:`num_nodes_made` counts."""
+    return torch._C._current_autograd_node()._sequence_nr()
+
+
+def use_of_grad(parameter: Tensor) -> GradUse:
+    """Return what becomes of a parameter's gradient in the backward pass that is running."""
+    try:
+        is_added = torch._C._will_engine_execute_node(get_gradient_edge(parameter).node)
+    except RuntimeError:  # so it answers for a leaf whose gradient is returned instead
+        return GradUse.RETURNED
+    return GradUse.ACCUMULATED if is_added else GradUse.NONE
+
+
+def is_transformed() -> bool:
+    """Whether a transformation of ``torch.func`` (``vmap``, ``grad``, …) is at work."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
