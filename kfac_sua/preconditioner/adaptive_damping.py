@@ -17,7 +17,7 @@ lr·u is as long as a step can be. On our runs (outputs/reference/safety.md) tha
 rate of 0.01, and better where the damping had been far too large or the learning rate was 1 without momentum.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from kfac_sua.preconditioner.apply import quadratic_form
 from kfac_sua.preconditioner.kfac import KroneckerPreconditioner
+from kfac_sua.preconditioner.plain import checked_integer, checked_number, plain_number, shown
 from kfac_sua.preconditioner.precision import on_one_device
 from kfac_sua.preconditioner.settings import LossReduction
 
@@ -79,6 +80,8 @@ class AdaptiveDamping:
         thresholds: tuple[float, float] = (0.25, 0.75),
         bounds: tuple[float, float] = (1e-6, 100.0),
     ) -> None:
+        period, decay = checked_integer("period", period), checked_number("decay", decay)
+        thresholds, bounds = _checked_pair("thresholds", thresholds), _checked_pair("bounds", bounds)
         _validate(preconditioner, period, decay, thresholds, bounds)
         preconditioner.damping = preconditioner.damping  # refused if it is a function of the step
         self._preconditioner = preconditioner
@@ -216,6 +219,15 @@ def direction(change: float, predicted: float, thresholds: tuple[float, float]) 
     if not ratio >= thresholds[0]:
         return 1
     return -1 if ratio > thresholds[1] else 0
+
+
+def _checked_pair(name: str, values: Iterable[object]) -> tuple[float, float]:
+    """Return two numbers as Python's own; ``ValueError`` if they are not two numbers."""
+    is_one = isinstance(values, str) or plain_number(values) is not None
+    if is_one or not isinstance(values, Iterable) or len(pair := tuple(values)) != 2:
+        raise ValueError(f"{name} must be two numbers, got {shown(values)}.")
+    first, second = (checked_number(f"each of {name}", value) for value in pair)
+    return first, second
 
 
 def _validate(

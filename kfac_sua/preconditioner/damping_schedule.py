@@ -7,6 +7,7 @@ go on being applied.
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+from kfac_sua.preconditioner.plain import checked_number
 from kfac_sua.preconditioner.settings import checked_damping
 
 DampingFunction = Callable[[int], float]
@@ -19,7 +20,7 @@ class Damped(Protocol):
     damping: float
 
 
-def exponential_damping(initial: float, final: float, num_steps: int) -> DampingFunction:
+def exponential_damping(initial: float, final: float, num_steps: float) -> DampingFunction:
     """Return initial · (final / initial)^(k / num_steps) as a function of k, and ``final`` from ``num_steps`` on.
 
     Args:
@@ -28,10 +29,11 @@ def exponential_damping(initial: float, final: float, num_steps: int) -> Damping
         num_steps: How many steps to take from one to the other, ≥ 1.
 
     Raises:
-        ValueError: If a damping is not a number > 0, or ``num_steps`` < 1.
+        ValueError: If a damping is not a number > 0, or ``num_steps`` is none or < 1.
     """
     initial, final = checked_damping(initial), checked_damping(final)
-    if num_steps < 1:
+    num_steps = checked_number("num_steps", num_steps)
+    if not num_steps >= 1:
         raise ValueError(f"num_steps must be ≥ 1, got {num_steps}.")
 
     def damping(step: int) -> float:
@@ -58,7 +60,8 @@ class DampingScheduler:
         factor: From the number of calls to what the first damping is multiplied with.
 
     Raises:
-        ValueError: If the product is not a number > 0, or the preconditioner's damping is a function of its own.
+        ValueError: If the factor is not a number, the product not one > 0, or the preconditioner's damping is a
+            function of its own.
     """
 
     def __init__(self, preconditioner: Damped, factor: Callable[[int], float]) -> None:
@@ -82,4 +85,5 @@ class DampingScheduler:
         self.num_calls, self._base = state["num_calls"], state["base"]
 
     def _set(self) -> None:
-        self._preconditioner.damping = self._base * self._factor(self.num_calls)
+        factor = checked_number("the damping scheduler's factor", self._factor(self.num_calls))
+        self._preconditioner.damping = self._base * factor

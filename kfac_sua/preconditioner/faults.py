@@ -12,6 +12,7 @@ from kfac_sua.preconditioner.changes import is_frozen
 from kfac_sua.preconditioner.invert import DAMPING_RAISES
 from kfac_sua.preconditioner.kronecker import LayerInverse
 from kfac_sua.preconditioner.layer import PreconditionedLayer
+from kfac_sua.preconditioner.plain import plain_number, shown
 from kfac_sua.preconditioner.refresh import Refreshed
 from kfac_sua.preconditioner.settings import DampingRule, FisherType, KroneckerSettings
 
@@ -192,16 +193,22 @@ def nothing_recorded(fisher_type: FisherType) -> str:
     )
 
 
-def validate_loss_factor(name: str, value: float) -> None:
-    """Raise ``ValueError`` unless what the loss was multiplied with can be divided out again.
+def checked_loss_factor(name: str, value: object) -> float:
+    """Return what the loss was multiplied with, as Python's own number.
 
     Args:
         name: ``loss_scale`` or ``loss_weight``.
         value: What was given for it.
+
+    Raises:
+        ValueError: If it cannot be divided out again.
     """
-    if not (math.isfinite(value) and value > 0):
+    number = plain_number(value)
+    if number is None or not (math.isfinite(number) and number > 0):
         cure = "; pass scaler.get_scale(), read before scaler.update()" if name == "loss_scale" else ""
-        raise ValueError(f"{name} must be the finite number > 0 that the loss was multiplied with, got {value}{cure}.")
+        got = shown(value) if number is None else number
+        raise ValueError(f"{name} must be the finite number > 0 that the loss was multiplied with, got {got}{cure}.")
+    return number
 
 
 def _first_inverse_failed(name: str, num_failed: int, settings: KroneckerSettings) -> str:

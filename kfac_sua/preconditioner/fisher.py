@@ -47,6 +47,11 @@ def fisher_cotangents(
         raise ValueError("fisher_type=empirical takes its output gradients from the training loss, not from here.")
 
 
+def within_generator(seed: int) -> int:
+    """Return a seed that ``torch.Generator.manual_seed`` takes: the same where it does, else its remainder of 2⁶⁴."""
+    return seed if -(2**63) <= seed < 2**64 else seed % 2**64
+
+
 def _sampled_categorical(logits: Tensor, generator: torch.Generator, place: tuple[int, int]) -> Tensor:
     """∂(−log p_y)/∂logits = p − e_y, with y drawn from p; NaN for examples whose logits are not finite.
 

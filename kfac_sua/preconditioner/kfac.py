@@ -19,6 +19,7 @@ from kfac_sua.preconditioner.exchange import SharedInversion
 from kfac_sua.preconditioner.factors import LayerFactors, finite_layers
 from kfac_sua.preconditioner.faults import (
     EventLog,
+    checked_loss_factor,
     drop_statistics,
     nothing_recorded,
     report_added_to_used,
@@ -28,14 +29,14 @@ from kfac_sua.preconditioner.faults import (
     report_unexplained,
     unused_gradients,
     usable_inverse,
-    validate_loss_factor,
 )
-from kfac_sua.preconditioner.fisher import fisher_cotangents
+from kfac_sua.preconditioner.fisher import fisher_cotangents, within_generator
 from kfac_sua.preconditioner.forms.accumulator import Scalings
 from kfac_sua.preconditioner.kl_clip import KLClip
 from kfac_sua.preconditioner.later import LaterFlags
 from kfac_sua.preconditioner.layer import PreconditionedLayer, take_inverses
 from kfac_sua.preconditioner.layers import discover_layers, log_plain_layers, preconditioned
+from kfac_sua.preconditioner.plain import checked_integer
 from kfac_sua.preconditioner.precision import application_precision, factor_precision
 from kfac_sua.preconditioner.processes import Processes, default_processes
 from kfac_sua.preconditioner.refresh import refresh_layers
@@ -54,7 +55,7 @@ from kfac_sua.preconditioner.settings import (
     checked_damping,
     merge_settings,
 )
-from kfac_sua.preconditioner.sharing import validate_flops_per_byte
+from kfac_sua.preconditioner.sharing import checked_flops_per_byte
 from kfac_sua.preconditioner.state import STATE_VERSION, check_state, up_to_date, written_over
 from kfac_sua.preconditioner.wrappers import bare_model
 
@@ -137,7 +138,7 @@ class KroneckerPreconditioner:
         skip: Names of layers to leave to the plain gradient, with shell-style wildcards.
         settings: All of the above at once; then none of them may be given. Their defaults and constraints are those
             of :class:`KroneckerSettings`.
-        seed: Seed of the sampled labels of ``fisher_type="mc"``.
+        seed: Seed of the sampled labels of ``fisher_type="mc"``, any integer.
         distributed: Average the statistics over the processes of ``torch.distributed``'s default group, if there is one
             when the preconditioner is made; then all of them must take every step together.
         flops_per_byte: FLOPs of inversion that such a process does in the time in which it receives a byte, ≥ 0: a
@@ -147,7 +148,7 @@ class KroneckerPreconditioner:
     Raises:
         ValueError: If a setting is out of range, no layer of the model can be preconditioned, or it is wrapped in
             ``nn.DataParallel``.
-        TypeError: If the model is no module.
+        TypeError: If the model is no module, or the settings are no :class:`KroneckerSettings`.
 
     Reference: Laurent et al. (2018); Grosse & Martens (2016) for ``expand``; Martens & Grosse (2015) for the pi rule.
     """
@@ -172,7 +173,7 @@ class KroneckerPreconditioner:
         application: Application | str | None = None,
         products: Products | str | None = None,
         kl_clip: float | None = None,
-        skip: Sequence[str] | None = None,
+        skip: Iterable[str] | None = None,
         settings: KroneckerSettings | None = None,
         seed: int = 0,
         distributed: bool = True,
@@ -195,10 +196,10 @@ class KroneckerPreconditioner:
             "application": application,
             "products": products,
             "kl_clip": kl_clip,
-            "skip": skip if skip is None or isinstance(skip, str) else list(skip),
+            "skip": skip,
         }
         self.settings = merge_settings(settings, options)
-        validate_flops_per_byte(flops_per_byte)
+        flops_per_byte = checked_flops_per_byte(flops_per_byte)
         self._damping = self.settings.damping
         self._damping_function = damping if callable(damping) else None
         self._kl_scale: Tensor | None = None
@@ -259,6 +260,15 @@ class KroneckerPreconditioner:
                 "to set it or to adapt it."
             )
         self._damping = checked_damping(value)
+
+    @property
+    def seed(self) -> int:
+        """Seed of the sampled labels, any integer."""
+        return self._seed
+
+    @seed.setter
+    def seed(self, value: int) -> None:
+        self._seed = checked_integer("seed", value)
 
     @property
     def kl_scale(self) -> Tensor | None:
@@ -376,7 +386,7 @@ class KroneckerPreconditioner:
         if not self._capture.enabled or self.settings.fisher_type is FisherType.empirical:
             return
         generator = torch.Generator(outputs.device)
-        generator.manual_seed(self.seed * 1_000_003 + self.num_steps * 1_009 + self._fisher_passes)
+        generator.manual_seed(within_generator(self.seed * 1_000_003 + self.num_steps * 1_009 + self._fisher_passes))
         self._fisher_passes += 1
         place = self._processes.place(len(outputs), outputs.device) if self._processes else None
         if not outputs.numel():
@@ -414,7 +424,7 @@ class KroneckerPreconditioner:
         self._check_in_use()
         clip = self._make_clip(lr)
         if loss_scale is not None:
-            validate_loss_factor("loss_scale", loss_scale)
+            loss_scale = checked_loss_factor("loss_scale", loss_scale)
             if not self._has_finite_gradients():
                 self.discard()
                 return False
@@ -460,8 +470,8 @@ class KroneckerPreconditioner:
             is_judged: Look at once, which waits for the device, whether factors are finite.
             needs_gradients: Leave out layers whose gradients are not there any more.
         """
-        validate_loss_factor("loss_scale", loss_scale)
-        validate_loss_factor("loss_weight", loss_weight)
+        loss_scale = checked_loss_factor("loss_scale", loss_scale)
+        loss_weight = checked_loss_factor("loss_weight", loss_weight)
         with self._phases.phase("statistics"), factor_precision():
             settled = self._capture.settle(needs_gradients=needs_gradients)
             is_empirical = self.settings.fisher_type is FisherType.empirical

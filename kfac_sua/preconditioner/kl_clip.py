@@ -23,6 +23,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from kfac_sua.preconditioner.plain import plain_number, shown
 from kfac_sua.preconditioner.precision import at_least_float32, on_one_device
 
 
@@ -83,6 +84,11 @@ def _checked_lr(lr: float | Tensor | None, kl_clip: float) -> float | Tensor:
         raise ValueError(
             f'kl_clip={kl_clip:g} needs the learning rate of every step: call step(lr=optimizer.param_groups[0]["lr"]).'
         )
-    if not isinstance(lr, Tensor) and not (math.isfinite(lr) and lr >= 0):
-        raise ValueError(f"lr must be the learning rate of the step, a finite number ≥ 0, got {lr}.")
-    return lr
+    if isinstance(lr, Tensor) and lr.numel() == 1 and not lr.is_complex():
+        return lr.reshape(())
+    number = plain_number(lr)
+    if number is None:
+        raise ValueError(f"lr must be the learning rate of the step, a number ≥ 0 or a tensor of one, got {shown(lr)}.")
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"lr must be the learning rate of the step, a finite number ≥ 0, got {number}.")
+    return number

@@ -1,10 +1,12 @@
 """What the preconditioner can be asked for, and which combinations make sense. Standard library only."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
+
+from kfac_sua.preconditioner.plain import checked_integer, checked_number, shown
 
 
 class Choice(StrEnum):
@@ -105,6 +107,8 @@ class Products(Choice):
 class KroneckerSettings:
     """Settings of a :class:`KroneckerPreconditioner`, checked when created.
 
+    Numbers may be NumPy's, or tensors without dimensions; they become Python's own.
+
     Args:
         structure: Structure of the activation factor of convolutions, ``kfac`` or ``sua``.
         group_size: Channels per group, on the activation side and on the gradient side; ``None`` for no grouping.
@@ -129,7 +133,8 @@ class KroneckerSettings:
         skip: Names of layers to leave to the plain gradient; shell-style wildcards such as ``features.*``.
 
     Raises:
-        ValueError: If a value is out of range or a combination cannot work; the message begins with the field's name.
+        ValueError: If a value is out of range or of another type, or a combination cannot work; the message begins with
+            the field's name.
     """
 
     structure: Structure = Structure.kfac
@@ -161,9 +166,8 @@ class KroneckerSettings:
         return self.ema_decay > 0 or self.damping_rule is DampingRule.exact
 
     def validate(self) -> None:
-        """Raise ``ValueError`` naming the first field that is out of range or contradicts another."""
-        self._validate_types()
-        checked_damping(self.damping)
+        """Make fields plain, and raise ``ValueError`` naming the first that is out of range or contradicts another."""
+        self._make_plain()
         _require(
             self.group_size is None or self.group_size >= 1,
             "group_size",
@@ -187,14 +191,15 @@ class KroneckerSettings:
         values = dataclasses.asdict(self)
         return {key: str(value) if isinstance(value, str) else value for key, value in values.items()}
 
-    def _validate_types(self) -> None:
-        for name in ("group_size", "inverse_period", "factor_period", "activation_rows"):
-            value = getattr(self, name)
-            is_integer = isinstance(value, int) and not isinstance(value, bool)
-            _require(is_integer or (value is None and name != "inverse_period"), name, "an integer", value)
-        _require(_is_number(self.ema_decay), "ema_decay", "a number", self.ema_decay)
-        _require(self.kl_clip is None or _is_number(self.kl_clip), "kl_clip", "a number", self.kl_clip)
-        _require(not isinstance(self.skip, str), "skip", "a list of layer names", self.skip)
+    def _make_plain(self) -> None:
+        self.damping = checked_damping(self.damping)
+        self.inverse_period = checked_integer("inverse_period", self.inverse_period)
+        for name in ("group_size", "factor_period", "activation_rows"):
+            if (value := getattr(self, name)) is not None:
+                setattr(self, name, checked_integer(name, value))
+        self.ema_decay = checked_number("ema_decay", self.ema_decay)
+        self.kl_clip = None if self.kl_clip is None else checked_number("kl_clip", self.kl_clip)
+        self.skip = checked_names(self.skip)
 
     def _validate_periods(self) -> None:
         period = self.factor_period
@@ -254,10 +259,31 @@ def checked_damping(value: object) -> float:
     Raises:
         ValueError: If it is not a number > 0 within the range of float32.
     """
-    _require(_is_number(value), "damping", "a number", value)
-    assert isinstance(value, int | float)
-    _require(1e-37 <= value <= 1e37, "damping", "a number > 0 within the range of float32", value)
-    return float(value)
+    number = checked_number("damping", value)
+    _require(1e-37 <= number <= 1e37, "damping", "a number > 0 within the range of float32", number)
+    return float(number)
+
+
+def checked_names(skip: object) -> list[str]:
+    """Return the names of layers to leave out as a list; ``None`` for none.
+
+    Raises:
+        ValueError: If they are one name, or anything but names.
+    """
+    if skip is None:
+        return []
+    if isinstance(skip, str):
+        raise ValueError(f"skip must be a list of layer names, got {shown(skip)}; write [{str(skip)!r}].")
+    if not isinstance(skip, Iterable) or isinstance(skip, Mapping):
+        raise ValueError(f"skip must be a list of layer names, got {shown(skip)}.")
+    names = list(skip)
+    for name in names:
+        if not isinstance(name, str):
+            raise ValueError(
+                f"skip must be a list of layer names, but one of its entries is {shown(name)}; write a layer of an "
+                f"nn.Sequential as a string, such as '3'."
+            )
+    return [str(name) for name in (sorted(names) if isinstance(skip, Set) else names)]
 
 
 def merge_settings(settings: KroneckerSettings | None, options: Mapping[str, Any]) -> KroneckerSettings:
@@ -265,12 +291,19 @@ def merge_settings(settings: KroneckerSettings | None, options: Mapping[str, Any
 
     Raises:
         ValueError: If both are given, as one of them would be ignored.
+        TypeError: If the settings are something else.
     """
     given = {name: value for name, value in options.items() if value is not None}
     if settings is None:
         return KroneckerSettings(**given)
+    if not isinstance(settings, KroneckerSettings):
+        raise TypeError(
+            f"settings must be KroneckerSettings, got {shown(settings)}; give KroneckerSettings(damping=…, …), or each "
+            f"setting as an option of its own."
+        )
     if given:
         raise ValueError(f"Give either settings or {', '.join(given)}, not both.")
+    settings.validate()  # fields may have been set since
     return settings
 
 
@@ -293,10 +326,6 @@ def _as_choice(kind: type[Choice], name: str, value: str) -> Choice:
     except ValueError:
         choices = ", ".join(str(member) for member in kind)
         raise ValueError(f"{name} must be one of {choices}, got {value!r}.") from None
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _require(condition: bool, name: str, expected: str, value: object) -> None:

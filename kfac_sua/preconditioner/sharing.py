@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from kfac_sua.preconditioner.forms import BlockMessage, DenseFactor, EigenBasis, Factor, Prepared
+from kfac_sua.preconditioner.plain import plain_number, shown
 
 FLOPS_PER_BYTE = {"cpu": 25.0, "cuda": 50.0}
 """FLOPs of inversion that a process does while it receives a byte of an inverse, by type of device.
@@ -161,13 +162,21 @@ class SharingPlan:
         return self.works[factor].num_blocks if shares is None else shares[rank]
 
 
-def validate_flops_per_byte(flops_per_byte: float | None) -> None:
-    """Raise ``ValueError`` unless it is ``None``, a number ≥ 0 or infinite."""
-    if flops_per_byte is not None and not flops_per_byte >= 0:
+def checked_flops_per_byte(flops_per_byte: object) -> float | None:
+    """Return it as Python's own number, or ``None``.
+
+    Raises:
+        ValueError: Unless it is ``None``, a number ≥ 0 or infinite.
+    """
+    if flops_per_byte is None:
+        return None
+    number = plain_number(flops_per_byte)
+    if number is None or not number >= 0:
         raise ValueError(
             f"flops_per_byte must be a number >= 0 (0 shares out every inverse, inf none) or None (the device's own), "
-            f"got {flops_per_byte}."
+            f"got {shown(flops_per_byte) if number is None else number}."
         )
+    return number
 
 
 def machine_balance(device: torch.device, flops_per_byte: float | None) -> float:

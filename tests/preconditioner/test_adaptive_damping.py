@@ -3,6 +3,7 @@
 import math
 import os
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -388,3 +389,40 @@ def test_processes_decide_alike_and_as_one(tmp_path):
     ratios, dampings = results[0]
     assert ratios == pytest.approx(run.ratios, rel=1e-8)
     assert dampings == pytest.approx(run.dampings, rel=1e-12)
+
+
+def test_numbers_of_numpy_and_tensors_become_plain():
+    """The damping that they lead to is a plain number, with which a checkpoint stays loadable."""
+    layer = nn.Linear(3, 2)
+    preconditioner = KroneckerPreconditioner(layer, damping=0.5)
+    adaptive = AdaptiveDamping(
+        preconditioner,
+        period=np.int64(1),
+        decay=np.float32(0.5),
+        thresholds=torch.tensor([0.25, 0.75]),
+        bounds=np.array([0.125, 2.0]),
+    )
+    layer(torch.ones(4, 3)).square().mean().backward()
+    preconditioner.step()
+    adaptive.update(np.float32(1.0), torch.tensor(5.0))
+    assert (preconditioner.damping, type(preconditioner.damping)) == (1.0, float)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"period": 2.5}, r"^period must be an integer, got 2\.5\.$"),
+        ({"decay": "0.9"}, r"^decay must be a number, got '0\.9' \(str\)\.$"),
+        ({"thresholds": 0.5}, r"^thresholds must be two numbers, got 0\.5\.$"),
+        (
+            {"thresholds": torch.tensor(0.5)},
+            r"^thresholds must be two numbers, got tensor\(0\.5000\) \(torch\.Tensor\)\.$",
+        ),
+        ({"bounds": (1e-6, 1.0, 2.0)}, r"^bounds must be two numbers, got \(1e-06, 1\.0, 2\.0\) \(tuple\)\.$"),
+        ({"bounds": (None, 1.0)}, r"^each of bounds must be a number, got None\.$"),
+    ],
+)
+def test_what_is_no_number_is_refused(options, sentence):
+    """The sentence names the argument."""
+    with pytest.raises(ValueError, match=sentence):
+        AdaptiveDamping(KroneckerPreconditioner(nn.Linear(3, 2)), **options)

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from continuation import continued_bit_for_bit
@@ -61,7 +62,7 @@ def test_a_new_damping_enters_with_the_next_refresh(rule, structure):
     assert changed.settings.damping == 0.3
 
 
-@pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, 1e-40, "0.1", True, None, torch.tensor(0.1)])
+@pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, 1e-40, "0.1", True, None, torch.ones(2)])
 def test_a_bad_damping_is_refused_with_the_sentence_of_the_constructor(value):
     """Setter, function and scheduler say what the settings say, and the damping stays."""
     with pytest.raises(ValueError, match=r"^damping must be a number.*, got ") as of_settings:
@@ -207,3 +208,23 @@ def test_a_function_is_checked_when_the_preconditioner_is_made():
         KroneckerPreconditioner(make_net(), damping=lambda step: 0)
     with pytest.raises(ValueError, match=r"^damping must be a number, got None\.$"):
         KroneckerPreconditioner(make_net(), damping=lambda step: None)
+
+
+@pytest.mark.parametrize("make", [np.float32, np.float64, np.array, torch.tensor])
+def test_schedules_may_compute_with_numpy_or_tensors(make):
+    """Whatever a function or a scheduler's factor returns, and what they are made of, the damping is a plain number."""
+    function = exponential_damping(make(0.5), make(0.125), np.int64(2))
+    assert [function(step) for step in range(3)] == [0.5, 0.25, 0.125]
+    by_function = KroneckerPreconditioner(nn.Linear(2, 2), damping=lambda step: make(0.5))
+    scheduled = KroneckerPreconditioner(nn.Linear(2, 2), damping=0.5)
+    scheduler = DampingScheduler(scheduled, lambda calls: make(1.0))
+    scheduler.step()
+    for preconditioner in (by_function, scheduled):
+        assert (preconditioner.damping, type(preconditioner.damping)) == (0.5, float)
+        assert type(preconditioner.state_dict()["damping"]) is float
+
+
+def test_a_factor_that_is_no_number_is_refused():
+    """The sentence says what the function of the scheduler returned."""
+    with pytest.raises(ValueError, match=r"^the damping scheduler's factor must be a number, got 'half' \(str\)\.$"):
+        DampingScheduler(KroneckerPreconditioner(nn.Linear(2, 2)), lambda calls: "half")
