@@ -50,13 +50,14 @@ class LayerGeometry:
 
     @classmethod
     def of(cls, module: nn.Linear | nn.Conv2d) -> "LayerGeometry":
-        """Read the geometry of a module; a frozen bias counts as none."""
+        """Read the geometry of a module, channels off its weight; a frozen bias counts as none."""
         has_bias = module.bias is not None and module.bias.requires_grad
+        out_channels, in_channels = module.weight.shape[:2]
         if isinstance(module, nn.Linear):
-            return cls(module.in_features, module.out_features, has_bias=has_bias, is_convolution=False)
+            return cls(in_channels, out_channels, has_bias=has_bias, is_convolution=False)
         return cls(
-            in_channels=module.in_channels // module.groups,
-            out_channels=module.out_channels // module.groups,
+            in_channels=in_channels,
+            out_channels=out_channels // module.groups,
             conv_groups=module.groups,
             kernel_size=_pair(module.kernel_size),
             stride=_pair(module.stride),
@@ -193,6 +194,16 @@ class BlockLayout:
     def gradient_dim(self) -> int:
         """Rows of one convolution group's gradient factor without padding."""
         return self.gradient.num_channels
+
+
+def unfit_weight(module: nn.Linear | nn.Conv2d) -> str:
+    """Return why a module's weight has no shape that can be read as its geometry; empty if it has."""
+    kernel = [] if isinstance(module, nn.Linear) else list(module.kernel_size)
+    shape, groups = list(module.weight.shape), 1 if isinstance(module, nn.Linear) else module.groups
+    if len(shape) == 2 + len(kernel) and shape[2:] == kernel and shape[0] % groups == 0:
+        return ""
+    expected = "[out, in]" if not kernel else f"[{groups} · out, in, {kernel[0]}, {kernel[1]}]"
+    return f"its weight has the shape {shape}, where {type(module).__name__} needs {expected}"
 
 
 def _pair(value: tuple[int, ...]) -> tuple[int, int]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_sua.preconditioner.capture import Capture, Phase, PhaseSource
-from kfac_sua.preconditioner.changes import check_layers, check_trainable, is_frozen
+from kfac_sua.preconditioner.changes import ModelWatch, is_frozen
 from kfac_sua.preconditioner.compiled import UncompiledWhileRecording, compiled_modules
 from kfac_sua.preconditioner.damping_schedule import DampingFunction
 from kfac_sua.preconditioner.exchange import SharedInversion
@@ -213,6 +213,7 @@ class KroneckerPreconditioner:
         self._observer: weakref.ref[GradientObserver] | None = None
         self._discovered = discover_layers(self._model, self.settings.skip)
         log_plain_layers(self._discovered)
+        self._watch = ModelWatch(self._model, self._discovered, self.settings.skip)
         num_processes = self._processes.size if self._processes else 1
         self._layers = {
             name: PreconditionedLayer.make(name, module, geometry, self.settings, self._phases, num_processes)
@@ -722,9 +723,7 @@ class KroneckerPreconditioner:
 
     def _follow_model(self) -> None:
         """Follow the model to another device or precision; refuse other trainable layers than there were."""
-        check_trainable(self._discovered)
-        if self.statistics_due:
-            check_layers(self._model, self._discovered, self.settings.skip)
+        self._watch.check(thoroughly=self.statistics_due)
         for layer in self._layers.values():
             layer.follow_weight()
 

@@ -19,6 +19,7 @@ from kfac_sua.preconditioner.kronecker import (
     Sides,
     layer_inverse_from_state,
 )
+from kfac_sua.preconditioner.layers import foreign_forward
 from kfac_sua.preconditioner.precision import at_least_float32, fits, has_fast_products
 from kfac_sua.preconditioner.processes import Site
 from kfac_sua.preconditioner.rates import rates_of
@@ -90,7 +91,8 @@ class PreconditionedLayer:
         )
         average = RunningAverage(settings.ema_decay)
         layer = cls(name, module, layout, statistics, average, settings, costs, num_processes=num_processes)
-        if settings.application is Application.auto and can_be_two_sided(module, geometry):
+        is_plain = foreign_forward(module) is None  # its own forward takes the place of none that does more
+        if settings.application is Application.auto and is_plain and can_be_two_sided(module, geometry):
             assert isinstance(module, nn.Conv2d)
             layer.two_sided = TwoSidedForward(name, module, geometry, layout, costs, phases)
         return layer

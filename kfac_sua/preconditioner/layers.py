@@ -4,14 +4,17 @@ Discovery names every parameter-holding module once: preconditioned, or left to 
 """
 
 import fnmatch
+import functools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import FunctionType
+from typing import Any
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from kfac_sua.preconditioner.geometry import LayerGeometry
+from kfac_sua.preconditioner.geometry import LayerGeometry, unfit_weight
 from kfac_sua.preconditioner.stand_in import ForwardStandIn
 from kfac_sua.preconditioner.wrappers import bare_name
 
@@ -29,6 +32,12 @@ NORMALISATION = (
     nn.LocalResponseNorm,
 )
 
+_MOVING_HOOKS = {"ModelHook", "AlignDevicesHook"}
+"""Hooks of accelerate that move tensors to devices and change no number."""
+
+_MOST_NAMES = 256
+"""Names of one module that are looked at: modules nested in modules that are shared have a power of as many."""
+
 
 @dataclass(frozen=True)
 class DiscoveredLayer:
@@ -39,12 +48,27 @@ class DiscoveredLayer:
         module: The module.
         geometry: Its geometry, or ``None`` where it is left to the plain gradient.
         reason: Why it is left to the plain gradient; empty where it is preconditioned.
+        other_names: Under which it is reachable too, as a module that is registered twice; where ``skip`` is given.
     """
 
     name: str
     module: nn.Module
     geometry: LayerGeometry | None
     reason: str = ""
+    other_names: tuple[str, ...] = ()
+
+    def matches(self, pattern: str) -> bool:
+        """Whether one of its names matches a shell-style pattern."""
+        return any(fnmatch.fnmatchcase(name, pattern) for name in (self.name, *self.other_names))
+
+
+@dataclass(frozen=True)
+class _Surroundings:
+    """What a verdict depends on beyond the module: parameters that are shared, and where parameters lie."""
+
+    shared: set[int]
+    is_offloading: bool
+    is_on_several_devices: bool
 
 
 def discover_layers(model: nn.Module, skip: Sequence[str] = ()) -> list[DiscoveredLayer]:
@@ -52,18 +76,18 @@ def discover_layers(model: nn.Module, skip: Sequence[str] = ()) -> list[Discover
 
     Args:
         model: Any module.
-        skip: Layer names to leave out, with shell-style wildcards.
+        skip: Layer names to leave out, with shell-style wildcards. A module that has several names has all of them.
 
     Raises:
         ValueError: If an entry of ``skip`` matches no layer, or no layer can be preconditioned.
     """
     layers = classify_layers(model, skip)
     for pattern in skip:
-        if not any(fnmatch.fnmatchcase(layer.name, pattern) for layer in layers):
-            known = ", ".join(layer.name for layer in layers)
+        if not any(layer.matches(pattern) for layer in layers):
+            known = ", ".join(_with_other_names(layer) for layer in layers)
             raise ValueError(f"skip entry {pattern!r} matches no layer of the model; its layers are {known}.")
     if not any(layer.geometry for layer in layers):
-        reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in layers) or "it has no parameters"
+        reasons = "; ".join(f"{layer.name or '(model)'}: {layer.reason}" for layer in layers) or "it has no parameters"
         raise ValueError(f"No layer of the model can be preconditioned ({reasons}).")
     return layers
 
@@ -71,8 +95,9 @@ def discover_layers(model: nn.Module, skip: Sequence[str] = ()) -> list[Discover
 def classify_layers(model: nn.Module, skip: Sequence[str]) -> list[DiscoveredLayer]:
     """Return what :func:`discover_layers` does, whatever there is."""
     candidates = list(_parameter_holders(model))
-    shared = _shared_parameters(candidates)
-    return [_classify(name, module, skip, shared) for name, module in candidates]
+    surroundings = _surroundings(model, candidates)
+    names = _names(model) if skip else {}
+    return [_classify(name, module, names.get(id(module), ()), skip, surroundings) for name, module in candidates]
 
 
 def log_plain_layers(layers: Sequence[DiscoveredLayer]) -> None:
@@ -91,25 +116,59 @@ def names_by_reason(layers: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
     return names
 
 
-def _classify(name: str, module: nn.Module, skip: Sequence[str], shared: set[int]) -> DiscoveredLayer:
-    reason = _reason_to_leave(name, module, skip, shared)
+def _classify(
+    name: str, module: nn.Module, names: Sequence[str], skip: Sequence[str], surroundings: _Surroundings
+) -> DiscoveredLayer:
+    layer = DiscoveredLayer(name, module, None, other_names=tuple(other for other in names if other != name))
+    reason = SKIPPED if any(map(layer.matches, skip)) else _reason_to_leave(module, surroundings)
     if reason or not isinstance(module, nn.Linear | nn.Conv2d):
-        return DiscoveredLayer(name, module, None, reason)
-    return DiscoveredLayer(name, module, LayerGeometry.of(module))
+        return replace(layer, reason=reason)
+    return replace(layer, geometry=LayerGeometry.of(module))
 
 
-def _reason_to_leave(name: str, module: nn.Module, skip: Sequence[str], shared: set[int]) -> str:
-    if any(fnmatch.fnmatchcase(name, pattern) for pattern in skip):
-        return SKIPPED
+def _with_other_names(layer: DiscoveredLayer) -> str:
+    return f"{layer.name} (also {', '.join(layer.other_names)})" if layer.other_names else layer.name
+
+
+def _reason_to_leave(module: nn.Module, surroundings: _Surroundings) -> str:
     if isinstance(module, NORMALISATION):
         return NORMALISED
     if not isinstance(module, nn.Linear | nn.Conv2d):
         return _not_supported(module)
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention uses its weight without calling it"
-    if overridden := _overridden(module):
-        return f"{type(module).__name__} overrides {overridden}"
-    return _reason_of_parameters(module, shared)
+    return _overridden(module) or _reason_of_parameters(module, surroundings) or _reason_of_hook(module, surroundings)
+
+
+def hook_of(module: nn.Module) -> object | None:
+    """Return the hook that accelerate runs around a module's forward, if there is one."""
+    return module.__dict__.get("_hf_hook")
+
+
+def foreign_forward(module: nn.Module) -> object | None:
+    """Return what runs in place of the forward of a module's class; ``None`` if that runs, perhaps through ours."""
+    forward = module.__dict__.get("forward")
+    while isinstance(forward, ForwardStandIn):
+        forward = forward.replaced
+    return None if forward is None or _is_own(module, forward) else forward
+
+
+def _is_own(module: nn.Module, forward: object) -> bool:
+    """Whether this is the forward of a module's class, as in a copy of a preconditioned model, or stands in for it."""
+    if isinstance(forward, ForwardStandIn):
+        return forward.replaced is None or _is_own(module, forward.replaced)
+    return getattr(forward, "__func__", None) is type(module).forward
+
+
+def _origin(forward: Any) -> str:
+    """Return where what has replaced a forward comes from, by its code: its name may be that of what it wraps."""
+    while isinstance(forward, functools.partial):
+        forward = forward.func
+    function = getattr(forward, "__func__", forward)
+    if not isinstance(function, FunctionType):
+        kind = type(function)
+        return f"{kind.__module__}.{kind.__qualname__}"
+    return f"{function.__globals__.get('__name__', '?')}.{function.__code__.co_qualname}"
 
 
 def _not_supported(module: nn.Module) -> str:
@@ -121,22 +180,34 @@ def _not_supported(module: nn.Module) -> str:
 
 
 def _overridden(module: nn.Linear | nn.Conv2d) -> str:
-    """Return which method makes a linear layer or convolution compute something else; empty if none does."""
-    if type(module).forward not in (nn.Linear.forward, nn.Conv2d.forward) or not _has_own_forward(module):
-        return "forward"
+    """Return what makes a linear layer or convolution compute something else; empty if nothing does."""
+    kind = type(module)
+    if kind.forward not in (nn.Linear.forward, nn.Conv2d.forward):
+        return f"{kind.__name__} overrides forward"
     if isinstance(module, nn.Conv2d) and type(module)._conv_forward is not nn.Conv2d._conv_forward:
-        return "_conv_forward"
+        return f"{kind.__name__} overrides _conv_forward"
+    replaced = foreign_forward(module)
+    if replaced is None or (hook_of(module) is not None and _is_own(module, module.__dict__.get("_old_forward"))):
+        return ""
+    return f"its forward has been replaced, by {_origin(replaced)}"
+
+
+def _reason_of_hook(module: nn.Module, surroundings: _Surroundings) -> str:
+    """Return what a hook of accelerate, which runs around the layer's own forward, does to it; empty if nothing."""
+    hook = hook_of(module)
+    if hook is None:
+        return ""
+    strangers = [
+        type(one).__name__ for one in getattr(hook, "hooks", (hook,)) if type(one).__name__ not in _MOVING_HOOKS
+    ]
+    if strangers:
+        return f"accelerate's {', '.join(strangers)} changes what goes through it"
+    if surroundings.is_on_several_devices:
+        return "accelerate's AlignDevicesHook brings its inputs from another device"
     return ""
 
 
-def _has_own_forward(module: nn.Module) -> bool:
-    """Whether a module runs its class's forward, perhaps through what another preconditioner has left there."""
-    forward = module.__dict__.get("forward")
-    is_bound = getattr(forward, "__func__", None) is type(module).forward  # in a copy of a preconditioned model
-    return forward is None or is_bound or isinstance(forward, ForwardStandIn)
-
-
-def _reason_of_parameters(module: nn.Linear | nn.Conv2d, shared: set[int]) -> str:
+def _reason_of_parameters(module: nn.Linear | nn.Conv2d, surroundings: _Surroundings) -> str:
     for name in ("weight", "bias"):
         if name not in module._parameters:
             return f"its {name} is computed (parametrised), not a parameter"
@@ -146,9 +217,15 @@ def _reason_of_parameters(module: nn.Linear | nn.Conv2d, shared: set[int]) -> st
         return f"its weight is a {type(module.weight).__name__}, not an ordinary tensor"
     if module.weight.is_complex():
         return "complex weights are not supported"
+    if module.weight.is_meta and surroundings.is_offloading:
+        return "its weight is offloaded (on device meta between two calls), and so is its gradient"
     if not module.weight.requires_grad:
         return FROZEN
-    if any(id(parameter) in shared for parameter in _own_parameters(module)):
+    if module.weight.numel() == 0:
+        return f"its weight is empty, {list(module.weight.shape)}"
+    if unfit := unfit_weight(module):
+        return unfit
+    if any(id(parameter) in surroundings.shared for parameter in _own_parameters(module)):
         return "it shares a parameter with another module"
     return ""
 
@@ -170,6 +247,31 @@ def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
     if isinstance(parametrizations, nn.Module):
         own += list(parametrizations.parameters())
     return own
+
+
+def _names(model: nn.Module) -> dict[int, tuple[str, ...]]:
+    """Return the names under which each module is reachable, by its ``id``: several where it is registered twice."""
+    names: dict[int, list[str]] = {}
+    stack: list[tuple[nn.Module, str, frozenset[int]]] = [(model, "", frozenset())]
+    while stack:
+        module, name, above = stack.pop()
+        known = names.setdefault(id(module), [])
+        if id(module) in above or len(known) == _MOST_NAMES:
+            continue
+        known.append(name)
+        children = [(key, child) for key, child in module._modules.items() if child is not None]
+        inside = above | {id(module)}
+        stack += [(child, f"{name}.{key}" if name else key, inside) for key, child in reversed(children)]
+    return {key: tuple(dict.fromkeys(map(bare_name, known))) for key, known in names.items()}
+
+
+def _surroundings(model: nn.Module, candidates: Sequence[tuple[str, nn.Module]]) -> _Surroundings:
+    weights = [parameter for _, module in candidates for parameter in _own_parameters(module)]
+    return _Surroundings(
+        _shared_parameters(candidates),
+        is_offloading=any(hook_of(module) is not None for module in model.modules()),
+        is_on_several_devices=len({weight.device for weight in weights if not weight.is_meta}) > 1,
+    )
 
 
 def _shared_parameters(candidates: Sequence[tuple[str, nn.Module]]) -> set[int]:

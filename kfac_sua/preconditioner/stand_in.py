@@ -30,6 +30,11 @@ class ForwardStandIn:
         """
         return getattr, (self._module, "forward")
 
+    @property
+    def replaced(self) -> Any:
+        """What :meth:`remove` puts back; ``None`` for the forward of the module's class."""
+        return self._replaced
+
     def remove(self) -> None:
         """Give the module its ``forward`` back, unless something else has taken this one's place."""
         if self._module.__dict__.get("forward") is not self:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.utils.prune as prune
 from captured_training import LR, PERIOD, Case, Training, batches, make_net, muon, num_plain, rebind, sgd, with_dropout
 from graph_emulator import DanglingError, EmulatedGraph
 from identical import assert_identical
@@ -294,6 +295,41 @@ def test_what_a_call_would_notice_captures_anew(settings, name):
     # Gradients that the function drops unread may be missing.
     assert trainings[1].captured.num_captures == (1 if name == "grads" else 2)
     assert trainings[1].captured.num_replays > 20
+
+
+def wrap_classifier(net: nn.Sequential) -> None:
+    """Put the classifier inside of another module."""
+    net[-1] = nn.Sequential(net[-1], nn.Linear(10, 10))
+
+
+def prune_classifier(net: nn.Sequential) -> None:
+    """Mask the classifier's weight."""
+    prune.l1_unstructured(net[-1], "weight", 0.5)
+
+
+def drop_bias(net: nn.Sequential) -> None:
+    """Take the classifier's bias away."""
+    net[-1].bias = None
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (wrap_classifier, "was removed, and is"),
+        (prune_classifier, "its weight is computed"),
+        (drop_bias, "lost its bias"),
+    ],
+)
+def test_a_layer_that_changes_between_replays_is_refused(change, sentence):
+    """The step falls back to the function, whose preconditioner sees what is not the layer that it was made for."""
+    training = Training(Case(SUA), is_captured=True)
+    training.take(FIRST_REPLAY + 2)
+    assert training.captured.num_replays > 0
+    before = training.preconditioner.num_steps
+    change(training.net)
+    with pytest.raises(RuntimeError, match=f"{sentence}.*make the preconditioner anew"):
+        training.take(1, start=before)
+    assert training.preconditioner.num_steps == before
 
 
 def of_flatten(module: nn.Module, *grads: Any) -> tuple[Tensor] | None:

@@ -8,6 +8,7 @@ from multiprocessing.reduction import ForkingPickler
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.utils.prune as prune
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
@@ -56,7 +57,8 @@ def train(model, preconditioner, steps=range(6)) -> list[float]:
         preconditioner.step()
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter -= 0.05 * parameter.grad
+                if parameter.requires_grad:
+                    parameter -= 0.05 * parameter.grad
         losses.append(loss.item())
     return losses
 
@@ -421,7 +423,8 @@ def test_inverses_and_averages_follow_the_model_to_another_precision(settings, a
         preconditioner.step()
         with torch.no_grad():
             for parameter in net.parameters():
-                parameter -= 0.05 * parameter.grad
+                if parameter.requires_grad:
+                    parameter -= 0.05 * parameter.grad
         losses.append(loss.item())
         kept = [layer.inverse.like.dtype for layer in preconditioner._layers.values()]
         if "ema_decay" in settings:
@@ -552,30 +555,105 @@ def tie(net):
     net.other.weight = net.head.weight
 
 
+def wrap(net):
+    """Put a layer inside of another module, as adapters do."""
+    net.head = nn.Sequential(net.head, nn.Linear(3, 3).to(DTYPE))
+
+
+def prune_weight(net):
+    """Mask a weight, which is computed from then on."""
+    prune.l1_unstructured(net.second, "weight", 0.5)
+
+
+def normalise(net):
+    """Compute a weight in a hook, as older releases of PyTorch do."""
+    nn.utils.weight_norm(net.first)
+
+
+def reshape(net):
+    """Give a layer a weight of another shape."""
+    net.head.weight = nn.Parameter(torch.randn(3, 10, dtype=DTYPE))
+    net.forward = lambda inputs: net.head(inputs.flatten(1)[:, :10])
+
+
+def reshape_in_place(net):
+    """Give a weight itself another shape."""
+    net.head.weight.data = torch.randn(3, 10, dtype=DTYPE)
+    net.forward = lambda inputs: net.head(inputs.flatten(1)[:, :10])
+
+
+def drop_bias(net):
+    """Take a layer's bias away."""
+    net.head.bias = None
+
+
+def patch(net):
+    """Let a layer compute something else."""
+    net.head.forward = lambda inputs: nn.Linear.forward(net.head, 2 * inputs)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize("steps", [1, 3], ids=["between refreshes", "at a refresh"])
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
         (replace_head, "'head' was replaced since"),
+        (wrap, "'head' was removed, and is 'head.0' now since"),
+        (prune_weight, r"'second' cannot be preconditioned any more \(its weight is computed"),
+        (normalise, r"'first' cannot be preconditioned any more \(its weight is computed"),
+        (reshape, r"'head' has got another shape or other options \(in_channels: \d+ then, 10 now\)"),
+        (reshape_in_place, r"'head' has got another shape or other options \(in_channels: \d+ then, 10 now\)"),
+        (drop_bias, "'head' has lost its bias"),
+        (patch, r"'head' cannot be preconditioned any more \(its forward has been replaced, by .*\.patch"),
         (add_adapter, "'adapter' was added since"),
         (remove_layer, "'second' was removed since"),
         (parametrise, r"'head' cannot be preconditioned any more \(its weight is computed"),
         (tie, r"'head' cannot be preconditioned any more \(it shares a parameter"),
     ],
 )
-def test_a_model_whose_layers_change_is_refused_at_the_next_refresh(change, sentence):
-    """What is changed, and what to do, is said; a new preconditioner accepts the new model."""
+def test_a_model_whose_layers_change_is_refused_at_the_next_step(change, sentence, steps):
+    """What is changed, and what to do, is said, over and over; a new preconditioner accepts the new model."""
     net = make_net()
     preconditioner = start(net)
-    train(net, preconditioner, range(3))
+    train(net, preconditioner, range(steps))
     change(net)
     for parameter in net.parameters():
         parameter.grad = None
-    nn.functional.cross_entropy(net(batch(3)), LABELS).backward()
-    with pytest.raises(RuntimeError, match=sentence + ".*make the preconditioner anew"):
-        preconditioner.step()
+    with preconditioner.paused():  # what passes record of a changed layer is another matter
+        nn.functional.cross_entropy(net(batch(3)), LABELS).backward()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=sentence + ".*make the preconditioner anew"):
+            preconditioner.step()
+    assert preconditioner.num_steps == steps
     preconditioner.remove_hooks()
     nn.functional.cross_entropy(net(batch(3)), LABELS)
     assert start(net)
+
+
+def test_other_options_of_a_convolution_are_refused_at_the_next_refresh():
+    """Strides are read where statistics are: their layout goes by them."""
+    net = make_net()
+    preconditioner = start(net)
+    train(net, preconditioner, range(3))
+    net.second.dilation = (2, 2)
+    net.second(torch.randn(1, 20, 5, 5, dtype=DTYPE)).square().mean().backward()
+    with pytest.raises(RuntimeError, match=r"'second' has got .* \(dilation: \(1, 1\) then, \(2, 2\) now\)"):
+        preconditioner.step()
+
+
+def test_changes_that_concern_no_layer_are_fine():
+    """Another parameter of the same shape, other activations, a frozen bias, evaluation, another precision."""
+    net = make_net()
+    net.act = nn.Tanh()
+    preconditioner = start(net)
+    train(net, preconditioner, range(1))
+    net.head.weight = nn.Parameter(net.head.weight.detach().clone())
+    net.act = nn.Sequential(nn.ReLU(), nn.Dropout())
+    train(net, preconditioner, range(1, 2))
+    net.head.bias.requires_grad_(False)
+    net.norm.eval()
+    train(net, preconditioner, range(2, 5))
+    assert preconditioner.num_steps == 5
 
 
 def test_a_preconditioner_made_again_takes_over():
