@@ -33,6 +33,7 @@ from kfac_sua.preconditioner.faults import (
 from kfac_sua.preconditioner.fisher import fisher_cotangents, within_generator
 from kfac_sua.preconditioner.forms.accumulator import Scalings
 from kfac_sua.preconditioner.kl_clip import KLClip
+from kfac_sua.preconditioner.large import warn_of_large_layers
 from kfac_sua.preconditioner.later import LaterFlags
 from kfac_sua.preconditioner.layer import PreconditionedLayer, take_inverses
 from kfac_sua.preconditioner.layers import discover_layers, log_plain_layers, preconditioned
@@ -219,6 +220,7 @@ class KroneckerPreconditioner:
             name: PreconditionedLayer.make(name, module, geometry, self.settings, self._phases, num_processes)
             for name, module, geometry in preconditioned(self._discovered)
         }
+        warn_of_large_layers(layer_table(self._discovered, self._layers, self.settings).large)
         self._capture = Capture(
             self._model,
             {name: layer.module for name, layer in self._layers.items()},

@@ -12,6 +12,7 @@ from kfac_sua.preconditioner.forms.cost import ANY_ROWS
 from kfac_sua.preconditioner.forms.split import PART_BYTES
 from kfac_sua.preconditioner.geometry import BlockLayout
 from kfac_sua.preconditioner.kronecker import EIGENBASIS
+from kfac_sua.preconditioner.large import large_layers
 from kfac_sua.preconditioner.layer import PreconditionedLayer
 from kfac_sua.preconditioner.layers import DiscoveredLayer, names_by_reason
 from kfac_sua.preconditioner.processes import DESCRIPTION_BYTES
@@ -95,11 +96,13 @@ class LayerTable:
         rows: One per layer.
         chosen_by: By which rates forms are chosen.
         sharing: What is shared with other processes; ``None`` without any.
+        large: Which layers are large for their device, and the cure; empty if none is (see ``large.py``).
     """
 
     rows: tuple[LayerReport, ...]
     chosen_by: str = ""
     sharing: SharingReport | None = None
+    large: str = ""
 
     def __str__(self) -> str:
         lines = [_HEADER, "-" * len(_HEADER)]
@@ -111,6 +114,8 @@ class LayerTable:
         )
         if self.chosen_by:
             lines.append(f"forms chosen by: {self.chosen_by}")
+        if self.large:
+            lines.append(f"large: {self.large}")
         by_reason = names_by_reason((row.name, row.reason) for row in self.rows)
         lines += [f"plain gradient ({reason}): {', '.join(names)}" for reason, names in by_reason.items()]
         return "\n".join(lines if self.sharing is None else [*lines, str(self.sharing)])
@@ -127,7 +132,8 @@ def layer_table(
         for layer in discovered
     )
     sources = dict.fromkeys(cost.rates.source for layer in layers.values() for cost in layer.costs)
-    return LayerTable(rows, "; ".join(sources))
+    sizes = [(layers[row.name], row.memory_bytes, row.inverse_flops) for row in rows if row.name in layers]
+    return LayerTable(rows, "; ".join(sources), large=large_layers(sizes, settings))
 
 
 def report_sharing(

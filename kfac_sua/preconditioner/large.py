@@ -1,0 +1,81 @@
+"""Layers whose dense factors are large on their device: said once at construction, before the hours or the memory go.
+
+Where low-rank inverses are allowed, only mini-batches tell how much a layer needs; so this concerns settings that make
+factors dense for certain.
+"""
+
+import logging
+import os
+from collections.abc import Iterable
+
+import torch
+
+from kfac_sua.preconditioner.layer import PreconditionedLayer
+from kfac_sua.preconditioner.rates import rates_of
+from kfac_sua.preconditioner.settings import DampingRule, InverseMethod, KroneckerSettings
+
+logger = logging.getLogger(__name__)
+
+LARGE_SHARE = 0.1
+"""Share of the device's memory. A refresh holds new factors, inverses and workspace beside what is kept, so that few
+such layers fill it; the widest one of the paper's networks keeps 0.16 GiB.
+"""
+
+LARGE_INVERSION_S = 100.0
+"""Seconds of one layer's inversions in a refresh, by the device's rates. The widest of the paper's takes a core 3."""
+
+
+def large_layers(layers: Iterable[tuple[PreconditionedLayer, int, int]], settings: KroneckerSettings) -> str:
+    """Return which layers keep much of their device's memory or take long to invert, and the cure; empty if none does.
+
+    Args:
+        layers: Each with the bytes that it keeps and the FLOPs of its inversions in a refresh, if dense.
+        settings: Those of the preconditioner.
+    """
+    cause = _dense_because(settings)
+    found = [told for layer, kept, flops in layers if cause and (told := _size(layer, kept, flops))]
+    if not found:
+        return ""
+    return (
+        f"{'; '.join(found)}. {cause} makes factors dense: list such a layer in skip, set group_size, or let "
+        f"mini-batches of few rows make it cheaper (ema_decay=0, damping_rule=factored, inverse_method=auto)."
+    )
+
+
+def warn_of_large_layers(told: str) -> None:
+    """Log what :func:`large_layers` has returned as a warning, if it is anything."""
+    if told:
+        logger.warning("Large: %s", told)
+
+
+def device_memory(device: torch.device) -> int | None:
+    """Return the bytes of a device's memory; ``None`` where nothing says."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    if device.type != "cpu":
+        return None
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # not on every system
+        return None
+
+
+def _dense_because(settings: KroneckerSettings) -> str:
+    """Return the setting that makes factors dense for certain; empty if none does."""
+    if settings.ema_decay > 0:
+        return f"ema_decay={settings.ema_decay:g}"
+    if settings.damping_rule is DampingRule.exact:
+        return "damping_rule=exact"
+    return "inverse_method=cholesky" if settings.inverse_method is InverseMethod.cholesky else ""
+
+
+def _size(layer: PreconditionedLayer, kept: int, flops: int) -> str:
+    device = layer.weight.device
+    memory = device_memory(device)
+    seconds = flops / rates_of(device).inverse
+    is_much = memory is not None and kept > LARGE_SHARE * memory
+    if not is_much and seconds <= LARGE_INVERSION_S:
+        return ""
+    of_memory = f" of the {memory / 2**30:.1f} GiB of device {device}" if memory is not None else ""
+    work = f"{flops / 1e9:,.0f} GFLOP, about {seconds:,.0f} s, in each refresh"
+    return f"layer {layer.name or '(model)'} keeps {kept / 2**30:.1f} GiB{of_memory} and inverts {work}"
