@@ -4,7 +4,7 @@ Nothing is left out in silence: events are counted always, and logged once per k
 """
 
 import logging
-import math
+import sys
 from collections import Counter
 from collections.abc import Iterable
 
@@ -204,7 +204,7 @@ def checked_loss_factor(name: str, value: object) -> float:
         ValueError: If it cannot be divided out again.
     """
     number = plain_number(value)
-    if number is None or not (math.isfinite(number) and number > 0):
+    if number is None or not 0 < number <= sys.float_info.max:
         cure = "; pass scaler.get_scale(), read before scaler.update()" if name == "loss_scale" else ""
         got = shown(value) if number is None else number
         raise ValueError(f"{name} must be the finite number > 0 that the loss was multiplied with, got {got}{cure}.")

@@ -369,7 +369,7 @@ class KroneckerPreconditioner:
         Args:
             num_steps: Steps taken before it, ≥ 0.
         """
-        self.num_steps = num_steps
+        self.num_steps = checked_integer("num_steps", num_steps)
         self._begin_step()
 
     def fisher_backward(self, outputs: Tensor) -> None:
@@ -421,8 +421,8 @@ class KroneckerPreconditioner:
             ValueError: If ``loss_scale`` or ``loss_weight`` is not a finite number > 0, or ``lr`` is missing where
                 ``kl_clip`` is on.
             RuntimeError: If statistics are due but none were recorded, all gradients have been preconditioned before,
-                an inverse fails that has no predecessor, the model has got other trainable layers since the
-                preconditioner was made, or its hooks were removed.
+                an inverse fails that has no predecessor, the model's layers have changed since the preconditioner was
+                made or are still on device meta, or its hooks were removed.
         """
         self._check_in_use()
         clip = self._make_clip(lr)

@@ -16,7 +16,7 @@ On our runs (outputs/reference/safety.md) κ = 0.001 rescued runs whose learning
 whose damping 100 times too small, at 1 % of a step's time, which is within the noise.
 """
 
-import math
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -89,6 +89,6 @@ def _checked_lr(lr: float | Tensor | None, kl_clip: float) -> float | Tensor:
     number = plain_number(lr)
     if number is None:
         raise ValueError(f"lr must be the learning rate of the step, a number ≥ 0 or a tensor of one, got {shown(lr)}.")
-    if not (math.isfinite(number) and number >= 0):
+    if not 0 <= number <= sys.float_info.max:
         raise ValueError(f"lr must be the learning rate of the step, a finite number ≥ 0, got {number}.")
     return number

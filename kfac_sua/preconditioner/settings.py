@@ -274,7 +274,7 @@ def checked_names(skip: object) -> list[str]:
         return []
     if isinstance(skip, str):
         raise ValueError(f"skip must be a list of layer names, got {shown(skip)}; write [{str(skip)!r}].")
-    if not isinstance(skip, Iterable) or isinstance(skip, Mapping):
+    if not isinstance(skip, Iterable) or isinstance(skip, Mapping | bytes):
         raise ValueError(f"skip must be a list of layer names, got {shown(skip)}.")
     names = list(skip)
     for name in names:

@@ -1,13 +1,14 @@
 """Discovery: every layer is preconditioned or named with a reason; nothing is skipped in silence."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from kfac_sua.models import VGG11
-from kfac_sua.preconditioner import KroneckerPreconditioner
+from kfac_sua.preconditioner import KroneckerPreconditioner, layers
 from kfac_sua.preconditioner.layers import discover_layers
 
 
@@ -359,6 +360,15 @@ class Doubler:
     def call(self, inputs):
         """Return twice the inputs."""
         return 2 * inputs
+
+
+def test_a_hook_between_devices_is_named(monkeypatch):
+    """Where weights lie on several devices, a hook brings the inputs that are recorded from another one."""
+    surroundings = layers._surroundings
+    monkeypatch.setattr(layers, "_surroundings", lambda *args: replace(surroundings(*args), is_on_several_devices=True))
+    net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    hooked(net[0])
+    assert reasons(net) == {"0": "accelerate's AlignDevicesHook brings its inputs from another device", "1": ""}
 
 
 def test_an_offloaded_layer_is_left_alone():
