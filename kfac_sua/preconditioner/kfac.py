@@ -58,6 +58,7 @@ from kfac_sua.preconditioner.settings import (
 )
 from kfac_sua.preconditioner.sharing import checked_flops_per_byte
 from kfac_sua.preconditioner.state import STATE_VERSION, check_state, up_to_date, written_over
+from kfac_sua.preconditioner.state_checks import check_findings, check_numbers, check_outline
 from kfac_sua.preconditioner.wrappers import bare_model
 
 _COPY_CURE = "make one for the other model and give it load_state_dict(preconditioner.state_dict())"
@@ -602,13 +603,13 @@ class KroneckerPreconditioner:
         state's tensors are copied.
 
         Raises:
-            ValueError: If the state has another version, other settings or other layers.
+            ValueError: If the state has another version, other settings or other layers, or an entry that no such
+                preconditioner can have come to; the message names it. Everything is then as it was.
         """
-        passed_over = {"damping"} if self._damping_function else set()
-        state = up_to_date(state, self.settings)
-        check_state(state, self.settings, set(self._layers), passed_over)
-        for name, layer in self._layers.items():
-            layer.load_state_dict(state["layers"][name])
+        state = self._checked_state(state)
+        taking_over = [layer.taking_over(state["layers"][name]) for name, layer in self._layers.items()]
+        for take_over in taking_over:
+            take_over()
         self.num_steps, self.seed = state["num_steps"], state["seed"]
         self._damping = state["damping"]
         self._events.counts = Counter(state["events"])
@@ -618,7 +619,30 @@ class KroneckerPreconditioner:
             observer.forget()
         self._begin_step()
 
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raise what :meth:`load_state_dict` would of a state, and change nothing.
+
+        Raises:
+            ValueError: As there.
+        """
+        self._checked_state(state)
+
     # --- inside -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _checked_state(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return a state in today's version, all of which can be gone on from."""
+        check_outline(state)
+        state = up_to_date(state, self.settings)
+        passed_over = {"damping"} if self._damping_function else set()
+        check_state(state, self.settings, set(self._layers), passed_over)
+        check_numbers(state, self.settings)
+        if self._damping_function is not None:
+            checked_damping(self._damping_function(state["num_steps"]))
+        check_findings(
+            finding for name, layer in self._layers.items() for finding in layer.state_findings(state["layers"][name])
+        )
+        return state
 
     @contextmanager
     def _recording(self, enabled: bool) -> Iterator[None]:

@@ -1,7 +1,7 @@
 """One preconditioned layer: its module, block layout, statistics, running average and inverse."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +24,8 @@ from kfac_sua.preconditioner.precision import at_least_float32, fits, has_fast_p
 from kfac_sua.preconditioner.processes import Site
 from kfac_sua.preconditioner.rates import rates_of
 from kfac_sua.preconditioner.settings import Application, KroneckerSettings, Products, WeightSharing
-from kfac_sua.preconditioner.state import written_over
+from kfac_sua.preconditioner.state import to_be_written_over, written_over
+from kfac_sua.preconditioner.state_checks import Finding, StateHolder, check_findings, layer_findings
 from kfac_sua.preconditioner.statistics import LayerStatistics
 from kfac_sua.preconditioner.two_sided import TwoSidedForward, can_be_two_sided
 from kfac_sua.preconditioner.used import is_used_up, mark_used_up
@@ -147,7 +148,7 @@ class PreconditionedLayer:
             if self.two_sided is not None:
                 self.two_sided.costs = self.costs
         if kept is not None and isinstance(weight, Tensor) and not fits(kept, weight):
-            self.load_state_dict(self.state_dict())
+            self.taking_over(self.state_dict())()
 
     def costs_now(self) -> tuple[SideCost, SideCost]:
         """Return the work on both sides if inverses are made now: the caller's switches of precision count."""
@@ -230,14 +231,40 @@ class PreconditionedLayer:
         """Undo :meth:`state_dict`, on the weight's device and in the precision that goes with it.
 
         In place wherever shapes agree; the state's tensors stay the caller's.
+
+        Raises:
+            ValueError: If it is not the state of such a layer; the layer is then as it was.
         """
-        state = written_over(self.state_dict(), state, at_least_float32(self.weight.detach()))
+        check_findings(self.state_findings(state))
+        self.taking_over(state)()
+
+    def state_findings(self, state: object) -> Iterator[Finding]:
+        """Look at a state that the layer shall continue from; see ``state_checks.layer_findings``."""
+        like = at_least_float32(self.weight.detach())
+        yield from layer_findings(
+            state, StateHolder(self.name, self.statistics.geometry, self.layout, self.settings, like)
+        )
+
+    def taking_over(self, state: Mapping[str, Any]) -> Callable[[], None]:
+        """Make all that the layer will hold, and return what lets it: until that is called the layer is as it was.
+
+        Args:
+            state: What :meth:`state_findings` has nothing against.
+        """
+        with torch.no_grad():
+            state, write = to_be_written_over(self.state_dict(), state, at_least_float32(self.weight.detach()))
         geometry = self.statistics.geometry
-        self.average = RunningAverage.from_state(state["average"], self.average.decay, geometry)
-        self.is_fresh = state["is_fresh"]
-        self.num_examples = state["num_examples"]
-        self.inverse = layer_inverse_from_state(state["inverse"], geometry)
-        self.factors = LayerFactors.from_state(state["factors"], geometry)
+        average = RunningAverage.from_state(state["average"], self.average.decay, geometry)
+        inverse = layer_inverse_from_state(state["inverse"], geometry)
+        factors = LayerFactors.from_state(state["factors"], geometry)
+
+        def take_over() -> None:
+            with torch.no_grad():
+                write()
+            self.average, self.inverse, self.factors = average, inverse, factors
+            self.is_fresh, self.num_examples = state["is_fresh"], state["num_examples"]
+
+        return take_over
 
     def _kept_tensor(self) -> Tensor | None:
         """Return a tensor that is kept from step to step, if there is any."""

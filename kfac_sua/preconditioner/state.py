@@ -4,7 +4,7 @@ What a layer, a factor or an inverse keeps stands beside it; here is what concer
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,9 @@ PARTS = "parts"
 STATE_VERSION = 5
 """Of a preconditioner's whole state: a number for each change of what it holds."""
 
+OLDEST_VERSION = 2
+"""The first that can be read."""
+
 
 def up_to_date(state: Mapping[str, Any], settings: KroneckerSettings) -> Mapping[str, Any]:
     """Return a preconditioner's state in today's version, if it is of one of the three versions before.
@@ -29,7 +32,8 @@ def up_to_date(state: Mapping[str, Any], settings: KroneckerSettings) -> Mapping
     setting ``products``.
 
     Args:
-        state: What ``KroneckerPreconditioner.state_dict`` returned, in any release.
+        state: What ``KroneckerPreconditioner.state_dict`` returned, in any release; ``state_checks.check_outline`` has
+            let it pass.
         settings: Those of the preconditioner that shall continue.
     """
     if state["version"] == 2:
@@ -54,11 +58,16 @@ def _from_version_3(state: Mapping[str, Any]) -> State:
     layers = {}
     for name, layer in state["layers"].items():
         inverse = {
-            key: torch.tensor(value, dtype=torch.float64) if isinstance(value, int | float) else value
+            key: torch.tensor(float(value), dtype=torch.float64) if _is_float(value) else value
             for key, value in layer["inverse"].items()
         }
         layers[name] = {**layer, "inverse": inverse}
     return {**state, "version": 4, "layers": layers}
+
+
+def _is_float(value: object) -> bool:
+    """Whether it is a number that float64 holds; what is none is refused later, with all that is of no use."""
+    return isinstance(value, float) or (type(value) is int and value.bit_length() < 1000)
 
 
 def _from_version_4(state: Mapping[str, Any], settings: KroneckerSettings) -> State:
@@ -79,7 +88,10 @@ def check_state(state: Mapping[str, Any], settings: KroneckerSettings, layers: s
         ValueError: If the state has another version, other settings or other layers; the message names them.
     """
     if state["version"] != STATE_VERSION:
-        raise ValueError(f"Preconditioner state has version {state['version']}, this release reads {STATE_VERSION}.")
+        raise ValueError(
+            f"Preconditioner state has version {state['version']}, this release reads {STATE_VERSION} and older ones "
+            f"down to {OLDEST_VERSION}; load it with the release that saved it, or start without the state."
+        )
     own, saved = settings.to_plain(), state["settings"]
     differing = [
         f"{key}={saved.get(key)} (here {value})"
@@ -87,10 +99,16 @@ def check_state(state: Mapping[str, Any], settings: KroneckerSettings, layers: s
         if saved.get(key) != value and key not in passed_over
     ]
     if differing:
-        raise ValueError(f"Preconditioner state was saved with other settings: {', '.join(differing)}.")
+        raise ValueError(
+            f"Preconditioner state was saved with other settings: {', '.join(differing)}; make the preconditioner with "
+            f"those, or start without the state."
+        )
     if set(state["layers"]) != layers:
         names = ", ".join(sorted(set(state["layers"]) ^ layers))
-        raise ValueError(f"Preconditioner state belongs to another model; layers that differ: {names}.")
+        raise ValueError(
+            f"Preconditioner state belongs to another model; layers that differ: {names}; make the preconditioner for "
+            f"the model that the state was saved from, or start without the state."
+        )
 
 
 def written_over(kept: Any, new: Any, like: Tensor | None = None) -> Any:
@@ -105,11 +123,24 @@ def written_over(kept: Any, new: Any, like: Tensor | None = None) -> Any:
         like: A tensor of the device and the dtype that the tensors shall have, but for bfloat16 parts, which stay that
             and are known by their names; ``None`` for those of ``new``.
     """
+    result, write = to_be_written_over(kept, new, like)
+    write()
+    return result
+
+
+def to_be_written_over(kept: Any, new: Any, like: Tensor | None = None) -> tuple[Any, Callable[[], None]]:
+    """Return what :func:`written_over` does, and what still has to be called for the numbers in it to be the new ones.
+
+    Until then nothing has changed, and all memory that it takes is at hand.
+    """
     pairs: dict[Any, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     result = _paired("", kept, new, like, pairs)
-    for alike in pairs.values():
-        torch._foreach_copy_([one for one, _ in alike], [other for _, other in alike])
-    return result
+
+    def write() -> None:
+        for alike in pairs.values():
+            torch._foreach_copy_([one for one, _ in alike], [other for _, other in alike])
+
+    return result, write
 
 
 def _paired(name: str, kept: Any, new: Any, like: Tensor | None, pairs: dict[Any, list[tuple[Tensor, Tensor]]]) -> Any:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kfac_sua.preconditioner.forms.form import BlockMessage, Factor, Inverse, MadeInverse, SumFactor
+from kfac_sua.preconditioner.forms.form import BlockMessage, Factor, Inverse, MadeInverse, Shape, SumFactor
 from kfac_sua.preconditioner.forms.patch_rows import PatchRows
 from kfac_sua.preconditioner.forms.split import SplitInverse, matrix_parts
 from kfac_sua.preconditioner.forms.triangles import mirrored_, triangle_numbers, triangle_pieces, unpack_
@@ -135,6 +135,7 @@ class DenseInverse(MadeInverse):
     blocks: Tensor
 
     names: ClassVar[tuple[str, ...]] = ("blocks",)
+    shapes: ClassVar[tuple[Shape, ...]] = (("b", "d", "d"),)
     form: ClassVar[str] = "dense"
 
     def left(self, values: Tensor) -> Tensor:
@@ -211,6 +212,7 @@ class DenseFactor(SumFactor):
     blocks: Tensor
 
     names: ClassVar[tuple[str, ...]] = ("blocks",)
+    shapes: ClassVar[tuple[Shape, ...]] = (("b", "d", "d"),)
     inverse_form: ClassVar[type[MadeInverse]] = DenseInverse
 
     @classmethod

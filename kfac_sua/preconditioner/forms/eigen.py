@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kfac_sua.preconditioner.forms.form import BlockMessage, Factor, Prepared
+from kfac_sua.preconditioner.forms.form import BlockMessage, Factor, Prepared, Shape
 
 
 @dataclass
@@ -21,6 +21,7 @@ class EigenBasis(Prepared):
     values: Tensor
 
     names: ClassVar[tuple[str, ...]] = ("vectors", "values")
+    shapes: ClassVar[tuple[Shape, ...]] = (("b", "d", "d"), ("b", "d"))
 
     @classmethod
     def nothing(cls, factor: Factor) -> "EigenBasis":

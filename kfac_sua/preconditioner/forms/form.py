@@ -18,6 +18,13 @@ from kfac_sua.preconditioner.forms.patch_rows import PatchRows
 from kfac_sua.preconditioner.forms.triangles import triangle_numbers
 from kfac_sua.preconditioner.geometry import ChannelGroups, LayerGeometry
 
+Shape = tuple[int | str, ...]
+"""Shape of a kept tensor: numbers, and letters for what a layer or the tensor itself decides (``state_checks``).
+
+``b`` blocks of width ``d``, which is ``d′`` with the padding of bfloat16 parts; any number of ``rows``; and of pixels
+any height ``h``, width ``w`` and number of examples ``n``, and ``c`` input channels.
+"""
+
 
 @dataclass(frozen=True)
 class BlockMessage:
@@ -51,9 +58,11 @@ class Kept(ABC):
 
     Attributes:
         names: Names of the tensors, by which a checkpoint knows the form.
+        shapes: Their shapes.
     """
 
     names: ClassVar[tuple[str, ...]]
+    shapes: ClassVar[tuple[Shape, ...]]
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what a checkpoint keeps, and an application reads, by :attr:`names`."""
@@ -149,12 +158,14 @@ class Factor(ABC):
     Attributes:
         number: Number of the form in messages between processes, > 0 and never used again; 0 for moments.
         names: Name of :attr:`values` in a checkpoint, by which it knows the form.
+        shapes: Its shape.
         inverse_form: What :meth:`invert` gives.
         is_summed: Whether it is kept as moments that add up, or as rows.
     """
 
     number: ClassVar[int] = 0
     names: ClassVar[tuple[str, ...]]
+    shapes: ClassVar[tuple[Shape, ...]]
     inverse_form: ClassVar[type[MadeInverse]]
     is_summed: ClassVar[bool]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kfac_sua.preconditioner.forms.dense import DenseFactor
-from kfac_sua.preconditioner.forms.form import BlockMessage, Factor, Inverse, MadeInverse, RowFactor
+from kfac_sua.preconditioner.forms.form import BlockMessage, Factor, Inverse, MadeInverse, RowFactor, Shape
 from kfac_sua.preconditioner.forms.patch_rows import PatchRows, joined, product_width
 from kfac_sua.preconditioner.forms.rows import LowRankInverse
 from kfac_sua.preconditioner.forms.unfold import output_size
@@ -35,6 +35,7 @@ class PatchInverse(MadeInverse):
     scale: Tensor
 
     names: ClassVar[tuple[str, ...]] = ("pixels", "triangle", "scale")
+    shapes: ClassVar[tuple[Shape, ...]] = (("h", "w", "n", "c"), (1, "rows", "rows"), (1, 1, 1))
     form: ClassVar[str] = "patches"
 
     def left(self, values: Tensor) -> Tensor:
@@ -138,6 +139,7 @@ class PatchFactor(RowFactor):
 
     number: ClassVar[int] = 2
     names: ClassVar[tuple[str, ...]] = ("pixels",)
+    shapes: ClassVar[tuple[Shape, ...]] = (("h", "w", "n", "c"),)
     num_sizes: ClassVar[int] = 4
     inverse_form: ClassVar[type[MadeInverse]] = PatchInverse
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kfac_sua.preconditioner.forms.dense import DenseFactor, gram
-from kfac_sua.preconditioner.forms.form import BlockMessage, Factor, Inverse, MadeInverse, RowFactor
+from kfac_sua.preconditioner.forms.form import BlockMessage, Factor, Inverse, MadeInverse, RowFactor, Shape
 from kfac_sua.preconditioner.forms.split import SplitLowRankInverse, matrix_parts
 from kfac_sua.preconditioner.geometry import LayerGeometry
 from kfac_sua.preconditioner.rates import Flops
@@ -26,6 +26,7 @@ class LowRankInverse(MadeInverse):
     scale: Tensor
 
     names: ClassVar[tuple[str, ...]] = ("root", "scale")
+    shapes: ClassVar[tuple[Shape, ...]] = (("b", "rows", "d"), ("b", 1, 1))
     form: ClassVar[str] = "rows"
 
     def left(self, values: Tensor) -> Tensor:
@@ -97,6 +98,7 @@ class RowsFactor(RowFactor):
 
     number: ClassVar[int] = 1
     names: ClassVar[tuple[str, ...]] = ("rows",)
+    shapes: ClassVar[tuple[Shape, ...]] = (("b", "rows", "d"),)
     num_sizes: ClassVar[int] = 3
     inverse_form: ClassVar[type[MadeInverse]] = LowRankInverse
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kfac_sua.preconditioner.forms.form import Inverse
+from kfac_sua.preconditioner.forms.form import Inverse, Shape
 
 PART_BYTES = 2 * 3
 """Bytes of a number's three parts."""
@@ -37,6 +37,11 @@ def matrix_parts(values: Tensor) -> Tensor:
     return _parts(_padded(values, -1), dim=2, is_vector=False)
 
 
+def aligned(width: int) -> int:
+    """Return the width d′ of the parts of rows of this width."""
+    return width + -width % ALIGNED
+
+
 @dataclass
 class SplitInverse(Inverse):
     """Inverse blocks, symmetric, as parts ``[num_blocks, d, 3, d′]`` of their rows."""
@@ -44,6 +49,7 @@ class SplitInverse(Inverse):
     parts: Tensor
 
     names: ClassVar[tuple[str, ...]] = ("parts",)
+    shapes: ClassVar[tuple[Shape, ...]] = (("b", "d", 3, "d′"),)
     form: ClassVar[str] = "dense bf16x3"
 
     def left(self, values: Tensor) -> Tensor:
@@ -68,6 +74,7 @@ class SplitLowRankInverse(Inverse):
     scale: Tensor
 
     names: ClassVar[tuple[str, ...]] = ("root_parts", "scale")
+    shapes: ClassVar[tuple[Shape, ...]] = (("b", "rows", 3, "d′"), ("b", 1, 1))
     form: ClassVar[str] = "rows bf16x3"
 
     def left(self, values: Tensor) -> Tensor:
@@ -87,7 +94,7 @@ class SplitLowRankInverse(Inverse):
 
 def _padded(values: Tensor, dim: int) -> Tensor:
     """Return ``[b, m, n]`` with zeros up to a multiple of :data:`ALIGNED` along one of the last two dimensions."""
-    missing = -values.shape[dim] % ALIGNED
+    missing = aligned(values.shape[dim]) - values.shape[dim]
     return F.pad(values, (0, missing) if dim == -1 else (0, 0, 0, missing)) if missing else values
 
 
