@@ -29,6 +29,7 @@ from kfac_sua.preconditioner.kfac import KroneckerPreconditioner
 from kfac_sua.preconditioner.plain import checked_integer, checked_number, plain_number, shown
 from kfac_sua.preconditioner.precision import on_one_device
 from kfac_sua.preconditioner.settings import LossReduction
+from kfac_sua.preconditioner.state_checks import RESTART, checked_entries, is_count, shown
 
 
 class AdaptiveDamping:
@@ -152,9 +153,23 @@ class AdaptiveDamping:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
-        self.reduction_ratio = state["reduction_ratio"]
-        self.num_lowered, self.num_raised = state["num_lowered"], state["num_raised"]
+        """Go on from :meth:`state_dict`.
+
+        Raises:
+            ValueError: If it is not such a state; nothing is changed then.
+        """
+        ratio, *counts = checked_entries(state, ("reduction_ratio", "num_lowered", "num_raised"), "AdaptiveDamping")
+        if ratio is not None and not isinstance(ratio, float):  # NaN, too, where a loss was not finite
+            raise ValueError(
+                f"AdaptiveDamping state: reduction_ratio must be a float or none, got {shown(ratio)}; {RESTART}."
+            )
+        for name, count in zip(("num_lowered", "num_raised"), counts, strict=True):
+            if not is_count(count):
+                raise ValueError(
+                    f"AdaptiveDamping state: {name} must be a whole number ≥ 0, got {shown(count)}; {RESTART}."
+                )
+        self.reduction_ratio = ratio
+        self.num_lowered, self.num_raised = counts
 
     # --- called by the preconditioner -------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from kfac_sua.preconditioner.plain import checked_number
 from kfac_sua.preconditioner.settings import checked_damping
+from kfac_sua.preconditioner.state_checks import RESTART, checked_entries, is_count, is_damping, shown
 
 DampingFunction = Callable[[int], float]
 """From the number of steps taken to the damping ε > 0."""
@@ -81,8 +82,22 @@ class DampingScheduler:
         return {"num_calls": self.num_calls, "base": self._base}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`; the damping in force is part of the preconditioner's state."""
-        self.num_calls, self._base = state["num_calls"], state["base"]
+        """Go on from :meth:`state_dict`; the damping in force is part of the preconditioner's state.
+
+        Raises:
+            ValueError: If it is not such a state; the scheduler is then as it was.
+        """
+        num_calls, base = checked_entries(state, ("num_calls", "base"), "DampingScheduler")
+        if not is_count(num_calls):
+            raise ValueError(
+                f"DampingScheduler state: num_calls must be a whole number ≥ 0, got {shown(num_calls)}; {RESTART}."
+            )
+        if not is_damping(base):
+            raise ValueError(
+                f"DampingScheduler state: base must be a damping > 0 within the range of float32, got {shown(base)}; "
+                f"{RESTART}."
+            )
+        self.num_calls, self._base = num_calls, base
 
     def _set(self) -> None:
         factor = checked_number("the damping scheduler's factor", self._factor(self.num_calls))

@@ -36,6 +36,7 @@ from kfac_sua.preconditioner.kl_clip import KLClip
 from kfac_sua.preconditioner.large import warn_of_large_layers
 from kfac_sua.preconditioner.later import LaterFlags
 from kfac_sua.preconditioner.layer import PreconditionedLayer, take_inverses
+from kfac_sua.preconditioner.layer_checks import check_findings
 from kfac_sua.preconditioner.layers import discover_layers, log_plain_layers, preconditioned
 from kfac_sua.preconditioner.plain import checked_integer
 from kfac_sua.preconditioner.precision import application_precision, factor_precision
@@ -58,7 +59,7 @@ from kfac_sua.preconditioner.settings import (
 )
 from kfac_sua.preconditioner.sharing import checked_flops_per_byte
 from kfac_sua.preconditioner.state import STATE_VERSION, check_state, up_to_date, written_over
-from kfac_sua.preconditioner.state_checks import check_findings, check_numbers, check_outline
+from kfac_sua.preconditioner.state_checks import check_numbers, check_outline
 from kfac_sua.preconditioner.wrappers import bare_model
 
 _COPY_CURE = "make one for the other model and give it load_state_dict(preconditioner.state_dict())"
@@ -611,7 +612,7 @@ class KroneckerPreconditioner:
         for take_over in taking_over:
             take_over()
         self.num_steps, self.seed = state["num_steps"], state["seed"]
-        self._damping = state["damping"]
+        self._damping = float(state["damping"])
         self._events.counts = Counter(state["events"])
         self.discard()
         observer = None if self._observer is None else self._observer()

@@ -19,13 +19,13 @@ from kfac_sua.preconditioner.kronecker import (
     Sides,
     layer_inverse_from_state,
 )
+from kfac_sua.preconditioner.layer_checks import Finding, StateHolder, check_findings, layer_findings
 from kfac_sua.preconditioner.layers import foreign_forward
 from kfac_sua.preconditioner.precision import at_least_float32, fits, has_fast_products
 from kfac_sua.preconditioner.processes import Site
 from kfac_sua.preconditioner.rates import rates_of
 from kfac_sua.preconditioner.settings import Application, KroneckerSettings, Products, WeightSharing
 from kfac_sua.preconditioner.state import to_be_written_over, written_over
-from kfac_sua.preconditioner.state_checks import Finding, StateHolder, check_findings, layer_findings
 from kfac_sua.preconditioner.statistics import LayerStatistics
 from kfac_sua.preconditioner.two_sided import TwoSidedForward, can_be_two_sided
 from kfac_sua.preconditioner.used import is_used_up, mark_used_up

@@ -1,88 +1,29 @@
-"""What a state must be to be gone on from: all of it is looked at before anything is changed.
+"""What a preconditioner's state must be to be gone on from: all of it is looked at before anything is changed.
 
-A state comes out of a file, which may be of another model, cut short or made by hand. What the host sees is refused at
-once. Whether the numbers in tensors can be used the device says, for all of them in one answer: until then a look at a
-tensor is a :data:`Finding`.
+A state comes out of a file, which may be of another model, cut short or made by hand. Here is what concerns the whole;
+``layer_checks`` looks at the layers.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, TypeGuard
 
-import torch
 from torch import Tensor
 
-from kfac_sua.preconditioner.forms import INVERSE_FORMS, ROW_FORMS, SUM_FORMS, EigenBasis, PatchFactor
-from kfac_sua.preconditioner.forms.form import Shape
-from kfac_sua.preconditioner.forms.patch_rows import can_be_patch_rows
-from kfac_sua.preconditioner.forms.split import aligned
-from kfac_sua.preconditioner.forms.unfold import output_size
-from kfac_sua.preconditioner.geometry import BlockLayout, LayerGeometry
-from kfac_sua.preconditioner.kronecker import KroneckerEigenbasis, KroneckerInverse
-from kfac_sua.preconditioner.precision import on_one_device
-from kfac_sua.preconditioner.settings import (
-    DampingRule,
-    FisherType,
-    InverseMethod,
-    KroneckerSettings,
-    Products,
-    checked_damping,
-)
-from kfac_sua.preconditioner.state import OLDEST_VERSION, PARTS
+from kfac_sua.preconditioner.settings import FisherType, KroneckerSettings
+from kfac_sua.preconditioner.state import OLDEST_VERSION
 
 CURE = (
     "make the preconditioner for the model and with the settings that the state was saved from, or start without the "
     "state"
 )
 
-LAYER_KEYS = ("average", "is_fresh", "num_examples", "inverse", "factors")
-SIDES = ("activation", "gradient")
+RESTART = "give what its state_dict() returned, or start without a state"
+"""The cure of states of what is no preconditioner."""
 
 MOST_STEPS = 2**40
 LARGEST_SEED = 2**43
 """Bounds within which the seeds of all sampled labels are numbers of 64 bits (see ``fisher_backward``)."""
-
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_ROUNDING = 1e-9
-
-Finding = tuple[Tensor, str]
-"""A 0-d bool tensor on the device, and what is to be said if it is false."""
-
-
-@dataclass(frozen=True)
-class StateHolder:
-    """A layer that shall hold a state.
-
-    Args:
-        name: Its name.
-        geometry: Its geometry.
-        layout: Its block layout.
-        settings: Those of the preconditioner.
-        like: A tensor of the device and the dtype in which it keeps what it holds.
-    """
-
-    name: str
-    geometry: LayerGeometry
-    layout: BlockLayout
-    settings: KroneckerSettings
-    like: Tensor
-
-    @property
-    def needs_moments(self) -> bool:
-        """Whether the settings never leave a factor as rows."""
-        return self.settings.needs_dense_factors or self.settings.inverse_method is InverseMethod.cholesky
-
-    def refuse(self, entry: str, got: str, expected: str) -> NoReturn:
-        """Raise ``ValueError`` for an entry."""
-        raise ValueError(self.sentence(entry, got, expected))
-
-    def sentence(self, entry: str, got: str, expected: str) -> str:
-        """Return what is wrong with an entry, and what to do."""
-        return _sentence(f"{entry} of layer {self.name!r}", got, expected)
-
-
-# --- of a preconditioner ----------------------------------------------------------------------------------------------
 
 
 def check_outline(state: object) -> None:
@@ -94,12 +35,10 @@ def check_outline(state: object) -> None:
     if not isinstance(state, Mapping):
         _refuse("it", shown(state), "what state_dict() of a preconditioner returned")
     version = _entry(state, "version")
-    if not is_whole(version) or version < OLDEST_VERSION:
+    if not is_whole(version) or not OLDEST_VERSION <= version < 2**31:
         _refuse("version", shown(version), f"a whole number ≥ {OLDEST_VERSION}")
-    settings = _mapping(state, "settings")
-    for key, value in settings.items():
-        is_plain = value is None or isinstance(value, str | int | float)
-        if not (is_plain or (isinstance(value, list | tuple) and all(isinstance(one, str) for one in value))):
+    for key, value in _mapping(state, "settings").items():
+        if not _is_plain(value):
             _refuse(f"settings.{key}", shown(value), "a number, a string or a list of strings")
     for name, layer in _mapping(state, "layers").items():
         if not isinstance(layer, Mapping) or not isinstance(layer.get("inverse"), Mapping):
@@ -117,197 +56,32 @@ def check_numbers(state: Mapping[str, Any], settings: KroneckerSettings) -> None
         ValueError: If an entry is missing, or has another type or a value that no training comes to.
     """
     num_steps, seed = _entry(state, "num_steps"), _entry(state, "seed")
-    if not is_whole(num_steps) or not 0 <= num_steps <= MOST_STEPS:
+    if not is_count(num_steps) or num_steps > MOST_STEPS:
         _refuse("num_steps", shown(num_steps), f"a whole number in [0, {MOST_STEPS}]")
     if not is_whole(seed):
         _refuse("seed", shown(seed), "a whole number")
     if settings.fisher_type is FisherType.mc and abs(seed) > LARGEST_SEED:
         _refuse("seed", shown(seed), f"a whole number in [-{LARGEST_SEED}, {LARGEST_SEED}]")
-    try:
-        checked_damping(_entry(state, "damping"))
-    except (ValueError, OverflowError):
-        _refuse("damping", shown(state.get("damping")), "a number > 0 within the range of float32")
+    if not is_damping(_entry(state, "damping")):
+        _refuse("damping", shown(state["damping"]), "a number > 0 within the range of float32")
     for key, count in _mapping(state, "events").items():
-        if not isinstance(key, str) or not is_whole(count) or count < 0:
+        if not isinstance(key, str) or not is_count(count):
             _refuse(f"events.{key}", shown(count), "a count ≥ 0 under a string")
-
-
-def check_findings(findings: Iterable[Finding]) -> None:
-    """Raise what the first finding that is not good says; waits for the device once."""
-    found = list(findings)
-    flags = torch.stack(on_one_device([flag for flag, _ in found])).tolist() if found else []
-    for is_good, (_, sentence) in zip(flags, found, strict=True):
-        if not is_good:
-            raise ValueError(sentence)
-
-
-# --- of a layer -------------------------------------------------------------------------------------------------------
-
-
-def layer_findings(state: object, holder: StateHolder) -> Iterator[Finding]:
-    """Look at all that a layer's state holds.
-
-    Args:
-        state: What ``PreconditionedLayer.state_dict`` is to have returned.
-        holder: The layer.
-
-    Yields:
-        What the device has to say of the numbers.
-
-    Raises:
-        ValueError: If an entry is missing or unknown, has another type, or a tensor another shape or dtype than the
-            layer's; the message names layer and entry.
-    """
-    if not isinstance(state, Mapping) or set(state) != set(LAYER_KEYS):
-        holder.refuse("the state", shown(state), f"a mapping of {', '.join(LAYER_KEYS)}")
-    for key in ("average", "inverse", "factors"):
-        if not isinstance(state[key], Mapping):
-            holder.refuse(key, shown(state[key]), "a mapping")
-    if not isinstance(state["is_fresh"], bool) or (state["is_fresh"] and not state["average"]):
-        expected = "false, as there is no average" if state["is_fresh"] is True else "true or false"
-        holder.refuse("is_fresh", shown(state["is_fresh"]), expected)
-    count = state["num_examples"]
-    if count is not None and not (is_whole(count) and 1 <= count <= MOST_STEPS):
-        holder.refuse("num_examples", shown(count), f"none, or a whole number in [1, {MOST_STEPS}]")
-    if state["average"]:
-        yield from _average_findings(state["average"], holder)
-    if state["factors"]:
-        yield from _factors_findings("factors", state["factors"], holder)
-    if state["inverse"]:
-        yield from _inverse_findings(state["inverse"], holder)
-
-
-def _average_findings(state: Mapping[str, Any], holder: StateHolder) -> Iterator[Finding]:
-    weight, least = state.get("weight"), 1 - holder.settings.ema_decay
-    if not is_number(weight) or not least - _ROUNDING <= weight <= 1 + _ROUNDING:
-        holder.refuse("average.weight", shown(weight), f"a number in [1 − ema_decay, 1] = [{least:g}, 1]")
-    factors = {key: value for key, value in state.items() if key != "weight"}
-    yield from _factors_findings("average", factors, holder)
-
-
-def _factors_findings(entry: str, state: Mapping[str, Any], holder: StateHolder) -> Iterator[Finding]:
-    names = ("scale", *SIDES)
-    if set(state) != set(names):
-        holder.refuse(entry, shown(state), f"a mapping of {', '.join(names)}")
-    scale = state["scale"]
-    if not is_number(scale) or not 1e-37 <= scale <= 1e37:
-        holder.refuse(f"{entry}.scale", shown(scale), "a number > 0 within the range of float32")
-    for side in SIDES:
-        forms = (*SUM_FORMS, *(() if holder.needs_moments else ROW_FORMS))
-        yield from _form_findings(f"{entry}.{side}", state[side], forms, side, holder)
-
-
-def _inverse_findings(state: Mapping[str, Any], holder: StateHolder) -> Iterator[Finding]:
-    is_exact = holder.settings.damping_rule is DampingRule.exact
-    names = (KroneckerEigenbasis if is_exact else KroneckerInverse).names
-    if set(state) != set(names):
-        holder.refuse("inverse", shown(state), f"a mapping of {', '.join(names)}")
-    for side in SIDES:
-        forms = (EigenBasis,) if is_exact else _inverse_forms(holder)
-        yield from _form_findings(f"inverse.{side}", state[side], forms, side, holder)
-    for name in names[len(SIDES) :]:
-        shape: Shape = () if is_exact else ("b",)
-        yield from _tensor_findings(
-            f"inverse.{name}", state[name], shape, {"b": holder.layout.conv_groups}, holder, is_positive=True
-        )
-
-
-def _inverse_forms(holder: StateHolder) -> list[Any]:
-    """Return the forms that the settings leave to an inverse."""
-    of_rows = [form for form in INVERSE_FORMS if "rows" in {size for shape in form.shapes for size in shape}]
-    forms = [form for form in INVERSE_FORMS if not (holder.needs_moments and form in of_rows)]
-    if holder.settings.products is Products.ieee:
-        forms = [form for form in forms if not any(name.endswith(PARTS) for name in form.names)]
-    return forms
-
-
-def _form_findings(
-    entry: str, state: object, forms: Sequence[Any], side: str, holder: StateHolder
-) -> Iterator[Finding]:
-    """Look at the tensors of a factor, an inverse or an eigenbasis, which is in one of these forms."""
-    is_activation = side == "activation"
-    if not (is_activation and can_be_patch_rows(holder.geometry, holder.layout)):
-        forms = [form for form in forms if "pixels" not in form.names]
-    form = next((form for form in forms if isinstance(state, Mapping) and set(state) == set(form.names)), None)
-    if form is None:
-        known = "; or ".join(", ".join(form.names) for form in forms)
-        holder.refuse(entry, shown(state), f"a mapping of {known}")
-    assert isinstance(state, Mapping)
-    num_blocks, width = holder.layout.activation_blocks if is_activation else holder.layout.gradient_blocks
-    sizes = {"b": num_blocks, "d": width, "d′": aligned(width), "c": holder.geometry.in_channels}
-    for name, shape in zip(form.names, form.shapes, strict=True):
-        is_not_negative = form is EigenBasis and name == "values"
-        yield from _tensor_findings(
-            f"{entry}.{name}",
-            state[name],
-            shape,
-            sizes,
-            holder,
-            is_positive=name == "scale",
-            is_not_negative=is_not_negative,
-            is_triangle=name == "triangle",
-        )
-        if name == "pixels":
-            sizes["rows"] = _num_patches(f"{entry}.{name}", state[name], holder)
-
-
-def _num_patches(entry: str, pixels: Tensor, holder: StateHolder) -> int:
-    """Return how many patches a layer reads from pixels ``[h, w, n, channels]``."""
-    sizes = list(pixels.shape)
-    if min(output_size(holder.geometry, sizes[0], sizes[1])) < 1:
-        holder.refuse(entry, f"an image of {sizes[0]} × {sizes[1]} pixels", "one that the kernel fits into")
-    return PatchFactor.num_rows_of(sizes, holder.geometry)
-
-
-def _tensor_findings(
-    entry: str,
-    tensor: object,
-    shape: Shape,
-    sizes: dict[str, int],
-    holder: StateHolder,
-    *,
-    is_positive: bool = False,
-    is_not_negative: bool = False,
-    is_triangle: bool = False,
-) -> Iterator[Finding]:
-    """Look at a tensor, and note the sizes of it that nothing has decided yet."""
-    wanted = f"[{', '.join(str(sizes.get(str(size), size)) for size in shape)}]"
-    if not isinstance(tensor, Tensor) or not _fits(tensor, shape, sizes):
-        holder.refuse(entry, shown(tensor), f"a tensor of shape {wanted}")
-    dtypes = (torch.bfloat16,) if entry.endswith(PARTS) else _DTYPES
-    if tensor.dtype not in dtypes or tensor.layout is not torch.strided or tensor.is_meta:
-        kind = f"{tensor.dtype} ({tensor.layout}, {tensor.device})"
-        holder.refuse(entry, kind, f"numbers in {' or '.join(str(dtype) for dtype in dtypes)}")
-    # As they will be kept: what float64 holds may be infinite in float32.
-    largest = min(torch.finfo(tensor.dtype).max, torch.finfo(holder.like.dtype).max)
-    read = tensor.tril() if is_triangle else tensor  # nobody reads what is above it
-    yield (read.abs() <= largest).all(), holder.sentence(entry, "not finite everywhere", "finite numbers")
-    if is_triangle:
-        tensor, is_positive = tensor.diagonal(dim1=-2, dim2=-1), True
-    if is_positive:
-        got = "not positive" + (" on its diagonal" if is_triangle else "")
-        yield (tensor.to(holder.like.dtype) > 0).all(), holder.sentence(entry, got, "numbers > 0 there")
-    if is_not_negative:
-        yield (tensor >= 0).all(), holder.sentence(entry, "negative somewhere", "numbers ≥ 0")
-
-
-def _fits(tensor: Tensor, shape: Shape, sizes: dict[str, int]) -> bool:
-    """Whether a tensor has a shape; sizes that are open are taken from it if they are ≥ 1."""
-    if tensor.ndim != len(shape) or tensor.is_nested:
-        return False
-    for got, size in zip(tensor.shape, shape, strict=True):
-        wanted = size if isinstance(size, int) else sizes.setdefault(size, max(got, 1))
-        if got != wanted:
-            return False
-    return True
-
-
-# --- of anything ------------------------------------------------------------------------------------------------------
 
 
 def is_whole(value: object) -> TypeGuard[int]:
     """Whether it is a Python integer; to Python a bool is one too."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_count(value: object) -> TypeGuard[int]:
+    """Whether it is a Python integer ≥ 0."""
+    return is_whole(value) and value >= 0
+
+
+def is_damping(value: object) -> TypeGuard[int | float]:
+    """Whether it can be a damping; see ``checked_damping``."""
+    return is_number(value) and 1e-37 <= value <= 1e37
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
@@ -331,6 +105,29 @@ def _cut(text: str) -> str:
     return text if len(text) <= 80 else f"{text[:80]}…"
 
 
+def checked_entries(state: object, names: Sequence[str], owner: str) -> list[Any]:
+    """Return the entries of a small state, by name.
+
+    Args:
+        state: What is to be a mapping of these names.
+        names: All of its names.
+        owner: Whose state it is, for the message.
+
+    Raises:
+        ValueError: If it is no mapping, or one lacks.
+    """
+    if not isinstance(state, Mapping) or not set(names) <= set(state):
+        raise ValueError(f"{owner} state must be a mapping of {', '.join(names)}, got {shown(state)}; {RESTART}.")
+    return [state[name] for name in names]
+
+
+def _is_plain(value: object) -> bool:
+    """Whether it can be a setting, and written out."""
+    if isinstance(value, list | tuple):
+        return all(isinstance(one, str) for one in value)
+    return value is None or isinstance(value, str | float) or (isinstance(value, int) and value.bit_length() < 64)
+
+
 _MISSING = object()
 
 
@@ -349,8 +146,9 @@ def _mapping(state: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def _refuse(entry: str, got: str, expected: str) -> NoReturn:
-    raise ValueError(_sentence(entry, got, expected))
+    raise ValueError(sentence(entry, got, expected))
 
 
-def _sentence(entry: str, got: str, expected: str) -> str:
+def sentence(entry: str, got: str, expected: str) -> str:
+    """Return what is wrong with an entry of a state, and what to do."""
     return f"Preconditioner state cannot be loaded: {entry} is {got}, expected {expected}; {CURE}."

@@ -19,7 +19,7 @@ from kfac_sua.preconditioner.forms.triangles import triangle_numbers
 from kfac_sua.preconditioner.geometry import ChannelGroups, LayerGeometry
 
 Shape = tuple[int | str, ...]
-"""Shape of a kept tensor: numbers, and letters for what a layer or the tensor itself decides (``state_checks``).
+"""Shape of a kept tensor: numbers, and letters for what a layer or the tensor itself decides (``layer_checks``).
 
 ``b`` blocks of width ``d``, which is ``d′`` with the padding of bfloat16 parts; any number of ``rows``; and of pixels
 any height ``h``, width ``w`` and number of examples ``n``, and ``c`` input channels.
