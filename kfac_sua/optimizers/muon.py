@@ -80,15 +80,37 @@ class MuonWithAdamW(torch.optim.Optimizer):
         for matrix in self._matrices:
             matrix.grad = None  # or it would outlive zero_grad()
 
+    @property
+    def parts(self) -> dict[str, torch.optim.Optimizer]:
+        """The two optimizers, by their names in a state."""
+        return {"muon": self._muon, "adamw": self._adamw}
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state of both optimizers."""
-        return {"muon": self._muon.state_dict(), "adamw": self._adamw.state_dict()}
+        return {name: part.state_dict() for name, part in self.parts.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the state that :meth:`state_dict` returned for the same network and settings."""
-        self._muon.load_state_dict(state_dict["muon"])
-        self._adamw.load_state_dict(state_dict["adamw"])
-        self._share_groups()  # loading has replaced them
+        """Go on from the state that :meth:`state_dict` returned for the same network and settings.
+
+        Raises:
+            ValueError: If it is not of both optimizers, or of other parameters; both are then as they were.
+        """
+        if not isinstance(state_dict, dict) or set(state_dict) != set(self.parts):
+            got = ", ".join(map(str, state_dict)) if isinstance(state_dict, dict) else type(state_dict).__name__
+            raise ValueError(
+                f"The state of MuonWithAdamW must be a dict of {', '.join(self.parts)}, got {got or 'nothing'}; give "
+                f"what its state_dict() returned, or start without a state."
+            )
+        before = self.state_dict()
+        try:
+            for name, part in self.parts.items():
+                part.load_state_dict(state_dict[name])
+        except Exception:
+            for name, part in self.parts.items():
+                part.load_state_dict(before[name])
+            raise
+        finally:
+            self._share_groups()  # loading has replaced them
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

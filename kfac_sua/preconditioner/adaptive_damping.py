@@ -96,6 +96,11 @@ class AdaptiveDamping:
         preconditioner.observe_gradients(self)
 
     @property
+    def bounds(self) -> tuple[float, float]:
+        """Least and largest damping."""
+        return self._bounds
+
+    @property
     def is_due(self) -> bool:
         """Whether the step that was just taken is one to be judged, by :meth:`update`."""
         return bool(self._before)

@@ -93,11 +93,12 @@ def shown(value: object) -> str:
     """Return a value as a message tells it: on one line, and not at length."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {list(value.shape)}"
-    if isinstance(value, Mapping):
-        return f"a mapping of {_cut(', '.join(map(str, value)))}" if value else "an empty mapping"
-    if isinstance(value, int) and value.bit_length() > 200:  # Python refuses to write out thousands of digits
-        return f"a whole number of {value.bit_length()} bits"
-    return _cut(repr(value))
+    try:
+        if isinstance(value, Mapping):
+            return f"a mapping of {_cut(', '.join(map(str, value)))}" if value else "an empty mapping"
+        return _cut(repr(value))
+    except ValueError:  # thousands of digits, which Python refuses to write out
+        return f"too long an entry ({type(value).__name__})"
 
 
 def _cut(text: str) -> str:

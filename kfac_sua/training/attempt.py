@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from datetime import UTC, datetime
 from typing import Any
 
@@ -25,6 +26,7 @@ from kfac_sua.runs.record import (
     write_run_info,
 )
 from kfac_sua.training.checkpoint import Checkpoint, CheckpointError, load_checkpoint, previous_path
+from kfac_sua.training.fitting import check_fits
 from kfac_sua.training.state import Training
 
 
@@ -67,6 +69,7 @@ def read_checkpoint(training: Training, directory: RunDirectory) -> tuple[Checkp
         # What is told to other processes must not lie on this one's GPU.
         device=training.device if training.world.size == 1 else torch.device("cpu"),
         data_digest=training.data_digest,
+        check=functools.partial(check_fits, training),
     )
     if checkpoint is None:
         return None, []

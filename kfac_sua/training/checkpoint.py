@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -93,7 +94,13 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def load_checkpoint(
-    path: Path, *, fingerprint: str, seed: int, device: torch.device, data_digest: str | None = None
+    path: Path,
+    *,
+    fingerprint: str,
+    seed: int,
+    device: torch.device,
+    data_digest: str | None = None,
+    check: Callable[[Checkpoint], None] | None = None,
 ) -> Checkpoint | None:
     """Read the last sound checkpoint of this very run.
 
@@ -103,6 +110,7 @@ def load_checkpoint(
         seed: Seed of the run that asks for it.
         device: Where its tensors go.
         data_digest: Digest of the images and labels at hand; None does not compare.
+        check: Raises ``ValueError`` for what the run cannot have come to; None takes all that has the right types.
 
     Returns:
         The state, or None if there is no checkpoint.
@@ -120,6 +128,7 @@ def load_checkpoint(
             checkpoint = _read(candidate, device)
             _check_run(checkpoint, candidate, fingerprint, seed)
             _check_data(checkpoint, candidate, data_digest)
+            _check_content(checkpoint, candidate, check)
         except CheckpointError as error:
             first_error = first_error or error
             continue
@@ -156,7 +165,7 @@ def _check_types(checkpoint: Checkpoint, path: Path) -> None:
     for name, hint in get_type_hints(Checkpoint).items():
         value = getattr(checkpoint, name)
         kinds = tuple(get_origin(kind) or kind for kind in (get_args(hint) if isinstance(hint, UnionType) else (hint,)))
-        if not isinstance(value, kinds) or (hint is int and value < 0):
+        if not isinstance(value, kinds) or isinstance(value, bool) or (hint is int and value < 0):
             raise CheckpointError(f"{path} is not a checkpoint ({name} is {type(value).__name__}); {_CURE}.")
 
 
@@ -182,6 +191,14 @@ def _check_data(checkpoint: Checkpoint, path: Path, data_digest: str | None) -> 
         raise CheckpointError(
             f"{path} was trained on other images than dataset.data_dir holds now; restore the data set, or {_CURE}."
         )
+
+
+def _check_content(checkpoint: Checkpoint, path: Path, check: Callable[[Checkpoint], None] | None) -> None:
+    try:
+        if check is not None:
+            check(checkpoint)
+    except ValueError as error:
+        raise CheckpointError(f"{path} does not fit ({str(error).removesuffix('.')}); {_CURE}.") from error
 
 
 def _sync_directory(path: Path) -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac_sua.config import Precision
+from kfac_sua.preconditioner.state_checks import shown
 from kfac_sua.training.precision import compute_logits
 from kfac_sua.training.world import World
 
@@ -74,10 +75,14 @@ class ErrorCounter:
         return {"loss_sum": loss_sum, "num_errors": num_errors, "num_images": num_images}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from the sums of an earlier run, of which each process takes a share."""
-        self._loss_sum.copy_(self._world.share_of(state["loss_sum"]))
-        self._num_errors.copy_(self._world.share_of(state["num_errors"]))
-        self._num_images.copy_(self._world.share_of(torch.as_tensor(state["num_images"])))
+        """Go on from the sums of an earlier run, of which each process takes a share.
+
+        Raises:
+            ValueError: If they are no such sums; nothing is changed then.
+        """
+        sums = checked_sums(state)
+        for own, total in zip((self._loss_sum, self._num_errors, self._num_images), sums, strict=True):
+            own.copy_(self._world.share_of(total))
 
     def _totals(self) -> tuple[Tensor, Tensor, int]:
         """Return the sums over all processes."""
@@ -85,6 +90,31 @@ class ErrorCounter:
         own = torch.stack([self._loss_sum, self._num_errors.double(), self._num_images.double()])
         loss_sum, num_errors, num_images = self._world.add_up(own).unbind()
         return loss_sum, num_errors.long(), int(num_images)
+
+
+def checked_sums(state: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the sum of losses, the number of errors and the number of images of a counter's state.
+
+    The loss may have become infinite or NaN: training may be on the way to being stopped for it.
+
+    Args:
+        state: What :meth:`ErrorCounter.state_dict` is to have returned.
+
+    Raises:
+        ValueError: If one lacks, is no number of its kind, or is negative.
+    """
+    names = ("loss_sum", "num_errors", "num_images")
+    if not isinstance(state, Mapping) or set(state) != set(names):
+        raise ValueError(f"sums is {shown(state)}, expected a mapping of {', '.join(names)}")
+    for name in names:
+        value, is_loss = state[name], name == "loss_sum"
+        is_own = isinstance(value, Tensor) and value.ndim == 0 and not value.is_meta
+        is_whole = (type(value) is int and value < 2**63) or (is_own and value.dtype == torch.int64)
+        if not (is_own and value.dtype == torch.float64 if is_loss else is_whole) or value < 0:
+            kind = "a sum of losses in float64" if is_loss else "a whole number"
+            raise ValueError(f"sums.{name} is {value.item() if is_own else shown(value)}, expected {kind} ≥ 0")
+    loss_sum, num_errors, num_images = (torch.as_tensor(state[name]) for name in names)
+    return loss_sum, num_errors, num_images
 
 
 @torch.no_grad()

@@ -26,13 +26,11 @@ from kfac_sua.training.capturing import training_step
 from kfac_sua.training.checkpoint import Checkpoint
 from kfac_sua.training.damping import schedule_damping
 from kfac_sua.training.evaluate import ErrorCounter
+from kfac_sua.training.fitting import IMPLEMENTATION_KEYS
 from kfac_sua.training.schedule import learning_rate
 from kfac_sua.training.seeding import seed_everything
 from kfac_sua.training.timing import Stopwatch
 from kfac_sua.training.world import World
-
-# In the parameter groups of PyTorch's optimizers: how a step is computed, not what.
-IMPLEMENTATION_KEYS = {"foreach", "fused"}
 
 
 @dataclasses.dataclass
@@ -225,7 +223,7 @@ class Training:
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint of the same configuration and seed."""
+        """Go on from a checkpoint of the same configuration and seed that ``check_fits`` has let pass."""
         self.epoch, self.batch, self.skipped_steps = checkpoint.epoch, checkpoint.batch, checkpoint.skipped_steps
         self.model.load_state_dict(checkpoint.model)
         load_optimizer_state(self.optimizer, checkpoint.optimizer)
