@@ -8,6 +8,7 @@ import dataclasses
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -186,6 +187,14 @@ def _parse(path: Path, number: int, line: bytes, num_columns: int) -> EpochRecor
             f"{path}, line {number}: expected {num_columns} numbers separated by commas, got"
             f" {line.decode(errors='replace')!r}; restore the file, or remove the run and start it again."
         ) from error
+    for name, value in zip(COLUMN_TYPES, values, strict=False):  # a file of before has fewer
+        expected = "in [0, 1]" if name.endswith("_error") else "≥ 0 and finite"
+        is_in_range = 0 <= value <= 1 if name.endswith("_error") else 0 <= value < math.inf
+        if not is_in_range and not name.endswith("_loss"):  # which may be anything, NaN included
+            raise RecordError(
+                f"{path}, line {number}: {name} is {value!r}, expected a number {expected}; restore the file, or remove"
+                " the run and start it again."
+            )
     return EpochRecord(*values)  # type: ignore[arg-type]  # int and float in the order of the fields
 
 
@@ -209,6 +218,16 @@ def _intact_size(path: Path, content: bytes) -> int:
 
 # What else to say of runs on CUDA of before ``precision`` held for convolutions and products alike.
 _PRECISIONS_OF_BEFORE = {"float32": "convolutions in TF32", "bfloat16": "of the network alone"}
+
+
+# Numbers of run.json that have bounds.
+_RANGES: dict[str, tuple[int, float]] = {
+    "num_threads": (1, math.inf),
+    "test_error": (0, 1),
+    "diverged_at_epoch": (1, math.inf),
+    "skipped_steps": (0, math.inf),
+    "process_counts": (1, math.inf),
+}
 
 
 @dataclasses.dataclass
@@ -259,16 +278,21 @@ class RunInfo:
     machines: list[str] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Check the type of every field, since run.json may come from elsewhere.
+        """Check the type of every field, and of numbers the range, since run.json may come from elsewhere.
 
         Raises:
-            RecordError: If a field has a value of another type.
+            RecordError: If a field has a value of another type, or one that no run comes to.
         """
         for name, hint in get_type_hints(type(self)).items():
             value = getattr(self, name)
             if not _matches(value, hint):
                 wanted = hint.__name__ if isinstance(hint, type) else str(hint).removeprefix("typing.")
                 raise RecordError(f"{name} must be {wanted}, got {value!r}.")
+        for name, (least, largest) in _RANGES.items():
+            values = getattr(self, name)
+            for value in values if isinstance(values, list) else [values]:
+                if value is not None and not least <= value <= largest:
+                    raise RecordError(f"{name} must be in [{least}, {largest}], got {value!r}.")
 
     @property
     def precision(self) -> str:

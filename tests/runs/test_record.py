@@ -419,6 +419,44 @@ def test_run_info_with_a_wrong_type_names_the_field(tmp_path, field, value, want
         read_run_info(path)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "wanted"),
+    [
+        ("num_threads", 0, r"\[1, inf\]"),
+        ("test_error", 5.0, r"\[0, 1\]"),
+        ("test_error", -0.1, r"\[0, 1\]"),
+        ("diverged_at_epoch", 0, r"\[1, inf\]"),
+        ("skipped_steps", -1, r"\[0, inf\]"),
+        ("process_counts", [2, 0], r"\[1, inf\]"),
+    ],
+)
+def test_run_info_out_of_range_names_the_field(tmp_path, field, value, wanted):
+    """A number that no run comes to is reported with the range that it has to be in."""
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(dataclasses.asdict(run_info()) | {field: value}))
+    with pytest.raises(RecordError, match=rf"run\.json: {field} must be in {wanted}, got "):
+        read_run_info(path)
+
+
+@pytest.mark.parametrize(
+    ("column", "text"),
+    [("epoch", "-1"), ("lr", "nan"), ("val_error", "1.5"), ("train_time_s", "-2.0"), ("writing_s", "inf")],
+)
+def test_a_row_out_of_range_names_line_and_column(tmp_path, column, text):
+    """A number that no epoch comes to is reported; a loss may be anything."""
+    path = tmp_path / "metrics.csv"
+    values = dict.fromkeys(COLUMNS, "1") | {"train_loss": "nan", "val_loss": "-inf"}
+    for row in (values, values | {column: text}):
+        path.write_text(",".join(COLUMNS) + "\n" + ",".join(row.values()) + "\n")
+        if row is values:
+            assert read_records(path)[0].epoch == 1
+            continue
+        with pytest.raises(
+            RecordError, match=rf"line 2: {column} is {text}, expected a number .*; restore the"
+        ):
+            read_records(path)
+
+
 def test_config_that_json_cannot_hold_is_an_error(tmp_path):
     """An unresolved configuration is refused before anything is written."""
     with pytest.raises(RecordError, match="resolve the configuration"):
