@@ -451,9 +451,7 @@ def test_a_row_out_of_range_names_line_and_column(tmp_path, column, text):
         if row is values:
             assert read_records(path)[0].epoch == 1
             continue
-        with pytest.raises(
-            RecordError, match=rf"line 2: {column} is {text}, expected a number .*; restore the"
-        ):
+        with pytest.raises(RecordError, match=rf"line 2: {column} is {text}, expected a number .*; restore the"):
             read_records(path)
 
 
