@@ -29,7 +29,7 @@ from kfac_sua.preconditioner.kfac import KroneckerPreconditioner
 from kfac_sua.preconditioner.plain import checked_integer, checked_number, plain_number, shown
 from kfac_sua.preconditioner.precision import on_one_device
 from kfac_sua.preconditioner.settings import LossReduction
-from kfac_sua.preconditioner.state_checks import RESTART, checked_entries, is_count, shown
+from kfac_sua.preconditioner.state_checks import RESTART, checked_entries, is_count, outlined
 
 
 class AdaptiveDamping:
@@ -166,12 +166,12 @@ class AdaptiveDamping:
         ratio, *counts = checked_entries(state, ("reduction_ratio", "num_lowered", "num_raised"), "AdaptiveDamping")
         if ratio is not None and not isinstance(ratio, float):  # NaN, too, where a loss was not finite
             raise ValueError(
-                f"AdaptiveDamping state: reduction_ratio must be a float or none, got {shown(ratio)}; {RESTART}."
+                f"AdaptiveDamping state: reduction_ratio must be a float or none, got {outlined(ratio)}; {RESTART}."
             )
         for name, count in zip(("num_lowered", "num_raised"), counts, strict=True):
             if not is_count(count):
                 raise ValueError(
-                    f"AdaptiveDamping state: {name} must be a whole number ≥ 0, got {shown(count)}; {RESTART}."
+                    f"AdaptiveDamping state: {name} must be a whole number ≥ 0, got {outlined(count)}; {RESTART}."
                 )
         self.reduction_ratio = ratio
         self.num_lowered, self.num_raised = counts

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from kfac_sua.preconditioner.plain import checked_number
 from kfac_sua.preconditioner.settings import checked_damping
-from kfac_sua.preconditioner.state_checks import RESTART, checked_entries, is_count, is_damping, shown
+from kfac_sua.preconditioner.state_checks import RESTART, checked_entries, is_count, is_damping, outlined
 
 DampingFunction = Callable[[int], float]
 """From the number of steps taken to the damping ε > 0."""
@@ -90,12 +90,12 @@ class DampingScheduler:
         num_calls, base = checked_entries(state, ("num_calls", "base"), "DampingScheduler")
         if not is_count(num_calls):
             raise ValueError(
-                f"DampingScheduler state: num_calls must be a whole number ≥ 0, got {shown(num_calls)}; {RESTART}."
+                f"DampingScheduler state: num_calls must be a whole number ≥ 0, got {outlined(num_calls)}; {RESTART}."
             )
         if not is_damping(base):
             raise ValueError(
-                f"DampingScheduler state: base must be a damping > 0 within the range of float32, got {shown(base)}; "
-                f"{RESTART}."
+                f"DampingScheduler state: base must be a damping > 0 within the range of float32, got "
+                f"{outlined(base)}; {RESTART}."
             )
         self.num_calls, self._base = num_calls, base
 

@@ -13,7 +13,7 @@ from kfac_sua.preconditioner.invert import DAMPING_RAISES
 from kfac_sua.preconditioner.kronecker import LayerInverse
 from kfac_sua.preconditioner.layer import PreconditionedLayer
 from kfac_sua.preconditioner.plain import plain_number, shown
-from kfac_sua.preconditioner.refresh import Refreshed
+from kfac_sua.preconditioner.refresh import SMALL_DAMPING, Refreshed
 from kfac_sua.preconditioner.settings import DampingRule, FisherType, KroneckerSettings
 
 logger = logging.getLogger("kfac_sua.preconditioner.events")  # named for what it logs
@@ -176,6 +176,16 @@ def usable_inverse(
         consequence = f"inverting {result.num_raised} of its blocks took up to {result.raised_by} times the damping"
         events.report("raised_damping", layer.name, consequence)
     return result.inverse
+
+
+def report_small_damping(layer_name: str, events: EventLog, settings: KroneckerSettings) -> None:
+    """Say that a damping is smaller than float32 resolves beside the eigenvalues of a layer."""
+    consequence = (
+        f"damping {settings.damping:g} is less than {SMALL_DAMPING[settings.damping_rule]:g} of the trace of its "
+        f"Fisher block, so that its preconditioned gradient may be off by 1 % and more in float32: raise the damping, "
+        f"or train in float64"
+    )
+    events.report("small_damping", layer_name, consequence)
 
 
 def nothing_recorded(fisher_type: FisherType) -> str:

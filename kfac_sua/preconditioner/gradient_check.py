@@ -23,7 +23,7 @@ TOLERANCE = 0.05
 """Difference, relative to the numbers, beyond which they do not agree. The foreign passes seen make 0.16 and more."""
 
 ROUNDING = 0.01
-"""The same, relative to the root of their terms' squares, which sums that cancel are smaller than. Rounding each term to
+"""The same, relative to the root of their terms' squares, below which sums that cancel lie. Rounding each term to
 bfloat16, of a relative precision of 0.004, makes half of it."""
 
 

@@ -26,6 +26,7 @@ from kfac_sua.preconditioner.faults import (
     report_frozen,
     report_missing,
     report_other_examples,
+    report_small_damping,
     report_unexplained,
     unused_gradients,
     usable_inverse,
@@ -41,7 +42,7 @@ from kfac_sua.preconditioner.layers import discover_layers, log_plain_layers, pr
 from kfac_sua.preconditioner.plain import checked_integer
 from kfac_sua.preconditioner.precision import application_precision, factor_precision
 from kfac_sua.preconditioner.processes import Processes, default_processes
-from kfac_sua.preconditioner.refresh import refresh_layers
+from kfac_sua.preconditioner.refresh import refresh_layers, small_dampings
 from kfac_sua.preconditioner.report import LayerTable, layer_table, report_sharing
 from kfac_sua.preconditioner.settings import (
     Application,
@@ -526,6 +527,7 @@ class KroneckerPreconditioner:
             factors = [layer.average.corrected() for layer in layers]
             layouts = [layer.layout for layer in layers]
             settings = dataclasses.replace(self.settings, damping=self.damping)
+            are_small = LaterFlags(small_dampings(factors, settings)) if layers else None
             refreshed = refresh_layers(factors, layouts, costs, settings, self._shared_inversion)
             new = []
             try:
@@ -540,6 +542,9 @@ class KroneckerPreconditioner:
                     layer.refreshed(factors_used)
             finally:  # layers before one that has no inverse at all keep theirs
                 take_inverses(new)
+            for layer, is_small in zip(layers, are_small.read() if are_small else [], strict=True):
+                if is_small:
+                    report_small_damping(layer.name, self._events, settings)
 
     def precondition_(self, *, lr: float | Tensor | None = None) -> None:
         """Replace the gradients of the preconditioned layers in place, with the inverses at hand.
@@ -637,7 +642,7 @@ class KroneckerPreconditioner:
         state = up_to_date(state, self.settings)
         passed_over = {"damping"} if self._damping_function else set()
         check_state(state, self.settings, set(self._layers), passed_over)
-        check_numbers(state, self.settings)
+        check_numbers(state)
         if self._damping_function is not None:
             checked_damping(self._damping_function(state["num_steps"]))
         check_findings(

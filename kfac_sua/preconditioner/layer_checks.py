@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kfac_sua.preconditioner.forms import INVERSE_FORMS, ROW_FORMS, SUM_FORMS, EigenBasis, PatchFactor
-from kfac_sua.preconditioner.forms.form import Shape
+from kfac_sua.preconditioner.forms.form import Shape, is_made_of_pixels, is_made_of_rows
 from kfac_sua.preconditioner.forms.patch_rows import can_be_patch_rows
 from kfac_sua.preconditioner.forms.split import aligned
 from kfac_sua.preconditioner.forms.unfold import output_size
@@ -21,7 +21,7 @@ from kfac_sua.preconditioner.kronecker import KroneckerEigenbasis, KroneckerInve
 from kfac_sua.preconditioner.precision import on_one_device
 from kfac_sua.preconditioner.settings import DampingRule, InverseMethod, KroneckerSettings, Products
 from kfac_sua.preconditioner.state import PARTS
-from kfac_sua.preconditioner.state_checks import MOST_STEPS, is_number, is_whole, sentence, shown
+from kfac_sua.preconditioner.state_checks import MOST_STEPS, is_number, is_whole, outlined, sentence
 
 LAYER_KEYS = ("average", "is_fresh", "num_examples", "inverse", "factors")
 SIDES = ("activation", "gradient")
@@ -80,16 +80,16 @@ def layer_findings(state: object, holder: StateHolder) -> Iterator[Finding]:
             layer's; the message names layer and entry.
     """
     if not isinstance(state, Mapping) or set(state) != set(LAYER_KEYS):
-        holder.refuse("the state", shown(state), f"a mapping of {', '.join(LAYER_KEYS)}")
+        holder.refuse("the state", outlined(state), f"a mapping of {', '.join(LAYER_KEYS)}")
     for key in ("average", "inverse", "factors"):
         if not isinstance(state[key], Mapping):
-            holder.refuse(key, shown(state[key]), "a mapping")
+            holder.refuse(key, outlined(state[key]), "a mapping")
     if not isinstance(state["is_fresh"], bool) or (state["is_fresh"] and not state["average"]):
         expected = "false, as there is no average" if state["is_fresh"] is True else "true or false"
-        holder.refuse("is_fresh", shown(state["is_fresh"]), expected)
+        holder.refuse("is_fresh", outlined(state["is_fresh"]), expected)
     count = state["num_examples"]
     if count is not None and not (is_whole(count) and 1 <= count <= MOST_STEPS):
-        holder.refuse("num_examples", shown(count), f"none, or a whole number in [1, {MOST_STEPS}]")
+        holder.refuse("num_examples", outlined(count), f"none, or a whole number in [1, {MOST_STEPS}]")
     if state["average"]:
         yield from _average_findings(state["average"], holder)
     if state["factors"]:
@@ -110,7 +110,7 @@ def check_findings(findings: Iterable[Finding]) -> None:
 def _average_findings(state: Mapping[str, Any], holder: StateHolder) -> Iterator[Finding]:
     weight, least = state.get("weight"), 1 - holder.settings.ema_decay
     if not is_number(weight) or not least - _ROUNDING <= weight <= 1 + _ROUNDING:
-        holder.refuse("average.weight", shown(weight), f"a number in [1 − ema_decay, 1] = [{least:g}, 1]")
+        holder.refuse("average.weight", outlined(weight), f"a number in [1 − ema_decay, 1] = [{least:g}, 1]")
     factors = {key: value for key, value in state.items() if key != "weight"}
     yield from _factors_findings("average", factors, holder)
 
@@ -118,10 +118,10 @@ def _average_findings(state: Mapping[str, Any], holder: StateHolder) -> Iterator
 def _factors_findings(entry: str, state: Mapping[str, Any], holder: StateHolder) -> Iterator[Finding]:
     names = ("scale", *SIDES)
     if set(state) != set(names):
-        holder.refuse(entry, shown(state), f"a mapping of {', '.join(names)}")
+        holder.refuse(entry, outlined(state), f"a mapping of {', '.join(names)}")
     scale = state["scale"]
     if not is_number(scale) or not 1e-37 <= scale <= MOST_STEPS:
-        holder.refuse(f"{entry}.scale", shown(scale), f"a number of locations in (0, {MOST_STEPS}]")
+        holder.refuse(f"{entry}.scale", outlined(scale), f"a number of locations in (0, {MOST_STEPS}]")
     for side in SIDES:
         forms = (*SUM_FORMS, *(() if holder.needs_moments else ROW_FORMS))
         yield from _form_findings(f"{entry}.{side}", state[side], forms, side, holder)
@@ -131,7 +131,7 @@ def _inverse_findings(state: Mapping[str, Any], holder: StateHolder) -> Iterator
     is_exact = holder.settings.damping_rule is DampingRule.exact
     names = (KroneckerEigenbasis if is_exact else KroneckerInverse).names
     if set(state) != set(names):
-        holder.refuse("inverse", shown(state), f"a mapping of {', '.join(names)}")
+        holder.refuse("inverse", outlined(state), f"a mapping of {', '.join(names)}")
     for side in SIDES:
         forms = (EigenBasis,) if is_exact else _inverse_forms(holder)
         yield from _form_findings(f"inverse.{side}", state[side], forms, side, holder)
@@ -144,8 +144,7 @@ def _inverse_findings(state: Mapping[str, Any], holder: StateHolder) -> Iterator
 
 def _inverse_forms(holder: StateHolder) -> list[Any]:
     """Return the forms that the settings leave to an inverse."""
-    of_rows = [form for form in INVERSE_FORMS if "rows" in {size for shape in form.shapes for size in shape}]
-    forms = [form for form in INVERSE_FORMS if not (holder.needs_moments and form in of_rows)]
+    forms = [form for form in INVERSE_FORMS if not (holder.needs_moments and is_made_of_rows(form))]
     if holder.settings.products is Products.ieee:
         forms = [form for form in forms if not any(name.endswith(PARTS) for name in form.names)]
     return forms
@@ -157,16 +156,15 @@ def _form_findings(
     """Look at the tensors of a factor, an inverse or an eigenbasis, which is in one of these forms."""
     is_activation = side == "activation"
     if not (is_activation and can_be_patch_rows(holder.geometry, holder.layout)):
-        forms = [form for form in forms if "pixels" not in form.names]
+        forms = [form for form in forms if not is_made_of_pixels(form.names)]
     form = next((form for form in forms if isinstance(state, Mapping) and set(state) == set(form.names)), None)
     if form is None:
         known = "; or ".join(", ".join(form.names) for form in forms)
-        holder.refuse(entry, shown(state), f"a mapping of {known}")
+        holder.refuse(entry, outlined(state), f"a mapping of {known}")
     assert isinstance(state, Mapping)
     num_blocks, width = holder.layout.activation_blocks if is_activation else holder.layout.gradient_blocks
     sizes = {"b": num_blocks, "d": width, "d′": aligned(width), "c": holder.geometry.in_channels}
     for name, shape in zip(form.names, form.shapes, strict=True):
-        is_not_negative = form is EigenBasis and name == "values"
         yield from _tensor_findings(
             f"{entry}.{name}",
             state[name],
@@ -174,7 +172,7 @@ def _form_findings(
             sizes,
             holder,
             is_positive=name == "scale",
-            is_not_negative=is_not_negative,
+            is_not_negative=name in form.never_negative,
             is_triangle=name == "triangle",
         )
         if name == "pixels":
@@ -203,7 +201,7 @@ def _tensor_findings(
     """Look at a tensor, and note the sizes of it that nothing has decided yet."""
     wanted = f"[{', '.join(str(sizes.get(str(size), size)) for size in shape)}]"
     if not isinstance(tensor, Tensor) or not _fits(tensor, shape, sizes):
-        holder.refuse(entry, shown(tensor), f"a tensor of shape {wanted}")
+        holder.refuse(entry, outlined(tensor), f"a tensor of shape {wanted}")
     dtypes = (torch.bfloat16,) if entry.endswith(PARTS) else _DTYPES
     if tensor.dtype not in dtypes or tensor.layout is not torch.strided or tensor.is_meta:
         kind = f"{tensor.dtype} ({tensor.layout}, {tensor.device})"

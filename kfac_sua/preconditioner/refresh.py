@@ -9,11 +9,21 @@ from torch import Tensor
 from kfac_sua.preconditioner import damping
 from kfac_sua.preconditioner.exchange import SharedInversion
 from kfac_sua.preconditioner.factors import LayerFactors
+from kfac_sua.preconditioner.forms import Factor
 from kfac_sua.preconditioner.forms.cost import SideCost
 from kfac_sua.preconditioner.geometry import BlockLayout
 from kfac_sua.preconditioner.invert import Outcome, eigendecompose_factors, invert_factors
 from kfac_sua.preconditioner.kronecker import KroneckerEigenbasis, KroneckerInverse, LayerInverse
+from kfac_sua.preconditioner.precision import on_one_device
 from kfac_sua.preconditioner.settings import DampingRule, KroneckerSettings
+
+FLOAT64_BELOW = 1e-3
+"""Exact damping, as a share of a block's trace, below which factors are decomposed in float64. An eigenvalue in float32
+is off by about 1e-7 of the largest one: at a share of 1e-3 that is 1e-4 of the damping, beside which it stands."""
+
+SMALL_DAMPING = {DampingRule.factored: 1e-7, DampingRule.factored_pi: 1e-7, DampingRule.exact: 1e-6}
+"""Damping, as a share of a block's trace, below which preconditioned gradients in float32 may be off by 1 % and more,
+measured against float64 (``tests/preconditioner/test_small_damping.py``)."""
 
 Refreshed = Outcome[LayerInverse | None]
 """A layer's fresh inverse, and what became of its blocks; ``None`` where they have no eigenbasis."""
@@ -48,16 +58,37 @@ def refresh_layers(
 def _eigenbases(
     layers: Sequence[LayerFactors], settings: KroneckerSettings, shared: SharedInversion | None
 ) -> list[Refreshed]:
-    factors = [side for layer in layers for side in (layer.activation, layer.gradient)]
+    are_small = torch.stack(on_one_device([damping_share(layer, settings) for layer in layers])) < FLOAT64_BELOW
+    factors: list[Factor] = []
+    for layer, is_small in zip(layers, are_small.tolist(), strict=True):
+        sides = (layer.activation, layer.gradient)
+        factors += [side.with_values(side.values.double()) for side in sides] if is_small else sides
     bases = shared.eigendecompose_factors(factors) if shared else eigendecompose_factors(factors)
     refreshed = []
     for layer, activation, gradient in zip(layers, bases[::2], bases[1::2], strict=True):
         if activation is None or gradient is None:
             refreshed.append(Refreshed(None, num_failed=1))
         else:
-            numbers = (gradient.values.new_full((), number) for number in (layer.scale, settings.damping))
-            refreshed.append(Refreshed(KroneckerEigenbasis(activation, gradient, *numbers)))
+            like = layer.gradient.values
+            numbers = (like.new_full((), number) for number in (layer.scale, settings.damping))
+            refreshed.append(Refreshed(KroneckerEigenbasis(activation.like(like), gradient.like(like), *numbers)))
     return refreshed
+
+
+def damping_share(factors: LayerFactors, settings: KroneckerSettings) -> Tensor:
+    """Return the damping as a share of the trace of a layer's largest Fisher block, a 0-d tensor on the device.
+
+    The trace is at least the largest eigenvalue, so that the share is at most the damping's share of that.
+    """
+    traces = factors.activation.traces().max() * factors.gradient.traces().max()
+    return settings.damping / (factors.scale * traces).clamp(min=torch.finfo(traces.dtype).tiny)
+
+
+def small_dampings(layers: Sequence[LayerFactors], settings: KroneckerSettings) -> Tensor:
+    """Return of each layer whether its damping is too small for the precision of its factors, ``[layers]``."""
+    in_float64 = [layer.gradient.values.dtype == torch.float64 for layer in layers]
+    shares = torch.stack(on_one_device([damping_share(layer, settings) for layer in layers]))
+    return (shares < SMALL_DAMPING[settings.damping_rule]) & ~torch.tensor(in_float64).to(shares.device)
 
 
 def _inverses(

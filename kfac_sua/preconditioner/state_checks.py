@@ -10,7 +10,6 @@ from typing import Any, NoReturn, TypeGuard
 
 from torch import Tensor
 
-from kfac_sua.preconditioner.settings import FisherType, KroneckerSettings
 from kfac_sua.preconditioner.state import OLDEST_VERSION
 
 CURE = (
@@ -22,8 +21,7 @@ RESTART = "give what its state_dict() returned, or start without a state"
 """The cure of states of what is no preconditioner."""
 
 MOST_STEPS = 2**40
-LARGEST_SEED = 2**43
-"""Bounds within which the seeds of all sampled labels are numbers of 64 bits (see ``fisher_backward``)."""
+"""More than any training takes; far below what a sampled label's seed, or a message, can hold."""
 
 
 def check_outline(state: object) -> None:
@@ -33,40 +31,37 @@ def check_outline(state: object) -> None:
         ValueError: If it is no mapping, lacks an entry that every version has, or one of these has another type.
     """
     if not isinstance(state, Mapping):
-        _refuse("it", shown(state), "what state_dict() of a preconditioner returned")
+        _refuse("it", outlined(state), "what state_dict() of a preconditioner returned")
     version = _entry(state, "version")
     if not is_whole(version) or not OLDEST_VERSION <= version < 2**31:
-        _refuse("version", shown(version), f"a whole number ≥ {OLDEST_VERSION}")
+        _refuse("version", outlined(version), f"a whole number ≥ {OLDEST_VERSION}")
     for key, value in _mapping(state, "settings").items():
         if not _is_plain(value):
-            _refuse(f"settings.{key}", shown(value), "a number, a string or a list of strings")
+            _refuse(f"settings.{key}", outlined(value), "a number, a string or a list of strings")
     for name, layer in _mapping(state, "layers").items():
         if not isinstance(layer, Mapping) or not isinstance(layer.get("inverse"), Mapping):
-            _refuse(f"layers.{name}", shown(layer), "a mapping with the mapping inverse in it")
+            _refuse(f"layers.{name}", outlined(layer), "a mapping with the mapping inverse in it")
 
 
-def check_numbers(state: Mapping[str, Any], settings: KroneckerSettings) -> None:
+def check_numbers(state: Mapping[str, Any]) -> None:
     """Refuse a state in today's version in which something besides the layers is out of range.
 
     Args:
         state: What :func:`check_outline` lets pass.
-        settings: Those of the preconditioner that shall continue.
 
     Raises:
         ValueError: If an entry is missing, or has another type or a value that no training comes to.
     """
     num_steps, seed = _entry(state, "num_steps"), _entry(state, "seed")
     if not is_count(num_steps) or num_steps > MOST_STEPS:
-        _refuse("num_steps", shown(num_steps), f"a whole number in [0, {MOST_STEPS}]")
+        _refuse("num_steps", outlined(num_steps), f"a whole number in [0, {MOST_STEPS}]")
     if not is_whole(seed):
-        _refuse("seed", shown(seed), "a whole number")
-    if settings.fisher_type is FisherType.mc and abs(seed) > LARGEST_SEED:
-        _refuse("seed", shown(seed), f"a whole number in [-{LARGEST_SEED}, {LARGEST_SEED}]")
+        _refuse("seed", outlined(seed), "a whole number")
     if not is_damping(_entry(state, "damping")):
-        _refuse("damping", shown(state["damping"]), "a number > 0 within the range of float32")
+        _refuse("damping", outlined(state["damping"]), "a number > 0 within the range of float32")
     for key, count in _mapping(state, "events").items():
         if not isinstance(key, str) or not is_count(count):
-            _refuse(f"events.{key}", shown(count), "a count ≥ 0 under a string")
+            _refuse(f"events.{key}", outlined(count), "a count ≥ 0 under a string")
 
 
 def is_whole(value: object) -> TypeGuard[int]:
@@ -89,7 +84,7 @@ def is_number(value: object) -> TypeGuard[int | float]:
     return is_whole(value) or (isinstance(value, float) and math.isfinite(value))
 
 
-def shown(value: object) -> str:
+def outlined(value: object) -> str:
     """Return a value as a message tells it: on one line, and not at length."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {list(value.shape)}"
@@ -118,7 +113,7 @@ def checked_entries(state: object, names: Sequence[str], owner: str) -> list[Any
         ValueError: If it is no mapping, or one lacks.
     """
     if not isinstance(state, Mapping) or not set(names) <= set(state):
-        raise ValueError(f"{owner} state must be a mapping of {', '.join(names)}, got {shown(state)}; {RESTART}.")
+        raise ValueError(f"{owner} state must be a mapping of {', '.join(names)}, got {outlined(state)}; {RESTART}.")
     return [state[name] for name in names]
 
 
@@ -142,7 +137,7 @@ def _entry(state: Mapping[str, Any], key: str) -> Any:
 def _mapping(state: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     value = _entry(state, key)
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
-        _refuse(key, shown(value), "a mapping from strings")
+        _refuse(key, outlined(value), "a mapping from strings")
     return value
 
 

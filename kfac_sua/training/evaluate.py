@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac_sua.config import Precision
-from kfac_sua.preconditioner.state_checks import shown
+from kfac_sua.preconditioner.state_checks import outlined
 from kfac_sua.training.precision import compute_logits
 from kfac_sua.training.world import World
 
@@ -105,14 +105,14 @@ def checked_sums(state: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """
     names = ("loss_sum", "num_errors", "num_images")
     if not isinstance(state, Mapping) or set(state) != set(names):
-        raise ValueError(f"sums is {shown(state)}, expected a mapping of {', '.join(names)}")
+        raise ValueError(f"sums is {outlined(state)}, expected a mapping of {', '.join(names)}")
     for name in names:
         value, is_loss = state[name], name == "loss_sum"
         is_own = isinstance(value, Tensor) and value.ndim == 0 and not value.is_meta
         is_whole = (type(value) is int and value < 2**63) or (is_own and value.dtype == torch.int64)
         if not (is_own and value.dtype == torch.float64 if is_loss else is_whole) or value < 0:
             kind = "a sum of losses in float64" if is_loss else "a whole number"
-            raise ValueError(f"sums.{name} is {value.item() if is_own else shown(value)}, expected {kind} ≥ 0")
+            raise ValueError(f"sums.{name} is {value.item() if is_own else outlined(value)}, expected {kind} ≥ 0")
     loss_sum, num_errors, num_images = (torch.as_tensor(state[name]) for name in names)
     return loss_sum, num_errors, num_images
 

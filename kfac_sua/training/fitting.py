@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kfac_sua.config import KroneckerConfig, NonFinite
 from kfac_sua.optimizers import MuonWithAdamW
-from kfac_sua.preconditioner.state_checks import shown
+from kfac_sua.preconditioner.state_checks import outlined
 from kfac_sua.training.evaluate import checked_sums
 from kfac_sua.training.timing import PHASES
 
@@ -136,7 +136,7 @@ def _optimizers(optimizer: torch.optim.Optimizer, state: Any) -> list[tuple[str,
         found = [("optimizer", optimizer, state)]
     for name, _, part_state in found:
         if not isinstance(part_state, Mapping) or not {"state", "param_groups"} <= set(part_state):
-            _refuse(name, shown(part_state), "a mapping of state and param_groups")
+            _refuse(name, outlined(part_state), "a mapping of state and param_groups")
         groups = part_state["param_groups"]
         if not isinstance(part_state["state"], Mapping) or not isinstance(groups, list):
             _refuse(name, "without them", "a mapping and a list of parameter groups")
@@ -156,13 +156,13 @@ def _check_groups(name: str, optimizer: torch.optim.Optimizer, state: Mapping[st
     for number, (group, wanted) in enumerate(zip(state["param_groups"], own, strict=True)):
         where = f"{name}.param_groups.{number}"
         if not isinstance(group, Mapping) or not set(wanted) - IMPLEMENTATION_KEYS - _LATER_KEYS <= set(group):
-            _refuse(where, shown(group), f"a mapping of {', '.join(wanted)}")
+            _refuse(where, outlined(group), f"a mapping of {', '.join(wanted)}")
         for key in (set(wanted) & set(group)) - IMPLEMENTATION_KEYS - {"lr", "capturable"}:
             if not _agree(group[key], wanted[key]):
-                _refuse(f"{where}.{key}", shown(group[key]), f"{shown(wanted[key])}, as the run has it")
+                _refuse(f"{where}.{key}", outlined(group[key]), f"{outlined(wanted[key])}, as the run has it")
         ratio, lr = wanted.get("lr_ratio", 1.0), group["lr"]
         if not _is_real(lr) or not any(math.isclose(lr, rate * ratio, rel_tol=_ROUNDING) for rate in rates):
-            _refuse(f"{where}.lr", shown(lr), f"{rates[0] * ratio:g}, as the run has it")
+            _refuse(f"{where}.lr", outlined(lr), f"{rates[0] * ratio:g}, as the run has it")
 
 
 def _check_moments(
@@ -172,11 +172,11 @@ def _check_moments(
     parameters = [(one, _kept_names(optimizer, group)) for group in optimizer.param_groups for one in group["params"]]
     kept = state["state"]
     if not set(kept) <= set(range(len(parameters))):
-        _refuse(f"{name}.state", f"of parameters {shown(list(kept))}", f"of 0 to {len(parameters) - 1}")
+        _refuse(f"{name}.state", f"of parameters {outlined(list(kept))}", f"of 0 to {len(parameters) - 1}")
     for number, (parameter, names) in enumerate(parameters):
         where, values = f"{name}.state.{number}", kept.get(number, {})
         if not isinstance(values, Mapping):
-            _refuse(where, shown(values), "a mapping")
+            _refuse(where, outlined(values), "a mapping")
         there = {key for key, value in values.items() if value is not None}
         if there != names and (there or num_steps):
             _refuse(where, f"of {', '.join(map(str, there)) or 'nothing'}", ", ".join(sorted(names)) or "nothing")
@@ -200,7 +200,7 @@ def _kept_names(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> s
 def _check_step(where: str, value: Any, num_steps: int) -> None:
     is_number = (isinstance(value, Tensor) and value.ndim == 0 and value.dtype == torch.float32) or _is_real(value)
     if not is_number or not 1 <= float(value) <= num_steps or float(value) != int(value):
-        _refuse(where, float(value) if is_number else shown(value), f"a whole number in [1, {num_steps}]")
+        _refuse(where, float(value) if is_number else outlined(value), f"a whole number in [1, {num_steps}]")
 
 
 # --- of anything ------------------------------------------------------------------------------------------------------
@@ -208,7 +208,7 @@ def _check_step(where: str, value: Any, num_steps: int) -> None:
 
 def _check_tensor(where: str, value: Any, like: Tensor, *, is_finite: bool) -> None:
     if not isinstance(value, Tensor) or value.shape != like.shape:
-        _refuse(where, shown(value), f"a tensor of shape {list(like.shape)}")
+        _refuse(where, outlined(value), f"a tensor of shape {list(like.shape)}")
     if value.dtype != like.dtype or value.layout is not torch.strided or value.is_meta:
         _refuse(where, f"in {value.dtype} ({value.layout}, {value.device})", f"in {like.dtype}")
     if is_finite and not bool(value.isfinite().all()):
@@ -228,4 +228,4 @@ def _agree(got: Any, wanted: Any) -> bool:
 
 
 def _refuse(entry: str, got: object, expected: str) -> NoReturn:
-    raise ValueError(f"{entry} is {got if isinstance(got, str) else shown(got)}, expected {expected}")
+    raise ValueError(f"{entry} is {got if isinstance(got, str) else outlined(got)}, expected {expected}")

@@ -22,12 +22,17 @@ class EigenBasis(Prepared):
 
     names: ClassVar[tuple[str, ...]] = ("vectors", "values")
     shapes: ClassVar[tuple[Shape, ...]] = (("b", "d", "d"), ("b", "d"))
+    never_negative: ClassVar[tuple[str, ...]] = ("values",)
 
     @classmethod
     def nothing(cls, factor: Factor) -> "EigenBasis":
         """Return zeros, which stand in where a decomposition failed."""
         values = factor.values.new_zeros(factor.num_blocks, factor.width)
         return cls(torch.diag_embed(values), values)
+
+    def like(self, other: Tensor) -> "EigenBasis":
+        """Return the basis in the precision of another tensor."""
+        return EigenBasis(self.vectors.to(other.dtype), self.values.to(other.dtype))
 
     @staticmethod
     def decomposition_flops(width: int) -> int:

@@ -59,10 +59,12 @@ class Kept(ABC):
     Attributes:
         names: Names of the tensors, by which a checkpoint knows the form.
         shapes: Their shapes.
+        never_negative: Names of those without a negative number.
     """
 
     names: ClassVar[tuple[str, ...]]
     shapes: ClassVar[tuple[Shape, ...]]
+    never_negative: ClassVar[tuple[str, ...]] = ()
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what a checkpoint keeps, and an application reads, by :attr:`names`."""
@@ -73,6 +75,16 @@ class Kept(ABC):
         """Undo :meth:`tensors`, for a layer of this geometry. The tensors are not copied."""
         del geometry
         return cls(**tensors)  # forms are dataclasses of their tensors
+
+
+def is_made_of_rows(form: type[Kept]) -> bool:
+    """Whether what is kept in a form has the rows of a mini-batch in it."""
+    return any("rows" in shape for shape in form.shapes)
+
+
+def is_made_of_pixels(names: tuple[str, ...]) -> bool:
+    """Whether a form with these names keeps pixels, as only some layers can."""
+    return "pixels" in names
 
 
 class Prepared(Kept):
@@ -159,6 +171,7 @@ class Factor(ABC):
         number: Number of the form in messages between processes, > 0 and never used again; 0 for moments.
         names: Name of :attr:`values` in a checkpoint, by which it knows the form.
         shapes: Its shape.
+        never_negative: Its name, if it has no negative number.
         inverse_form: What :meth:`invert` gives.
         is_summed: Whether it is kept as moments that add up, or as rows.
     """
@@ -166,6 +179,7 @@ class Factor(ABC):
     number: ClassVar[int] = 0
     names: ClassVar[tuple[str, ...]]
     shapes: ClassVar[tuple[Shape, ...]]
+    never_negative: ClassVar[tuple[str, ...]] = ()
     inverse_form: ClassVar[type[MadeInverse]]
     is_summed: ClassVar[bool]
 
