@@ -23,6 +23,7 @@ from kfac_sua.preconditioner.backward import (
     num_nodes_made,
     use_of_grad,
 )
+from kfac_sua.preconditioner.changes import CURE
 from kfac_sua.preconditioner.compiled import never_traced
 from kfac_sua.preconditioner.ordinary import ordinary
 from kfac_sua.preconditioner.precision import factor_precision, on_one_device
@@ -204,6 +205,11 @@ class Capture:
         if not inputs.numel() or not output.numel():
             recorder.statistics.was_empty = True  # no examples, and nothing to add to any sum
             return
+        if weight.shape != recorder.weight_shape:
+            raise RuntimeError(
+                f"Layer {name!r} has got a weight of shape {list(weight.shape)} since the preconditioner was made, "
+                f"instead of {list(recorder.weight_shape)}; {CURE}."
+            )
         with self._phases.phase("statistics"), factor_precision():
             call = recorder.add_call(inputs, shape, self._current_pass())
         edge = get_gradient_edge(_computed(output))

@@ -39,6 +39,7 @@ class LayerRecorder:
             training loss only shows which calls count.
 
     Attributes:
+        weight_shape: Shape of the layer's weight.
         adds_to_used: Whether the step's gradients were added to those of a step before, already preconditioned.
         is_excused: Whether a call was not recorded on purpose, so that its gradient cannot add up.
     """
@@ -47,6 +48,7 @@ class LayerRecorder:
         self, module: nn.Module, statistics: LayerStatistics, listener: Listener, *, from_training_loss: bool
     ) -> None:
         self.module = module
+        self.weight_shape = self.weight.shape
         self.statistics = statistics
         self._listener = listener
         self._from_training_loss = from_training_loss
