@@ -1,4 +1,4 @@
-"""Which passes count where processes share a mini-batch: under DistributedDataParallel in every mode, with empty parts."""
+"""Which passes count where processes share a mini-batch: in every mode of DistributedDataParallel, with empty parts."""
 
 import datetime
 from contextlib import nullcontext
