@@ -94,8 +94,9 @@ class KroneckerPreconditioner:
     With ``fisher_type="mc"`` or ``"exact"`` call ``preconditioner.fisher_backward(outputs)`` between the forward pass
     and ``loss.backward()``. Parameters of all other layers keep the plain gradient; :meth:`describe` names them.
 
-    On mini-batches whose statistics are due, every backward pass counts as (part of) the training step's: run others
-    inside :meth:`paused`, and call :meth:`discard` if a mini-batch is abandoned. With a ``GradScaler``::
+    On mini-batches whose statistics are due, a pass counts if its weight gradients are in ``.grad`` at :meth:`step`:
+    others leave no trace, and those whose gradients are there but shall not count belong inside :meth:`paused`. A
+    gradient is preconditioned once. With a ``GradScaler``::
 
         scaler.scale(loss_function(model(inputs), labels)).backward()
         scaler.unscale_(optimizer)
@@ -341,7 +342,8 @@ class KroneckerPreconditioner:
     def paused(self) -> AbstractContextManager[None]:
         """Neither record nor precondition inside: for passes that are not the training step's.
 
-        Such as adversarial ones, or for logging. Gradients of forward passes made inside are plain.
+        Those that do not change any ``.grad``, such as adversarial ones or for logging, need it not. Gradients of
+        forward passes made inside are plain, unless they are added to ones preconditioned in the backward pass.
         """
         return self._paused()
 
