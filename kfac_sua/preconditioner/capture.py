@@ -25,8 +25,9 @@ from kfac_sua.preconditioner.backward import (
 )
 from kfac_sua.preconditioner.changes import CURE
 from kfac_sua.preconditioner.compiled import never_traced
+from kfac_sua.preconditioner.gradient_check import do_not_add_up
 from kfac_sua.preconditioner.ordinary import ordinary
-from kfac_sua.preconditioner.precision import factor_precision, on_one_device
+from kfac_sua.preconditioner.precision import factor_precision
 from kfac_sua.preconditioner.recorder import LayerRecorder
 from kfac_sua.preconditioner.statistics import Call, LayerStatistics, ModelPass
 
@@ -121,21 +122,19 @@ class Capture:
         Args:
             needs_gradients: Calls whose gradient is not in ``.grad`` any more do not.
         """
-        gone, failing = set(), []
+        gone = set()
         for name, recorder in self.recorders.items():
             recorder.count_sampled()
-            weight = recorder.weight
             is_counted = self._from_training_loss and recorder.statistics.num_counted > 0
-            if needs_gradients and is_counted and weight.grad is None:
+            if needs_gradients and is_counted and recorder.weight.grad is None:
                 recorder.forget_counted()
                 gone.add(name)
-            fails = recorder.does_not_add_up()
-            failing.append(torch.zeros((), dtype=torch.bool, device=weight.device) if fails is None else fails)
+        recorders = self.recorders.values()
         return Settled(
             gone=gone,
             empty={name for name, recorder in self.recorders.items() if recorder.statistics.was_empty},
             added_to_used={name for name, recorder in self.recorders.items() if recorder.adds_to_used},
-            unexplained=torch.stack(on_one_device(failing)),
+            unexplained=do_not_add_up([one.check for one in recorders], [one.weight for one in recorders]),
         )
 
     def remove(self) -> None:

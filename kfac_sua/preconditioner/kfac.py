@@ -498,8 +498,9 @@ class KroneckerPreconditioner:
             unexplained = settled.unexplained
             if self._processes is not None:
                 measured = self._join(measured, self._processes)
-                unexplained = unexplained.float()
-                self._processes.add_up_(unexplained, "checks")
+                counts = unexplained.float()
+                self._processes.add_up_(counts, "checks")
+                unexplained = counts > 0
             self._unexplained = LaterFlags(unexplained)
             for name in settled.added_to_used:
                 report_added_to_used(name, self._events)
@@ -544,9 +545,11 @@ class KroneckerPreconditioner:
                     layer.refreshed(factors_used)
             finally:  # layers before one that has no inverse at all keep theirs
                 take_inverses(new)
-            for layer, is_small in zip(layers, are_small.read() if are_small else [], strict=True):
-                if is_small:
-                    report_small_damping(layer.name, self._events, settings)
+            if are_small is not None:
+                taken = {layer.name for layer, _ in new}
+                for layer, is_small in zip(layers, are_small.read(), strict=True):
+                    if is_small and layer.name in taken:
+                        report_small_damping(layer.name, self._events, settings)
 
     def precondition_(self, *, lr: float | Tensor | None = None) -> None:
         """Replace the gradients of the preconditioned layers in place, with the inverses at hand.

@@ -1,5 +1,7 @@
 """Flags on the device that the host reads once it has waited for the device for another reason."""
 
+import ctypes
+
 import torch
 from torch import Tensor
 
@@ -8,11 +10,11 @@ class LaterFlags:
     """Copies flags to the host without waiting for them.
 
     Args:
-        flags: Of any shape, on any device.
+        flags: Bool, of any shape, on any device.
     """
 
     def __init__(self, flags: Tensor) -> None:
-        self._copy = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=flags.is_cuda)
+        self._copy = torch.empty(flags.shape, dtype=torch.bool, pin_memory=flags.is_cuda)
         self._copy.copy_(flags, non_blocking=True)
         self._copied = torch.cuda.Event() if flags.is_cuda else None
         if self._copied is not None:
@@ -22,4 +24,5 @@ class LaterFlags:
         """Return them; waits for the copy, which is over if the device has been waited for since."""
         if self._copied is not None:
             self._copied.synchronize()
-        return [bool(flag) for flag in self._copy]
+        # Memory of the host, read as such: no operation of PyTorch, which would count as a wait for the device.
+        return [bool(byte) for byte in ctypes.string_at(self._copy.data_ptr(), self._copy.numel())]

@@ -135,14 +135,15 @@ class LayerRecorder:
         self._check.clear()
         self.adds_to_used = False
 
-    def does_not_add_up(self) -> Tensor | None:
-        """Return whether the weight gradient differs from what was recorded; ``None`` where that cannot be said.
+    @property
+    def check(self) -> GradientCheck:
+        """Whether the weight gradient is that of what was recorded; empty where that cannot be said.
 
         A hook on the weight may change its gradient on purpose.
         """
         if self.is_excused or self.weight._backward_hooks:
-            return None
-        return self._check.fails(self.weight)
+            self._check.clear()
+        return self._check
 
     @torch.no_grad()
     def _project(self, call: Call, inputs: Tensor) -> None:

@@ -11,10 +11,10 @@ from kfac_sua.preconditioner.exchange import SharedInversion
 from kfac_sua.preconditioner.factors import LayerFactors
 from kfac_sua.preconditioner.forms import Factor
 from kfac_sua.preconditioner.forms.cost import SideCost
+from kfac_sua.preconditioner.forms.form import traces_of
 from kfac_sua.preconditioner.geometry import BlockLayout
 from kfac_sua.preconditioner.invert import Outcome, eigendecompose_factors, invert_factors
 from kfac_sua.preconditioner.kronecker import KroneckerEigenbasis, KroneckerInverse, LayerInverse
-from kfac_sua.preconditioner.precision import on_one_device
 from kfac_sua.preconditioner.settings import DampingRule, KroneckerSettings
 
 FLOAT64_BELOW = 1e-3
@@ -58,7 +58,7 @@ def refresh_layers(
 def _eigenbases(
     layers: Sequence[LayerFactors], settings: KroneckerSettings, shared: SharedInversion | None
 ) -> list[Refreshed]:
-    are_small = torch.stack(on_one_device([damping_share(layer, settings) for layer in layers])) < FLOAT64_BELOW
+    are_small = damping_shares(layers, settings) < FLOAT64_BELOW
     factors: list[Factor] = []
     for layer, is_small in zip(layers, are_small.tolist(), strict=True):
         sides = (layer.activation, layer.gradient)
@@ -75,20 +75,22 @@ def _eigenbases(
     return refreshed
 
 
-def damping_share(factors: LayerFactors, settings: KroneckerSettings) -> Tensor:
-    """Return the damping as a share of the trace of a layer's largest Fisher block, a 0-d tensor on the device.
+def damping_shares(layers: Sequence[LayerFactors], settings: KroneckerSettings) -> Tensor:
+    """Return the damping as a share of the trace of each layer's Fisher block, ``[layers]``, on the device.
 
     The trace is at least the largest eigenvalue, so that the share is at most the damping's share of that.
     """
-    traces = factors.activation.traces().max() * factors.gradient.traces().max()
-    return settings.damping / (factors.scale * traces).clamp(min=torch.finfo(traces.dtype).tiny)
+    activation = traces_of([layer.activation for layer in layers], [layer.scale for layer in layers])
+    gradient = traces_of([layer.gradient for layer in layers], [1.0] * len(layers))
+    return settings.damping / (activation * gradient).clamp(min=torch.finfo(activation.dtype).tiny)
 
 
 def small_dampings(layers: Sequence[LayerFactors], settings: KroneckerSettings) -> Tensor:
     """Return of each layer whether its damping is too small for the precision of its factors, ``[layers]``."""
+    shares = damping_shares(layers, settings)
+    is_small = (shares > 0) & (shares < SMALL_DAMPING[settings.damping_rule])  # 0 beside what is infinite
     in_float64 = [layer.gradient.values.dtype == torch.float64 for layer in layers]
-    shares = torch.stack(on_one_device([damping_share(layer, settings) for layer in layers]))
-    return (shares < SMALL_DAMPING[settings.damping_rule]) & ~torch.tensor(in_float64).to(shares.device)
+    return is_small & ~torch.tensor(in_float64).to(shares.device) if any(in_float64) else is_small
 
 
 def _inverses(

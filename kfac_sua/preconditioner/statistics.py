@@ -205,8 +205,11 @@ class LayerStatistics:
 
     @torch.no_grad()
     def count(self, calls: Iterable[Call]) -> None:
-        """Count calls whose output gradients have arrived: their gradient is part of ``.grad``."""
-        for call in calls:
+        """Count calls whose output gradients have arrived: their gradient is part of ``.grad``.
+
+        Their rows are kept in the order of the calls, as are those of processes that have a call each.
+        """
+        for call in sorted(calls, key=self.open_calls.index):
             call.is_counted = True
             self.open_calls.remove(call)
             one = self._passes.setdefault(call.model_pass.index, _Pass(call.model_pass, call.num_examples))

@@ -430,7 +430,9 @@ def test_dead_layers_have_a_finite_inverse_and_gradient(settings, sharing, dead,
         outputs = net(inputs * 0 if dead != "gradients" else inputs)
         (nn.functional.cross_entropy(outputs, labels) * (1 if dead == "inputs" else 0)).backward()
         preconditioner.step()
-    assert preconditioner.events == {}
+    assert {event.partition(":")[0] for event in preconditioner.events} <= (
+        {"small_damping"} if damping < 0.1 else set()
+    )
     assert all_finite(preconditioner.state_dict()["layers"])
     assert all(parameter.grad.isfinite().all() for parameter in net.parameters())
     good_step(net, preconditioner)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kfac_sua.preconditioner.forms.form import BlockMessage, Factor, Inverse, MadeInverse, Shape, SumFactor
+from kfac_sua.preconditioner.forms.form import BlockMessage, Factor, Inverse, MadeInverse, Shape, SumFactor, TraceSource
 from kfac_sua.preconditioner.forms.patch_rows import PatchRows
 from kfac_sua.preconditioner.forms.split import SplitInverse, matrix_parts
 from kfac_sua.preconditioner.forms.triangles import mirrored_, triangle_numbers, triangle_pieces, unpack_
@@ -264,6 +264,11 @@ class DenseFactor(SumFactor):
     def traces(self) -> Tensor:
         """Trace of every block, ``[num_blocks]``."""
         return self.blocks.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+    @property
+    def trace_source(self) -> TraceSource:
+        """The diagonals."""
+        return TraceSource(self.blocks.diagonal(dim1=-2, dim2=-1), order=1)
 
     def dense(self) -> Tensor:
         """Return the blocks themselves."""

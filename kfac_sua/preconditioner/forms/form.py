@@ -17,6 +17,7 @@ from torch import Tensor
 from kfac_sua.preconditioner.forms.patch_rows import PatchRows
 from kfac_sua.preconditioner.forms.triangles import triangle_numbers
 from kfac_sua.preconditioner.geometry import ChannelGroups, LayerGeometry
+from kfac_sua.preconditioner.precision import on_one_device
 
 Shape = tuple[int | str, ...]
 """Shape of a kept tensor: numbers, and letters for what a layer or the tensor itself decides (``layer_checks``).
@@ -51,6 +52,34 @@ class BlockMessage:
     def numbers(self) -> int:
         """Numbers that are sent of a block."""
         return self.num_matrix + self.num_extra
+
+
+@dataclass(frozen=True)
+class TraceSource:
+    """Numbers whose sum, or the sum of whose squares, times a number is the trace of a factor, or a little more.
+
+    Args:
+        values: The numbers, a view of what the factor keeps.
+        order: 1 for their sum, as they are ≥ 0; 2 for the sum of their squares.
+        times: The number.
+    """
+
+    values: Tensor
+    order: int
+    times: float = 1.0
+
+
+def traces_of(factors: "Sequence[Factor]", times: Sequence[float]) -> Tensor:
+    """Return the trace of each factor times a number, or a little more, ``[factors]``; few launches for all."""
+    sources = [factor.trace_source for factor in factors]
+    found: dict[int, Tensor] = {}
+    for order in (1, 2):
+        members = [i for i, source in enumerate(sources) if source.order == order]
+        if members:
+            norms = torch._foreach_norm([sources[i].values for i in members], order)
+            found |= dict(zip(members, norms if order == 1 else torch._foreach_mul(norms, norms), strict=True))
+    numbers = [source.times * number for source, number in zip(sources, times, strict=True)]
+    return torch.stack(on_one_device(torch._foreach_mul([found[i] for i in range(len(sources))], numbers)))
 
 
 class Kept(ABC):
@@ -220,6 +249,11 @@ class Factor(ABC):
     @abstractmethod
     def traces(self) -> Tensor:
         """Trace of every block, ``[num_blocks]``."""
+
+    @property
+    @abstractmethod
+    def trace_source(self) -> TraceSource:
+        """What the traces of all blocks together are had from, for many factors at once."""
 
     @abstractmethod
     def dense(self) -> Tensor:

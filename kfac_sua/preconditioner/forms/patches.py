@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kfac_sua.preconditioner.forms.dense import DenseFactor
-from kfac_sua.preconditioner.forms.form import BlockMessage, Factor, Inverse, MadeInverse, RowFactor, Shape
+from kfac_sua.preconditioner.forms.form import BlockMessage, Factor, Inverse, MadeInverse, RowFactor, Shape, TraceSource
 from kfac_sua.preconditioner.forms.patch_rows import PatchRows, joined, product_width
 from kfac_sua.preconditioner.forms.rows import LowRankInverse
 from kfac_sua.preconditioner.forms.unfold import output_size
@@ -193,6 +193,11 @@ class PatchFactor(RowFactor):
     def traces(self) -> Tensor:
         """Trace of the block, ``[1]``."""
         return self.patches.trace()[None]  # [1]
+
+    @property
+    def trace_source(self) -> TraceSource:
+        """The pixels, each of which is read by every tap at most."""
+        return TraceSource(self.values, order=2, times=float(self.patches.geometry.num_taps))
 
     def dense(self) -> Tensor:
         """Return UᵀU, ``[1, d, d]``."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kfac_sua.preconditioner.forms.dense import DenseFactor, gram
-from kfac_sua.preconditioner.forms.form import BlockMessage, Factor, Inverse, MadeInverse, RowFactor, Shape
+from kfac_sua.preconditioner.forms.form import BlockMessage, Factor, Inverse, MadeInverse, RowFactor, Shape, TraceSource
 from kfac_sua.preconditioner.forms.split import SplitLowRankInverse, matrix_parts
 from kfac_sua.preconditioner.geometry import LayerGeometry
 from kfac_sua.preconditioner.rates import Flops
@@ -145,6 +145,11 @@ class RowsFactor(RowFactor):
     def traces(self) -> Tensor:
         """Trace of every block, ``[num_blocks]``."""
         return self.rows.square().sum((-2, -1))
+
+    @property
+    def trace_source(self) -> TraceSource:
+        """The rows."""
+        return TraceSource(self.rows, order=2)
 
     def dense(self) -> Tensor:
         """Return UᵀU, ``[num_blocks, d, d]``."""
