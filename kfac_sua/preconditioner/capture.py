@@ -5,6 +5,8 @@ of the output as the layer returned it, also when it is modified in place afterw
 where full backward hooks raise. Which of it counts is decided in ``recorder``.
 """
 
+import bisect
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ from kfac_sua.preconditioner.backward import (
 )
 from kfac_sua.preconditioner.changes import CURE
 from kfac_sua.preconditioner.compiled import never_traced
-from kfac_sua.preconditioner.gradient_check import do_not_add_up
+from kfac_sua.preconditioner.gradient_check import judge
 from kfac_sua.preconditioner.ordinary import ordinary
 from kfac_sua.preconditioner.precision import factor_precision
 from kfac_sua.preconditioner.recorder import LayerRecorder
@@ -56,14 +58,13 @@ class Settled:
     Args:
         gone: Layers whose gradient was thrown away, and with it what was recorded.
         empty: Layers that were called with no examples.
-        added_to_used: Layers whose gradient was added to one that had been preconditioned.
-        unexplained: Whether a layer's gradient is not the sum over its recorded calls, ``[layers]``, in their order.
+        flags: ``[3, layers]``, in the layers' order: whether a gradient is not the sum over the recorded calls; whether
+            it is not in ``.grad`` any more; whether it was added to one that had been preconditioned.
     """
 
     gone: set[str]
     empty: set[str]
-    added_to_used: set[str]
-    unexplained: Tensor
+    flags: Tensor
 
 
 class Capture:
@@ -79,7 +80,7 @@ class Capture:
 
     Attributes:
         enabled: Whether passes are recorded.
-        is_paused: Whether that is because they are not the training step's.
+        is_paused: Whether passes that would be are left out.
     """
 
     def __init__(
@@ -97,7 +98,9 @@ class Capture:
         self._phases = phases
         self._from_training_loss = from_training_loss
         self._outputs: list[_RecordedOutput] = []
+        self._sampled: list[Call] = []  # nothing else may hold on to them until the step
         self._passes: list[ModelPass] = []
+        self._num_passes = 0
         self._is_pass_over = True
         self._handles = [model.register_forward_pre_hook(_PassHook(self), with_kwargs=True)]
         self.recorders: dict[str, LayerRecorder] = {}
@@ -109,12 +112,19 @@ class Capture:
             self._handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
 
     def clear(self) -> None:
-        """Forget recorded statistics and outputs."""
+        """Forget what was recorded for a step, but not the calls whose backward pass is still to come."""
         self._outputs.clear()
-        self._passes.clear()
+        self._sampled.clear()
+        del self._passes[:-1]
         self._is_pass_over = True
         for recorder in self.recorders.values():
             recorder.clear()
+
+    def forget(self) -> None:
+        """Forget everything recorded."""
+        self.clear()
+        for recorder in self.recorders.values():
+            recorder.forget()
 
     def settle(self, *, needs_gradients: bool) -> Settled:
         """Decide which calls count, at the end of a step.
@@ -130,12 +140,13 @@ class Capture:
                 recorder.forget_counted()
                 gone.add(name)
         recorders = self.recorders.values()
-        return Settled(
-            gone=gone,
-            empty={name for name, recorder in self.recorders.items() if recorder.statistics.was_empty},
-            added_to_used={name for name, recorder in self.recorders.items() if recorder.adds_to_used},
-            unexplained=do_not_add_up([one.check for one in recorders], [one.weight for one in recorders]),
-        )
+        empty = {name for name, recorder in self.recorders.items() if recorder.statistics.was_empty}
+        judged = judge([one.check for one in recorders], [one.weight for one in recorders])  # [2, layers]
+        olds = [one.old_grad for one in recorders]
+        if not any(one is not False for one in olds):
+            return Settled(gone, empty, torch.cat([judged, torch.zeros_like(judged[:1])]))
+        flags = [one if isinstance(one, Tensor) else torch.tensor(one) for one in olds]
+        return Settled(gone, empty, torch.cat([judged, torch.stack([one.to(judged.device) for one in flags])[None]]))
 
     def remove(self) -> None:
         """Remove every hook from the model, and forget what they recorded."""
@@ -143,7 +154,7 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self.clear()
+        self.forget()
 
     def backward(self, outputs: Tensor, cotangents: Iterator[Tensor]) -> None:
         """Send cotangents backward from ``outputs`` to the recorded layers, without touching any ``.grad``.
@@ -161,6 +172,7 @@ class Capture:
                 "enabled and call it once, on the outputs of that pass."
             )
         edges = [output.edge for output in recorded]
+        self._sampled += [output.call for output in recorded]
         for sample, cotangent in enumerate(cotangents):
             grads: Sequence[Tensor | None] = torch.autograd.grad(
                 outputs, edges, cotangent, retain_graph=True, allow_unused=True
@@ -177,8 +189,7 @@ class Capture:
         if current_task() == NO_TASK:  # inside a backward pass, a checkpoint enters it again
             # Without gradients it may be that of a checkpoint, whose node was the last to be made.
             start = num_nodes_made() - (not torch.is_grad_enabled())
-            self._passes.append(ModelPass(len(self._passes), _num_examples(inputs), start))
-            self._is_pass_over = False
+            self._begin_pass(start, _num_examples(inputs))
 
     def end_pass(self) -> None:
         """Let the next call begin a new forward pass: a backward pass has been counted since the last one."""
@@ -191,14 +202,17 @@ class Capture:
         Calls without gradients are not, nor those with a frozen weight or one that ``torch.func.functional_call``
         lends, nor those inside transformations of ``torch.func``.
         """
+        if self.enabled and current_task() != NO_TASK:
+            self._follow_checkpoint()
         if not (torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad):
             return
         if not isinstance(weight, nn.Parameter) or not weight.requires_grad or is_transformed():
             return
+        edge = get_gradient_edge(_computed(output))
         if self.is_paused:
-            recorder.is_excused = True
-        if not self.enabled:
-            return
+            edge.node.register_prehook(lambda grads: recorder.excuse())
+        if not self.enabled or (current_task() != NO_TASK and not self._from_training_loss):
+            return  # a checkpoint runs the layer again: gradients were, or will be, sent to the call before
         name, shape = recorder.statistics.name, output.shape
         inputs = ordinary(inputs, name).to(output.device)
         if not inputs.numel() or not output.numel():
@@ -211,7 +225,6 @@ class Capture:
             )
         with self._phases.phase("statistics"), factor_precision():
             call = recorder.add_call(inputs, shape, self._current_pass())
-        edge = get_gradient_edge(_computed(output))
         index = edge.output_nr
         if not self._from_training_loss:
             self._outputs.append(_RecordedOutput(recorder, edge, call, shape))
@@ -235,9 +248,23 @@ class Capture:
             made = node_at_work()
             return next((one for one in reversed(self._passes) if one.start <= made), self._passes[0])
         if self._is_pass_over:
-            self._passes.append(ModelPass(len(self._passes), None, num_nodes_made()))
-            self._is_pass_over = False
+            self._begin_pass(num_nodes_made(), None)
         return self._passes[-1]
+
+    def _begin_pass(self, start: int, num_examples: int | None) -> None:
+        self._passes.append(ModelPass(self._num_passes, num_examples, start))
+        self._num_passes += 1
+        self._is_pass_over = False
+
+    def _follow_checkpoint(self) -> None:
+        """Let the nodes that are made from now on, in a checkpoint that is run again, belong to its forward pass.
+
+        Checkpoints inside it make nodes of their own, the last of them just now where gradients are off.
+        """
+        start = num_nodes_made() - (not torch.is_grad_enabled())
+        again = dataclasses.replace(self._current_pass(), start=start)
+        if self._passes and self._passes[-1].index != again.index:
+            bisect.insort(self._passes, again, key=lambda one: one.start)
 
 
 def num_captures_on(model: nn.Module) -> int:
@@ -284,8 +311,8 @@ class _ModelHook:
         """What only ``torch.jit.script`` asks for, which would compile the hook."""
         raise AttributeError(
             "torch.jit.script cannot compile the hooks of a preconditioner: call preconditioner.remove_hooks() first, "
-            "or script a new model that was given load_state_dict(model.state_dict()); torch.jit.trace, torch.export "
-            "and torch.fx take the model as it is"
+            "before the model is copied, or script a new model that was given load_state_dict(model.state_dict()); "
+            "torch.jit.trace, torch.export and torch.fx take the model as it is"
         )
 
 

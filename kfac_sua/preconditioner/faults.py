@@ -13,8 +13,9 @@ from kfac_sua.preconditioner.invert import DAMPING_RAISES
 from kfac_sua.preconditioner.kronecker import LayerInverse
 from kfac_sua.preconditioner.layer import PreconditionedLayer
 from kfac_sua.preconditioner.plain import plain_number, shown
-from kfac_sua.preconditioner.refresh import SMALL_DAMPING, Refreshed
+from kfac_sua.preconditioner.refresh import Refreshed
 from kfac_sua.preconditioner.settings import DampingRule, FisherType, KroneckerSettings
+from kfac_sua.preconditioner.used import is_unchanged
 
 logger = logging.getLogger("kfac_sua.preconditioner.events")  # named for what it logs
 
@@ -80,8 +81,9 @@ def report_missing(layer: PreconditionedLayer, events: EventLog, *, is_gone: boo
         events.report("no_examples", layer.name, consequence)
     elif layer.has_gradient():
         consequence = (
-            f"it got a gradient, as when its weight is used without calling it, and goes on with {meanwhile}: list it "
-            f"in skip if that is meant"
+            f"it got a gradient that no recorded call brought, as when its weight is used without calling it, its "
+            f"forward pass ran before the last step, or fisher_backward() does not reach it; it goes on with "
+            f"{meanwhile}: list it in skip if that is meant"
         )
         events.report("call_not_seen", layer.name, consequence)
     else:
@@ -97,6 +99,15 @@ def report_unexplained(layer_name: str, events: EventLog) -> None:
         "unless that is meant"
     )
     events.report("gradient_not_explained", layer_name, consequence)
+
+
+def report_replaced(layer_name: str, events: EventLog) -> None:
+    """Say that a gradient is not the one that the statistics belong to."""
+    consequence = (
+        "its gradient at step() is zero, or that of some of its backward passes alone, but its statistics are those of "
+        "all: let zero_grad() throw gradients away, not .data or copies, or call discard() before the passes that count"
+    )
+    events.report("gradient_replaced", layer_name, consequence)
 
 
 def report_added_to_used(layer_name: str, events: EventLog) -> None:
@@ -128,12 +139,14 @@ def unused_gradients(layers: Iterable[PreconditionedLayer], events: EventLog) ->
         )
         events.report("no_gradient", "(model)", consequence)
     used = [layer for layer in present if layer.is_used_up]
-    if used and len(used) == len(present):
+    if used and len(used) == len(present) and any(layer.has_gradient() for layer in used):
         raise RuntimeError(
             f"The gradient of layer {used[0].name!r} and all others have been preconditioned already, by this or by "
             f"another preconditioner of the model: call step() of one of them, once after each loss.backward()."
         )
     for layer in used:
+        if not is_unchanged(layer.weight):
+            continue  # zeroed, it seems, and not reached
         consequence = (
             "its gradient is still that of the step before, already preconditioned, and is left as it is: call "
             "optimizer.zero_grad() before loss.backward()"
@@ -181,9 +194,9 @@ def usable_inverse(
 def report_small_damping(layer_name: str, events: EventLog, settings: KroneckerSettings) -> None:
     """Say that a damping is smaller than float32 resolves beside the eigenvalues of a layer."""
     consequence = (
-        f"damping {settings.damping:g} is less than {SMALL_DAMPING[settings.damping_rule]:g} of the trace of its "
-        f"Fisher block, so that its preconditioned gradient may be off by 1 % and more in float32: raise the damping, "
-        f"or train in float64"
+        f"damping {settings.damping:g} is so small beside the trace of its Fisher block, or of one of its factors, "
+        f"that its preconditioned gradient may be off by 1 % and more in float32: raise the damping, centre and scale "
+        f"the inputs, or train in float64"
     )
     events.report("small_damping", layer_name, consequence)
 

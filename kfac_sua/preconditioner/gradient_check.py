@@ -31,6 +31,11 @@ ROUNDING = 0.01
 bfloat16, of a relative precision of 0.004, makes half of it."""
 
 
+EXACT = 1e-3
+"""Share of ``.grad`` within which it is a multiple of what one pass has added: averages over processes, and noise, are
+not."""
+
+
 @dataclass(frozen=True)
 class Terms:
     """Products δᵢ hⱼ of one call, for some i and j: how many, and their mean and variance, ``[outs, ins]`` each."""
@@ -52,14 +57,24 @@ class GradientCheck:
         self._ins = _spread(geometry.in_channels)
         self._outs = _spread(geometry.out_channels)
         self._tap = _central_tap(geometry)
+        self.thrown: Tensor | None = None
         self._expected: dict[int, list[Terms]] = {}
         self.clear()
+
+    def forget(self) -> None:
+        """Forget the gradient taken in: it was thrown away, or so it seems."""
+        thrown = self.got
+        self.clear()
+        self.thrown = thrown  # what .grad may become again
 
     def clear(self) -> None:
         """Forget everything."""
         self._expected.clear()
+        self.thrown = None
         self.terms: list[Terms] = []
         self.got: Tensor | None = None
+        self.last: Tensor | None = None
+        self.num_passes = 0
 
     def of_inputs(self, inputs: Tensor) -> Tensor:
         """Return hⱼ at every output location of one call, for some j.
@@ -105,14 +120,23 @@ class GradientCheck:
             grad: In the shape of the weight.
         """
         self.terms += self._expected.pop(task, [])
-        if self.terms:
-            got = at_least_float32(self.entries(grad.detach())).clone()
-            self.got = got if self.got is None else self.got + got
+        self.last = at_least_float32(self.entries(grad.detach())).clone()
+        self.num_passes += 1
+        self.got = self.last if self.got is None else self.got + self.last
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no gradient has been taken in."""
+        return self.got is None
 
     def entries(self, values: Tensor) -> Tensor:
         """Return the entries that are compared, ``[outs, ins]``, a view of a tensor in the shape of the weight."""
         own = values[: self._geometry.out_channels][self._outs, self._ins]
         return own[..., *self._tap] if self._geometry.is_convolution else own
+
+    def entries_of_grad(self, weight: Tensor) -> Tensor | None:
+        """Return those of a weight's gradient as it is now, if there is one."""
+        return None if weight.grad is None else self.entries(weight.grad.detach())
 
     def _read(self, values: Tensor, starts: Sequence[int], sizes: Sequence[int]) -> Tensor:
         """Return ``[n, h, w, ins]`` from a pixel on, in steps of the stride."""
@@ -124,42 +148,67 @@ class GradientCheck:
 
 
 @torch.no_grad()
-def do_not_add_up(checks: Sequence[GradientCheck], weights: Sequence[Tensor]) -> Tensor:
-    """Return of each layer whether gradient and records differ, ``[layers]``, bool, on the device.
+def judge(checks: Sequence[GradientCheck], weights: Sequence[Tensor]) -> Tensor:
+    """Return of each layer whether gradient and records differ, and whether ``.grad`` is another one by now.
 
-    Layers of which nothing was compared do not, nor those whose entries are not finite.
+    The first is False for layers of which nothing was recorded or handed to ``.grad``, and for entries that are not
+    finite. The second is True where ``.grad`` is zero, or a multiple of what the last or the earlier passes alone have
+    added, or others that were thrown away, a part along the weight apart; whatever else it has become may be meant.
 
     Args:
         checks: One per layer.
         weights: The layers' weights.
+
+    Returns:
+        ``[2, layers]``, bool, on the device of the first weight.
     """
-    compared = [i for i, check in enumerate(checks) if check.got is not None]
+    compared = [i for i, check in enumerate(checks) if check.got is not None and check.terms]
     device = weights[0].device
+    flags = torch.zeros(2, len(checks), dtype=torch.bool, device=device)
     if not compared:
-        return torch.zeros(len(checks), dtype=torch.bool, device=device)
+        return flags
     terms = [one for i in compared for one in checks[i].terms]
     counts, means = [one.count for one in terms], [one.means for one in terms]
     second = torch._foreach_add(torch._foreach_mul(means, means), [one.variances for one in terms])
     sums, squares = (iter(torch._foreach_mul(some, counts)) for some in (means, second))
-    got, expected, square_sums, along = (
-        _stacked(column, device)  # [layers, 4, 4]
+    got, last, expected, square_sums, along, now = (
+        _stacked(column, device)  # [layers, 16]
         for column in (
             [checks[i].got for i in compared],
+            [checks[i].last for i in compared],
             [_sum_of_next(sums, len(checks[i].terms)) for i in compared],
             [_sum_of_next(squares, len(checks[i].terms)) for i in compared],
             [checks[i].entries(weights[i].detach()) for i in compared],
+            [checks[i].entries_of_grad(weights[i]) for i in compared],
         )
     )
-    along = along.to(got.dtype)
+    along, now = along.to(got.dtype), now.to(got.dtype)
     difference = got - expected
-    products = torch.stack([difference * difference, difference * along, along * along, got * got, square_sums])
-    of_difference, crossed, of_weight, of_got, of_terms = products.sum((2, 3))  # [layers] each
-    rest = (of_difference - crossed**2 / of_weight.clamp(min=torch.finfo(got.dtype).tiny)).clamp(min=0).sqrt()
-    fail = rest > TOLERANCE * of_got.sqrt() + ROUNDING * of_terms.sqrt()
+    norms = torch.stack([_without(difference, along), got, square_sums.sqrt(), now]).norm(dim=2)  # [4, layers]
+    of_difference, of_got, of_terms, of_now = norms
+    fail = (of_difference > TOLERANCE * of_got + ROUNDING * of_terms) & (of_got > 0)  # 0: lost in float16, or masked
+    is_replaced = (of_now == 0) & (of_got > 0)
+    if any(checks[i].num_passes > 1 or checks[i].thrown is not None for i in compared):
+        thrown = _stacked([checks[i].thrown for i in compared], device).to(got.dtype)
+        misfits = torch.stack([_misfit(now, one, along) for one in (got, last, got - last, thrown)])  # [4, layers]
+        is_replaced |= (misfits[0] > TOLERANCE) & (misfits[1:].amin(0) < EXACT)
+    found = torch.stack([fail, is_replaced])  # [2, layers compared]
     if len(compared) == len(checks):
-        return fail
-    flags = torch.zeros(len(checks), dtype=torch.bool, device=device)
-    return flags.index_copy(0, torch.tensor(compared).to(device), fail)
+        return found
+    return flags.index_copy(1, torch.tensor(compared).to(device), found)
+
+
+def _without(values: Tensor, along: Tensor) -> Tensor:
+    """Return vectors ``[layers, entries]`` without their part along others."""
+    squares = (along * along).sum(1, keepdim=True).clamp(min=torch.finfo(along.dtype).tiny)  # [layers, 1]
+    return values - along * ((values * along).sum(1, keepdim=True) / squares)
+
+
+def _misfit(values: Tensor, others: Tensor, along: Tensor) -> Tensor:
+    """Return how far vectors are from multiples of others, parts along the third apart, as a share, ``[layers]``."""
+    values, others = _without(values, along), _without(others, along)
+    rest = _without(values, others)
+    return rest.norm(dim=1) / values.norm(dim=1).clamp(min=torch.finfo(values.dtype).tiny)
 
 
 def _sum_of_next(tensors: Iterator[Tensor], count: int) -> Tensor:
@@ -172,14 +221,16 @@ def _sum_of_next(tensors: Iterator[Tensor], count: int) -> Tensor:
 
 def _stacked(matrices: Sequence[Tensor | None], device: torch.device) -> Tensor:
     """Return matrices together, filled up with zeros where a layer has fewer channels."""
-    filled = []
+    filled: list[Tensor] = []
     for matrix in matrices:
-        assert matrix is not None
+        if matrix is None:  # a gradient that is gone
+            filled.append(torch.zeros(MOST_CHANNELS, MOST_CHANNELS, device=device))
+            continue
         height, width = matrix.shape
         is_full = height == width == MOST_CHANNELS
         matrix = matrix if is_full else F.pad(matrix, (0, MOST_CHANNELS - width, 0, MOST_CHANNELS - height))
         filled.append(matrix.to(device))
-    return torch.stack(filled)
+    return torch.stack(filled).flatten(1)  # [layers, 16]
 
 
 def _spread(num_channels: int) -> slice:

@@ -26,6 +26,7 @@ from kfac_sua.preconditioner.faults import (
     report_frozen,
     report_missing,
     report_other_examples,
+    report_replaced,
     report_small_damping,
     report_unexplained,
     unused_gradients,
@@ -235,7 +236,7 @@ class KroneckerPreconditioner:
         self._replaced: list[UncompiledWhileRecording | PreconditionedLayer] = [*self._layers.values()]
         self._run_uncompiled(compiled_modules(model))
         self._fisher_passes = 0
-        self._unexplained: LaterFlags | None = None
+        self._odd_gradients: LaterFlags | None = None
         # The hooks must not outlive the preconditioner: they would go on recording for nobody.
         self._release = weakref.finalize(self, _release, self._capture, self._replaced)
         self._begin_step()
@@ -443,7 +444,7 @@ class KroneckerPreconditioner:
             self._measure(scale, loss_weight, is_judged=not self._inversion_judges, needs_gradients=True)
         if self.inverses_due:
             self.update_inverses()
-        self._report_unexplained()
+        self._report_odd_gradients()
         observer = self._interested_observer()
         if observer is not None:
             observer.observe()
@@ -466,7 +467,7 @@ class KroneckerPreconditioner:
         """
         self._check_in_use()
         self._measure(loss_scale, loss_weight, is_judged=True, needs_gradients=False)
-        self._report_unexplained()
+        self._report_odd_gradients()
 
     @torch.no_grad()
     def _measure(self, loss_scale: float, loss_weight: float, *, is_judged: bool, needs_gradients: bool) -> None:
@@ -494,16 +495,15 @@ class KroneckerPreconditioner:
                 scalings.carry_out()
                 report_other_examples(self._layers.values(), self._events)
             finally:  # a refused mini-batch must not spoil the next one
-                self._forget_passes()
-            unexplained = settled.unexplained
+                self._capture.clear()
+                self._fisher_passes = 0
+            flags = settled.flags
             if self._processes is not None:
                 measured = self._join(measured, self._processes)
-                counts = unexplained.float()
+                counts = flags.float()
                 self._processes.add_up_(counts, "checks")
-                unexplained = counts > 0
-            self._unexplained = LaterFlags(unexplained)
-            for name in settled.added_to_used:
-                report_added_to_used(name, self._events)
+                flags = counts > 0
+            self._odd_gradients = LaterFlags(flags)
             present = {name: factors for name, factors in measured.items() if factors is not None}
             if not present and not settled.empty:
                 raise RuntimeError(nothing_recorded(self.settings.fisher_type))
@@ -624,7 +624,7 @@ class KroneckerPreconditioner:
         self.num_steps, self.seed = state["num_steps"], state["seed"]
         self._damping = float(state["damping"])
         self._events.counts = Counter(state["events"])
-        self.discard()
+        self._forget_passes()
         observer = None if self._observer is None else self._observer()
         if observer is not None:
             observer.forget()
@@ -672,18 +672,16 @@ class KroneckerPreconditioner:
 
     @contextmanager
     def _paused(self) -> Iterator[None]:
-        before = self._capture.is_paused
-        self._set_paused(True)
+        leaves_out = self._capture.is_paused
+        were_paused = [layer.pause(True) for layer in self._layers.values()]
+        self._capture.is_paused |= self._capture.enabled
         try:
             with self._recording(False):
                 yield
         finally:
-            self._set_paused(before)
-
-    def _set_paused(self, is_paused: bool) -> None:
-        self._capture.is_paused = is_paused
-        for layer in self._layers.values():
-            layer.pause(is_paused)
+            self._capture.is_paused = leaves_out
+            for layer, was_paused in zip(self._layers.values(), were_paused, strict=True):
+                layer.pause(was_paused)
 
     def _begin_step(self) -> None:
         """Record statistics if they are due; otherwise let layers apply their inverses in the backward pass."""
@@ -719,14 +717,17 @@ class KroneckerPreconditioner:
             if is_frozen(layer.module):
                 report_frozen(layer, self._events)
 
-    def _report_unexplained(self) -> None:
-        """Name the layers whose gradient was found not to be that of their recorded calls."""
-        if self._unexplained is None:
+    def _report_odd_gradients(self) -> None:
+        """Name the layers whose gradient was found not to be that of their recorded calls alone."""
+        if self._odd_gradients is None:
             return
-        for name, is_unexplained in zip(self._layers, self._unexplained.read(), strict=True):
-            if is_unexplained:
-                report_unexplained(name, self._events)
-        self._unexplained = None
+        names, found = list(self._layers), self._odd_gradients.read()
+        for number, report in enumerate((report_unexplained, report_replaced, report_added_to_used)):
+            of_layers = found[number * len(names) : (number + 1) * len(names)]
+            for name, is_odd in zip(names, of_layers, strict=True):
+                if is_odd:
+                    report(name, self._events)
+        self._odd_gradients = None
 
     def _check_in_use(self) -> None:
         """Refuse to be used after the hooks were removed: what comes then would be right for no model."""
@@ -750,7 +751,7 @@ class KroneckerPreconditioner:
         return self.inverses_due and not self.settings.needs_dense_factors
 
     def _forget_passes(self) -> None:
-        self._capture.clear()
+        self._capture.forget()
         self._fisher_passes = 0
 
     def _has_finite_gradients(self) -> bool:

@@ -1,12 +1,14 @@
 """One preconditioned layer: its module, block layout, statistics, running average and inverse."""
 
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from kfac_sua.preconditioner.apply import precondition_
 from kfac_sua.preconditioner.capture import PhaseSource
@@ -28,7 +30,7 @@ from kfac_sua.preconditioner.settings import Application, KroneckerSettings, Pro
 from kfac_sua.preconditioner.state import to_be_written_over, written_over
 from kfac_sua.preconditioner.statistics import LayerStatistics
 from kfac_sua.preconditioner.two_sided import TwoSidedForward, can_be_two_sided
-from kfac_sua.preconditioner.used import is_used_up, mark_used_up
+from kfac_sua.preconditioner.used import is_used_up, mark_fresh, mark_used_up
 
 
 @dataclass
@@ -66,6 +68,7 @@ class PreconditionedLayer:
     num_processes: int = 1
     keeps_factors: bool = False
     factors: LayerFactors | None = None
+    _hooked: tuple[weakref.ReferenceType[nn.Parameter], RemovableHandle] | None = None
 
     @classmethod
     def make(
@@ -127,10 +130,12 @@ class PreconditionedLayer:
                 math.ceil((self.num_examples or 0) / self.num_processes) if is_shared else None
             )
 
-    def pause(self, is_paused: bool) -> None:
-        """Leave the gradients of coming forward passes plain, or no more."""
-        if self.two_sided is not None:
-            self.two_sided.is_paused = is_paused
+    def pause(self, is_paused: bool) -> bool:
+        """Leave the gradients of coming forward passes plain, or no more; return whether they were left so."""
+        if self.two_sided is None:
+            return False
+        was_paused, self.two_sided.is_paused = self.two_sided.is_paused, is_paused
+        return was_paused
 
     def measured(self, factors: LayerFactors) -> None:
         """Take in the factors of a mini-batch."""
@@ -197,13 +202,18 @@ class PreconditionedLayer:
 
     @property
     def is_used_up(self) -> bool:
-        """Whether its gradient has been preconditioned before, and has not changed since."""
-        return self.weight.grad is not None and is_used_up(self.weight.grad)
+        """Whether its gradient has been preconditioned before, and nothing was added to it since."""
+        return is_used_up(self.weight)
 
     def mark_used_up(self) -> None:
-        """Remember that its gradient is preconditioned."""
-        if self.inverse is not None and self.weight.grad is not None:
-            mark_used_up(self.weight.grad)
+        """Remember that its gradient is preconditioned, until autograd adds to it."""
+        weight = self.weight
+        if self.inverse is None or weight.grad is None:
+            return
+        if self._hooked is None or self._hooked[0]() is not weight:
+            self._unhook()
+            self._hooked = weakref.ref(weight), weight.register_post_accumulate_grad_hook(mark_fresh)
+        mark_used_up(weight)
 
     @property
     def preconditioned_grads(self) -> list[Tensor]:
@@ -273,9 +283,15 @@ class PreconditionedLayer:
         return None if self.average.value is None else self.average.value.gradient.values
 
     def remove(self) -> None:
-        """Give the module its own forward back."""
+        """Give the module its own forward back, and take the hook off its weight."""
+        self._unhook()
         if self.two_sided is not None:
             self.two_sided.remove()
+
+    def _unhook(self) -> None:
+        if self._hooked is not None:
+            self._hooked[1].remove()
+            self._hooked = None
 
 
 def side_costs(

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from kfac_sua.preconditioner.backward import NO_TASK, current_task
+from kfac_sua.preconditioner.backward import NO_TASK, GradUse, current_task, use_of_grad
 from kfac_sua.preconditioner.forms.unfold import to_locations
 from kfac_sua.preconditioner.gradient_check import GradientCheck
 from kfac_sua.preconditioner.statistics import Call, LayerStatistics, ModelPass
-from kfac_sua.preconditioner.used import is_used_up
+from kfac_sua.preconditioner.used import old_grad
 
 
 class Listener(Protocol):
@@ -40,8 +40,9 @@ class LayerRecorder:
 
     Attributes:
         weight_shape: Shape of the layer's weight.
-        adds_to_used: Whether the step's gradients were added to those of a step before, already preconditioned.
-        is_excused: Whether a call was not recorded on purpose, so that its gradient cannot add up.
+        old_grad: Whether the step's gradients were added to one that had been preconditioned; a 0-d tensor where only
+            the device knows.
+        is_excused: Whether the gradient of a pass that was left out on purpose is part of the layer's.
     """
 
     def __init__(
@@ -64,8 +65,13 @@ class LayerRecorder:
         assert isinstance(weight, Tensor)
         return weight
 
+    def forget(self) -> None:
+        """Forget everything recorded, and let no backward pass of it count any more."""
+        self.statistics.forget_open()
+        self.clear()
+
     def clear(self) -> None:
-        """Forget everything recorded."""
+        """Forget what has been recorded for a step, but not the calls whose backward pass is still to come."""
         self.statistics.clear()
         self._check.clear()
         for handle in self._handles:
@@ -73,11 +79,8 @@ class LayerRecorder:
         self._handles.clear()
         self._nodes.clear()
         self._tasks: dict[int, list[Call]] = {}
-        self._task_of: dict[Call, int] = {}
-        self._of_inputs: dict[Call, Tensor] = {}
-        self._recomputed: list[Call] = []
         self._version = 0
-        self.adds_to_used = False
+        self.old_grad: Tensor | bool = False
         self.is_excused = False
 
     def add_call(self, inputs: Tensor, output_shape: torch.Size, model_pass: ModelPass) -> Call:
@@ -86,14 +89,15 @@ class LayerRecorder:
         Inside a backward pass activation checkpointing runs the layer again. In its reentrant mode that call is the one
         whose gradient will come; in the other one it was recorded before, and the second call gets none. So there the
         inputs wait.
+
+        Returns:
+            The call, to be held on to as long as a gradient may come.
         """
         self._watch()
-        is_recomputed = current_task() != NO_TASK
-        call = self.statistics.add_call(inputs, output_shape, model_pass, waits=is_recomputed)
-        if is_recomputed:
-            self._recomputed.append(call)
-        else:
-            self._project(call, to_locations(inputs.detach(), self.statistics.geometry))
+        waits = current_task() != NO_TASK
+        call = self.statistics.add_call(inputs, output_shape, model_pass, waits=waits)
+        if not waits:
+            call.compared = self._check.of_inputs(to_locations(inputs.detach(), self.statistics.geometry))
         return call
 
     def receive(self, call: Call, output_grads: Tensor) -> None:
@@ -103,26 +107,26 @@ class LayerRecorder:
             call: The call.
             output_grads: Gradient with respect to its output.
         """
+        if call.is_forgotten or call.counted_in not in (None, self.statistics.step):
+            return  # of a step before, or given up
+        self._watch()
         task = current_task()
-        if call in self._recomputed:
-            self._recomputed.remove(call)
-        else:
-            self._drop_recomputed()
-        if call.inputs is not None:
-            self._project(call, call.inputs)
         if task not in self._tasks:
             self._begin(task)
-        before = self._task_of.get(call)
+        if call.inputs is not None:
+            call.compared = self._check.of_inputs(call.inputs)
         if self._from_training_loss:
-            if before not in (None, task) and not call.is_counted:
+            if call.task not in (None, task) and call.counted_in is None:
                 call.forget_output_grads()  # that backward pass did not get to ``.grad``
             self.statistics.add_output_grads(output_grads, call)
-        if before is not None and call in self._tasks[before]:
-            self._tasks[before].remove(call)
-        self._task_of[call] = task
+        call.task = task
         self._tasks[task].append(call)
-        if call in self._of_inputs:
-            self._check.expect(task, self._of_inputs[call], output_grads)
+        if call.compared is not None:
+            self._check.expect(task, call.compared, output_grads)
+
+    def excuse(self) -> None:
+        """Note that a pass that was left out has come by, on its way to ``.grad`` perhaps."""
+        self.is_excused |= use_of_grad(self.weight) is GradUse.ACCUMULATED
 
     def count_sampled(self) -> None:
         """Count calls by the output gradients handed over alone, where no training loss has shown which count."""
@@ -132,8 +136,8 @@ class LayerRecorder:
     def forget_counted(self) -> None:
         """Forget what has been counted: its gradient was thrown away."""
         self.statistics.forget_counted()
-        self._check.clear()
-        self.adds_to_used = False
+        self._check.forget()
+        self.old_grad = False
 
     @property
     def check(self) -> GradientCheck:
@@ -144,10 +148,6 @@ class LayerRecorder:
         if self.is_excused or self.weight._backward_hooks:
             self._check.clear()
         return self._check
-
-    @torch.no_grad()
-    def _project(self, call: Call, inputs: Tensor) -> None:
-        self._of_inputs[call] = self._check.of_inputs(inputs)
 
     def _watch(self) -> None:
         """Be told where the weight's gradient is accumulated."""
@@ -160,34 +160,32 @@ class LayerRecorder:
         """See what has become of the gradient of earlier backward passes, before another one adds to it."""
         self._tasks[task] = []
         grad = self.weight.grad
-        if not self.statistics.num_counted:
-            self.adds_to_used = grad is not None and is_used_up(grad)
+        if not self.statistics.num_counted and self._check.is_empty:
+            self.old_grad = old_grad(self.weight)
         elif grad is None or (grad._version != self._version and not bool(grad.any())):
             self.forget_counted()
 
     @torch.no_grad()
     def _before_adding(self, grads: tuple[Tensor | None, ...]) -> None:
         task, (grad,) = current_task(), grads
-        if self._listener.enabled and grad is not None and self._tasks.get(task):
-            self._check.compare(task, grad)
+        if not self._listener.enabled or grad is None:
+            return
+        if task not in self._tasks:
+            self._begin(task)
+        self._check.compare(task, grad)
 
     @torch.no_grad()
     def _added(self, *unused: object) -> None:
         del unused
         calls = self._tasks.pop(current_task(), [])
-        if not self._listener.enabled or not calls:
+        if not self._listener.enabled:
             return
-        landed = [call for call in calls if call.samples and not call.is_counted]
-        for call in landed:
-            self._of_inputs.pop(call, None)
-        self.statistics.count(landed)
         grad = self.weight.grad
         self._version = 0 if grad is None else grad._version
+        if not calls:
+            return
+        self.statistics.count([call for call in calls if call.samples])
+        if self._from_training_loss:  # nothing is to be compared with them once more
+            for call in calls:
+                call.compared = None
         self._listener.end_pass()
-
-    def _drop_recomputed(self) -> None:
-        """Let go of recomputed calls that get no gradient: one recorded before has got it."""
-        for call in self._recomputed:
-            self.statistics.open_calls.remove(call)
-            self._of_inputs.pop(call, None)
-        self._recomputed.clear()

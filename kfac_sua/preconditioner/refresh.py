@@ -25,6 +25,10 @@ SMALL_DAMPING = {DampingRule.factored: 1e-7, DampingRule.factored_pi: 1e-7, Damp
 """Damping, as a share of a block's trace, below which preconditioned gradients in float32 may be off by 1 % and more,
 measured against float64 (``tests/preconditioner/test_small_damping.py``)."""
 
+SMALL_ON_A_SIDE = 1e-6
+"""The same for √(ε/scale) as a share of one factor's trace, where it is added to both alike: inputs whose mean is far
+from zero make one factor large and leave the other."""
+
 Refreshed = Outcome[LayerInverse | None]
 """A layer's fresh inverse, and what became of its blocks; ``None`` where they have no eigenbasis."""
 
@@ -58,7 +62,7 @@ def refresh_layers(
 def _eigenbases(
     layers: Sequence[LayerFactors], settings: KroneckerSettings, shared: SharedInversion | None
 ) -> list[Refreshed]:
-    are_small = damping_shares(layers, settings) < FLOAT64_BELOW
+    are_small = damping_shares(layers, settings).prod(0) < FLOAT64_BELOW
     factors: list[Factor] = []
     for layer, is_small in zip(layers, are_small.tolist(), strict=True):
         sides = (layer.activation, layer.gradient)
@@ -76,19 +80,29 @@ def _eigenbases(
 
 
 def damping_shares(layers: Sequence[LayerFactors], settings: KroneckerSettings) -> Tensor:
-    """Return the damping as a share of the trace of each layer's Fisher block, ``[layers]``, on the device.
+    """Return √(ε/scale) as a share of the trace of each layer's factors, ``[2, layers]``, on the device.
 
-    The trace is at least the largest eigenvalue, so that the share is at most the damping's share of that.
+    The product of both shares is that of the damping in the trace of the layer's Fisher block. A trace is at least the
+    largest eigenvalue, so that a share is at most the share of that.
     """
-    activation = traces_of([layer.activation for layer in layers], [layer.scale for layer in layers])
-    gradient = traces_of([layer.gradient for layer in layers], [1.0] * len(layers))
-    return settings.damping / (activation * gradient).clamp(min=torch.finfo(activation.dtype).tiny)
+    roots = [layer.scale**0.5 for layer in layers]
+    traces = torch.stack(
+        [
+            traces_of([layer.activation for layer in layers], roots),
+            traces_of([layer.gradient for layer in layers], roots),
+        ]
+    )
+    return settings.damping**0.5 / traces.clamp(min=torch.finfo(traces.dtype).tiny)
 
 
 def small_dampings(layers: Sequence[LayerFactors], settings: KroneckerSettings) -> Tensor:
     """Return of each layer whether its damping is too small for the precision of its factors, ``[layers]``."""
     shares = damping_shares(layers, settings)
-    is_small = (shares > 0) & (shares < SMALL_DAMPING[settings.damping_rule])  # 0 beside what is infinite
+    product = shares.prod(0)
+    is_small = product < SMALL_DAMPING[settings.damping_rule]
+    if settings.damping_rule is DampingRule.factored:
+        is_small |= shares.amin(0) < SMALL_ON_A_SIDE
+    is_small &= product > 0  # beside what is infinite it is 0
     in_float64 = [layer.gradient.values.dtype == torch.float64 for layer in layers]
     return is_small & ~torch.tensor(in_float64).to(shares.device) if any(in_float64) else is_small
 

@@ -4,6 +4,7 @@ A call of the layer is measured on its own and *counted* once it is known that i
 (see ``recorder``). Calls that are never counted leave no trace.
 """
 
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -50,7 +51,10 @@ class Call:
         input_sums: Under ``reduce``, sums of the inputs over locations, per example.
         output_grad_sums: The same of the output gradients, by ``sample``.
         samples: Backward passes whose output gradient has arrived: one, or one per class for the ``exact`` Fisher.
-        is_counted: Whether it has been counted.
+        counted_in: The step that it was counted in; ``None`` if it has not been.
+        is_forgotten: Whether it is not to be counted any more.
+        task: The last backward pass on its way to ``.grad`` that has come by.
+        compared: Some of its inputs, for ``gradient_check``.
     """
 
     model_pass: ModelPass
@@ -62,7 +66,10 @@ class Call:
     input_sums: Tensor | None = None
     output_grad_sums: dict[int, Tensor] = field(default_factory=dict)
     samples: set[int] = field(default_factory=set)
-    is_counted: bool = False
+    counted_in: object = None
+    is_forgotten: bool = False
+    task: int | None = None
+    compared: Tensor | None = None
 
     def forget_output_grads(self) -> None:
         """Forget the output gradients of a backward pass whose weight gradient did not get into ``.grad``."""
@@ -98,7 +105,11 @@ class LayerStatistics:
         max_gradient_rows: The same for the gradient factor.
         sampled_rows: Rows of the activation factor measured at most per call; ``None`` for all.
 
+    A call that is not counted yet lives as long as autograd's graph refers to it: one that no backward pass can reach
+    any more takes no memory.
+
     Attributes:
+        step: What stands for the step that calls are counted in.
         was_empty: Whether the layer was called with no examples.
     """
 
@@ -119,13 +130,19 @@ class LayerStatistics:
         self.reduce = reduce
         self.max_rows = (max_activation_rows, max_gradient_rows)
         self._max_sampled_rows = sampled_rows
+        self._open_calls: list[weakref.ReferenceType[Call]] = []
         self.clear()
 
     def clear(self) -> None:
-        """Forget everything collected."""
-        self.open_calls: list[Call] = []
+        """Forget what has been collected for a step, but not the calls whose backward pass is still to come."""
+        self.step = object()
         self.was_empty = False
         self.forget_counted()
+
+    def forget_open(self) -> None:
+        """Forget the calls that have not been counted."""
+        for call in self.open_calls:
+            call.is_forgotten = True
 
     def forget_counted(self) -> None:
         """Forget the calls that were counted, as when their gradient is thrown away."""
@@ -134,6 +151,14 @@ class LayerStatistics:
         self._gradient = MomentAccumulator(most_gradient)
         self._passes: dict[int, _Pass] = {}
         self._unlike: tuple[int, int] | None = None
+
+    @property
+    def open_calls(self) -> list[Call]:
+        """Calls that have not been counted and still may be, in their order."""
+        alive = [call for reference in self._open_calls if (call := reference()) is not None]
+        alive = [call for call in alive if call.counted_in is None and not call.is_forgotten]
+        self._open_calls = [weakref.ref(call) for call in alive]
+        return alive
 
     @property
     def num_counted(self) -> int:
@@ -163,13 +188,13 @@ class LayerStatistics:
             waits: Measure the inputs when an output gradient arrives, and hold on to them until then.
 
         Returns:
-            The call, to hand to :meth:`add_output_grads` and :meth:`count`.
+            The call, to hold on to, and to hand to :meth:`add_output_grads` and :meth:`count`.
         """
         inputs = to_locations(inputs.detach(), self.geometry)
         call = Call(model_pass, inputs.shape[0], self._num_locations(output_shape), inputs)
         if not waits:
             self._measure_inputs(call)
-        self.open_calls.append(call)
+        self._open_calls.append(weakref.ref(call))
         return call
 
     @torch.no_grad()
@@ -185,7 +210,7 @@ class LayerStatistics:
         Raises:
             RuntimeError: If the call has had this output gradient before.
         """
-        if call.is_counted or sample in call.samples:
+        if call.counted_in is not None or sample in call.samples:
             raise RuntimeError(
                 f"Layer {self.name!r}: a second backward pass reached one forward pass while statistics were recorded; "
                 f"add losses up for one backward pass, and run passes that are not the training step's inside "
@@ -199,8 +224,7 @@ class LayerStatistics:
             call.output_grad_sums[sample] = rows
             return
         if call.gradient is None:
-            others = [one.gradient for one in self.open_calls if one.gradient is not None]
-            call.gradient = MomentAccumulator(_room(self.max_rows[1], [self._gradient, *others]))
+            call.gradient = MomentAccumulator(self.max_rows[1])
         call.gradient.add(rows)
 
     @torch.no_grad()
@@ -209,27 +233,27 @@ class LayerStatistics:
 
         Their rows are kept in the order of the calls, as are those of processes that have a call each.
         """
-        for call in sorted(calls, key=self.open_calls.index):
-            call.is_counted = True
-            self.open_calls.remove(call)
+        chosen = set(map(id, calls))
+        joined = []
+        for call in [call for call in self.open_calls if id(call) in chosen]:
+            call.counted_in = self.step
             one = self._passes.setdefault(call.model_pass.index, _Pass(call.model_pass, call.num_examples))
             if one.num_examples != call.num_examples:
                 self._unlike = min(one.num_examples, call.num_examples), max(one.num_examples, call.num_examples)
                 continue
             one.num_locations += call.num_locations
-            if self.reduce:
-                assert call.input_sums is not None
-                one.input_sums = call.input_sums if one.input_sums is None else one.input_sums + call.input_sums
-                for sample, sums in call.output_grad_sums.items():
-                    before = one.output_grad_sums.get(sample)
-                    one.output_grad_sums[sample] = sums if before is None else before + sums
-            else:
-                assert call.activation is not None
-                assert call.gradient is not None
-                self._activation.absorb(call.activation)
-                self._gradient.absorb(call.gradient)
-            call.activation = call.input_sums = None
-            call.forget_output_grads()
+            if not self.reduce:
+                joined.append(call)
+                continue
+            assert call.input_sums is not None
+            one.input_sums = call.input_sums if one.input_sums is None else one.input_sums + call.input_sums
+            for sample, sums in call.output_grad_sums.items():
+                before = one.output_grad_sums.get(sample)
+                one.output_grad_sums[sample] = sums if before is None else before + sums
+        self._activation.absorb([call.activation for call in joined if call.activation is not None])
+        self._gradient.absorb([call.gradient for call in joined if call.gradient is not None])
+        for call in joined:
+            call.activation = call.gradient = None
 
     def factors(
         self, *, grads_of_mean_loss: bool, loss_scale: float = 1.0, scalings: Scalings | None = None
@@ -285,8 +309,7 @@ class LayerStatistics:
         if self.reduce:
             call.input_sums = moments.reduced_activation_rows(inputs, self.geometry, self.layout)
             return
-        others = [one.activation for one in self.open_calls if one.activation is not None]
-        call.activation = self._activation_accumulator(_room(self.max_rows[0], [self._activation, *others]))
+        call.activation = self._activation_accumulator(self.max_rows[0])
         call.activation.add_inputs(inputs)
 
     def _activation_accumulator(self, max_rows: int) -> ActivationAccumulator:
@@ -304,13 +327,3 @@ class LayerStatistics:
         if self.geometry.is_convolution:
             return output_shape[-1] * output_shape[-2]
         return max(1, output_shape[1:-1].numel()) if len(output_shape) > 1 else 1
-
-
-def _room(most: int, accumulators: Iterable[MomentAccumulator]) -> int:
-    """Return how many rows may be kept beside those of other accumulators, which will be joined."""
-    taken = 0
-    for one in accumulators:
-        if one.is_folded:
-            return 0
-        taken += one.num_rows
-    return max(0, most - taken)

@@ -395,7 +395,7 @@ def test_a_shared_layer_in_checkpoints_has_the_factors_without(where, kind, fish
                 outputs = run(net, part) if is_checkpointed and where == "all" else net(part)
                 preconditioner.fisher_backward(outputs)
                 waiting.append(F.cross_entropy(outputs, part_labels, reduction="sum") / 12)
-                if len(waiting) == 2 or where == "nested" or part is parts[-1]:
+                if len(waiting) == 2 or part is parts[-1]:
                     sum(waiting).backward()
                     waiting.clear()
         preconditioner.step()
@@ -564,6 +564,179 @@ def test_an_adjoint_of_the_output_that_a_hook_changes_is_what_is_recorded():
         assert not preconditioner.events
         grads.append(net[2].weight.grad)
     torch.testing.assert_close(grads[1], -grads[0], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("fisher_type", ["mc", "exact"])
+@pytest.mark.parametrize("application", ["weight", "auto"])
+def test_two_losses_of_one_pass_count_once_where_labels_are_sampled(fisher_type, application):
+    """The training loss only shows which pass counts: as one loss or as two, by one graph."""
+    grads = []
+    for is_split in (False, True):
+        net = make_net()
+        preconditioner = KroneckerPreconditioner(net, fisher_type=fisher_type, application=application)
+        outputs = net(images())
+        preconditioner.fisher_backward(outputs)
+        losses = F.cross_entropy(outputs, LABELS), outputs.square().mean()
+        if is_split:
+            losses[0].backward(retain_graph=True)
+            losses[1].backward()
+        else:
+            sum(losses).backward()
+        preconditioner.step()
+        grads.append([parameter.grad for parameter in net.parameters()])
+    for got, want in zip(*grads, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("settings", SETTINGS[:6], ids=str)
+def test_a_forward_pass_before_the_step_counts_in_the_next(settings):
+    """Loops that prefetch their outputs, with statistics in every step, train as those that do not."""
+    results = []
+    for is_ahead in (False, True):
+        net = make_net()
+        preconditioner = KroneckerPreconditioner(net, inverse_period=1, **settings)
+        outputs = net(images(0)) if is_ahead else None
+        for index in range(3):
+            net.zero_grad()
+            outputs = outputs if is_ahead else net(images(index))
+            ahead = net(images(index + 1)) if is_ahead else None
+            F.cross_entropy(outputs, LABELS).backward()
+            outputs = ahead
+            preconditioner.step()  # without an update, which would be in the way of the prefetched pass
+            results.append([parameter.grad.clone() for parameter in net.parameters()])
+        assert not preconditioner.events
+    for step in range(3):
+        for got, want in zip(results[3 + step], results[step], strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-14)
+
+
+def test_a_pass_of_a_step_before_does_not_count_again():
+    """Its graph is kept, and differentiated once more after step(), discard() and load_state_dict()."""
+    for end in ("step", "discard", "load"):
+        net = make_net()
+        preconditioner = KroneckerPreconditioner(net, inverse_period=1)
+        loss = F.cross_entropy(net(images(3)), LABELS)
+        loss.backward(retain_graph=True)
+        state = copy.deepcopy(preconditioner.state_dict())
+        {"step": preconditioner.step, "discard": preconditioner.discard}.get(
+            end, lambda state=state, one=preconditioner: one.load_state_dict(state)
+        )()
+        net.zero_grad()
+        F.cross_entropy(net(images()), LABELS).backward()
+        loss.backward()
+        preconditioner.step()
+        assert {layer.num_examples for layer in preconditioner.layers} == {8}
+        assert preconditioner.events == {f"gradient_not_explained:{name}": 1 for name in ("0", "2", "5", "7")}
+
+
+def test_clipping_does_not_make_a_used_gradient_fresh():
+    """After step() gradients are clipped: a second step(), another preconditioner and added gradients are noticed."""
+    net = make_net()
+    preconditioners = [KroneckerPreconditioner(net, inverse_period=2) for _ in range(2)]
+    for index in range(3):
+        train_pass(net, preconditioners[0], images(index))
+        preconditioners[0].step()
+        nn.utils.clip_grad_norm_(net.parameters(), 0.1)
+        for again in (preconditioners[0].step, preconditioners[1].step):
+            with pytest.raises(RuntimeError, match="have been preconditioned already"):
+                again()
+    assert preconditioners[0].events == {f"used_gradient:{name}": 1 for name in ("0", "2", "5", "7")}
+    net.zero_grad(set_to_none=False)
+    train_pass(net, preconditioners[0], images(4))
+    preconditioners[0].step()
+    assert len(preconditioners[0].events) == 4  # zeroed gradients are fresh
+
+
+def data_zeroed(net, preconditioner):
+    """Throw a pass away without a trace in the version of its gradient."""
+    train_pass(net, preconditioner, images(5))
+    for parameter in net.parameters():
+        parameter.grad.data.zero_()
+    train_pass(net, preconditioner, images())
+
+
+def undone(net, preconditioner):
+    """Take a second pass back."""
+    train_pass(net, preconditioner, images())
+    saved = [parameter.grad.clone() for parameter in net.parameters()]
+    train_pass(net, preconditioner, images(5))
+    for parameter, grad in zip(net.parameters(), saved, strict=True):
+        parameter.grad.copy_(grad)
+
+
+def restored(net, preconditioner):
+    """Keep a gradient apart, take another pass, and put the first one back."""
+    train_pass(net, preconditioner, images())
+    saved = [parameter.grad for parameter in net.parameters()]
+    net.zero_grad()
+    train_pass(net, preconditioner, images(5))
+    for parameter, grad in zip(net.parameters(), saved, strict=True):
+        parameter.grad = grad
+
+
+def zeroed_in_place(net, preconditioner):
+    """Zero gradients before they are used."""
+    train_pass(net, preconditioner, images())
+    net.zero_grad(set_to_none=False)
+
+
+@pytest.mark.parametrize("settings", [SETTINGS[0], SETTINGS[3], SETTINGS[4]], ids=str)
+@pytest.mark.parametrize("loop", [data_zeroed, undone, restored, zeroed_in_place], ids=lambda loop: loop.__name__)
+def test_gradients_replaced_behind_the_back_are_named(loop, settings, caplog):
+    """The statistics are of passes that are not in ``.grad``: each layer is named."""
+    net = make_net()
+    preconditioner = KroneckerPreconditioner(net, **settings)
+    loop(net, preconditioner)
+    preconditioner.step()
+    assert preconditioner.events == {f"gradient_replaced:{name}": 1 for name in ("0", "2", "5", "7")}
+    assert "its gradient at step() is zero, or that of some of its backward passes alone" in caplog.text
+
+
+def test_a_use_of_the_weight_in_a_backward_pass_of_its_own_is_named():
+    """As in one with the calls; a pass inside paused() that adds nothing does not hide it."""
+    for is_paused in (False, True):
+        net = make_net()
+        preconditioner = KroneckerPreconditioner(net)
+        if is_paused:
+            with preconditioner.paused():
+                adversarial(net, preconditioner)
+        train_pass(net, preconditioner, images())
+        net[5].weight.abs().sum().backward()
+        preconditioner.step()
+        assert preconditioner.events == {"gradient_not_explained:5": 1}
+
+
+def test_a_state_loaded_before_the_step_keeps_what_the_gradient_carries():
+    """Under ``auto`` the sides that a plain step's gradient carries are not applied once more."""
+    grads = []
+    for application in ("weight", "auto"):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 20, 3, bias=False), nn.Flatten(), nn.Linear(80, 3)).to(DTYPE)
+        preconditioner = KroneckerPreconditioner(net, application=application, inverse_period=5)
+        for index in range(2):
+            net.zero_grad()
+            x = torch.randn(8, 3, 4, 4, dtype=DTYPE, generator=torch.Generator().manual_seed(index))
+            F.cross_entropy(net(x), LABELS).backward()
+            if index:
+                preconditioner.load_state_dict(copy.deepcopy(preconditioner.state_dict()))
+            preconditioner.step()
+        grads.append(net[0].weight.grad)
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-14)
+
+
+def test_passes_that_never_land_take_no_memory():
+    """Forward passes without a backward pass, and backward passes that leave ``.grad`` alone, are let go of."""
+    net = make_net()
+    preconditioner = KroneckerPreconditioner(net)
+    for index in range(3):
+        evaluation(net, preconditioner)
+        adversarial(net, preconditioner)
+        outputs = net(images(index))
+        del outputs
+    assert not any(layer.statistics.open_calls for layer in preconditioner.layers)
+    train_pass(net, preconditioner, images())
+    preconditioner.step()
+    assert {layer.num_examples for layer in preconditioner.layers} == {8}
 
 
 def test_a_copy_of_the_model_in_a_library_less_place_is_no_concern_of_the_original():

@@ -78,4 +78,4 @@ def test_exact_damping_is_decomposed_in_float64_where_its_share_is_small(monkeyp
     assert set(dtypes) == {torch.float32}
     preconditioned(copy.deepcopy(net).float(), inputs.float(), damping=1e-6, damping_rule="exact")
     assert torch.float64 in dtypes
-    assert "5: small damping; damping 1e-06 is less than 1e-06 of the trace of its Fisher block" in caplog.text
+    assert "5: small damping; damping 1e-06 is so small beside the trace of its Fisher block" in caplog.text

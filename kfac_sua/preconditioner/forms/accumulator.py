@@ -1,5 +1,6 @@
 """A moment as it adds up over the calls and micro-batches of a step: as rows while these are few, then as blocks."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -57,14 +58,9 @@ class MomentAccumulator:
         """Rows kept."""
         return sum(part.num_rows for part in self._parts)
 
-    @property
-    def is_folded(self) -> bool:
-        """Whether rows have been folded, so that no more are kept."""
-        return self._sum is not None
-
     def has_room(self, num_rows: int) -> bool:
         """Whether so many more rows may be kept."""
-        return not self.is_folded and self.num_rows + num_rows <= self._max_rows
+        return self._sum is None and self.num_rows + num_rows <= self._max_rows
 
     def add(self, rows: Tensor) -> None:
         """Add rows, ``[num_blocks, n, d]``, to be kept if there is room."""
@@ -88,15 +84,20 @@ class MomentAccumulator:
             assert type(moment) is type(self._sum), "moments of two forms do not add up"
             self._sum.values.add_(moment.values)
 
-    def absorb(self, other: "MomentAccumulator") -> None:
-        """Take over what another has accumulated, which is not to be used any more."""
-        for part in other._parts:
-            if self.has_room(part.num_rows):
-                self.keep(part)
-            else:
-                self.add_moment(part.summed(sum_form(part.width)))
-        if other._sum is not None:
-            self.add_moment(other._sum)
+    def absorb(self, others: "Sequence[MomentAccumulator]") -> None:
+        """Take over what others have accumulated, which are not to be used any more."""
+        parts = [part for other in others for part in other._parts]
+        if self.has_room(sum(part.num_rows for part in parts)):
+            self._parts += parts
+            parts = []
+        rows = [part for part in parts if isinstance(part, RowsFactor)]
+        if len(rows) > 1:  # one product for many calls
+            parts = [RowsFactor.joined(rows, 1.0), *(part for part in parts if not isinstance(part, RowsFactor))]
+        for part in parts:
+            self.add_moment(part.summed(sum_form(part.width)))
+        for other in others:
+            if other._sum is not None:
+                self.add_moment(other._sum)
 
     def factor(self, normaliser: float, scalings: Scalings) -> Factor:
         """Return the accumulated moment times ``normaliser``, once the scalings are carried out."""
@@ -150,15 +151,16 @@ class ActivationAccumulator(MomentAccumulator):
         while self._inputs:
             self.add_moment(self._correlations(self._inputs.pop()))  # the inputs go before the moment is added
 
-    def absorb(self, other: MomentAccumulator) -> None:
-        """Take over what another has accumulated, which is not to be used any more."""
-        assert isinstance(other, ActivationAccumulator)
-        super().absorb(other)
-        for inputs in other._inputs:
-            if self._may_wait(inputs):
-                self._inputs.append(inputs)
-            else:
-                self.add_moment(self._correlations(inputs))
+    def absorb(self, others: Sequence[MomentAccumulator]) -> None:
+        """Take over what others have accumulated, which are not to be used any more."""
+        super().absorb(others)
+        for other in others:
+            assert isinstance(other, ActivationAccumulator)
+            for inputs in other._inputs:
+                if self._may_wait(inputs):
+                    self._inputs.append(inputs)
+                else:
+                    self.add_moment(self._correlations(inputs))
 
     def _correlate(self, inputs: Tensor) -> None:
         """Add the moment of patches; after the backward pass, where a copy of the inputs is smaller than the moment.
