@@ -4,7 +4,7 @@ from enum import Enum
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import Node, get_gradient_edge
 
 NO_TASK = -1
 """Number of the backward pass outside of any."""
@@ -36,10 +36,19 @@ def node_at_work() -> int:
     return torch._C._current_autograd_node()._sequence_nr()
 
 
-def use_of_grad(parameter: Tensor) -> GradUse:
-    """Return what becomes of a parameter's gradient in the backward pass that is running."""
+def accumulation(parameter: Tensor) -> Node:
+    """Return the node of autograd's graph that adds to a parameter's gradient."""
+    return get_gradient_edge(parameter).node
+
+
+def use_of_grad(node: Node) -> GradUse:
+    """Return what becomes of a parameter's gradient in the backward pass that is running.
+
+    Args:
+        node: What :func:`accumulation` returned for the parameter.
+    """
     try:
-        is_added = torch._C._will_engine_execute_node(get_gradient_edge(parameter).node)
+        is_added = torch._C._will_engine_execute_node(node)
     except RuntimeError:  # so it answers for a leaf whose gradient is returned instead
         return GradUse.RETURNED
     return GradUse.ACCUMULATED if is_added else GradUse.NONE

@@ -18,12 +18,10 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from kfac_sua.preconditioner.backward import (
     NO_TASK,
-    GradUse,
     current_task,
     is_transformed,
     node_at_work,
     num_nodes_made,
-    use_of_grad,
 )
 from kfac_sua.preconditioner.changes import CURE
 from kfac_sua.preconditioner.compiled import never_traced
@@ -231,7 +229,7 @@ class Capture:
 
         def on_gradient(grads: Sequence[Tensor | None]) -> None:  # must not refer to the node that refers to it
             grad = grads[index]
-            if grad is None or not self.enabled or use_of_grad(weight) is not GradUse.ACCUMULATED:
+            if grad is None or not self.enabled or not recorder.is_accumulated:
                 return
             with torch.no_grad(), self._phases.phase("statistics"), factor_precision():
                 recorder.receive(call, ordinary(grad, name).reshape(shape))

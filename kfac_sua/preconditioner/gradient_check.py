@@ -45,6 +45,20 @@ class Terms:
     variances: Tensor
 
 
+@dataclass(frozen=True)
+class Spread:
+    """A few channels, spread over all: so many, one in so many."""
+
+    count: int
+    step: int
+
+    @classmethod
+    def over(cls, num_channels: int) -> "Spread":
+        """Return at most :data:`MOST_CHANNELS` of so many."""
+        count = min(num_channels, MOST_CHANNELS)
+        return cls(count, num_channels // count)
+
+
 class GradientCheck:
     """Compares the entries of one layer: of a few channels, one tap of the kernel, the first group of a convolution.
 
@@ -54,8 +68,8 @@ class GradientCheck:
 
     def __init__(self, geometry: LayerGeometry) -> None:
         self._geometry = geometry
-        self._ins = _spread(geometry.in_channels)
-        self._outs = _spread(geometry.out_channels)
+        self._ins = Spread.over(geometry.in_channels)
+        self._outs = Spread.over(geometry.out_channels)
         self._tap = _central_tap(geometry)
         self.thrown: Tensor | None = None
         self._expected: dict[int, list[Terms]] = {}
@@ -83,21 +97,24 @@ class GradientCheck:
             inputs: Its inputs, ``[n, h, w, channels]``.
 
         Returns:
-            ``[n, h', w', channels]`` of a few channels, a copy.
+            ``[n, h', w', ins]``, a copy.
         """
         geometry = self._geometry
-        height, width = output_size(geometry, inputs.shape[1], inputs.shape[2])
-        starts, sizes = [], (height, width)
-        for axis, tap in enumerate(self._tap):
-            start = geometry.dilation[axis] * tap - geometry.padding[2 - 2 * axis]
-            end = start + geometry.stride[axis] * (sizes[axis] - 1)
-            starts.append(start)
-            if start < 0 or end >= inputs.shape[1 + axis]:
-                break
-        else:
-            return self._read(inputs[..., self._ins], starts, sizes)
-        starts = [d * tap for d, tap in zip(geometry.dilation, self._tap, strict=True)]
-        return self._read(pad(inputs[..., self._ins], geometry), starts, sizes)
+        sizes = output_size(geometry, inputs.shape[1], inputs.shape[2])
+        reads = [dilation * tap for dilation, tap in zip(geometry.dilation, self._tap, strict=True)]
+        starts = [
+            read - padding for read, padding in zip(reads, (geometry.padding[2], geometry.padding[0]), strict=True)
+        ]
+        ends = [start + stride * (size - 1) for start, stride, size in zip(starts, geometry.stride, sizes, strict=True)]
+        if min(starts) < 0 or ends[0] >= inputs.shape[1] or ends[1] >= inputs.shape[2]:  # where padding is read
+            inputs, starts = pad(inputs, geometry), reads
+        along, down, across, between = inputs.stride()
+        window = inputs.as_strided(  # one view for all slices: views take the host's time too
+            (len(inputs), *sizes, self._ins.count),
+            (along, down * geometry.stride[0], across * geometry.stride[1], between * self._ins.step),
+            inputs.storage_offset() + down * starts[0] + across * starts[1],
+        )
+        return at_least_float32(window).clone()  # [n, h', w', ins]
 
     def expect(self, task: int, of_inputs: Tensor, output_grads: Tensor) -> None:
         """Take in the output gradients of a call.
@@ -107,8 +124,13 @@ class GradientCheck:
             of_inputs: What :meth:`of_inputs` returned for the call.
             output_grads: Gradient with respect to its output.
         """
-        grads = at_least_float32(to_locations(output_grads.detach(), self._geometry)[..., self._outs])
-        terms = grads[..., :, None] * of_inputs[..., None, :]  # [n, h', w', outs, ins]
+        grads = to_locations(output_grads.detach(), self._geometry)
+        own = grads.as_strided(  # [n, h', w', outs, 1]
+            (*grads.shape[:3], self._outs.count, 1),
+            (*grads.stride()[:3], grads.stride(3) * self._outs.step, 1),
+            grads.storage_offset(),
+        )
+        terms = at_least_float32(own) * of_inputs.unsqueeze(3)  # [n, h', w', outs, ins]
         variances, means = torch.var_mean(terms, (0, 1, 2), correction=0)  # [outs, ins] each
         self._expected.setdefault(task, []).append(Terms(terms.shape[:3].numel(), means, variances))
 
@@ -120,7 +142,7 @@ class GradientCheck:
             grad: In the shape of the weight.
         """
         self.terms += self._expected.pop(task, [])
-        self.last = at_least_float32(self.entries(grad.detach())).clone()
+        self.last = at_least_float32(self.entries(grad)).clone()
         self.num_passes += 1
         self.got = self.last if self.got is None else self.got + self.last
 
@@ -131,20 +153,17 @@ class GradientCheck:
 
     def entries(self, values: Tensor) -> Tensor:
         """Return the entries that are compared, ``[outs, ins]``, a view of a tensor in the shape of the weight."""
-        own = values[: self._geometry.out_channels][self._outs, self._ins]
-        return own[..., *self._tap] if self._geometry.is_convolution else own
+        strides = values.stride()
+        offset = sum(tap * stride for tap, stride in zip(self._tap, strides[2:], strict=False))
+        return values.as_strided(
+            (self._outs.count, self._ins.count),
+            (strides[0] * self._outs.step, strides[1] * self._ins.step),
+            values.storage_offset() + offset,
+        )
 
     def entries_of_grad(self, weight: Tensor) -> Tensor | None:
         """Return those of a weight's gradient as it is now, if there is one."""
-        return None if weight.grad is None else self.entries(weight.grad.detach())
-
-    def _read(self, values: Tensor, starts: Sequence[int], sizes: Sequence[int]) -> Tensor:
-        """Return ``[n, h, w, ins]`` from a pixel on, in steps of the stride."""
-        rows, columns = (
-            slice(start, start + stride * (size - 1) + 1, stride)
-            for start, stride, size in zip(starts, self._geometry.stride, sizes, strict=True)
-        )
-        return at_least_float32(values[:, rows, columns]).clone()  # [n, h', w', ins]
+        return None if weight.grad is None else self.entries(weight.grad)
 
 
 @torch.no_grad()
@@ -178,7 +197,7 @@ def judge(checks: Sequence[GradientCheck], weights: Sequence[Tensor]) -> Tensor:
             [checks[i].last for i in compared],
             [_sum_of_next(sums, len(checks[i].terms)) for i in compared],
             [_sum_of_next(squares, len(checks[i].terms)) for i in compared],
-            [checks[i].entries(weights[i].detach()) for i in compared],
+            [checks[i].entries(weights[i]) for i in compared],
             [checks[i].entries_of_grad(weights[i]) for i in compared],
         )
     )
@@ -231,13 +250,6 @@ def _stacked(matrices: Sequence[Tensor | None], device: torch.device) -> Tensor:
         matrix = matrix if is_full else F.pad(matrix, (0, MOST_CHANNELS - width, 0, MOST_CHANNELS - height))
         filled.append(matrix.to(device))
     return torch.stack(filled).flatten(1)  # [layers, 16]
-
-
-def _spread(num_channels: int) -> slice:
-    """Return a few channels, spread over all."""
-    count = min(num_channels, MOST_CHANNELS)
-    step = num_channels // count
-    return slice(0, step * count, step)
 
 
 def _central_tap(geometry: LayerGeometry) -> tuple[int, int]:

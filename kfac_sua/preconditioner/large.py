@@ -6,7 +6,8 @@ factors dense for certain.
 
 import logging
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -21,6 +22,9 @@ LARGE_SHARE = 0.1
 such layers fill it; the widest one of the paper's networks keeps 0.16 GiB.
 """
 
+LARGE_TOTAL_SHARE = 0.5
+"""The same for all layers of a device together: a refresh makes new inverses beside those at hand."""
+
 LARGE_INVERSION_S = 100.0
 """Seconds of one layer's inversions in a refresh, by the device's rates. The widest of the paper's takes a core 3."""
 
@@ -32,12 +36,14 @@ def large_layers(layers: Iterable[tuple[PreconditionedLayer, int, int]], setting
         layers: Each with the bytes that it keeps and the FLOPs of its inversions in a refresh, if dense.
         settings: Those of the preconditioner.
     """
-    cause = _dense_because(settings)
+    cause, layers = _dense_because(settings), list(layers)
     found = [told for layer, kept, flops in layers if cause and (told := _size(layer, kept, flops))]
+    if cause and not found:
+        found = [*_totals(layers)]
     if not found:
         return ""
     return (
-        f"{'; '.join(found)}. {cause} makes factors dense: list such a layer in skip, set group_size, or let "
+        f"{'; '.join(found)}. {cause} makes factors dense: list such layers in skip, set group_size, or let "
         f"mini-batches of few rows make it cheaper (ema_decay=0, damping_rule=factored, inverse_method=auto)."
     )
 
@@ -67,6 +73,19 @@ def _dense_because(settings: KroneckerSettings) -> str:
     if settings.damping_rule is DampingRule.exact:
         return "damping_rule=exact"
     return "inverse_method=cholesky" if settings.inverse_method is InverseMethod.cholesky else ""
+
+
+def _totals(layers: Sequence[tuple[PreconditionedLayer, int, int]]) -> Iterator[str]:
+    """Yield, of each device of which all layers together keep much, how much that is."""
+    totals: Counter[torch.device] = Counter()
+    for layer, kept, _ in layers:
+        totals[layer.weight.device] += kept
+    for device, kept in totals.items():
+        memory = device_memory(device)
+        if memory is not None and kept > LARGE_TOTAL_SHARE * memory:
+            yield (
+                f"all layers together keep {kept / 2**30:.1f} GiB of the {memory / 2**30:.1f} GiB of device {device}"
+            )
 
 
 def _size(layer: PreconditionedLayer, kept: int, flops: int) -> str:

@@ -9,10 +9,10 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
-from kfac_sua.preconditioner.backward import NO_TASK, GradUse, current_task, use_of_grad
+from kfac_sua.preconditioner.backward import NO_TASK, GradUse, accumulation, current_task, use_of_grad
 from kfac_sua.preconditioner.forms.unfold import to_locations
 from kfac_sua.preconditioner.gradient_check import GradientCheck
 from kfac_sua.preconditioner.statistics import Call, LayerStatistics, ModelPass
@@ -54,7 +54,7 @@ class LayerRecorder:
         self._listener = listener
         self._from_training_loss = from_training_loss
         self._check = GradientCheck(statistics.geometry)
-        self._nodes: list[Node] = []
+        self._watched: tuple[Tensor, Node] | None = None
         self._handles: list[RemovableHandle] = []
         self.clear()
 
@@ -77,7 +77,7 @@ class LayerRecorder:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._nodes.clear()
+        self._watched = None
         self._tasks: dict[int, list[Call]] = {}
         self._version = 0
         self.old_grad: Tensor | bool = False
@@ -126,7 +126,7 @@ class LayerRecorder:
 
     def excuse(self) -> None:
         """Note that a pass that was left out has come by, on its way to ``.grad`` perhaps."""
-        self.is_excused |= use_of_grad(self.weight) is GradUse.ACCUMULATED
+        self.is_excused |= self.is_accumulated
 
     def count_sampled(self) -> None:
         """Count calls by the output gradients handed over alone, where no training loss has shown which count."""
@@ -149,12 +149,21 @@ class LayerRecorder:
             self._check.clear()
         return self._check
 
+    @property
+    def is_accumulated(self) -> bool:
+        """Whether the backward pass that is running adds to the weight's gradient."""
+        self._watch()
+        assert self._watched is not None
+        return use_of_grad(self._watched[1]) is GradUse.ACCUMULATED
+
     def _watch(self) -> None:
         """Be told where the weight's gradient is accumulated."""
-        node = get_gradient_edge(self.weight).node
-        if node not in self._nodes:
-            self._nodes.append(node)
-            self._handles += [node.register_prehook(self._before_adding), node.register_hook(self._added)]
+        weight = self.weight
+        if self._watched is not None and self._watched[0] is weight:
+            return
+        node = accumulation(weight)
+        self._watched = weight, node
+        self._handles += [node.register_prehook(self._before_adding), node.register_hook(self._added)]
 
     def _begin(self, task: int) -> None:
         """See what has become of the gradient of earlier backward passes, before another one adds to it."""

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from kfac_sua.preconditioner.apply import precondition_
-from kfac_sua.preconditioner.backward import GradUse, is_transformed, use_of_grad
+from kfac_sua.preconditioner.backward import GradUse, accumulation, is_transformed, use_of_grad
 from kfac_sua.preconditioner.capture import PhaseSource
 from kfac_sua.preconditioner.forms import Inverse
 from kfac_sua.preconditioner.forms.cost import SideCost
@@ -190,7 +190,7 @@ class _WithSides(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        if use_of_grad(ctx.site.weight) is GradUse.ACCUMULATED:
+        if use_of_grad(accumulation(ctx.site.weight)) is GradUse.ACCUMULATED:
             sides = ctx.site.sides_of_step(NEITHER_SIDE)
             if sides != NEITHER_SIDE:
                 grad = _Multiplied.apply(grad, ctx.site, ctx.inverse, sides)
@@ -240,7 +240,7 @@ class _TwoSidedConvolution(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             differentiable = _WithSides.apply(weight, site, inverse) if torch.is_grad_enabled() else weight
             input_grad = conv2d_input(inputs.shape, differentiable, output_grad, *arguments)
-        use = use_of_grad(site.weight) if ctx.needs_input_grad[1] else GradUse.NONE
+        use = use_of_grad(accumulation(site.weight)) if ctx.needs_input_grad[1] else GradUse.NONE
         if use is GradUse.NONE:
             return input_grad, None, None, None, None
         sides = site.sides_of_step(ctx.sides) if use is GradUse.ACCUMULATED else NEITHER_SIDE

@@ -34,7 +34,7 @@ def test_a_wide_head_is_said_once_with_memory_work_and_cure(caplog, monkeypatch,
     num_kept = 2 if "ema" in cause else 1
     gib = num_kept * 4 * (50_257**2 + 769**2) / 2**30
     assert message.startswith(f"Large: layer head keeps {gib:.1f} GiB of the 64.0 GiB of device meta and inverts ")
-    assert f"{cause} makes factors dense: list such a layer in skip, set group_size, or" in message
+    assert f"{cause} makes factors dense: list such layers in skip, set group_size, or" in message
     assert "body" not in message
     assert message.replace("Large: ", "large: ") in str(preconditioner.describe())
     assert len(warnings(caplog)) == 1
@@ -87,3 +87,14 @@ def test_ordinary_models_are_not_called_large(caplog, monkeypatch, cause):
     for model in [*paper, *(foreign.make() for foreign in FOREIGN_MODELS.values())]:
         KroneckerPreconditioner(model, **DENSE[cause])
     assert not warnings(caplog)
+
+
+def test_many_layers_that_fill_the_memory_together_are_said(caplog, monkeypatch):
+    """Twenty of 16 MiB, each of them less than a tenth of 512 MiB."""
+    monkeypatch.setattr(large, "device_memory", lambda device: 2**29)
+    layers = [nn.Linear(1024, 1024) for _ in range(20)]
+    KroneckerPreconditioner(nn.Sequential(*layers[:15]), ema_decay=0.5)
+    assert not warnings(caplog)
+    KroneckerPreconditioner(nn.Sequential(*layers), ema_decay=0.5)
+    (message,) = warnings(caplog)
+    assert message.startswith("Large: all layers together keep 0.3 GiB of the 0.5 GiB of device cpu. ema_decay=0.5")
