@@ -161,10 +161,6 @@ class GradientCheck:
             values.storage_offset() + offset,
         )
 
-    def entries_of_grad(self, weight: Tensor) -> Tensor | None:
-        """Return those of a weight's gradient as it is now, if there is one."""
-        return None if weight.grad is None else self.entries(weight.grad)
-
 
 @torch.no_grad()
 def judge(checks: Sequence[GradientCheck], weights: Sequence[Tensor]) -> Tensor:
@@ -181,24 +177,27 @@ def judge(checks: Sequence[GradientCheck], weights: Sequence[Tensor]) -> Tensor:
     Returns:
         ``[2, layers]``, bool, on the device of the first weight.
     """
-    compared = [i for i, check in enumerate(checks) if check.got is not None and check.terms]
     device = weights[0].device
-    flags = torch.zeros(2, len(checks), dtype=torch.bool, device=device)
-    if not compared:
-        return flags
-    terms = [one for i in compared for one in checks[i].terms]
+    are_compared = [check.got is not None and bool(check.terms) for check in checks]
+    if not any(are_compared):
+        return torch.zeros(2, len(checks), dtype=torch.bool, device=device)
+    chosen = [check if is_compared else None for check, is_compared in zip(checks, are_compared, strict=True)]
+    terms = [one for check in chosen if check is not None for one in check.terms]
     counts, means = [one.count for one in terms], [one.means for one in terms]
     second = torch._foreach_add(torch._foreach_mul(means, means), [one.variances for one in terms])
     sums, squares = (iter(torch._foreach_mul(some, counts)) for some in (means, second))
     got, last, expected, square_sums, along, now = (
-        _stacked(column, device)  # [layers, 16]
+        _stacked(column, device)  # [layers, 16], zeros where nothing is compared
         for column in (
-            [checks[i].got for i in compared],
-            [checks[i].last for i in compared],
-            [_sum_of_next(sums, len(checks[i].terms)) for i in compared],
-            [_sum_of_next(squares, len(checks[i].terms)) for i in compared],
-            [checks[i].entries(weights[i]) for i in compared],
-            [checks[i].entries_of_grad(weights[i]) for i in compared],
+            [None if check is None else check.got for check in chosen],
+            [None if check is None else check.last for check in chosen],
+            [None if check is None else _sum_of_next(sums, len(check.terms)) for check in chosen],
+            [None if check is None else _sum_of_next(squares, len(check.terms)) for check in chosen],
+            [None if check is None else check.entries(weight) for check, weight in zip(chosen, weights, strict=True)],
+            [
+                None if check is None or weight.grad is None else check.entries(weight.grad)
+                for check, weight in zip(chosen, weights, strict=True)
+            ],
         )
     )
     along, now = along.to(got.dtype), now.to(got.dtype)
@@ -207,14 +206,11 @@ def judge(checks: Sequence[GradientCheck], weights: Sequence[Tensor]) -> Tensor:
     of_difference, of_got, of_terms, of_now = norms
     fail = (of_difference > TOLERANCE * of_got + ROUNDING * of_terms) & (of_got > 0)  # 0: lost in float16, or masked
     is_replaced = (of_now == 0) & (of_got > 0)
-    if any(checks[i].num_passes > 1 or checks[i].thrown is not None for i in compared):
-        thrown = _stacked([checks[i].thrown for i in compared], device).to(got.dtype)
+    if any(check is not None and (check.num_passes > 1 or check.thrown is not None) for check in chosen):
+        thrown = _stacked([None if check is None else check.thrown for check in chosen], device).to(got.dtype)
         misfits = torch.stack([_misfit(now, one, along) for one in (got, last, got - last, thrown)])  # [4, layers]
         is_replaced |= (misfits[0] > TOLERANCE) & (misfits[1:].amin(0) < EXACT)
-    found = torch.stack([fail, is_replaced])  # [2, layers compared]
-    if len(compared) == len(checks):
-        return found
-    return flags.index_copy(1, torch.tensor(compared).to(device), found)
+    return torch.stack([fail, is_replaced])
 
 
 def _without(values: Tensor, along: Tensor) -> Tensor:
@@ -242,7 +238,7 @@ def _stacked(matrices: Sequence[Tensor | None], device: torch.device) -> Tensor:
     """Return matrices together, filled up with zeros where a layer has fewer channels."""
     filled: list[Tensor] = []
     for matrix in matrices:
-        if matrix is None:  # a gradient that is gone
+        if matrix is None:
             filled.append(torch.zeros(MOST_CHANNELS, MOST_CHANNELS, device=device))
             continue
         height, width = matrix.shape

@@ -103,8 +103,10 @@ def small_dampings(layers: Sequence[LayerFactors], settings: KroneckerSettings) 
     if settings.damping_rule is DampingRule.factored:
         is_small |= shares.amin(0) < SMALL_ON_A_SIDE
     is_small &= product > 0  # beside what is infinite it is 0
-    in_float64 = [layer.gradient.values.dtype == torch.float64 for layer in layers]
-    return is_small & ~torch.tensor(in_float64).to(shares.device) if any(in_float64) else is_small
+    in_float32 = [layer.gradient.values.dtype != torch.float64 for layer in layers]
+    if all(in_float32):
+        return is_small
+    return is_small & torch.tensor(in_float32).to(shares.device) if any(in_float32) else torch.zeros_like(is_small)
 
 
 def _inverses(

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from kfac_sua.models import TinyConvNet
 from kfac_sua.preconditioner import KroneckerPreconditioner, KroneckerSettings
@@ -173,3 +174,41 @@ def test_products_are_split_where_tf32_is_allowed_and_parts_are_faster():
         assert forms == (("dense bf16x3",) * 2 if allowed else ("dense",) * 2)
         grads[allowed] = net[1].weight.grad
     assert (grads[True] - grads[False]).norm() < 1e-3 * grads[False].norm()
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_passes_that_do_not_land_leave_no_trace_on_cuda(settings):
+    """Autograd's own threads run the backward pass there: adversarial, checkpointed, dropped passes, and a penalty."""
+    results = []
+    for is_disturbed in (False, True):
+        torch.manual_seed(0)
+        net = TinyConvNet(10).double().cuda()
+        preconditioner = KroneckerPreconditioner(net, inverse_period=2, **settings)
+        for index in range(3):
+            generator = torch.Generator().manual_seed(index)
+            images = torch.randn(16, 3, 32, 32, dtype=torch.float64, generator=generator).cuda()
+            labels = torch.randint(0, 10, (16,), generator=generator).cuda()
+            net.zero_grad()
+            if is_disturbed:
+                moved = images.clone().requires_grad_()
+                torch.autograd.grad(nn.functional.cross_entropy(net(moved), labels), moved)
+                nn.functional.cross_entropy(net(-images), labels).backward()
+                net.zero_grad()
+            outputs = checkpoint(net, images, use_reentrant=False) if is_disturbed else net(images)
+            preconditioner.fisher_backward(outputs)
+            nn.functional.cross_entropy(outputs, labels).backward()
+            preconditioner.step()
+        results.append([parameter.grad for parameter in net.parameters()])
+        assert not preconditioner.events
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+    net.zero_grad()
+    net(images).square().mean().backward()
+    preconditioner.step()  # a plain step
+    net.zero_grad()
+    outputs = net(images)
+    preconditioner.fisher_backward(outputs)
+    weight = preconditioner.layers[0].weight
+    (nn.functional.cross_entropy(outputs, labels) + weight.abs().sum()).backward()
+    preconditioner.step()
+    assert preconditioner.events == {f"gradient_not_explained:{preconditioner.layers[0].name}": 1}
