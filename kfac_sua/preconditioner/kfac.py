@@ -40,7 +40,7 @@ from kfac_sua.preconditioner.later import LaterFlags
 from kfac_sua.preconditioner.layer import PreconditionedLayer, take_inverses
 from kfac_sua.preconditioner.layer_checks import check_findings
 from kfac_sua.preconditioner.layers import discover_layers, log_plain_layers, preconditioned
-from kfac_sua.preconditioner.plain import checked_integer
+from kfac_sua.preconditioner.plain import checked_integer, shown
 from kfac_sua.preconditioner.precision import application_precision, factor_precision
 from kfac_sua.preconditioner.processes import Processes, default_processes
 from kfac_sua.preconditioner.refresh import refresh_layers, small_dampings
@@ -154,7 +154,8 @@ class KroneckerPreconditioner:
     Raises:
         ValueError: If a setting is out of range, no layer of the model can be preconditioned, or it is wrapped in
             ``nn.DataParallel``.
-        TypeError: If the model is no module, or the settings are no :class:`KroneckerSettings`.
+        TypeError: If the model is no module, the settings are no :class:`KroneckerSettings`, or ``distributed`` is
+            neither True nor False.
 
     Reference: Laurent et al. (2018); Grosse & Martens (2016) for ``expand``; Martens & Grosse (2015) for the pi rule.
     """
@@ -213,6 +214,8 @@ class KroneckerPreconditioner:
         self._model = bare_model(model)
         self.num_steps = 0
         self._events = EventLog()
+        if not isinstance(distributed, bool):
+            raise TypeError(f"distributed must be True or False, got {shown(distributed)}.")
         self._processes = default_processes() if distributed else None
         self._shared_inversion = SharedInversion(self._processes, flops_per_byte) if self._processes else None
         self._phases = PhaseSource(_no_phase)

@@ -239,3 +239,10 @@ def test_the_step_to_go_to_becomes_plain():
     assert type(preconditioner.state_dict()["num_steps"]) is int
     with pytest.raises(ValueError, match=r"^num_steps must be an integer, got 7\.0\.$"):
         preconditioner.go_to_step(7.0)
+
+
+@pytest.mark.parametrize("value", ["no", 1, None])
+def test_distributed_is_a_bool(value):
+    """A string would be taken as true, whatever it says."""
+    with pytest.raises(TypeError, match="distributed must be True or False, got "):
+        KroneckerPreconditioner(nn.Linear(2, 2), distributed=value)
