@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 SETTINGS = [
     {"structure": "sua", "application": "auto"},
-    {"structure": "kfac", "application": "auto", "group_size": 8},
+    pytest.param({"structure": "kfac", "application": "auto", "group_size": 8}, marks=pytest.mark.slow),
     {"structure": "kfac"},
-    {"structure": "sua", "fisher_type": "mc", "application": "auto"},
+    pytest.param({"structure": "sua", "fisher_type": "mc", "application": "auto"}, marks=pytest.mark.slow),
 ]
 
 

@@ -933,7 +933,7 @@ def test_two_steps_of_the_preconditioner_in_one_are_refused(caplog):
 
     def step_again(training: Training, loss: Tensor) -> None:
         for parameter in training.net.parameters():
-            parameter.grad.mul_(2)  # or the gradients would be used up
+            parameter.grad = parameter.grad * 2  # or the gradients would be used up
         training.preconditioner.step()
 
     reason = refused(caplog, step_again)
