@@ -202,15 +202,22 @@ def judge(checks: Sequence[GradientCheck], weights: Sequence[Tensor]) -> Tensor:
     )
     along, now = along.to(got.dtype), now.to(got.dtype)
     difference = got - expected
-    norms = torch.stack([_without(difference, along), got, square_sums.sqrt(), now]).norm(dim=2)  # [4, layers]
-    of_difference, of_got, of_terms, of_now = norms
+    norms = torch.stack([_without(difference, along), got, square_sums.sqrt()]).norm(dim=2)  # [3, layers]
+    of_difference, of_got, of_terms = norms
     fail = (of_difference > TOLERANCE * of_got + ROUNDING * of_terms) & (of_got > 0)  # 0: lost in float16, or masked
-    is_replaced = (of_now == 0) & (of_got > 0)
+    is_replaced = (_largest(weights, device) == 0) & (of_got > 0)  # of all entries, as a mask may zero these
     if any(check is not None and (check.num_passes > 1 or check.thrown is not None) for check in chosen):
         thrown = _stacked([None if check is None else check.thrown for check in chosen], device).to(got.dtype)
         misfits = torch.stack([_misfit(now, one, along) for one in (got, last, got - last, thrown)])  # [4, layers]
         is_replaced |= (misfits[0] > TOLERANCE) & (misfits[1:].amin(0) < EXACT)
     return torch.stack([fail, is_replaced])
+
+
+def _largest(weights: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return the largest entry of each weight's gradient, ``[layers]``; 0 where there is none."""
+    norms = iter(torch._foreach_norm([weight.grad for weight in weights if weight.grad is not None], torch.inf))
+    zero = torch.zeros((), device=device)
+    return torch.stack([zero if weight.grad is None else next(norms).to(device) for weight in weights])
 
 
 def _without(values: Tensor, along: Tensor) -> Tensor:

@@ -503,6 +503,15 @@ def by_post_hooks(net, loss):
     loss.backward()
 
 
+def masked(net, loss):
+    """Gradients of most channels are zeroed, those compared among them."""
+    loss.backward()
+    for parameter in net.parameters():
+        parameter.grad[:-1] = 0
+        if len(parameter) == 1:
+            parameter.grad.mul_(0.5)
+
+
 def paused_term(net, loss, preconditioner=None):
     """A term that is left out of the statistics on purpose."""
     with preconditioner.paused():
@@ -510,7 +519,7 @@ def paused_term(net, loss, preconditioner=None):
     (loss + term).backward()
 
 
-CHANGES = [scaled_by_hooks, decayed, penalised, by_post_hooks, paused_term]
+CHANGES = [scaled_by_hooks, decayed, penalised, by_post_hooks, masked, paused_term]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
