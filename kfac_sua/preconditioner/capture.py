@@ -34,6 +34,10 @@ from kfac_sua.preconditioner.statistics import Call, LayerStatistics, ModelPass
 Phase = Callable[[str], AbstractContextManager[Any]]
 
 
+MOST_PASSES = 1000
+"""Forward passes that are remembered between two steps, for checkpoints that are still to be run again."""
+
+
 @dataclass
 class PhaseSource:
     """Gives the context that the time of a named piece of work is accounted to; shared, so that it can be replaced."""
@@ -202,6 +206,8 @@ class Capture:
         """
         if self.enabled and current_task() != NO_TASK:
             self._follow_checkpoint()
+        elif self.enabled and self._is_pass_over and not torch.is_grad_enabled():
+            self._begin_pass(num_nodes_made() - 1, None)  # inside a checkpoint, perhaps, whose node was the last made
         if not (torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad):
             return
         if not isinstance(weight, nn.Parameter) or not weight.requires_grad or is_transformed():
@@ -250,6 +256,7 @@ class Capture:
         return self._passes[-1]
 
     def _begin_pass(self, start: int, num_examples: int | None) -> None:
+        del self._passes[:-MOST_PASSES]
         self._passes.append(ModelPass(self._num_passes, num_examples, start))
         self._num_passes += 1
         self._is_pass_over = False

@@ -104,8 +104,9 @@ def report_unexplained(layer_name: str, events: EventLog) -> None:
 def report_replaced(layer_name: str, events: EventLog) -> None:
     """Say that a gradient is not the one that the statistics belong to."""
     consequence = (
-        "its gradient at step() is zero, or that of some of its backward passes alone, but its statistics are those of "
-        "all: let zero_grad() throw gradients away, not .data or copies, or call discard() before the passes that count"
+        "its gradient at step() is zero, or not that of the passes that its statistics were measured in: let "
+        "zero_grad() throw gradients away and autograd add them up, not .data or copies, or call discard() before "
+        "those that count"
     )
     events.report("gradient_replaced", layer_name, consequence)
 
@@ -142,17 +143,18 @@ def unused_gradients(layers: Iterable[PreconditionedLayer], events: EventLog) ->
     if used and len(used) == len(present) and any(layer.has_gradient() for layer in used):
         raise RuntimeError(
             f"The gradient of layer {used[0].name!r} and all others have been preconditioned already, by this or by "
-            f"another preconditioner of the model: call step() of one of them, once after each loss.backward()."
+            f"another preconditioner of the model: call step() of one of them, once after each loss.backward(); a "
+            f"gradient of your own is to be assigned to .grad, not written into it."
         )
+    used = [layer for layer in used if is_unchanged(layer.weight)]  # others were zeroed, or written anew
     for layer in used:
-        if not is_unchanged(layer.weight):
-            continue  # zeroed, it seems, and not reached
         consequence = (
             "its gradient is still that of the step before, already preconditioned, and is left as it is: call "
             "optimizer.zero_grad() before loss.backward()"
         )
         events.report("used_gradient", layer.name, consequence)
-    return [layer for layer in present if not layer.is_used_up]
+    names = {layer.name for layer in used}
+    return [layer for layer in present if layer.name not in names]
 
 
 def report_frozen(layer: PreconditionedLayer, events: EventLog) -> None:
@@ -207,8 +209,9 @@ def nothing_recorded(fisher_type: FisherType) -> str:
         return (
             "step() needs statistics of this mini-batch, but no backward pass through the model was recorded whose "
             "gradients are there: call loss.backward() with gradients enabled, after constructing the preconditioner, "
-            "on the model that it was made for (of a compiled model, what torch.compile returned; not a copy), and "
-            "step() before the gradients are used or zeroed (not with an optimizer that steps in the backward pass)."
+            "on the model that it was made for (of a compiled model, what torch.compile returned; not a copy), after a "
+            "forward pass since the last step, and step() before the gradients are used or zeroed (not with an "
+            "optimizer that steps in the backward pass)."
         )
     return (
         f"step() needs statistics of this mini-batch: with fisher_type={fisher_type} call fisher_backward(outputs) "

@@ -77,7 +77,7 @@ class GradientCheck:
 
     def forget(self) -> None:
         """Forget the gradient taken in: it was thrown away, or so it seems."""
-        thrown = self.got
+        thrown = self.got if self.thrown is None or self.got is None else self.thrown + self.got
         self.clear()
         self.thrown = thrown  # what .grad may become again
 
@@ -208,7 +208,8 @@ def judge(checks: Sequence[GradientCheck], weights: Sequence[Tensor]) -> Tensor:
     is_replaced = (_largest(weights, device) == 0) & (of_got > 0)  # of all entries, as a mask may zero these
     if any(check is not None and (check.num_passes > 1 or check.thrown is not None) for check in chosen):
         thrown = _stacked([None if check is None else check.thrown for check in chosen], device).to(got.dtype)
-        misfits = torch.stack([_misfit(now, one, along) for one in (got, last, got - last, thrown)])  # [4, layers]
+        others = (got, last, got - last, thrown, thrown + got)
+        misfits = torch.stack([_misfit(now, one, along) for one in others])  # [5, layers]
         is_replaced |= (misfits[0] > TOLERANCE) & (misfits[1:].amin(0) < EXACT)
     return torch.stack([fail, is_replaced])
 
@@ -228,9 +229,11 @@ def _without(values: Tensor, along: Tensor) -> Tensor:
 
 def _misfit(values: Tensor, others: Tensor, along: Tensor) -> Tensor:
     """Return how far vectors are from multiples of others, parts along the third apart, as a share, ``[layers]``."""
-    values, others = _without(values, along), _without(others, along)
-    rest = _without(values, others)
-    return rest.norm(dim=1) / values.norm(dim=1).clamp(min=torch.finfo(values.dtype).tiny)
+    whole, values, others = values, _without(values, along), _without(others, along)
+    rest = _without(values, others).norm(dim=1)
+    size = values.norm(dim=1)
+    # Of one entry nothing but rounding is left without the part along the weight: that is no misfit.
+    return torch.where(size > TOLERANCE * whole.norm(dim=1), rest / size, 0.0)
 
 
 def _sum_of_next(tensors: Iterator[Tensor], count: int) -> Tensor:

@@ -445,6 +445,10 @@ class KroneckerPreconditioner:
         if self.statistics_due:
             scale = 1.0 if loss_scale is None else loss_scale
             self._measure(scale, loss_weight, is_judged=not self._inversion_judges, needs_gradients=True)
+        else:  # which looks at gradients more closely
+            for layer in layers:
+                if layer.adds_to_used:
+                    report_added_to_used(layer.name, self._events)
         if self.inverses_due:
             self.update_inverses()
         self._report_odd_gradients()

@@ -1,14 +1,12 @@
 """One preconditioned layer: its module, block layout, statistics, running average and inverse."""
 
 import math
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from kfac_sua.preconditioner.apply import precondition_
 from kfac_sua.preconditioner.capture import PhaseSource
@@ -30,7 +28,7 @@ from kfac_sua.preconditioner.settings import Application, KroneckerSettings, Pro
 from kfac_sua.preconditioner.state import to_be_written_over, written_over
 from kfac_sua.preconditioner.statistics import LayerStatistics
 from kfac_sua.preconditioner.two_sided import TwoSidedForward, can_be_two_sided
-from kfac_sua.preconditioner.used import is_used_up, mark_fresh, mark_used_up
+from kfac_sua.preconditioner.used import GradientWatch, is_used_up
 
 
 @dataclass
@@ -68,7 +66,7 @@ class PreconditionedLayer:
     num_processes: int = 1
     keeps_factors: bool = False
     factors: LayerFactors | None = None
-    _hooked: tuple[weakref.ReferenceType[nn.Parameter], RemovableHandle] | None = None
+    _watched: tuple[nn.Parameter, GradientWatch] | None = None
 
     @classmethod
     def make(
@@ -210,10 +208,15 @@ class PreconditionedLayer:
         weight = self.weight
         if self.inverse is None or weight.grad is None:
             return
-        if self._hooked is None or self._hooked[0]() is not weight:
-            self._unhook()
-            self._hooked = weakref.ref(weight), weight.register_post_accumulate_grad_hook(mark_fresh)
-        mark_used_up(weight)
+        if self._watched is None or self._watched[0] is not weight:
+            self._unwatch()
+            self._watched = weight, GradientWatch.join(weight)
+        self._watched[1].mark(weight)
+
+    @property
+    def adds_to_used(self) -> bool:
+        """Whether its gradients were added to those of its last step, with nothing in between."""
+        return self._watched is not None and self._watched[1].was_added_to
 
     @property
     def preconditioned_grads(self) -> list[Tensor]:
@@ -284,14 +287,14 @@ class PreconditionedLayer:
 
     def remove(self) -> None:
         """Give the module its own forward back, and take the hook off its weight."""
-        self._unhook()
+        self._unwatch()
         if self.two_sided is not None:
             self.two_sided.remove()
 
-    def _unhook(self) -> None:
-        if self._hooked is not None:
-            self._hooked[1].remove()
-            self._hooked = None
+    def _unwatch(self) -> None:
+        if self._watched is not None:
+            self._watched[1].leave()
+            self._watched = None
 
 
 def side_costs(

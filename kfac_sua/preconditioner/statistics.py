@@ -130,7 +130,8 @@ class LayerStatistics:
         self.reduce = reduce
         self.max_rows = (max_activation_rows, max_gradient_rows)
         self._max_sampled_rows = sampled_rows
-        self._open_calls: list[weakref.ReferenceType[Call]] = []
+        self._calls: weakref.WeakValueDictionary[int, Call] = weakref.WeakValueDictionary()  # by their number
+        self._num_calls = 0
         self.clear()
 
     def clear(self) -> None:
@@ -155,10 +156,7 @@ class LayerStatistics:
     @property
     def open_calls(self) -> list[Call]:
         """Calls that have not been counted and still may be, in their order."""
-        alive = [call for reference in self._open_calls if (call := reference()) is not None]
-        alive = [call for call in alive if call.counted_in is None and not call.is_forgotten]
-        self._open_calls = [weakref.ref(call) for call in alive]
-        return alive
+        return [call for call in self._calls.values() if call.counted_in is None and not call.is_forgotten]
 
     @property
     def num_counted(self) -> int:
@@ -194,7 +192,8 @@ class LayerStatistics:
         call = Call(model_pass, inputs.shape[0], self._num_locations(output_shape), inputs)
         if not waits:
             self._measure_inputs(call)
-        self._open_calls.append(weakref.ref(call))
+        self._calls[self._num_calls] = call
+        self._num_calls += 1
         return call
 
     @torch.no_grad()

@@ -1,39 +1,75 @@
 """Gradients that have been preconditioned, by whichever preconditioner: none is to be preconditioned twice.
 
-A parameter's gradient is used up from then on until autograd adds to it, which a hook on the parameter sees, or another
-tensor takes its place. Changes in place, such as clipping, leave it used up; it may also have been zeroed by one.
+A gradient is used up from then on until autograd adds to it, which a hook on its parameter sees, or another tensor
+takes its place. Changes in place, such as clipping, leave it used up; one may also have zeroed it, or written it anew.
 """
 
-import weakref
-from collections.abc import MutableMapping
-
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.hooks import RemovableHandle
 
-_used: MutableMapping[Tensor, tuple[weakref.ReferenceType[Tensor], int]] = WeakTensorKeyDictionary()
-"""Of a parameter, the gradient that has been preconditioned and its version then, which changes in place raise."""
-
-
-def mark_used_up(parameter: Tensor) -> None:
-    """Note that a parameter's gradient has been preconditioned."""
-    if parameter.grad is not None:
-        _used[parameter] = weakref.ref(parameter.grad), parameter.grad._version
+_MARK = "_kfac_sua_is_preconditioned"
 
 
-def mark_fresh(parameter: Tensor) -> None:
-    """Note that something has been added to a parameter's gradient: a hook for after the accumulation."""
-    _used.pop(parameter, None)
+class GradientWatch:
+    """A hook on a parameter, shared by the preconditioners of its layer, that knows what has become of its gradient.
+
+    Attributes:
+        version: Of the gradient when it was marked; ``None`` if something has been added to it since.
+        was_added_to: Whether that was something, and nothing else had happened to the gradient.
+    """
+
+    def __init__(self) -> None:
+        self.version: int | None = None
+        self.was_added_to = False
+        self.num_users = 0
+        self.handle: RemovableHandle | None = None
+
+    @classmethod
+    def on(cls, parameter: Tensor) -> "GradientWatch | None":
+        """Return the watch on a parameter, if there is one."""
+        hooks = parameter._post_accumulate_grad_hooks or {}
+        return next((hook for hook in hooks.values() if isinstance(hook, cls)), None)
+
+    @classmethod
+    def join(cls, parameter: Tensor) -> "GradientWatch":
+        """Return the watch on a parameter, made if there is none, for one user more."""
+        watch = cls.on(parameter)
+        if watch is None:
+            watch = cls()
+            watch.handle = parameter.register_post_accumulate_grad_hook(watch)
+        watch.num_users += 1
+        return watch
+
+    def leave(self) -> None:
+        """Take the hook off with its last user."""
+        self.num_users -= 1
+        if not self.num_users and self.handle is not None:
+            self.handle.remove()
+
+    def __call__(self, parameter: Tensor) -> None:
+        """Note that autograd has added to the gradient."""
+        grad = parameter.grad
+        if self.version is not None and grad is not None and hasattr(grad, _MARK):
+            self.was_added_to = grad._version == self.version + 1  # zeroes would have changed it once more
+        self.version = None
+
+    def mark(self, parameter: Tensor) -> None:
+        """Note that the gradient has been preconditioned."""
+        assert parameter.grad is not None
+        setattr(parameter.grad, _MARK, True)
+        self.version, self.was_added_to = parameter.grad._version, False
 
 
 def is_used_up(parameter: Tensor) -> bool:
     """Whether a parameter's gradient has been preconditioned and nothing has been added to it since."""
-    grad, used = parameter.grad, _used.get(parameter)
-    return grad is not None and used is not None and used[0]() is grad
+    watch = GradientWatch.on(parameter)
+    return watch is not None and watch.version is not None and hasattr(parameter.grad, _MARK)
 
 
 def is_unchanged(parameter: Tensor) -> bool:
     """Whether a gradient that is used up has not been changed in place either, such as zeroed."""
-    return parameter.grad is not None and _used[parameter][1] == parameter.grad._version
+    watch = GradientWatch.on(parameter)
+    return watch is not None and parameter.grad is not None and watch.version == parameter.grad._version
 
 
 def old_grad(parameter: Tensor) -> Tensor | bool:

@@ -305,13 +305,13 @@ def test_a_gradient_left_over_from_the_step_before_is_left_alone(caplog):
 
 
 def test_gradients_added_to_preconditioned_ones_are_an_event(caplog):
-    """A loop that never zeroes its gradients is told at the next refresh."""
+    """A loop that never zeroes its gradients is told, at a plain step and at the next refresh."""
     net = make_net()
     preconditioner = KroneckerPreconditioner(net, inverse_period=2)
     for index in range(3):
         train_pass(net, preconditioner, images(index))
         preconditioner.step()
-    assert preconditioner.events == {f"used_gradient:{name}": 1 for name in ("0", "2", "5", "7")}
+    assert preconditioner.events == {f"used_gradient:{name}": 2 for name in ("0", "2", "5", "7")}
     assert "call optimizer.zero_grad() before loss.backward()" in caplog.text
 
 
@@ -656,6 +656,114 @@ def test_clipping_does_not_make_a_used_gradient_fresh():
     assert len(preconditioners[0].events) == 4  # zeroed gradients are fresh
 
 
+def test_a_forgotten_zero_grad_is_an_event_at_the_next_step():
+    """Where nothing happens between two steps, a plain step tells too."""
+    net = make_net()
+    preconditioner = KroneckerPreconditioner(net, inverse_period=50)
+    for index in range(2):
+        train_pass(net, preconditioner, images(index))
+        preconditioner.step()
+    assert preconditioner.events == {f"used_gradient:{name}": 1 for name in ("0", "2", "5", "7")}
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_preconditioner_made_anew_takes_gradients_as_fresh(set_to_none):
+    """After remove_hooks(), or once the old one is gone, with plain steps in between, and with weights exchanged."""
+    net = make_net()
+    weights = [net[5].weight, nn.Parameter(net[5].weight.detach().clone())]
+    preconditioner, state = None, None
+    for index in range(6):
+        if index % 2 == 0:
+            if preconditioner is not None:
+                state = preconditioner.state_dict()
+                preconditioner.remove_hooks()
+            preconditioner = KroneckerPreconditioner(net, inverse_period=2)
+            if state is not None:
+                preconditioner.load_state_dict(state)
+        net.zero_grad(set_to_none=set_to_none)
+        train_pass(net, preconditioner, images(index))
+        preconditioner.step()
+        net[5].weight = weights[(index + 1) % 2]
+        net.zero_grad(set_to_none=set_to_none)
+        F.cross_entropy(net(images(9)), LABELS).backward()  # a plain step of another optimizer
+    del preconditioner
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in net.parameters())
+
+
+def test_weights_can_be_swapped_after_steps():
+    """Nothing refers weakly to weights or gradients, which conversions that swap tensors forbid."""
+    net = make_net()
+    preconditioner = KroneckerPreconditioner(net, inverse_period=2)
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        for index in range(4):
+            net.zero_grad()
+            train_pass(net, preconditioner, images(index))
+            preconditioner.step()
+            net.load_state_dict(copy.deepcopy(net.state_dict()))
+        preconditioner.remove_hooks()
+        net.float()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+
+
+def test_a_gradient_written_in_place_is_preconditioned():
+    """Of one layer, beside others that autograd adds to; of all of them it cannot be told from one used twice."""
+    net = make_net()
+    preconditioner = KroneckerPreconditioner(net, inverse_period=5)
+    train_pass(net, preconditioner, images())
+    preconditioner.step()
+    for index in range(2):
+        net.zero_grad(set_to_none=False)
+        net[:7](images(index)).square().mean().backward()
+        own = torch.randn_like(net[7].weight)
+        net[7].weight.grad.copy_(own)
+        preconditioner.step()
+        assert not torch.equal(net[7].weight.grad, own)
+    for parameter in net.parameters():
+        parameter.grad.copy_(torch.randn_like(parameter))
+    with pytest.raises(RuntimeError, match=r"is to be assigned to \.grad, not written into it"):
+        preconditioner.step()
+
+
+def test_single_entries_are_not_judged_by_rounding():
+    """Depthwise and one-channel layers, with accumulated and clipped gradients."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(4, 4, 3, groups=4, bias=False), nn.Conv2d(4, 1, 1), nn.Conv2d(1, 1, 1), nn.Flatten()]
+    net = nn.Sequential(*layers, nn.Linear(4, 3))
+    preconditioner = KroneckerPreconditioner(net, inverse_period=1)
+    for seed in range(20):
+        net.zero_grad()
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(2):
+            F.cross_entropy(net(torch.randn(8, 4, 4, 4, generator=generator)), LABELS).backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 0.1)
+        preconditioner.step()
+    assert not preconditioner.events
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoints_outside_of_the_models_forward_count_once(use_reentrant):
+    """A loop that checkpoints layers without calling the model, over several steps."""
+    counts, results = [], []
+    for is_checkpointed in (False, True):
+        net = make_net()
+        preconditioner = KroneckerPreconditioner(net, inverse_period=1)
+        for index in range(3):
+            net.zero_grad()
+            x = images(index).requires_grad_()
+            hidden = checkpoint(net[:5], x, use_reentrant=use_reentrant) if is_checkpointed else net[:5](x)
+            F.cross_entropy(net[5:](hidden), LABELS).backward()
+            preconditioner.step()
+            counts.append({layer.num_examples for layer in preconditioner.layers})
+        results.append([parameter.grad for parameter in net.parameters()])
+        assert not preconditioner.events
+    assert all(count == {8} for count in counts)
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+
+
 def data_zeroed(net, preconditioner):
     """Throw a pass away without a trace in the version of its gradient."""
     train_pass(net, preconditioner, images(5))
@@ -689,8 +797,23 @@ def zeroed_in_place(net, preconditioner):
     net.zero_grad(set_to_none=False)
 
 
+def added_by_hand(net, preconditioner):
+    """Add gradients up apart, zeroing them between the micro-batches."""
+    sums = [torch.zeros_like(parameter) for parameter in net.parameters()]
+    for seed in range(3):
+        net.zero_grad()
+        train_pass(net, preconditioner, images(seed))
+        for total, parameter in zip(sums, net.parameters(), strict=True):
+            total += parameter.grad
+    for total, parameter in zip(sums, net.parameters(), strict=True):
+        parameter.grad = total
+
+
+REPLACING = [data_zeroed, undone, restored, zeroed_in_place, added_by_hand]
+
+
 @pytest.mark.parametrize("settings", [SETTINGS[0], SETTINGS[3], SETTINGS[4]], ids=str)
-@pytest.mark.parametrize("loop", [data_zeroed, undone, restored, zeroed_in_place], ids=lambda loop: loop.__name__)
+@pytest.mark.parametrize("loop", REPLACING, ids=lambda loop: loop.__name__)
 def test_gradients_replaced_behind_the_back_are_named(loop, settings, caplog):
     """The statistics are of passes that are not in ``.grad``: each layer is named."""
     net = make_net()
@@ -698,7 +821,7 @@ def test_gradients_replaced_behind_the_back_are_named(loop, settings, caplog):
     loop(net, preconditioner)
     preconditioner.step()
     assert preconditioner.events == {f"gradient_replaced:{name}": 1 for name in ("0", "2", "5", "7")}
-    assert "its gradient at step() is zero, or that of some of its backward passes alone" in caplog.text
+    assert "its gradient at step() is zero, or not that of the passes that its statistics" in caplog.text
 
 
 def test_a_use_of_the_weight_in_a_backward_pass_of_its_own_is_named():
