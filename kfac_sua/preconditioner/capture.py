@@ -126,7 +126,7 @@ class Capture:
         """Forget everything recorded."""
         self.clear()
         for recorder in self.recorders.values():
-            recorder.forget()
+            recorder.statistics.forget_open()
 
     def settle(self, *, needs_gradients: bool) -> Settled:
         """Decide which calls count, at the end of a step.
@@ -145,10 +145,10 @@ class Capture:
         empty = {name for name, recorder in self.recorders.items() if recorder.statistics.was_empty}
         judged = judge([one.check for one in recorders], [one.weight for one in recorders])  # [2, layers]
         olds = [one.old_grad for one in recorders]
-        if not any(one is not False for one in olds):
-            return Settled(gone, empty, torch.cat([judged, torch.zeros_like(judged[:1])]))
-        flags = [one if isinstance(one, Tensor) else torch.tensor(one) for one in olds]
-        return Settled(gone, empty, torch.cat([judged, torch.stack([one.to(judged.device) for one in flags])[None]]))
+        are_old = torch.zeros_like(judged[0])  # [layers]
+        if any(one is not False for one in olds):  # not in loops that zero gradients as most do
+            are_old = torch.stack([torch.as_tensor(one, device=judged.device) for one in olds])
+        return Settled(gone, empty, torch.cat([judged, are_old[None]]))
 
     def remove(self) -> None:
         """Remove every hook from the model, and forget what they recorded."""

@@ -6,7 +6,9 @@ Nothing is left out in silence: events are counted always, and logged once per k
 import logging
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from enum import Enum
+from itertools import product
 
 from kfac_sua.preconditioner.changes import is_frozen
 from kfac_sua.preconditioner.invert import DAMPING_RAISES
@@ -47,12 +49,11 @@ def report_other_examples(layers: Iterable[PreconditionedLayer], events: EventLo
     """
     counts = {layer.name: layer.statistics.num_examples for layer in layers if layer.statistics.num_counted}
     of_model = {layer.name: layer.statistics.num_model_examples for layer in layers}
-    usual, whose = max(Counter(counts.values()).items(), key=lambda item: item[::-1], default=(0, 0))[0], "most layers"
+    usual = max(Counter(counts.values()).items(), key=lambda item: item[::-1], default=(0, 0))[0]
     is_known = any(count == of_model[name] for name, count in counts.items())
     for name, count in counts.items():
-        expected = usual
-        if is_known and (known := of_model[name]) is not None:
-            expected, whose = known, "the inputs of the model"
+        known = of_model[name] if is_known else None
+        expected, whose = (usual, "most layers") if known is None else (known, "the inputs of the model")
         if count != expected:
             consequence = (
                 f"the first dimension of its inputs, {count}, counts as examples, but {whose} have {expected}, so "
@@ -91,33 +92,44 @@ def report_missing(layer: PreconditionedLayer, events: EventLog, *, is_gone: boo
         events.report("not_reached", layer.name, consequence)
 
 
-def report_unexplained(layer_name: str, events: EventLog) -> None:
-    """Say that a weight gradient is not the sum over the recorded calls of its layer."""
-    consequence = (
+class OddGradient(Enum):
+    """What may be odd about a layer's gradient, in the order of ``capture.Settled.flags``: event and consequence."""
+
+    UNEXPLAINED = (
+        "gradient_not_explained",
         "part of its weight gradient does not come from the calls that its statistics were measured in, as when the "
         "weight is also used without calling the layer, or by a penalty (on its squares apart): list the layer in skip "
-        "unless that is meant"
+        "unless that is meant",
     )
-    events.report("gradient_not_explained", layer_name, consequence)
-
-
-def report_replaced(layer_name: str, events: EventLog) -> None:
-    """Say that a gradient is not the one that the statistics belong to."""
-    consequence = (
+    REPLACED = (
+        "gradient_replaced",
         "its gradient at step() is zero, or not that of the passes that its statistics were measured in: let "
         "zero_grad() throw gradients away and autograd add them up, not .data or copies, or call discard() before "
-        "those that count"
+        "those that count",
     )
-    events.report("gradient_replaced", layer_name, consequence)
-
-
-def report_added_to_used(layer_name: str, events: EventLog) -> None:
-    """Say that new gradients were added to preconditioned ones."""
-    consequence = (
+    ADDED_TO_USED = (
+        "used_gradient",
         "its gradients were added to those of the step before, already preconditioned, which step() preconditions once "
-        "more: call optimizer.zero_grad() before loss.backward()"
+        "more: call optimizer.zero_grad() before loss.backward()",
     )
-    events.report("used_gradient", layer_name, consequence)
+
+    def report(self, layer_name: str, events: EventLog) -> None:
+        """Say it of a layer."""
+        kind, consequence = self.value
+        events.report(kind, layer_name, consequence)
+
+
+def report_odd_gradients(layer_names: Sequence[str], flags: Sequence[bool], events: EventLog) -> None:
+    """Say what is odd about the gradients of layers.
+
+    Args:
+        layer_names: All layers.
+        flags: Of each kind of :class:`OddGradient` and then of each layer, whether it is.
+        events: Where to say it.
+    """
+    for (odd, name), is_odd in zip(product(OddGradient, layer_names), flags, strict=True):
+        if is_odd:
+            odd.report(name, events)
 
 
 def unused_gradients(layers: Iterable[PreconditionedLayer], events: EventLog) -> list[PreconditionedLayer]:

@@ -48,6 +48,12 @@ class LayerGeometry:
         """Kernel height times width."""
         return self.kernel_size[0] * self.kernel_size[1]
 
+    @property
+    def padding_before(self) -> tuple[int, int]:
+        """Pixels added at the top and on the left."""
+        left, _, top, _ = self.padding
+        return top, left
+
     @classmethod
     def of(cls, module: nn.Linear | nn.Conv2d) -> "LayerGeometry":
         """Read the geometry of a module, channels off its weight; a frozen bias counts as none."""

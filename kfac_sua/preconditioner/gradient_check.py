@@ -8,7 +8,7 @@ that is recorded. A part along the weight itself, the gradient of a penalty on i
 On a GPU launches are what a refresh has to save: four per layer, and some for all layers together.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +29,6 @@ TOLERANCE = 0.05
 ROUNDING = 0.01
 """The same, relative to the root of their terms' squares, below which sums that cancel lie. Rounding each term to
 bfloat16, of a relative precision of 0.004, makes half of it."""
-
 
 EXACT = 1e-3
 """Share of ``.grad`` within which it is a multiple of what one pass has added: averages over processes, and noise, are
@@ -70,7 +69,7 @@ class GradientCheck:
         self._geometry = geometry
         self._ins = Spread.over(geometry.in_channels)
         self._outs = Spread.over(geometry.out_channels)
-        self._tap = _central_tap(geometry)
+        self._tap = _unpadded_tap(geometry)
         self.thrown: Tensor | None = None
         self._expected: dict[int, list[Terms]] = {}
         self.clear()
@@ -102,9 +101,7 @@ class GradientCheck:
         geometry = self._geometry
         sizes = output_size(geometry, inputs.shape[1], inputs.shape[2])
         reads = [dilation * tap for dilation, tap in zip(geometry.dilation, self._tap, strict=True)]
-        starts = [
-            read - padding for read, padding in zip(reads, (geometry.padding[2], geometry.padding[0]), strict=True)
-        ]
+        starts = [read - padding for read, padding in zip(reads, geometry.padding_before, strict=True)]
         ends = [start + stride * (size - 1) for start, stride, size in zip(starts, geometry.stride, sizes, strict=True)]
         if min(starts) < 0 or ends[0] >= inputs.shape[1] or ends[1] >= inputs.shape[2]:  # where padding is read
             inputs, starts = pad(inputs, geometry), reads
@@ -181,33 +178,33 @@ def judge(checks: Sequence[GradientCheck], weights: Sequence[Tensor]) -> Tensor:
     are_compared = [check.got is not None and bool(check.terms) for check in checks]
     if not any(are_compared):
         return torch.zeros(2, len(checks), dtype=torch.bool, device=device)
-    chosen = [check if is_compared else None for check, is_compared in zip(checks, are_compared, strict=True)]
-    terms = [one for check in chosen if check is not None for one in check.terms]
+
+    def stacked(read: Callable[[GradientCheck, Tensor], Tensor | None]) -> Tensor:
+        """Return what is read of each layer, ``[layers, 16]``; zeros where nothing is compared."""
+        rows = [
+            _filled(read(check, weight) if is_compared else None, device)
+            for check, weight, is_compared in zip(checks, weights, are_compared, strict=True)
+        ]
+        return torch.stack(rows).flatten(1)
+
+    compared = [check for check, is_compared in zip(checks, are_compared, strict=True) if is_compared]
+    terms = [one for check in compared for one in check.terms]
     counts, means = [one.count for one in terms], [one.means for one in terms]
     second = torch._foreach_add(torch._foreach_mul(means, means), [one.variances for one in terms])
     sums, squares = (iter(torch._foreach_mul(some, counts)) for some in (means, second))
-    got, last, expected, square_sums, along, now = (
-        _stacked(column, device)  # [layers, 16], zeros where nothing is compared
-        for column in (
-            [None if check is None else check.got for check in chosen],
-            [None if check is None else check.last for check in chosen],
-            [None if check is None else _sum_of_next(sums, len(check.terms)) for check in chosen],
-            [None if check is None else _sum_of_next(squares, len(check.terms)) for check in chosen],
-            [None if check is None else check.entries(weight) for check, weight in zip(chosen, weights, strict=True)],
-            [
-                None if check is None or weight.grad is None else check.entries(weight.grad)
-                for check, weight in zip(chosen, weights, strict=True)
-            ],
-        )
-    )
+    got, last = stacked(lambda check, _: check.got), stacked(lambda check, _: check.last)
+    expected = stacked(lambda check, _: _sum_of_next(sums, len(check.terms)))
+    square_sums = stacked(lambda check, _: _sum_of_next(squares, len(check.terms)))
+    along = stacked(lambda check, weight: check.entries(weight))
+    now = stacked(lambda check, weight: None if weight.grad is None else check.entries(weight.grad))
     along, now = along.to(got.dtype), now.to(got.dtype)
     difference = got - expected
     norms = torch.stack([_without(difference, along), got, square_sums.sqrt()]).norm(dim=2)  # [3, layers]
     of_difference, of_got, of_terms = norms
     fail = (of_difference > TOLERANCE * of_got + ROUNDING * of_terms) & (of_got > 0)  # 0: lost in float16, or masked
     is_replaced = (_largest(weights, device) == 0) & (of_got > 0)  # of all entries, as a mask may zero these
-    if any(check is not None and (check.num_passes > 1 or check.thrown is not None) for check in chosen):
-        thrown = _stacked([None if check is None else check.thrown for check in chosen], device).to(got.dtype)
+    if any(check.num_passes > 1 or check.thrown is not None for check in compared):
+        thrown = stacked(lambda check, _: check.thrown).to(got.dtype)
         others = (got, last, got - last, thrown, thrown + got)
         misfits = torch.stack([_misfit(now, one, along) for one in others])  # [5, layers]
         is_replaced |= (misfits[0] > TOLERANCE) & (misfits[1:].amin(0) < EXACT)
@@ -244,26 +241,22 @@ def _sum_of_next(tensors: Iterator[Tensor], count: int) -> Tensor:
     return total
 
 
-def _stacked(matrices: Sequence[Tensor | None], device: torch.device) -> Tensor:
-    """Return matrices together, filled up with zeros where a layer has fewer channels."""
-    filled: list[Tensor] = []
-    for matrix in matrices:
-        if matrix is None:
-            filled.append(torch.zeros(MOST_CHANNELS, MOST_CHANNELS, device=device))
-            continue
-        height, width = matrix.shape
-        is_full = height == width == MOST_CHANNELS
-        matrix = matrix if is_full else F.pad(matrix, (0, MOST_CHANNELS - width, 0, MOST_CHANNELS - height))
-        filled.append(matrix.to(device))
-    return torch.stack(filled).flatten(1)  # [layers, 16]
+def _filled(matrix: Tensor | None, device: torch.device) -> Tensor:
+    """Return entries ``[4, 4]``, filled up with zeros where a layer has fewer channels."""
+    if matrix is None:
+        return torch.zeros(MOST_CHANNELS, MOST_CHANNELS, device=device)
+    height, width = matrix.shape
+    is_full = height == width == MOST_CHANNELS
+    matrix = matrix if is_full else F.pad(matrix, (0, MOST_CHANNELS - width, 0, MOST_CHANNELS - height))
+    return matrix.to(device)
 
 
-def _central_tap(geometry: LayerGeometry) -> tuple[int, int]:
+def _unpadded_tap(geometry: LayerGeometry) -> tuple[int, int]:
     """Return the first tap, down and across, that reads no padding before an image: a view of its inputs will do."""
     vertical, horizontal = (
         min(-(-padding // dilation), size - 1)
         for padding, dilation, size in zip(
-            (geometry.padding[2], geometry.padding[0]), geometry.dilation, geometry.kernel_size, strict=True
+            geometry.padding_before, geometry.dilation, geometry.kernel_size, strict=True
         )
     )
     return vertical, horizontal

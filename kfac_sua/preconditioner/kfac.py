@@ -19,16 +19,15 @@ from kfac_sua.preconditioner.exchange import SharedInversion
 from kfac_sua.preconditioner.factors import LayerFactors, finite_layers
 from kfac_sua.preconditioner.faults import (
     EventLog,
+    OddGradient,
     checked_loss_factor,
     drop_statistics,
     nothing_recorded,
-    report_added_to_used,
     report_frozen,
     report_missing,
+    report_odd_gradients,
     report_other_examples,
-    report_replaced,
     report_small_damping,
-    report_unexplained,
     unused_gradients,
     usable_inverse,
 )
@@ -448,7 +447,7 @@ class KroneckerPreconditioner:
         else:  # which looks at gradients more closely
             for layer in layers:
                 if layer.adds_to_used:
-                    report_added_to_used(layer.name, self._events)
+                    OddGradient.ADDED_TO_USED.report(layer.name, self._events)
         if self.inverses_due:
             self.update_inverses()
         self._report_odd_gradients()
@@ -726,15 +725,9 @@ class KroneckerPreconditioner:
 
     def _report_odd_gradients(self) -> None:
         """Name the layers whose gradient was found not to be that of their recorded calls alone."""
-        if self._odd_gradients is None:
-            return
-        names, found = list(self._layers), self._odd_gradients.read()
-        for number, report in enumerate((report_unexplained, report_replaced, report_added_to_used)):
-            of_layers = found[number * len(names) : (number + 1) * len(names)]
-            for name, is_odd in zip(names, of_layers, strict=True):
-                if is_odd:
-                    report(name, self._events)
-        self._odd_gradients = None
+        if self._odd_gradients is not None:
+            report_odd_gradients(list(self._layers), self._odd_gradients.read(), self._events)
+            self._odd_gradients = None
 
     def _check_in_use(self) -> None:
         """Refuse to be used after the hooks were removed: what comes then would be right for no model."""

@@ -65,11 +65,6 @@ class LayerRecorder:
         assert isinstance(weight, Tensor)
         return weight
 
-    def forget(self) -> None:
-        """Forget everything recorded, and let no backward pass of it count any more."""
-        self.statistics.forget_open()
-        self.clear()
-
     def clear(self) -> None:
         """Forget what has been recorded for a step, but not the calls whose backward pass is still to come."""
         self.statistics.clear()

@@ -93,7 +93,7 @@ class TwoSidedForward(ForwardStandIn):
         self.phases = phases
         self.options = _ConvolutionOptions(
             geometry.stride,
-            (geometry.padding[2], geometry.padding[0]),
+            geometry.padding_before,
             geometry.dilation,
             geometry.conv_groups,
         )

@@ -218,7 +218,7 @@ def joined(parts: list[PatchRows]) -> PatchRows:
 def _axis_reads(geometry: LayerGeometry, axis: int, size: int, num_outputs: int) -> Iterator[_Read]:
     """Yield for every tap that reads a pixel at all: the outputs for which it does, and the pixels."""
     stride, step = geometry.stride[axis], geometry.dilation[axis]
-    before = (geometry.padding[2], geometry.padding[0])[axis]
+    before = geometry.padding_before[axis]
     for tap in range(geometry.kernel_size[axis]):
         shift = tap * step - before  # output i reads pixel stride · i + shift
         first = max(0, -(shift // stride))
