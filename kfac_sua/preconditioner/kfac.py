@@ -35,7 +35,7 @@ from kfac_sua.preconditioner.fisher import fisher_cotangents, within_generator
 from kfac_sua.preconditioner.forms.accumulator import Scalings
 from kfac_sua.preconditioner.kl_clip import KLClip
 from kfac_sua.preconditioner.large import warn_of_large_layers
-from kfac_sua.preconditioner.later import LaterFlags
+from kfac_sua.preconditioner.later import LaterCopy
 from kfac_sua.preconditioner.layer import PreconditionedLayer, take_inverses
 from kfac_sua.preconditioner.layer_checks import check_findings
 from kfac_sua.preconditioner.layers import discover_layers, log_plain_layers, preconditioned
@@ -238,7 +238,7 @@ class KroneckerPreconditioner:
         self._replaced: list[UncompiledWhileRecording | PreconditionedLayer] = [*self._layers.values()]
         self._run_uncompiled(compiled_modules(model))
         self._fisher_passes = 0
-        self._odd_gradients: LaterFlags | None = None
+        self._odd_gradients: LaterCopy | None = None
         # The hooks must not outlive the preconditioner: they would go on recording for nobody.
         self._release = weakref.finalize(self, _release, self._capture, self._replaced)
         self._begin_step()
@@ -509,7 +509,7 @@ class KroneckerPreconditioner:
                 counts = flags.float()
                 self._processes.add_up_(counts, "checks")
                 flags = counts > 0
-            self._odd_gradients = LaterFlags(flags)
+            self._odd_gradients = LaterCopy(flags)
             present = {name: factors for name, factors in measured.items() if factors is not None}
             if not present and not settled.empty:
                 raise RuntimeError(nothing_recorded(self.settings.fisher_type))
@@ -536,7 +536,7 @@ class KroneckerPreconditioner:
             factors = [layer.average.corrected() for layer in layers]
             layouts = [layer.layout for layer in layers]
             settings = dataclasses.replace(self.settings, damping=self.damping)
-            are_small = LaterFlags(small_dampings(factors, settings)) if layers else None
+            are_small = LaterCopy(small_dampings(factors, settings)) if layers else None
             refreshed = refresh_layers(factors, layouts, costs, settings, self._shared_inversion)
             new = []
             try:
@@ -553,7 +553,7 @@ class KroneckerPreconditioner:
                 take_inverses(new)
             if are_small is not None:
                 taken = {layer.name for layer, _ in new}
-                for layer, is_small in zip(layers, are_small.read(), strict=True):
+                for layer, is_small in zip(layers, are_small.read_flags(), strict=True):
                     if is_small and layer.name in taken:
                         report_small_damping(layer.name, self._events, settings)
 
@@ -726,7 +726,7 @@ class KroneckerPreconditioner:
     def _report_odd_gradients(self) -> None:
         """Name the layers whose gradient was found not to be that of their recorded calls alone."""
         if self._odd_gradients is not None:
-            report_odd_gradients(list(self._layers), self._odd_gradients.read(), self._events)
+            report_odd_gradients(list(self._layers), self._odd_gradients.read_flags(), self._events)
             self._odd_gradients = None
 
     def _check_in_use(self) -> None:

@@ -1,7 +1,6 @@
 """Whether the loss is still finite, seen without a wait for the device."""
 
-import torch
-
+from kfac_sua.preconditioner.later import LaterCopy
 from kfac_sua.training.evaluate import ErrorCounter
 
 LOOK_PERIOD = 50
@@ -19,24 +18,14 @@ class LateLook:
 
     Args:
         sums: The sums.
-        device: Where they are.
     """
 
-    def __init__(self, sums: ErrorCounter, device: torch.device) -> None:
+    def __init__(self, sums: ErrorCounter) -> None:
         self._sums = sums
-        self._copy = torch.zeros((), dtype=torch.float64, pin_memory=device.type == "cuda")
-        self._copied = torch.cuda.Event() if device.type == "cuda" else None
+        self._last: LaterCopy | None = None
 
     def has_diverged(self) -> bool:
         """Say whether the losses up to the last look were not all finite, and begin another look."""
-        has_diverged = not self._read()
-        self._copy.copy_(self._sums.loss_sum(), non_blocking=True)
-        if self._copied is not None:
-            self._copied.record()
-        return has_diverged
-
-    def _read(self) -> bool:
-        """Return whether what the last look copied is finite; zero, before the first one."""
-        if self._copied is not None:
-            self._copied.synchronize()  # of a copy that was begun many steps ago
-        return bool(self._copy.isfinite())
+        has_diverged = self._last is not None and not self._last.read().isfinite()  # begun many steps ago
+        self._last = LaterCopy(self._sums.loss_sum())
+        return bool(has_diverged)

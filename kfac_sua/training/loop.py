@@ -104,7 +104,7 @@ def train_epoch(training: Training, progress: Progress, after_batch: Callable[[]
         Mean loss and error over all mini-batches of the epoch, each before its own step; the loss is not finite if
         training diverged, after which the epoch is cut short.
     """
-    look = LateLook(training.sums, training.device)
+    look = LateLook(training.sums)
     with training.watch.phase(phase_around(training)):
         training.begin_epoch()
         with contextlib.suppress(Diverged):
