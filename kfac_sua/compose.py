@@ -4,22 +4,31 @@ import copy
 import dataclasses
 import itertools
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
-from hydra import compose, initialize_config_dir
+from hydra import compose, version
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
 from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, RangeSweep
+from hydra.core.utils import JobRuntime
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from tqdm import tqdm
 
 from kfac_sua.checks import check
 from kfac_sua.config import CONFIG_DIR, CONFIG_NAME, VERSION_BASE, Config, ConfigError, settings_error
-from kfac_sua.explain import explain, explain_unknown_key, shown
+from kfac_sua.explain import all_keys, explain, explain_unknown_key, shown
+from kfac_sua.hydra_settings import check_node, refuse_key
 from kfac_sua.launchers import missing_plugin
 from kfac_sua.tuned import resolve_auto
 
@@ -27,11 +36,16 @@ from kfac_sua.tuned import resolve_auto
 # fill the memory first.
 MAX_CELLS = 10_000
 
-# The key by which Hydra takes a value for the name of something to call.
-_CODE = "_target_"
+# More runs than this take so long to check, 0.1 s each, that a sweep says so.
+_MANY_CELLS = 50
+
+# Of Hydra's sweepers, the one that goes through a grid.
+_GRID_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 
 # Groups whose option fills a node of the configuration.
-_ONE_OPTION = ("model", "dataset", "preconditioner", "optimizer", "schedule")
+ONE_OPTION = ("model", "dataset", "preconditioner", "optimizer", "schedule")
+# All that a command line chooses from.
+GROUPS = (*ONE_OPTION, "experiment", "scale", "sweep", "hydra/launcher", "hydra/sweeper")
 
 
 def compose_config(overrides: Sequence[str] = ()) -> Config:
@@ -50,7 +64,23 @@ def compose_config(overrides: Sequence[str] = ()) -> Config:
         return to_config(_compose(overrides))
 
 
-def compose_cells(overrides: Sequence[str], *, multirun: bool = False) -> list[Config]:
+@dataclass(frozen=True)
+class Cells:
+    """All runs that a command line asks for.
+
+    Attributes:
+        configs: Their checked configurations, in Hydra's order; one for a single run.
+        are_all: Whether these are the runs. A sweeper that optimises chooses values itself: ``configs`` then hold every
+            combination of those that it chooses from, and the defaults of keys with an interval.
+        num_runs: How many runs there will be, where that is known.
+    """
+
+    configs: list[Config]
+    are_all: bool
+    num_runs: int | None
+
+
+def compose_cells(overrides: Sequence[str], *, multirun: bool = False, config_dir: Path | None = None) -> Cells:
     """Return the checked configurations of all runs that a command line asks for.
 
     Hydra checks a sweep cell by cell, each when its turn comes, and writes files before the first; going through all
@@ -59,23 +89,59 @@ def compose_cells(overrides: Sequence[str], *, multirun: bool = False) -> list[C
     Args:
         overrides: Arguments, with several values (``optimizer.lr=0.1,0.03``) where they are swept over.
         multirun: Whether ``-m`` was given; ``sweep=<grid>`` asks for the same by itself.
-
-    Returns:
-        One configuration for a single run; for a sweep, one per cell, in Hydra's order.
+        config_dir: Directory with configurations of the user's own.
 
     Raises:
         ConfigError: If a cell cannot be composed or fails a check, or there is none.
     """
-    with _initialized_hydra():
+    with _initialized_hydra(config_dir):
         parsed = _parse(overrides)
         cells = _cells(parsed)
         hydra_config = _compose(cells[0], with_hydra=True).hydra
+        check_node(hydra_config, _compose([], with_hydra=True).hydra if config_dir is not None else None)
         if not multirun and hydra_config.mode is not RunMode.MULTIRUN:
             _refuse_several_values(parsed)
-            return [to_config(_compose(overrides))]
+            return Cells([to_config(_compose(overrides))], are_all=True, num_runs=1)
         params = hydra_config.sweeper.get("params") or {}
-        cells = _cells(_parse([*(f"{key}={values}" for key, values in params.items()), *overrides]))
-        return [to_config(_compose(cell)) for cell in cells]
+        axes = _parse([*(f"{key}={values}" for key, values in params.items()), *overrides])
+        is_grid = hydra_config.sweeper._target_ == _GRID_SWEEPER
+        for override in axes:
+            if is_grid and override.is_sweep_override() and not override.is_discrete_sweep():
+                raise ConfigError(
+                    f"{override.input_line} is an interval, for a sweeper that optimises; give such a sweeper "
+                    "(sweep=optuna_lr_damping), or values such as 0.1,0.03."
+                )
+        cells = _cells(axes)
+        if len(cells) > _MANY_CELLS and not sys.stderr.isatty():
+            print(f"checking the configurations of {len(cells)} runs", file=sys.stderr, flush=True)
+        shown_cells = tqdm(cells, "checking configurations", unit="run", delay=1, leave=False, disable=None)
+        num_runs = len(cells) if is_grid else hydra_config.sweeper.get("n_trials")
+        return Cells([to_config(_compose(cell)) for cell in shown_cells], is_grid, num_runs)
+
+
+def check_overrides(overrides: Sequence[str], config_dir: Path | None = None) -> None:
+    """Refuse what :func:`compose_cells` refuses before it composes anything: what a flag shows must be what would run.
+
+    Args:
+        overrides: Arguments.
+        config_dir: Directory with configurations of the user's own.
+
+    Raises:
+        ConfigError: If one cannot be read, or is none of a setting.
+    """
+    with _initialized_hydra(config_dir):
+        _parse(overrides)
+
+
+def group_options(config_dir: Path | None = None) -> dict[str, list[str]]:
+    """Return the options of every group that a command line chooses from.
+
+    Args:
+        config_dir: Directory with configurations of the user's own.
+    """
+    with _initialized_hydra(config_dir):
+        loader = GlobalHydra.instance().config_loader()
+        return {group: loader.get_group_options(group) for group in GROUPS}
 
 
 @contextmanager
@@ -123,16 +189,40 @@ def to_config(raw: DictConfig) -> Config:
 
 
 @contextmanager
-def _initialized_hydra() -> Iterator[None]:
-    with initialize_config_dir(version_base=VERSION_BASE, config_dir=str(CONFIG_DIR), job_name="train"):
+def _initialized_hydra(config_dir: Path | None = None) -> Iterator[None]:
+    """Have Hydra read the configurations, and leave it as it was: a program of the caller's may be Hydra's as well."""
+    state, base, job = GlobalHydra.instance(), version.VersionBase.instance(), JobRuntime()
+    before = state.hydra, base.version_base, job.conf
+    path = create_config_search_path(str(CONFIG_DIR))
+    if config_dir is not None:  # where Hydra's flag --config-dir puts it
+        path.prepend("command-line", f"file://{config_dir.absolute()}", SearchPathQuery(provider="schema"))
+    state.hydra, job.conf = None, OmegaConf.create()
+    try:
+        version.setbase(VERSION_BASE)
+        Hydra.create_main_hydra2("train", path)
         yield
+    finally:
+        state.hydra, base.version_base, job.conf = before
 
 
 def _compose(overrides: Sequence[str], *, with_hydra: bool = False) -> DictConfig:
     try:
         return compose(CONFIG_NAME, list(overrides), return_hydra_config=with_hydra)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{', '.join(_files_of_other_encodings())} is not in UTF-8 ({error.reason}).") from error
     except Exception as error:  # Hydra raises some two dozen types here, all caused by overrides or YAML files
         raise ConfigError(explain(error)) from error
+
+
+def _files_of_other_encodings() -> Iterator[str]:
+    """Yield the YAML files that cannot be read as UTF-8, which the error itself does not name."""
+    for element in GlobalHydra.instance().config_loader().get_search_path().get_path():
+        scheme, _, place = str(element.path).partition("://")
+        for path in sorted(Path(place).rglob("*.yaml")) if scheme == "file" else ():
+            try:
+                path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                yield str(path)
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:
@@ -143,41 +233,49 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
         raise ConfigError(explain(error)) from error
     for override in parsed:
         _refuse_key(override)
-        _refuse_option(override, loader.get_group_options(override.get_key_element()))
+        _refuse_option(override, loader.get_group_options(_key(override)))
     return parsed
+
+
+def _key(override: Override) -> str:
+    """Return the key of an override without what is to happen to it."""
+    return str(override.get_key_element()).lstrip("+~")
 
 
 def _refuse_key(override: Override) -> None:
     """Refuse what is not the key of a setting."""
-    key = override.get_key_element()
+    key = _key(override)
     if not key:
         raise ConfigError(f"{override.input_line} names no key; give key=value.")
-    if _CODE in key.split(".") or (key.startswith("hydra.launcher") and _CODE in str(override.input_line)):
-        raise ConfigError(f"{key} names code to run, which no setting does; leave it out.")
+    refuse_key(key, str(override.input_line))
+    if key.startswith("hydra") and override.is_sweep_override():
+        raise ConfigError(f"{override.input_line} has several values, but all runs of a sweep share one of Hydra's.")
     if key.endswith(".name"):
         group = key.removesuffix(".name")
         raise ConfigError(f"{key} comes with its file of configs/{group}; give {group}=… instead.")
+    if key == "campaign":
+        raise ConfigError(
+            f"{override.input_line} is a campaign of many runs; give python -m kfac_sua.reproduce {override.value()}."
+        )
 
 
 def _refuse_option(override: Override, options: Sequence[str]) -> None:
     """Refuse what is not one option of a group, where the key is that of a group."""
-    key = override.get_key_element()
-    if key == "hydra/launcher" and not override.is_sweep_override():
-        _refuse_missing_plugin(str(override.value()))
+    key = _key(override)
+    # Hydra adds with + what the primary configuration leaves out; here it has every group and every key.
+    if (override.is_add() and (options or key in all_keys())) or (override.is_force_add() and options):
+        bare = str(override.input_line).lstrip("+")
+        raise ConfigError(f"{override.input_line} adds what is there already; leave out the +: {bare}.")
+    if key in ("hydra/launcher", "hydra/sweeper") and (sentence := missing_plugin(str(override.value()))):
+        raise ConfigError(sentence)
     if key == "sweep" and (override.is_sweep_override() or isinstance(override.value(), list)):
         raise ConfigError(f"{override.input_line} names several grids; run them one after the other.")
     if not options or override.is_sweep_override():
         return
     # Hydra merges a list of options; of an experiment that makes sense, of a network or an optimizer it does not.
-    admitted: tuple[type, ...] = (str,) if key in _ONE_OPTION else (str, list)
+    admitted: tuple[type, ...] = (str,) if key in ONE_OPTION else (str, list)
     if not isinstance(override.value(), admitted) and not override.is_delete():
         raise ConfigError(f"{key} must be one of {', '.join(options)}, got {shown(override.value())}.")
-
-
-def _refuse_missing_plugin(launcher: str) -> None:
-    sentence = missing_plugin(launcher)
-    if sentence:
-        raise ConfigError(sentence)
 
 
 def _cells(overrides: Sequence[Override]) -> list[list[str]]:
@@ -185,11 +283,11 @@ def _cells(overrides: Sequence[Override]) -> list[list[str]]:
     axes: dict[str, list[str]] = {}
     for override in overrides:
         if not override.is_sweep_override():
-            axes[override.get_key_element()] = [str(override.input_line)]
+            axes[_key(override)] = [str(override.input_line)]
         elif override.is_discrete_sweep():
-            key = override.get_key_element()
-            axes[key] = [f"{key}={value}" for value in _swept_values(override)]
-            if not axes[key]:
+            values = [f"{override.get_key_element()}={value}" for value in _swept_values(override)]
+            axes[_key(override)] = values
+            if not values:
                 raise ConfigError(f"{override.input_line} matches nothing, so there is no run to start.")
         # An interval is drawn from by a sweeper of the user's choice, which no one can check beforehand.
     if math.prod(map(len, axes.values())) > MAX_CELLS:

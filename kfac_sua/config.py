@@ -118,6 +118,16 @@ class NonFinite(Choice):
     skip = "skip"
 
 
+class Objective(Choice):
+    """What a sweeper that optimises is told of a run; as in ``python -m kfac_sua.runs.collect --best-by``."""
+
+    best_val_error = "best_val_error"
+    final_val_error = "final_val_error"
+    final_val_loss = "final_val_loss"
+    train_loss = "train_loss"
+    train_eval_loss = "train_eval_loss"
+
+
 class ScheduleName(Choice):
     """The learning-rate schedules."""
 
@@ -249,6 +259,7 @@ class Config:
     checkpoint_interval_s: float | None
     output_dir: str
     progress: ProgressStyle
+    objective: Objective
     model: ModelConfig
     dataset: DatasetConfig
     preconditioner: PreconditionerConfig

@@ -24,6 +24,7 @@ from kfac_sua.config import (
     SGDConfig,
     StepScheduleConfig,
 )
+from kfac_sua.launchers import missing_plugin
 
 # Options of one group that differ in their keys: the type of the node -> what the user typed to get it.
 OPTION_OF_TYPE: dict[type, str] = {
@@ -80,6 +81,11 @@ def explain_unknown_key(full_key: str, parent_type: type) -> str:
     return f"There is no key '{full_key}'{hint}; the keys of {option or parent or 'the configuration'} are {known}."
 
 
+def all_keys() -> list[str]:
+    """Return every key of the schema, with dots, those of all options of a group included."""
+    return list(_all_keys(Config))
+
+
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
@@ -108,6 +114,8 @@ def _explain_one(error: BaseException) -> str | None:
 
 def _explain_missing_option(path: str, options: Any) -> str:
     group, _, option = path.rpartition("/")
+    if group in ("hydra/launcher", "hydra/sweeper") and (sentence := missing_plugin(option)):
+        return sentence
     near = difflib.get_close_matches(option, options, n=1)
     hint = f" (did you mean '{near[0]}'?)" if near else ""
     return f"There is no {group}={option}{hint}; choose one of {', '.join(options)}."
@@ -115,7 +123,7 @@ def _explain_missing_option(path: str, options: Any) -> str:
 
 def _nearest_key(full_key: str) -> str | None:
     """Return the existing key that was probably meant: the same last part elsewhere, or a similar spelling."""
-    keys = list(_all_keys(Config))
+    keys = all_keys()
     if full_key in keys:
         return None  # it exists, with another option of its group
     parent, _, leaf = full_key.rpartition(".")
@@ -128,7 +136,6 @@ def _nearest_key(full_key: str) -> str | None:
 
 
 def _all_keys(kind: type, prefix: str = "") -> Iterator[str]:
-    """Yield every key of the schema, with dots, those of all options of a group included."""
     hints = {
         name: hint for option in TYPES_OF_GROUP.get(kind, (kind,)) for name, hint in get_type_hints(option).items()
     }

@@ -1,13 +1,14 @@
-"""Hydra's launchers, which carry out runs elsewhere than in this process: what each needs, and how each fails.
+"""Hydra's launchers, which carry out runs elsewhere than in this process, and the sweeper that optimises.
 
-They are plugins, each a package of its own; ``pip install '.[cluster]'`` in a clone installs them all.
+They are plugins, each a package of its own; ``pip install '.[cluster,tune]'`` in a clone installs them all.
 """
 
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-# Option of the group hydra/launcher -> the module that brings it.
+# Option of the group hydra/launcher or hydra/sweeper -> the module that brings it.
 PLUGINS = {
+    "optuna": "hydra_plugins.hydra_optuna_sweeper",
     "slurm": "hydra_plugins.hydra_submitit_launcher",
     "submitit_slurm": "hydra_plugins.hydra_submitit_launcher",
     "submitit_local": "hydra_plugins.hydra_submitit_launcher",
@@ -23,15 +24,16 @@ _KILLED = {
 
 
 def missing_plugin(option: str) -> str | None:
-    """Return a sentence if a launcher needs a plugin that is not installed.
+    """Return a sentence if a launcher or a sweeper needs a plugin that is not installed.
 
     Args:
-        option: What was given as ``hydra/launcher=…``.
+        option: What was given as ``hydra/launcher=…`` or ``hydra/sweeper=…``.
     """
     if option not in PLUGINS or _is_installed(PLUGINS[option]):
         return None
     package = PLUGINS[option].rpartition(".")[2].replace("_", "-")
-    return f"The launcher {option} needs {package}, which is not installed: pip install {package}."
+    kind = "sweeper" if "sweeper" in package else "launcher"
+    return f"The {kind} {option} needs {package}, which is not installed: pip install {package}."
 
 
 def _is_installed(module: str) -> bool:

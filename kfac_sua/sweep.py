@@ -1,5 +1,6 @@
 """A sweep, ``python -m kfac_sua.train -m …``: which of its runs this one is, and what all of them came to."""
 
+import math
 import os
 import shlex
 import shutil
@@ -11,16 +12,32 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from kfac_sua.command_line import say
+from kfac_sua.compose import Cells
 from kfac_sua.config import Config, ProgressStyle
 from kfac_sua.device import device_type
+from kfac_sua.objective import objective_value
 from kfac_sua.runs.directory import run_directory
-from kfac_sua.runs.record import RecordError
+from kfac_sua.runs.record import RecordError, read_records, read_run_info
 
 # How a run learns how many there are, in whatever process and on whatever machine a launcher carries it out.
 _NUM_RUNS = "KFAC_SUA_SWEEP_RUNS"
 
 
-def sweep_overrides(overrides: Sequence[str], num_runs: int) -> list[str]:
+# Runs of a sweep that this process has carried out, in order.
+_carried_out: list[Config] = []
+
+
+def begin_in_sweep(config: Config) -> None:
+    """Note a run of this process's sweep: which runs there are, a sweeper that optimises decides on the way.
+
+    Args:
+        config: The run's configuration.
+    """
+    if HydraConfig.get().mode is RunMode.MULTIRUN:
+        _carried_out.append(config)
+
+
+def sweep_overrides(overrides: Sequence[str], num_runs: int | None) -> list[str]:
     """Return what Hydra is told of a sweep on top: how many runs there are, for each to say.
 
     Runs that this process carries out one after the other say which they are, so that Hydra's own lines, which count
@@ -28,13 +45,11 @@ def sweep_overrides(overrides: Sequence[str], num_runs: int) -> list[str]:
 
     Args:
         overrides: Those of the command line.
-        num_runs: Cells of the sweep.
+        num_runs: Runs of the sweep; ``None`` if only its sweeper knows.
     """
-    told = [f"+hydra.job.env_set.{_NUM_RUNS}={num_runs}"]
+    told = [f"+hydra.job.env_set.{_NUM_RUNS}={num_runs or 0}"]
     keys = [override.partition("=")[0] for override in overrides]
-    if not any(
-        key == "hydra/launcher" or key.startswith(("hydra/hydra_logging", "hydra.hydra_logging")) for key in keys
-    ):
+    if "hydra/launcher" not in keys:
         told.append("hydra.hydra_logging.root.level=WARNING")
     return told
 
@@ -48,47 +63,63 @@ def place_in_sweep(config: Config) -> str:
     if config.progress is ProgressStyle.none or HydraConfig.get().mode is not RunMode.MULTIRUN:
         return ""
     number, num_runs = int(HydraConfig.get().job.num) + 1, int(os.environ.get(_NUM_RUNS, 0))
-    # A sweeper that draws its own values has other numbers of runs than the command line tells.
+    # A sweeper that draws its own values may carry out other numbers of runs than the command line tells.
     return f"#{number} of {num_runs} " if number <= num_runs else f"#{number} "
 
 
-def say_summary(cells: Sequence[Config]) -> None:
+def say_summary(cells: Cells | None) -> None:
     """Print the table of a sweep's runs, how many have failed or diverged, and the commands that show more.
 
     Args:
-        cells: The configurations of all its runs; nothing is said of a single one, which has said how it ended.
+        cells: All its runs; nothing is said of a single one, which has said how it ended, and of none.
     """
-    if len(cells) < 2 or all(cell.progress is ProgressStyle.none for cell in cells):
+    if cells is None or cells.num_runs == 1 or all(cell.progress is ProgressStyle.none for cell in cells.configs):
         return
     by_place: dict[str, list[Config]] = {}
-    for cell in cells:
+    for cell in cells.configs if cells.are_all else _carried_out:
         by_place.setdefault(cell.output_dir, []).append(cell)
     for output_dir, there in by_place.items():
-        _say_runs(Path(output_dir).absolute(), there)
+        _say_runs(Path(output_dir).absolute(), there, shows_best=not cells.are_all)
+    if not by_place:  # a launcher has carried them out elsewhere
+        _say_commands(Path(cells.configs[0].output_dir).absolute())
 
 
-def _say_runs(root: Path, cells: Sequence[Config]) -> None:
+def _say_runs(root: Path, cells: Sequence[Config], *, shows_best: bool) -> None:
     """Print the table of some runs below one directory, and what shows more of it."""
     from kfac_sua.runs.collect import CollectError, collect_directories, final_table  # pandas takes a second
     from kfac_sua.runs.summary import format_table
 
-    directories = dict.fromkeys(run_directory(cell, device_type(cell.device)).path.absolute() for cell in cells)
-    begun = [path for path in directories if (path / "run.json").exists()]
+    found = {run_directory(cell, device_type(cell.device)).path.absolute(): cell for cell in cells}
+    begun = [path for path in found if (path / "run.json").exists()]
     try:
         frame = collect_directories(root, begun)
+        values = {path: _value(path, found[path]) for path in begun} if shows_best else {}
     except (CollectError, RecordError) as error:
         say(error)
         return
     counts = frame.drop_duplicates("run")["status"].value_counts().to_dict()
-    counts["failed"] = counts.get("failed", 0) + len(directories) - len(begun)  # before there was anything to write
+    counts["failed"] = counts.get("failed", 0) + len(found) - len(begun)  # before there was anything to write
     outcomes = [f"{counts[name]} {name}" for name in ("finished", "diverged", "failed", "running") if counts.get(name)]
-    print(f"\n{len(directories)} run{'s' if len(directories) > 1 else ''}: {', '.join(outcomes)}.")
+    print(f"\n{len(found)} run{'s' if len(found) > 1 else ''}: {', '.join(outcomes)}.")
     if begun:
         print(format_table(final_table(frame)))
-        python = _called("python", _shown(sys.executable))  # that of `make` lies below the working directory
-        print(f"This table of all runs there: {python} -m kfac_sua.runs.collect {_shown(str(root))}")
-        tensorboard = _called("tensorboard", f"{python} -m tensorboard.main")
-        print(f"Their curves: {tensorboard} --logdir {_shown(str(root))}", flush=True)
+        best = min(values, key=lambda path: values[path], default=None)
+        if best is not None and values[best] < math.inf:
+            print(f"Lowest {found[best].objective}, {values[best]:.4g}: {_shown(str(best))}")
+        _say_commands(root)
+
+
+def _value(path: Path, config: Config) -> float:
+    """Return what a run of a sweeper that optimises was judged by."""
+    info = read_run_info(path / "run.json")
+    return objective_value(config.objective, info, read_records(path / "metrics.csv"))
+
+
+def _say_commands(root: Path) -> None:
+    python = _called("python", _shown(sys.executable))  # that of `make` lies below the working directory
+    print(f"This table of all runs there: {python} -m kfac_sua.runs.collect {_shown(str(root))}")
+    tensorboard = _called("tensorboard", f"{python} -m tensorboard.main")
+    print(f"Their curves: {tensorboard} --logdir {_shown(str(root))}", flush=True)
 
 
 def _called(name: str, otherwise: str) -> str:

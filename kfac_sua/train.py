@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -21,16 +21,21 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from kfac_sua.checks import check_environment
+from kfac_sua.command_help import help_text, version_text
 from kfac_sua.command_line import BAD_INPUT, FAILED, say
-from kfac_sua.compose import compose_cells, to_config
-from kfac_sua.config import CONFIG_DIR, CONFIG_NAME, VERSION_BASE, Config, ConfigError
+from kfac_sua.compose import Cells, check_overrides, compose_cells, to_config
+from kfac_sua.config import CONFIG_DIR, CONFIG_NAME, VERSION_BASE, ConfigError
 from kfac_sua.data import DataError
 from kfac_sua.explain import explain
+from kfac_sua.flags import DEBUG, CommandLine, read_command_line
 from kfac_sua.launchers import killed_sentence, was_killed
+from kfac_sua.objective import objective_value
+from kfac_sua.rerun import saved_overrides
+from kfac_sua.runs.directory import run_directory
 from kfac_sua.runs.lock import RunBusyError
-from kfac_sua.runs.record import RecordError
+from kfac_sua.runs.record import RecordError, read_records
 from kfac_sua.startup import raise_on_interrupt
-from kfac_sua.sweep import place_in_sweep, say_summary, sweep_overrides
+from kfac_sua.sweep import begin_in_sweep, place_in_sweep, say_summary, sweep_overrides
 from kfac_sua.training.checkpoint import CheckpointError
 from kfac_sua.training.launch import Launch, read_launch
 from kfac_sua.training.loop import run
@@ -44,16 +49,6 @@ RUN_ERRORS = (
     *(RecordError, CheckpointError, RunBusyError, LostContactError, OtherProcessError),
     *(OSError, MemoryError, RuntimeError),
 )
-
-MULTIRUN_FLAGS = {"-m", "--multirun"}
-RUN_FLAGS = MULTIRUN_FLAGS | {"-r", "--run"}
-DEBUG_FLAG = "--debug"  # the same as HYDRA_FULL_ERROR=1
-# Hydra's flags that show something instead of running, and that change where configurations are found. The one that is
-# missing, --experimental-rerun, unpickles a file, which may run any code.
-OTHER_FLAGS = {
-    *("-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "--resolve", "-p", "--package", "-i", "--info"),
-    *("-sc", "--shell-completion", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir"),
-}
 
 
 class SweepCellError(Exception):
@@ -87,8 +82,8 @@ def main() -> int:
         0 if every run finished or is recorded as diverged, 1 if one failed, 2 for bad input, 130 after Ctrl-C, 143
         after SIGTERM.
     """
-    is_debug = DEBUG_FLAG in sys.argv or os.environ.get("HYDRA_FULL_ERROR") == "1"
-    sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != DEBUG_FLAG]
+    is_debug = DEBUG in sys.argv or os.environ.get("HYDRA_FULL_ERROR") == "1"
+    sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != DEBUG]
     with _raised_errors():
         try:
             return _debug() if is_debug else _carry_out()
@@ -112,20 +107,14 @@ def _raised_errors() -> Iterator[None]:
 
 def _debug() -> int:
     """Carry out the command line, whose errors all come through."""
-    sys.argv[1:], cells = _checked_arguments(sys.argv[1:])
-    _with_hydra(train)()
-    say_summary(cells)
-    return 0
+    return _with_hydra(train)
 
 
 def _carry_out() -> int:
     """Carry out the command line, say in one sentence what a user can cause, and return the exit code."""
-    cells: list[Config] = []
     try:
-        sys.argv[1:], cells = _checked_arguments(sys.argv[1:])
-        _with_hydra(train_and_report)()
+        return _with_hydra(train_and_report)
     except SweepCellError as error:
-        say_summary(cells)
         said = " as said above" if error.is_said else f", the first of them so: {str(error).rstrip('.')}"
         return say(f"Some runs of the sweep failed{said}; the same command starts only what is missing.")
     except INPUT_ERRORS as error:
@@ -138,33 +127,80 @@ def _carry_out() -> int:
         if _is_from_run(error):
             raise
         return say(f"Hydra cannot carry this out: {_one_line(error)}. (--debug shows where.)", BAD_INPUT)
+
+
+def _with_hydra(task: TaskFunction) -> int:
+    """Check the command line, before Hydra writes anything, and have Hydra carry it out."""
+    line = read_command_line(sys.argv[1:])
+    if line.is_help or line.is_version:
+        print(help_text(line.config_dir) if line.is_help else version_text(), flush=True)
+        return 0
+    check_environment(os.environ)
+    overrides, cells = _checked(line)
+    sys.argv[1:] = line.for_hydra(overrides)
+    try:
+        hydra.main(version_base=VERSION_BASE, config_path=str(CONFIG_DIR), config_name=CONFIG_NAME)(task)()
+    except SweepCellError:
+        say_summary(cells)
+        raise
     say_summary(cells)
     return 0
 
 
-def train(raw: DictConfig) -> None:
+def _checked(line: CommandLine) -> tuple[list[str], Cells | None]:
+    """Refuse bad configurations of any of the runs.
+
+    Returns:
+        The overrides, with what runs are told of their sweep; and all runs, ``None`` where something is only shown.
+    """
+    overrides = [*(saved_overrides(line.rerun) if line.rerun is not None else []), *line.overrides]
+    if line.shows:
+        if not line.is_completion:  # which goes by what is typed so far
+            check_overrides(overrides, line.config_dir)
+        return overrides, None
+    launch = read_launch(os.environ)
+    cells = compose_cells(overrides, multirun=line.is_multirun, config_dir=line.config_dir)
+    if launch.size > 1 and cells.num_runs != 1:
+        raise ConfigError(
+            f"{cells.num_runs or 'Several'} runs by {launch.size} processes together: give torchrun one run, or start "
+            "the sweep without it, whose runs a launcher can spread over machines."
+        )
+    return [*overrides, *(sweep_overrides(overrides, cells.num_runs) if cells.num_runs != 1 else [])], cells
+
+
+def train(raw: DictConfig) -> float | None:
     """Carry out one run.
 
     Args:
         raw: The composed configuration.
+
+    Returns:
+        What a sweeper that optimises minimises, from the process that speaks for the run.
     """
-    config = to_config(raw)
-    run(config, dataclasses.replace(read_launch(os.environ), place=place_in_sweep(config), auto=auto_keys(raw)))
+    config, launch = to_config(raw), read_launch(os.environ)
+    begin_in_sweep(config)
+    info = run(config, dataclasses.replace(launch, place=place_in_sweep(config), auto=auto_keys(raw)))
+    if launch.rank > 0:
+        return None
+    directory = run_directory(config, info.device, launch.size)
+    return objective_value(config.objective, info, read_records(directory.metrics))
 
 
-def train_and_report(raw: DictConfig) -> None:
+def train_and_report(raw: DictConfig) -> float | None:
     """Carry out one run, and say in one sentence why it fails if it does.
 
     Args:
         raw: The composed configuration.
+
+    Returns:
+        What :func:`train` returns.
 
     Raises:
         SweepCellError: If a run of a sweep fails; Hydra goes on with the others and raises the first one at the end.
         SystemExit: If a single run fails.
     """
     try:
-        train(raw)
-        return
+        return train(raw)
     except (*INPUT_ERRORS, *RUN_ERRORS) as error:
         code = _say_why(error)
         sentence = str(error)
@@ -180,35 +216,6 @@ def train_and_report(raw: DictConfig) -> None:
 def _is_from_run(error: BaseException) -> bool:
     """Tell a run's own exception from those that Hydra raises on its way there, which are of any type."""
     return any(frame.f_code is train_and_report.__code__ for frame, _ in traceback.walk_tb(error.__traceback__))
-
-
-def _with_hydra(task: TaskFunction) -> Callable[[], None]:
-    return hydra.main(version_base=VERSION_BASE, config_path=str(CONFIG_DIR), config_name=CONFIG_NAME)(task)
-
-
-def _checked_arguments(arguments: list[str]) -> tuple[list[str], list[Config]]:
-    """Refuse bad flags and, before Hydra writes anything, bad configurations of any of the runs.
-
-    Returns:
-        The arguments with ``-m`` in front, as Hydra does not take overrides on both sides of it, and with the number of
-        runs of a sweep; and the configurations of all runs, none where the arguments only show something.
-    """
-    check_environment(os.environ)
-    launch = read_launch(os.environ)
-    flags = [argument for argument in arguments if argument.startswith("-")]
-    for flag in flags:
-        if flag.partition("=")[0] not in RUN_FLAGS | OTHER_FLAGS:
-            raise ConfigError(f"There is no flag '{flag}'; give settings as key=value, for example optimizer.lr=0.1.")
-    if not RUN_FLAGS.issuperset(flags):
-        return arguments, []  # shows something, or takes its configuration from elsewhere
-    overrides = [argument for argument in arguments if argument not in flags]
-    cells = compose_cells(overrides, multirun=not MULTIRUN_FLAGS.isdisjoint(flags))
-    if launch.size > 1 and len(cells) > 1:
-        raise ConfigError(
-            f"{len(cells)} runs by {launch.size} processes together: give torchrun one run, or start the sweep "
-            f"without it, whose runs a launcher can spread over machines."
-        )
-    return [*flags, *overrides, *(sweep_overrides(overrides, len(cells)) if len(cells) > 1 else [])], cells
 
 
 def _say_why(error: BaseException) -> int:

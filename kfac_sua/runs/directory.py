@@ -12,12 +12,12 @@ from kfac_sua.device import choose_precision
 # These do not change what is computed, or (seed) have their own level in the path.
 _NOT_IN_FINGERPRINT = (
     *("seed", "output_dir", "progress", "num_threads", "checkpoint_interval_s"),
-    "capture",
+    *("capture", "objective"),
 )
 _OF_DATASET_NOT_IN_FINGERPRINT = ("data_dir", "download")  # from where images come
 
 # Keys that came after the first runs, with the value that says what these did: node, key, value.
-_ADDED_LATER = (
+ADDED_LATER = (
     ("", "non_finite", "stop"),
     ("", "sync_batch_norm", True),
     ("", "precision", "float32"),
@@ -95,7 +95,7 @@ def fingerprint(config: Config, device: str, num_processes: int = 1) -> str:
         values["num_processes"] = num_processes
     for key in _NOT_IN_FINGERPRINT:
         del values[key]
-    for node, key, default in _ADDED_LATER:
+    for node, key, default in ADDED_LATER:
         part = values[node] if node else values
         if part.get(key) == default:
             part.pop(key, None)

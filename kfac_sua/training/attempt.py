@@ -4,11 +4,13 @@ import contextlib
 import dataclasses
 import functools
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 
+from kfac_sua.runs.atomic import write_atomically
 from kfac_sua.runs.directory import RunDirectory, resolved
 from kfac_sua.runs.environment import environment
 from kfac_sua.runs.lock import exclusive
@@ -130,9 +132,14 @@ def continued_info(begun: RunInfo, now: RunInfo, is_resumed: bool) -> RunInfo:
 
 def prepare_directory(directory: RunDirectory, info: RunInfo, records: list[EpochRecord]) -> None:
     """Write what stands before the first step; nothing of a run is on disk before this."""
-    directory.config.write_text(OmegaConf.to_yaml(OmegaConf.create(info.config)), encoding="utf-8")
+    write_config(directory.config, info.config)
     write_run_info(directory.info, info)
     rewrite_records(directory.metrics, records)
+
+
+def write_config(path: Path, values: dict[str, Any]) -> None:
+    """Write a run's configuration in the form that ``--rerun`` reads."""
+    write_atomically(path, OmegaConf.to_yaml(OmegaConf.create(values)).encode())
 
 
 def write_end(

@@ -171,7 +171,7 @@ def test_progress_bar_goes_to_stderr(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_sweep_from_a_grid_file_in_a_real_process(tmp_path):
     """sweep=lr runs all learning rates of its file without -m."""
-    grid = {cell.optimizer.lr for cell in compose_cells(["sweep=lr"])}
+    grid = {cell.optimizer.lr for cell in compose_cells(["sweep=lr"]).configs}
     code, out, err = call("sweep=lr", "preconditioner=baseline", "epochs=1", cwd=tmp_path)
     assert (code, err) == (0, "")
     assert {info["config"]["optimizer"]["lr"] for info in infos(tmp_path).values()} == grid

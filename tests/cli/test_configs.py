@@ -88,18 +88,22 @@ def test_every_option_explains_every_key():
 
 @pytest.mark.parametrize("name", options("sweep"))
 def test_sweep_is_the_product_of_its_grids(name):
-    """A sweep needs no -m, and has one cell per combination of its values."""
-    params = yaml.safe_load((CONFIG_DIR / "sweep" / f"{name}.yaml").read_text())["sweeper"]["params"]
+    """A sweep needs no -m, and has one cell per combination of its values; of an interval a sweeper draws them."""
+    content = yaml.safe_load((CONFIG_DIR / "sweep" / f"{name}.yaml").read_text())
+    params = content.get("hydra", content)["sweeper"]["params"]
     expected = 1
     for values in params.values():
-        expected *= len(str(values).split(","))
-    cells = compose_cells([f"sweep={name}", "preconditioner=kfac"])
+        expected *= 1 if "interval" in str(values) else len(str(values).split(","))
+    found = compose_cells([f"sweep={name}", "preconditioner=kfac"])
+    cells = found.configs
+    assert found.are_all == ("interval" not in str(params))
+    assert found.num_runs == (expected if found.are_all else content["hydra"]["sweeper"]["n_trials"])
     assert len({str(to_plain(cell)) for cell in cells}) == len(cells) == expected
 
 
 def test_multirun_multiplies_settings_and_values():
     """Two preconditioners times two learning rates are four runs, the last key varying fastest."""
-    cells = compose_cells(["preconditioner=sua,grouped", "optimizer.lr=0.1,0.2", "epochs=3"], multirun=True)
+    cells = compose_cells(["preconditioner=sua,grouped", "optimizer.lr=0.1,0.2", "epochs=3"], multirun=True).configs
     assert [(cell.preconditioner.name.value, cell.optimizer.lr) for cell in cells] == [
         ("sua", 0.1),
         ("sua", 0.2),
@@ -110,13 +114,13 @@ def test_multirun_multiplies_settings_and_values():
 
 def test_command_line_replaces_a_grid_of_the_sweep():
     """sweep=lr with a learning rate on the command line is that one run."""
-    (cell,) = compose_cells(["sweep=lr", "optimizer.lr=0.5"])
+    (cell,) = compose_cells(["sweep=lr", "optimizer.lr=0.5"]).configs
     assert cell.optimizer.lr == 0.5
 
 
 def test_several_experiments_by_pattern():
     """The five quickstart curves can be asked for by one pattern."""
-    cells = compose_cells(["experiment=glob(quickstart_*)"], multirun=True)
+    cells = compose_cells(["experiment=glob(quickstart_*)"], multirun=True).configs
     assert {cell.preconditioner.name.value for cell in cells} == set(SETTINGS)
 
 

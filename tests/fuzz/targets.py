@@ -162,7 +162,7 @@ def examine_options(example: tuple[list[str], bool]) -> str:
     """Options are refused with a ConfigError of one line, or give at least one configuration that passes its checks."""
     overrides, multirun = example
     try:
-        cells = compose_cells(overrides, multirun=multirun)
+        cells = compose_cells(overrides, multirun=multirun).configs
     except ConfigError as error:
         _check_sentence(str(error))
         return REFUSED
