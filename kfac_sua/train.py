@@ -37,9 +37,10 @@ from kfac_sua.runs.record import RecordError, read_records
 from kfac_sua.startup import raise_on_interrupt
 from kfac_sua.sweep import begin_in_sweep, place_in_sweep, say_summary, sweep_overrides
 from kfac_sua.training.checkpoint import CheckpointError
+from kfac_sua.training.contact import LostContactError
 from kfac_sua.training.launch import Launch, read_launch
 from kfac_sua.training.loop import run
-from kfac_sua.training.world import LostContactError, OtherProcessError
+from kfac_sua.training.world import OtherProcessError
 from kfac_sua.tuned import auto_keys
 
 # What a user can cause. PyTorch and the preconditioner raise RuntimeError for what cannot be done (out of memory, a

@@ -9,9 +9,9 @@ from typing import Any
 from kfac_sua.config import Config, KroneckerConfig, to_plain
 from kfac_sua.device import choose_precision
 
-# These do not change what is computed, or (seed) have their own level in the path.
+# These do not change what is computed.
 _NOT_IN_FINGERPRINT = (
-    *("seed", "output_dir", "progress", "num_threads", "checkpoint_interval_s"),
+    *("output_dir", "progress", "num_threads", "checkpoint_interval_s"),
     *("capture", "objective"),
 )
 _OF_DATASET_NOT_IN_FINGERPRINT = ("data_dir", "download")  # from where images come
@@ -88,21 +88,32 @@ def fingerprint(config: Config, device: str, num_processes: int = 1) -> str:
     Returns:
         64 hexadecimal digits.
     """
-    values = resolved(config, device)
+    values = deciding_values(config) | {"device": device, "precision": choose_precision(config.precision, device).value}
     if device == "cuda":  # where float32 once meant TF32 in convolutions and IEEE float32 in products
         values["precision"] += " in convolutions and products"
     if num_processes > 1 and _depends_on_processes(config):
         values["num_processes"] = num_processes
-    for key in _NOT_IN_FINGERPRINT:
-        del values[key]
+    del values["seed"]
     for node, key, default in ADDED_LATER:
         part = values[node] if node else values
         if part.get(key) == default:
             part.pop(key, None)
-    for key in _OF_DATASET_NOT_IN_FINGERPRINT:
-        del values["dataset"][key]
     canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def deciding_values(config: Config) -> dict[str, Any]:
+    """Return what of a configuration decides the numbers of a run, its seed included.
+
+    Args:
+        config: The checked configuration.
+    """
+    values: dict[str, Any] = to_plain(config)
+    for key in _NOT_IN_FINGERPRINT:
+        del values[key]
+    for key in _OF_DATASET_NOT_IN_FINGERPRINT:
+        del values["dataset"][key]
+    return values
 
 
 def _depends_on_processes(config: Config) -> bool:

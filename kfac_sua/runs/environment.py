@@ -1,6 +1,7 @@
 """What a run ran on: versions, commit and device, as run.json and reports name them."""
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import platform
 import socket
@@ -38,6 +39,15 @@ def environment(device: str = "auto") -> Environment:
 def source_commit() -> str | None:
     """Return the commit of the source, with ``+dirty`` where it has changes; None outside a checkout."""
     return _commit(Path(__file__).resolve().parents[2])
+
+
+def source_digest() -> str:
+    """Return the SHA-256 of the package's source: what tells two copies apart where there is no commit, or changes."""
+    root = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _versions() -> dict[str, str | None]:

@@ -15,6 +15,7 @@ from kfac_sua.training.determinism import determinism
 from kfac_sua.training.divergence import LOOK_PERIOD, Diverged, LateLook
 from kfac_sua.training.evaluate import Evaluation, evaluate
 from kfac_sua.training.launch import Launch
+from kfac_sua.training.meeting import open_meeting
 from kfac_sua.training.precision import computing_in
 from kfac_sua.training.progress import Progress
 from kfac_sua.training.state import Training
@@ -36,7 +37,8 @@ def run(config: Config, launch: Launch | None = None) -> RunInfo:
         What run.json holds at the end.
 
     Raises:
-        ConfigError: If there is no such device or precision, or settings do not fit the network or each other.
+        ConfigError: If there is no such device or precision, settings do not fit the network or each other, or several
+            processes are not there for one run.
         DataError: If the data set cannot be had, is damaged or too small.
         CheckpointError: If the run's checkpoint is damaged or belongs to another run.
         RecordError: If the run's records are damaged.
@@ -45,14 +47,17 @@ def run(config: Config, launch: Launch | None = None) -> RunInfo:
         OtherProcessError: If another of several processes fails; that one says why.
         Interrupted: On SIGINT and SIGTERM, after which the same command resumes.
     """
-    device = choose_device(config.device)
+    launch = launch or Launch()
     with contextlib.ExitStack() as stack:
+        meeting = stack.enter_context(open_meeting(launch))
+        meeting.require_one_run(config)
+        device = meeting.choose_alike(lambda: choose_device(config.device))
         stack.enter_context(determinism(config.deterministic, device))  # before anything else uses the GPU
-        world = stack.enter_context(open_world(launch or Launch(), device))
+        world = stack.enter_context(open_world(launch, device, meeting.store))
         config = dataclasses.replace(config, precision=choose_precision(config.precision, device.type))
         stack.enter_context(computing_in(config.precision, device))
         stack.enter_context(rates_as_configured(config.device_rates, device))
-        writer = RunWriter(run_directory(config, device.type, world.size), world, launch=launch or Launch())
+        writer = RunWriter(run_directory(config, device.type, world.size), world, launch=launch)
         if ended := writer.find_ended():
             return ended
 

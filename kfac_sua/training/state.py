@@ -19,7 +19,7 @@ from kfac_sua.build import (
     memory_format,
 )
 from kfac_sua.config import Config
-from kfac_sua.data import BatchLoader, ImageSet, Splits, epoch_generator
+from kfac_sua.data import BatchLoader, DataError, ImageSet, Splits, epoch_generator
 from kfac_sua.models.sync_batch_norm import synchronise_batch_norm
 from kfac_sua.preconditioner import AdaptiveDamping, KroneckerPreconditioner
 from kfac_sua.training.capturing import training_step
@@ -78,7 +78,8 @@ class Training:
 
         Raises:
             ConfigError: If the preconditioner's settings do not fit the network, or ``capture=true`` anything else.
-            DataError: If the data set cannot be had, is damaged or too small, or the mini-batch for so many processes.
+            DataError: If the data set cannot be had, is damaged or too small, or the mini-batch for so many processes,
+                or these have different images.
         """
         world = world or World()
         if world.any(not world.each(lambda: has_images(config.dataset))):
@@ -86,6 +87,12 @@ class Training:
             patient.from_first(lambda: fetch_images(config.dataset))
             patient.each(lambda: fetch_images(config.dataset))  # on other machines, whose data_dir may be their own
         training = world.each(lambda: cls._build(config, device, world))
+        for rank, digest in enumerate(digests := world.gather(training.data_digest)):
+            if digest != digests[0]:
+                raise DataError(
+                    "The processes of a run must train on the same images, but those in dataset.data_dir differ "
+                    f"between process 0 and process {rank}; give all the same files."
+                )
         training.forward = world.averaging(training.model, shares_buffers=not config.sync_batch_norm)
         return training
 

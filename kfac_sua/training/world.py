@@ -22,11 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kfac_sua.config import ConfigError
 from kfac_sua.runs.record import failure_reason
+from kfac_sua.training.contact import PATIENCE, interruptible, named_losses
 from kfac_sua.training.launch import Launch
-from kfac_sua.training.signals import STOP_SIGNALS
-
-PATIENCE = timedelta(minutes=5)
-"""How long the others may keep a process waiting. One that dies is noticed at once, as its connections close."""
 
 LONG_PATIENCE = timedelta(days=1)
 """The same while one fetches what the others wait for."""
@@ -34,10 +31,6 @@ LONG_PATIENCE = timedelta(days=1)
 LEAVING_TIME_S = 10.0
 
 Result = TypeVar("Result")
-
-
-class LostContactError(Exception):
-    """Another process of the run has gone or does not answer; the message is one sentence."""
 
 
 class OtherProcessError(Exception):
@@ -210,12 +203,13 @@ class World:
 
 
 @contextlib.contextmanager
-def open_world(launch: Launch, device: torch.device) -> Iterator[World]:
-    """Meet the other processes of a run, if there are any.
+def open_world(launch: Launch, device: torch.device, store: dist.Store | None = None) -> Iterator[World]:
+    """Become a group with the other processes of a run, if there are any.
 
     Args:
         launch: This process's place.
         device: Where each of them trains; of several GPUs of a machine each process takes its own.
+        store: Where they have met; ``None`` if they have not.
 
     Yields:
         The processes.
@@ -232,8 +226,8 @@ def open_world(launch: Launch, device: torch.device) -> Iterator[World]:
     if launch.rank > 0:  # what a process logs about the network, all would
         logging.getLogger("kfac_sua").setLevel(logging.ERROR)
     with named_losses(launch.rank, launch.size):
-        with _interruptible():
-            control = _meet(launch, device)
+        with interruptible():
+            control = _meet(launch, device, store)
         signal.signal(signal.SIGTERM, _leave_soon)
         try:
             yield World(launch.rank, launch.size, control)
@@ -242,26 +236,14 @@ def open_world(launch: Launch, device: torch.device) -> Iterator[World]:
             dist.destroy_process_group()
 
 
-def _meet(launch: Launch, device: torch.device) -> dist.ProcessGroup:
+def _meet(launch: Launch, device: torch.device, store: dist.Store | None) -> dist.ProcessGroup:
     """Wait until all processes are there, and return a group of them for the CPU."""
     os.environ |= {"MASTER_ADDR": launch.address, "MASTER_PORT": str(launch.port)}
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, rank=launch.rank, world_size=launch.size, timeout=PATIENCE)
+    dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size, timeout=PATIENCE)
     control = dist.new_group(backend="gloo", timeout=PATIENCE)
     assert isinstance(control, dist.ProcessGroup)
     return control
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Let signals end this process at once, even while it waits outside of Python; nothing is on disk yet."""
-    numbers = [number for number in STOP_SIGNALS if callable(signal.getsignal(number))]
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _take_own_gpu(launch: Launch) -> None:
@@ -283,30 +265,3 @@ def _leave_soon(number: int, frame: FrameType | None) -> None:
     timer = threading.Timer(LEAVING_TIME_S, os._exit, (128 + number,))
     timer.daemon = True
     timer.start()
-
-
-@contextlib.contextmanager
-def named_losses(rank: int, size: int) -> Iterator[None]:
-    """Raise LostContactError where other processes have gone, which torch.distributed says in many ways."""
-    try:
-        yield
-    except RuntimeError as error:
-        if size == 1 or not _is_loss(error):
-            raise
-        raise LostContactError(
-            f"process {rank} of {size} has lost contact with another one, which has ended or does not answer; the same "
-            f"command resumes the run from its last checkpoint."
-        ) from error
-
-
-def _is_loss(error: RuntimeError) -> bool:
-    text = str(error).lower()
-    is_distributed = isinstance(error, dist.DistError) or "gloo" in text or "nccl" in text
-    return is_distributed and any(words in text for words in _WORDS_OF_LOSS)
-
-
-# What gloo, NCCL and the store say of a process that is gone or silent. Other errors of theirs are bugs, and stay.
-_WORDS_OF_LOSS = (
-    *("connection closed", "connection reset", "connection refused", "broken pipe", "socket"),
-    *("read error", "write error", "timed out", "timeout", "remote process exited", "aborted"),
-)

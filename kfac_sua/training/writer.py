@@ -30,11 +30,12 @@ from kfac_sua.training.attempt import (
     write_end,
 )
 from kfac_sua.training.checkpoint import Checkpoint, save_checkpoint
+from kfac_sua.training.contact import named_losses
 from kfac_sua.training.launch import ALONE, Launch
 from kfac_sua.training.progress import Progress, print_once
 from kfac_sua.training.signals import Interrupted, StopRequest
 from kfac_sua.training.state import Training
-from kfac_sua.training.world import World, named_losses
+from kfac_sua.training.world import World
 from kfac_sua.tuned import opening_line
 
 _SAVE = 1

@@ -7,8 +7,9 @@ import pytest
 import torch
 from process_group import free_ports, run_processes
 
+from kfac_sua.training.contact import LostContactError, named_losses
 from kfac_sua.training.launch import Launch
-from kfac_sua.training.world import LostContactError, OtherProcessError, World, named_losses, open_world
+from kfac_sua.training.world import OtherProcessError, World, open_world
 
 
 def fail_on(ranks: tuple[int, ...], rank: int, sentence: str = "No room.") -> int:

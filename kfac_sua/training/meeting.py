@@ -1,0 +1,162 @@
+"""Where the processes of a run meet first, before they train on anything: are they all there for the same run?
+
+They write to a store of PyTorch's at the address that torchrun or srun gives them, which needs neither a backend nor a
+device. Every process reads what all have written and comes to the same conclusion.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from kfac_sua.config import Config, ConfigError
+from kfac_sua.explain import shown
+from kfac_sua.runs.directory import deciding_values
+from kfac_sua.runs.environment import source_digest
+from kfac_sua.runs.record import failure_reason
+from kfac_sua.training.contact import PATIENCE, interruptible, named_losses
+from kfac_sua.training.launch import Launch
+
+_LEAVING_PATIENCE = timedelta(seconds=10)
+"""How long the store stays for others that have still to read why they all leave."""
+
+_MOST_SHOWN = 3  # differences in a sentence
+
+Result = TypeVar("Result")
+
+
+class Meeting:
+    """This process among those of a run, before they are a group.
+
+    Args:
+        launch: This process's place.
+        store: Where they leave each other messages; ``None`` for a process alone.
+    """
+
+    def __init__(self, launch: Launch, store: dist.Store | None) -> None:
+        self.store = store
+        self._launch = launch
+
+    def require_one_run(self, config: Config) -> None:
+        """Refuse processes that differ in what decides a run's numbers, or in the code that computes them.
+
+        Args:
+            config: This process's configuration.
+
+        Raises:
+            ConfigError: On all of them, with what differs and between whom.
+        """
+        if self.store is None:
+            return
+        own = {**_flat(deciding_values(config)), **_code()}
+        all_values = [json.loads(text) for text in self._gather("values", json.dumps(own))]
+        differences = [
+            f"{key} is {shown(all_values[0].get(key))} in process 0 and {shown(values.get(key))} in process {rank}"
+            for rank, values in enumerate(all_values)
+            for key in sorted({*values, *all_values[0]})
+            if values.get(key) != all_values[0].get(key)
+        ]
+        if differences:
+            more = f", and {len(differences) - _MOST_SHOWN} more differences" if len(differences) > _MOST_SHOWN else ""
+            raise ConfigError(
+                f"The {self._launch.size} processes of a run must carry out the same one: "
+                f"{'; '.join(differences[:_MOST_SHOWN])}{more}."
+            )
+
+    def choose_alike(self, choose: Callable[[], torch.device]) -> torch.device:
+        """Return the device of this process, where all find one of the same kind.
+
+        Args:
+            choose: Finds it, by this process alone.
+
+        Raises:
+            ConfigError: On all of them, if it fails on one, or kinds differ.
+        """
+        if self.store is None:
+            return choose()
+        try:
+            device, found = choose(), {"kind": "", "failure": ""}
+            found["kind"] = device.type
+        except ConfigError as error:
+            self._gather("device", json.dumps({"kind": "", "failure": failure_reason(error)}))
+            raise
+        others = [json.loads(text) for text in self._gather("device", json.dumps(found))]
+        for rank, other in enumerate(others):
+            if other["failure"]:
+                raise ConfigError(f"process {rank} of {self._launch.size} has no such device: {other['failure']}")
+            if other["kind"] != device.type:
+                raise ConfigError(
+                    f"The processes of a run must train on devices of one kind: {device.type} in process "
+                    f"{self._launch.rank} and {other['kind']} in process {rank}; give device=cpu, or GPUs to all."
+                )
+        return device
+
+    def _gather(self, subject: str, text: str) -> list[str]:
+        """Return what each process writes about a subject, by rank; the store stays until all have read it."""
+        store, rank, ranks = self.store, self._launch.rank, range(self._launch.size)
+        assert store is not None
+        if store.add(f"{subject}/{rank}/claims", 1) > 1:
+            raise ConfigError(
+                f"Two processes say that they are number {rank} of {self._launch.size} at {self._launch.address}:"
+                f"{self._launch.port}; give each its own RANK, and each run its own MASTER_PORT."
+            )
+        store.set(f"{subject}/{rank}", text)
+        store.wait([f"{subject}/{other}" for other in ranks], PATIENCE)
+        texts = [store.get(f"{subject}/{other}").decode() for other in ranks]
+        store.set(f"{subject}/{rank}/read", "")
+        if rank == 0:  # which keeps the store, unless torchrun does
+            with contextlib.suppress(dist.DistStoreError):
+                store.wait([f"{subject}/{other}/read" for other in ranks], _LEAVING_PATIENCE)
+        return texts
+
+
+@contextlib.contextmanager
+def open_meeting(launch: Launch) -> Iterator[Meeting]:
+    """Go where the processes of a run meet, and wait for the one that keeps the store.
+
+    Args:
+        launch: This process's place.
+
+    Yields:
+        The meeting, which for a process alone asks nothing.
+
+    Raises:
+        ConfigError: If another program uses the port.
+        LostContactError: If another process does not come, or goes.
+    """
+    if launch.size == 1:
+        yield Meeting(launch, None)
+        return
+    os.environ |= {"MASTER_ADDR": launch.address, "MASTER_PORT": str(launch.port)}
+    with named_losses(launch.rank, launch.size), interruptible():
+        try:
+            store, _, _ = next(rendezvous("env://", launch.rank, launch.size, timeout=PATIENCE))
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise ConfigError(
+                f"Port {launch.port} of this machine, at which the processes would meet, is in use by another program; "
+                "give a free one as MASTER_PORT, or torchrun --master_port."
+            ) from error
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps one store for all attempts
+        meeting = Meeting(launch, dist.PrefixStore(f"kfac_sua/{attempt}", store))
+    with named_losses(launch.rank, launch.size):
+        yield meeting
+
+
+def _code() -> dict[str, str]:
+    return {"the version of PyTorch": str(torch.__version__), "the source of kfac_sua": source_digest()[:12]}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return dotted keys and values."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
