@@ -2,10 +2,15 @@
 
 import argparse
 import math
+import os
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+
+_COMMAND = "KFAC_SUA_COMMAND"  # variable of the environment
 
 
 def say(sentence: object, code: int = FAILED) -> int:
@@ -17,6 +22,21 @@ def say(sentence: object, code: int = FAILED) -> int:
     """
     print(sentence, file=sys.stderr, flush=True)
     return code
+
+
+def keep_command(module: str, arguments: Sequence[str]) -> None:
+    """Keep a command line for the records of its runs, in whichever process they are carried out.
+
+    Args:
+        module: What was started, by ``python -m``.
+        arguments: What follows it.
+    """
+    os.environ[_COMMAND] = shlex.join(["python", "-m", module, *arguments])
+
+
+def kept_command() -> str | None:
+    """Return the command line that this process belongs to, if there is one."""
+    return os.environ.get(_COMMAND)
 
 
 def as_number(text: str) -> float:

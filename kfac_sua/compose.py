@@ -145,11 +145,12 @@ def group_options(config_dir: Path | None = None) -> dict[str, list[str]]:
 
 
 @contextmanager
-def composed_hydra(overrides: Sequence[str]) -> Iterator[tuple[DictConfig, ConfigLoader]]:
+def composed_hydra(overrides: Sequence[str], own: Sequence[str] = ()) -> Iterator[tuple[DictConfig, ConfigLoader]]:
     """Compose a configuration together with Hydra's own node.
 
     Args:
         overrides: Arguments such as ``"hydra/launcher=slurm"`` and ``"hydra.launcher.partition=gpu"``.
+        own: What this package adds, which may set any of Hydra's keys.
 
     Yields:
         The configuration, and what composes others from the same files, as a launcher does.
@@ -159,7 +160,7 @@ def composed_hydra(overrides: Sequence[str]) -> Iterator[tuple[DictConfig, Confi
     """
     with _initialized_hydra():
         _parse(overrides)
-        yield _compose(overrides, with_hydra=True), GlobalHydra.instance().config_loader()
+        yield _compose([*overrides, *own], with_hydra=True), GlobalHydra.instance().config_loader()
 
 
 def to_config(raw: DictConfig) -> Config:

@@ -259,6 +259,7 @@ class Config:
     checkpoint_interval_s: float | None
     output_dir: str
     progress: ProgressStyle
+    verbose: bool
     objective: Objective
     model: ModelConfig
     dataset: DatasetConfig

@@ -32,7 +32,7 @@ from kfac_sua.campaign.launcher import LAUNCHERS, SLURM, Launcher, load_launcher
 from kfac_sua.campaign.plan import Plan
 from kfac_sua.campaign.publish import publish
 from kfac_sua.campaign.selection import RULE_SENTENCES, Rule, SelectionError
-from kfac_sua.command_line import BAD_INPUT, FAILED, count, say
+from kfac_sua.command_line import BAD_INPUT, FAILED, count, keep_command, say
 from kfac_sua.compose import compose_config
 from kfac_sua.config import ConfigError
 from kfac_sua.data import DataError
@@ -67,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 if everything is done, 1 if a run failed, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM.
     """
     raise_on_interrupt()
+    keep_command("kfac_sua.reproduce", sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_intermixed_args(arguments)
     try:
         with _interrupted_by_sigterm():

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kfac_sua.checks import check_environment
 from kfac_sua.command_help import help_text, version_text
-from kfac_sua.command_line import BAD_INPUT, FAILED, say
+from kfac_sua.command_line import BAD_INPUT, FAILED, keep_command, say
 from kfac_sua.compose import Cells, check_overrides, compose_cells, to_config
 from kfac_sua.config import CONFIG_DIR, CONFIG_NAME, VERSION_BASE, ConfigError
 from kfac_sua.data import DataError
@@ -83,6 +83,7 @@ def main() -> int:
         0 if every run finished or is recorded as diverged, 1 if one failed, 2 for bad input, 130 after Ctrl-C, 143
         after SIGTERM.
     """
+    keep_command("kfac_sua.train", sys.argv[1:])
     is_debug = DEBUG in sys.argv or os.environ.get("HYDRA_FULL_ERROR") == "1"
     sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != DEBUG]
     with _raised_errors():
@@ -180,7 +181,9 @@ def train(raw: DictConfig) -> float | None:
     """
     config, launch = to_config(raw), read_launch(os.environ)
     begin_in_sweep(config)
-    info = run(config, dataclasses.replace(launch, place=place_in_sweep(config), auto=auto_keys(raw)))
+    overrides = tuple(HydraConfig.get().overrides.task)
+    place = place_in_sweep(config)
+    info = run(config, dataclasses.replace(launch, place=place, auto=auto_keys(raw), overrides=overrides))
     if launch.rank > 0:
         return None
     directory = run_directory(config, info.device, launch.size)

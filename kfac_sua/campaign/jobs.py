@@ -109,9 +109,9 @@ def _launch(
 ) -> list[Ended]:
     """Carry out runs at the same time, and return those that were begun, with the reason if they failed."""
     sweep_dir = _new_directory(root / ".jobs")
-    settings = [*launcher.overrides, f"hydra.sweep.dir={quoted(str(sweep_dir))}", "hydra/hydra_logging=none"]
+    own = [f"hydra.sweep.dir={quoted(str(sweep_dir))}", "hydra/hydra_logging=none"]
     started_s = time.time()
-    with composed_hydra(settings) as (config, loader), _submitted_jobs(launcher) as jobs:
+    with composed_hydra(launcher.overrides, own) as (config, loader), _submitted_jobs(launcher) as jobs:
         instance = Plugins.instance().instantiate_launcher(
             hydra_context=HydraContext(config_loader=loader, callbacks=Callbacks()), task_function=task, config=config
         )

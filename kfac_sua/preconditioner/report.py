@@ -1,6 +1,7 @@
 """What is preconditioned, how, and what it costs: the table a user reads before a long run."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -90,7 +91,7 @@ class SharingReport:
 
 @dataclass(frozen=True)
 class LayerTable:
-    """The layers of a model; ``str()`` gives the printable table.
+    """The layers of a model; ``str()`` gives the printable table, :meth:`summary` three lines.
 
     Args:
         rows: One per layer.
@@ -103,6 +104,21 @@ class LayerTable:
     chosen_by: str = ""
     sharing: SharingReport | None = None
     large: str = ""
+
+    def summary(self) -> str:
+        """Return the table in three lines: how many layers of which structure, their cost, and what is left out."""
+        treated = [row for row in self.rows if not row.reason]
+        structures = Counter(row.structure for row in treated)
+        left = names_by_reason((row.name, row.reason) for row in self.rows)
+        counted = ", ".join(f"{count} {structure}" for structure, count in structures.items())
+        lines = [
+            f"{len(treated)} layers preconditioned ({counted})" if treated else "no layer preconditioned",
+            f"inverses {_mib(sum(row.memory_bytes for row in treated)).strip()} MiB, refresh "
+            f"{_gflop(sum(row.inverse_flops for row in treated)).strip()} GFLOP, application "
+            f"{_gflop(sum(row.apply_flops for row in treated)).strip()} GFLOP, if dense",
+            f"plain gradient: {', '.join(f'{len(names)} × {reason}' for reason, names in left.items()) or 'none'}",
+        ]
+        return "\n".join([*lines, f"large: {self.large}"] if self.large else lines)
 
     def __str__(self) -> str:
         lines = [_HEADER, "-" * len(_HEADER)]

@@ -12,7 +12,7 @@ from kfac_sua.device import choose_precision
 # These do not change what is computed.
 _NOT_IN_FINGERPRINT = (
     *("output_dir", "progress", "num_threads", "checkpoint_interval_s"),
-    *("capture", "objective"),
+    *("capture", "objective", "verbose"),
 )
 _OF_DATASET_NOT_IN_FINGERPRINT = ("data_dir", "download")  # from where images come
 
@@ -53,6 +53,11 @@ class RunDirectory:
     def metrics(self) -> Path:
         """One row per epoch."""
         return self.path / "metrics.csv"
+
+    @property
+    def log(self) -> Path:
+        """What the run has said."""
+        return self.path / "train.log"
 
     @property
     def checkpoint(self) -> Path:

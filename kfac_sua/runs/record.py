@@ -255,6 +255,9 @@ class RunInfo:
         records_digest: Of a run that has ended, what :func:`records_digest` returned for its rows.
         process_counts: How many processes its seconds come from; several numbers if it was resumed by others.
         machines: Every machine that its seconds come from, as ``host (device)``; several if it was resumed elsewhere.
+        command: The command line of the first attempt, of a whole sweep where it is one of its runs; None where it was
+            not started by a command, or before this was recorded.
+        overrides: What that command line says of this run alone, as ``key=value``.
     """
 
     status: Status
@@ -276,6 +279,8 @@ class RunInfo:
     records_digest: str | None = None
     process_counts: list[int] = dataclasses.field(default_factory=lambda: [1])
     machines: list[str] = dataclasses.field(default_factory=list)
+    command: str | None = None
+    overrides: list[str] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Check the type of every field, and of numbers the range, since run.json may come from elsewhere.
@@ -385,6 +390,8 @@ def read_run_info(path: Path) -> RunInfo:
             "records_digest": None,
             "process_counts": [1],
             "machines": [],
+            "command": None,
+            "overrides": [],
         } | content
     if not isinstance(content, dict) or content.keys() != names:
         got = ", ".join(sorted(names ^ content.keys())) if isinstance(content, dict) else type(content).__name__

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from kfac_sua.command_line import kept_command
 from kfac_sua.runs.atomic import write_atomically
 from kfac_sua.runs.directory import RunDirectory, resolved
 from kfac_sua.runs.environment import environment
@@ -29,6 +30,7 @@ from kfac_sua.runs.record import (
 )
 from kfac_sua.training.checkpoint import Checkpoint, CheckpointError, load_checkpoint, previous_path
 from kfac_sua.training.fitting import check_fits
+from kfac_sua.training.launch import Launch
 from kfac_sua.training.state import Training
 
 
@@ -91,14 +93,14 @@ def read_checkpoint(training: Training, directory: RunDirectory) -> tuple[Checkp
     return checkpoint, records
 
 
-def new_info(training: Training, fingerprint: str) -> RunInfo:
+def new_info(training: Training, directory: RunDirectory, launch: Launch) -> RunInfo:
     """Return what run.json says of a run that begins; all processes have to ask."""
     config, device = training.config, training.device
     surroundings = environment(device.type)
     return RunInfo(
         status="running",
         config=resolved(config, device.type),
-        fingerprint=fingerprint,
+        fingerprint=directory.fingerprint,
         seed=config.seed,
         commit=surroundings.commit,
         versions=surroundings.versions,
@@ -108,6 +110,8 @@ def new_info(training: Training, fingerprint: str) -> RunInfo:
         num_threads=torch.get_num_threads(),
         process_counts=[training.world.size],
         started=_now(),
+        command=kept_command(),
+        overrides=list(launch.overrides),
     )
 
 

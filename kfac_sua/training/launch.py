@@ -26,6 +26,7 @@ class Launch:
         port: Port at which the processes meet there.
         place: Beginning of the run's opening line, such as ``#3 of 10`` and a blank.
         auto: Keys whose numbers the run was not given, but ``auto`` stood for.
+        overrides: What the command line says of this run.
     """
 
     rank: int = 0
@@ -35,6 +36,7 @@ class Launch:
     port: int = 0
     place: str = ""
     auto: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
 
 
 ALONE = Launch()

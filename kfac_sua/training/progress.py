@@ -40,7 +40,7 @@ class Progress:
     def epoch(self, record: EpochRecord) -> None:
         """Show the result of one epoch."""
         if self._prints_lines:
-            print(_line(record, self._epochs), flush=True)
+            print(epoch_line(record, self._epochs), flush=True)
         self._bar.set_postfix_str(
             f"epoch {record.epoch}/{self._epochs}, train loss {record.train_eval_loss:.3g}, "
             f"val error {record.val_error:.1%}"
@@ -61,7 +61,13 @@ def print_once(text: str) -> None:
     print(text, flush=True)
 
 
-def _line(record: EpochRecord, epochs: int) -> str:
+def epoch_line(record: EpochRecord, epochs: int) -> str:
+    """Return the result of an epoch in one line.
+
+    Args:
+        record: The epoch.
+        epochs: Epochs of the whole run.
+    """
     return (
         f"epoch {record.epoch:>{len(str(epochs))}}/{epochs}  train loss {record.train_loss:.4f} error "
         f"{record.train_error:6.2%}  eval loss {record.train_eval_loss:.4f}  val loss {record.val_loss:.4f} error "

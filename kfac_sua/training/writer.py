@@ -1,4 +1,4 @@
-"""What a run leaves: its lock, run.json, rows of metrics.csv, TensorBoard events, checkpoints, and what it says.
+"""What a run leaves: its lock, run.json, metrics.csv, TensorBoard events, checkpoints, its log, and what it says.
 
 Where several processes carry out a run, all of them make the same calls, and the first one reads and writes. No other
 part of the loop knows which one that is.
@@ -14,7 +14,8 @@ from typing import Any
 from kfac_sua.config import ProgressStyle
 from kfac_sua.runs.directory import RunDirectory
 from kfac_sua.runs.lock import Hold, RunBusyError, RunLostError, exclusive
-from kfac_sua.runs.record import EpochRecord, RunInfo, append_record, records_digest
+from kfac_sua.runs.log import RunLog
+from kfac_sua.runs.record import EpochRecord, RunInfo, append_record, failure_reason, records_digest
 from kfac_sua.runs.tensorboard import TensorBoardLog
 from kfac_sua.training.attempt import (
     continued_info,
@@ -32,7 +33,7 @@ from kfac_sua.training.attempt import (
 from kfac_sua.training.checkpoint import Checkpoint, save_checkpoint
 from kfac_sua.training.contact import named_losses
 from kfac_sua.training.launch import ALONE, Launch
-from kfac_sua.training.progress import Progress, print_once
+from kfac_sua.training.progress import Progress, epoch_line, print_once
 from kfac_sua.training.signals import Interrupted, StopRequest
 from kfac_sua.training.state import Training
 from kfac_sua.training.world import World
@@ -59,7 +60,9 @@ class RunWriter:
     training: Training
     progress: Progress
     _stop: StopRequest
+    _held: contextlib.ExitStack
     _hold: Hold | None = None
+    _said: RunLog | None = None
     _log: TensorBoardLog | None = None
 
     def __init__(
@@ -69,13 +72,13 @@ class RunWriter:
         self.records: list[EpochRecord] = []
         self._world = world
         self._clock = clock
-        self._place, self._auto = launch.place, launch.auto
+        self._launch = launch
 
     # --- begin ------------------------------------------------------------------------------------------------------
 
     def find_ended(self) -> RunInfo | None:
         """Say so if the run has finished or diverged, and return what it left."""
-        return self._world.from_first(lambda: find_ended(self.directory, self._place))
+        return self._world.from_first(lambda: find_ended(self.directory, self._launch.place))
 
     @contextlib.contextmanager
     def noting_early_failure(self) -> Iterator[None]:
@@ -107,10 +110,13 @@ class RunWriter:
             except Exception as error:
                 if self._world.is_first:
                     record_failure(self.directory, error)
+                    with contextlib.suppress(OSError):  # who started the run is told anyway
+                        self._note(f"failed: {failure_reason(error)}")
                 raise
 
     def _enter(self, stack: contextlib.ExitStack) -> None:
         self._hold = stack.enter_context(exclusive(self.directory.path))
+        self._held = stack
 
     def resume(self, training: Training) -> None:
         """Go on from the run's checkpoint if there is one, and write what stands before the next step.
@@ -123,21 +129,37 @@ class RunWriter:
             RecordError: If the run's records are damaged.
         """
         world, directory, self.training = self._world, self.directory, training
-        begun, info = world.from_first(lambda: read_own_info(directory)), new_info(training, directory.fingerprint)
+        world.from_first(self._open_log)
+        begun, info = world.from_first(lambda: read_own_info(directory)), new_info(training, directory, self._launch)
         checkpoint, self.records = world.from_first(lambda: read_checkpoint(training, directory))
         if checkpoint is not None:
             restore(training, checkpoint, directory)
         self.info = info if begun is None else continued_info(begun, info, is_resumed=checkpoint is not None)
-        world.from_first(self._prepare)
         where = f"{world.size} processes, {training.device.type}" if world.size > 1 else training.device.type
-        world.say(f"{self._place}{'resumed' if checkpoint is not None else 'started'} on {where}: {directory.path}")
-        world.say(opening_line(training.config, self._auto))
+        begins = f"{'resumed' if checkpoint is not None else 'started'} on {where}"
+        opening = opening_line(training.config, self._launch.auto)
+        self._note(f"{begins}, {info.machines[0]}, commit {info.commit}: {info.command or 'not by a command'}")
+        self._note(opening)
+        world.from_first(self._prepare)
+        world.say(f"{self._launch.place}{begins}: {directory.path}")
+        world.say(opening)
+
+    def _open_log(self) -> None:
+        self._said = self._held.enter_context(contextlib.closing(RunLog(self.directory.log)))
+
+    def _note(self, text: str) -> None:
+        """Append to the run's log, by the process that has it."""
+        if self._said is not None:
+            self._said.add(text)
 
     def _prepare(self) -> None:
         assert self.info is not None
         prepare_directory(self.directory, self.info, self.records)
         if self.training.preconditioner is not None:
-            print_once(str(self.training.preconditioner.describe()))
+            table = self.training.preconditioner.describe()
+            self._note(str(table))
+            is_verbose = self.training.config.verbose
+            print_once(str(table) if is_verbose else f"{table.summary()} (verbose=true shows each layer)")
 
     # --- while it trains --------------------------------------------------------------------------------------------
 
@@ -240,7 +262,9 @@ class RunWriter:
     def _interrupted(self, signal_number: int) -> Interrupted:
         """Return what to raise when the run stops here, by a signal that another process may have got."""
         self._world.forget_wishes()
-        return Interrupted(f"interrupted; the same command resumes {self._position}.", signal_number)
+        message = f"interrupted; the same command resumes {self._position}."
+        self._note(message)
+        return Interrupted(message, signal_number)
 
     def _next_position(self) -> str:
         """Return where a run that is loaded now goes on."""
@@ -259,6 +283,7 @@ class RunWriter:
         assert self._log is not None
         self._hold.check()
         append_record(self.directory.metrics, record)
+        self._note(epoch_line(record, self.training.config.epochs))
         self._log.log(record)
 
     def _write(self, checkpoint: Checkpoint) -> None:
@@ -270,7 +295,9 @@ class RunWriter:
         assert self._hold is not None
         assert self.info is not None
         self._hold.check()
-        return write_end(self.directory, self.info, self.records, self.training.skipped_steps, outcome)
+        ended = write_end(self.directory, self.info, self.records, self.training.skipped_steps, outcome)
+        self._note(summary_line(self.directory, ended))
+        return ended
 
     def _open_tensorboard(self) -> TensorBoardLog:
         assert self.info is not None

@@ -62,11 +62,13 @@ def infos(root: Path) -> dict[str, dict]:
 
 
 def test_train_and_the_same_command_again(tmp_path):
-    """One command trains, prints the table of layers once, and repeats nothing when called again."""
+    """One command trains, sums the layers up in three lines, and repeats nothing when called again."""
     arguments = ("preconditioner=sua", "epochs=2")
     code, out, err = call(*arguments, cwd=tmp_path)
     assert (code, err) == (0, "")
-    assert out.count("features.4") == 1
+    assert out.startswith("3 layers preconditioned (2 SUA, 1 K-FAC)\ninverses 0.07 MiB, refresh ")
+    assert out.splitlines()[2] == "plain gradient: 2 × normalisation layer (verbose=true shows each layer)"
+    assert out.splitlines()[3].startswith("started on cpu: ")
     assert out.count("\nepoch ") == 2
     (name,) = infos(tmp_path)
     assert f"outputs/runs/{name}" in out

@@ -328,6 +328,8 @@ def test_run_info_has_the_fields_of_the_contract(tmp_path):
         "skipped_steps",
         "records_digest",
         "digest",
+        "command",
+        "overrides",
     }
 
 
@@ -339,7 +341,7 @@ def test_run_info_of_before_failures_were_recorded(tmp_path):
         older = {
             name: value
             for name, value in content.items()
-            if name not in ("failure", "skipped_steps", "process_counts", "machines")
+            if name not in ("failure", "skipped_steps", "process_counts", "machines", "command", "overrides")
         }
         path.write_text(json.dumps(older | kept))
         assert read_run_info(path) == run_info(**kept)

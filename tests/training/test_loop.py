@@ -220,13 +220,13 @@ def test_test_set_is_evaluated_once_at_the_end(tmp_path, monkeypatch):
 
 
 def test_what_a_run_leaves_on_disk(tmp_path):
-    """The directory holds the five files of a run, and they agree with each other."""
+    """The directory holds the six files of a run, and they agree with each other."""
     config = tiny_config(tmp_path, *SUA, "epochs=2", "device=auto")
     config = dataclasses.replace(config, device=tiny_config(tmp_path).device)
     info = run(config)
     directory = directory_of(config)
     names = sorted(path.name for path in directory.path.iterdir() if path.name != ".lock")
-    assert names[:2] + names[3:] == ["checkpoint.pt", "config.yaml", "metrics.csv", "run.json"]
+    assert names[:2] + names[3:] == ["checkpoint.pt", "config.yaml", "metrics.csv", "run.json", "train.log"]
     assert names[2].startswith("events.out.tfevents.")
     saved = json.loads(directory.info.read_text())
     assert len(saved.pop("digest")) == 64
