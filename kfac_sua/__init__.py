@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kfac_sua.load import LoadedRun, load_run
     from kfac_sua.preconditioner import (
         AdaptiveDamping,
         CapturedStep,
@@ -19,17 +20,20 @@ __all__ = [
     "DampingScheduler",
     "KroneckerPreconditioner",
     "KroneckerSettings",
+    "LoadedRun",
     "exponential_damping",
+    "load_run",
 ]
 
 __version__ = "0.1.0"  # the only place: the build reads it here
 
 
 def __getattr__(name: str) -> Any:
-    """Import the preconditioner, and with it PyTorch, when it is first asked for.
+    """Import the preconditioner or what loads runs, and with it PyTorch, when it is first asked for.
 
     A command imports this file before its own first line, and has to be able to take Ctrl-C from then on.
     """
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.preconditioner"), name)
+    module = "load" if name in ("LoadedRun", "load_run") else "preconditioner"
+    return getattr(importlib.import_module(f"{__name__}.{module}"), name)

@@ -5,6 +5,7 @@ Everything here needs neither data nor a device, so that a sweep is checked as a
 
 from collections.abc import Callable, Iterator, Mapping
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,6 +90,10 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "between 1 and 1024, or null (PyTorch's choice)",
     ),
     "capture": (lambda capture: capture in (True, False, "auto"), "auto, true or false"),
+    "start_from": (
+        lambda path: path is None or Path(path, "run.json").is_file(),
+        "null or the directory of a run, which has a run.json",
+    ),
     "output_dir": (bool, "the path of a directory"),
     "model.width": (lambda width: 0 < width <= 64, "> 0 and at most 64"),
     "dataset.validation_size": (_at_least_one, "≥ 1"),

@@ -22,6 +22,7 @@ The same command again resumes what was interrupted and skips what has finished.
 _FLAGS = """\
 -m, --multirun       run every combination of values that are given with commas
 --rerun RUN          begin from the configuration saved in the directory of a run; overrides come on top
+--start-from RUN     train a finished run on, with epochs= more than it has (schedule=constant)
 --config-dir DIR     look for configurations of your own there, such as DIR/experiment/mine.yaml: experiment=mine
 --cfg job            show the composed configuration instead of running it (also: hydra, all)
 --info               show how it is composed

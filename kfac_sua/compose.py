@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import itertools
 import math
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,9 @@ MAX_CELLS = 10_000
 
 # More runs than this take so long to check, 0.1 s each, that a sweep says so.
 _MANY_CELLS = 50
+
+# Texts that Hydra reads as something else.
+_WORDS = ("null", "true", "false", "nan", "inf")
 
 # Of Hydra's sweepers, the one that goes through a grid.
 _GRID_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
@@ -142,6 +146,18 @@ def group_options(config_dir: Path | None = None) -> dict[str, list[str]]:
     with _initialized_hydra(config_dir):
         loader = GlobalHydra.instance().config_loader()
         return {group: loader.get_group_options(group) for group in GROUPS}
+
+
+def quoted(text: str) -> str:
+    """Return a text as it stands in an override, so that Hydra reads it back whatever characters it has.
+
+    Args:
+        text: Such as a path.
+    """
+    if re.fullmatch(r"[A-Za-z_/][\w./-]*", text) and text.lower() not in _WORDS:
+        return text
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", text).replace("${", r"\${")
+    return f"'{escaped}'"
 
 
 @contextmanager

@@ -23,6 +23,7 @@ class CommandLine:
         is_multirun: Whether ``-m`` was given.
         config_dir: Directory with configurations of the user's own, by ``--config-dir``.
         rerun: Directory of a run whose saved configuration comes before the overrides, by ``--rerun``.
+        start_from: Directory of a run to train on, by ``--start-from``, whose configuration comes before them too.
         is_help: Whether ``--help`` was given.
         is_version: Whether ``--version`` was given.
         is_completion: Whether a shell asks for completions.
@@ -33,6 +34,7 @@ class CommandLine:
     is_multirun: bool = False
     config_dir: Path | None = None
     rerun: Path | None = None
+    start_from: Path | None = None
     is_help: bool = False
     is_version: bool = False
     is_completion: bool = False
@@ -81,6 +83,8 @@ def read_command_line(arguments: Sequence[str]) -> CommandLine:
             "DIR/experiment/NAME.yaml of your own."
         )
     values = vars(given)
+    if given.rerun is not None and given.start_from is not None:
+        raise ConfigError("--start-from begins with the configuration of its run; give it alone, or --rerun.")
     hydra = [flag for flag in _SHOWING if values[_attribute(flag)]]
     hydra += [f"{flag}={values[_attribute(flag)]}" for flag in _SHOWING_VALUED if values[_attribute(flag)] is not None]
     return CommandLine(
@@ -88,6 +92,7 @@ def read_command_line(arguments: Sequence[str]) -> CommandLine:
         is_multirun=given.multirun,
         config_dir=None if given.config_dir is None else _checked_directory(Path(given.config_dir)),
         rerun=None if given.rerun is None else Path(given.rerun),
+        start_from=None if given.start_from is None else Path(given.start_from),
         is_help=given.help,
         is_version=given.version,
         is_completion=given.shell_completion,
@@ -106,8 +111,10 @@ def _parser() -> argparse.ArgumentParser:
             parser.add_argument(name[1:3], name, choices=choices, nargs="?", const=_INFO[0])
         else:
             parser.add_argument(name[1:3], name, choices=choices)
-    for names in (("-cp", "--config-path"), ("-cn", "--config-name"), ("-cd", "--config-dir"), ("--rerun",)):
+    for names in (("-cp", "--config-path"), ("-cn", "--config-name"), ("-cd", "--config-dir")):
         parser.add_argument(*names)
+    for name in ("--rerun", "--start-from"):
+        parser.add_argument(name)
     return parser
 
 

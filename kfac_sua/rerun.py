@@ -1,14 +1,14 @@
 """The saved configuration of a run as overrides, so that it is composed and checked like any other."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from kfac_sua.compose import ONE_OPTION
+from kfac_sua.compose import ONE_OPTION, quoted
 from kfac_sua.config import ConfigError
 from kfac_sua.runs.directory import ADDED_LATER
 
@@ -31,8 +31,22 @@ def saved_overrides(directory: Path) -> list[str]:
         values = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"Cannot read {path}: {str(error).rstrip('.')}.") from error
+    return overrides_of(values, path)
+
+
+def overrides_of(values: Any, source: object) -> list[str]:
+    """Return the overrides that compose a configuration from its plain values.
+
+    Args:
+        values: As in config.yaml and run.json.
+        source: From where they come, for a message.
+
+    Raises:
+        ConfigError: If it is not the configuration of a run.
+    """
     if not isinstance(values, dict) or not all(isinstance(_name(values, group), str) for group in ONE_OPTION):
-        raise ConfigError(f"{path} is not the configuration of a run: it must name {', '.join(ONE_OPTION)}.")
+        raise ConfigError(f"{source} is not the configuration of a run: it must name {', '.join(ONE_OPTION)}.")
+    values = copy.deepcopy(values)
     for node, key, value in ADDED_LATER:
         if node != "preconditioner" or values[node]["name"] != "baseline":
             (values[node] if node else values).setdefault(key, value)
@@ -56,5 +70,5 @@ def _written(value: Any) -> str:
     if isinstance(value, list):
         return f"[{','.join(map(_written, value))}]"
     if isinstance(value, str):
-        return QuotedString(value, Quote.single).with_quotes()
+        return quoted(value)
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)

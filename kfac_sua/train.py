@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from kfac_sua.checks import check_environment
 from kfac_sua.command_help import help_text, version_text
 from kfac_sua.command_line import BAD_INPUT, FAILED, keep_command, say
-from kfac_sua.compose import Cells, check_overrides, compose_cells, to_config
+from kfac_sua.compose import Cells, check_overrides, compose_cells, quoted, to_config
 from kfac_sua.config import CONFIG_DIR, CONFIG_NAME, VERSION_BASE, ConfigError
 from kfac_sua.data import DataError
 from kfac_sua.explain import explain
@@ -155,7 +155,10 @@ def _checked(line: CommandLine) -> tuple[list[str], Cells | None]:
     Returns:
         The overrides, with what runs are told of their sweep; and all runs, ``None`` where something is only shown.
     """
-    overrides = [*(saved_overrides(line.rerun) if line.rerun is not None else []), *line.overrides]
+    saved = line.rerun if line.start_from is None else line.start_from
+    overrides = [*([] if saved is None else saved_overrides(saved)), *line.overrides]
+    if line.start_from is not None:
+        overrides.insert(-len(line.overrides) or len(overrides), f"start_from={quoted(str(line.start_from))}")
     if line.shows:
         if not line.is_completion:  # which goes by what is typed so far
             check_overrides(overrides, line.config_dir)

@@ -28,10 +28,9 @@ from omegaconf import DictConfig
 
 from kfac_sua.campaign.cell import Cell, log_path, read_state, run_log
 from kfac_sua.campaign.launcher import JOBLIB, SLURM, SUBMITIT_LOCAL, Launcher
-from kfac_sua.campaign.plan import quoted
 from kfac_sua.campaign.starting import LEAVING_TIME_S
 from kfac_sua.campaign.worker import Task, run_into_log
-from kfac_sua.compose import composed_hydra, to_config
+from kfac_sua.compose import composed_hydra, quoted, to_config
 from kfac_sua.device import choose_device
 from kfac_sua.launchers import was_killed
 from kfac_sua.runs.directory import run_directory

@@ -1,6 +1,5 @@
 """Which runs a campaign consists of: the grid of every curve, and the final runs of what was chosen from it."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 from kfac_sua.campaign.cell import Cell, Stage, make_cell
 from kfac_sua.campaign.definition import Campaign, Curve, Scale
 from kfac_sua.campaign.grid import Grid, load_grid
+from kfac_sua.compose import quoted
 from kfac_sua.config import ConfigError
 from kfac_sua.device import device_type
 from kfac_sua.runs.directory import resolved
@@ -123,14 +123,6 @@ class Plan:
             known = ", ".join(self.scale.sweeps)
             raise ConfigError(f"{curve.method} is tuned over '{curve.tuning}', but this scale has grids for {known}.")
         return self.scale.sweeps[curve.tuning]
-
-
-def quoted(path: str) -> str:
-    """Return a path as Hydra reads it back, whatever characters it has."""
-    if re.fullmatch(r"[\w./-]+", path):
-        return path
-    escaped = re.sub(r"(\\*)'", r"\1\1\\'", path).replace("${", r"\${")
-    return f"'{escaped}'"
 
 
 def _last_of_each(overrides: Sequence[str]) -> list[str]:

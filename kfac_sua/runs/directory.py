@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kfac_sua.config import Config, KroneckerConfig, to_plain
+from kfac_sua.config import Config, ConfigError, KroneckerConfig, to_plain
 from kfac_sua.device import choose_precision
+from kfac_sua.runs.record import RecordError, read_run_info
 
 # These do not change what is computed.
 _NOT_IN_FINGERPRINT = (
@@ -23,6 +24,7 @@ ADDED_LATER = (
     ("", "precision", "float32"),
     ("", "deterministic", False),
     ("", "device_rates", None),
+    ("", "start_from", None),
     ("preconditioner", "activation_rows", None),
     ("preconditioner", "kl_clip", None),
     ("preconditioner", "damping_final", None),
@@ -61,8 +63,13 @@ class RunDirectory:
 
     @property
     def checkpoint(self) -> Path:
-        """The last state saved, between two mini-batches."""
-        return self.path / "checkpoint.pt"
+        """The last state saved, between two mini-batches, in a format of its own (``training/checkpoint.py``)."""
+        return self.path / "checkpoint.state"
+
+    @property
+    def weights(self) -> dict[str, Path]:
+        """The network's parameters and buffers once the run has ended: ``best`` and ``last``."""
+        return {name: self.path / f"{name}.pt" for name in ("best", "last")}
 
 
 def run_directory(config: Config, device: str, num_processes: int = 1) -> RunDirectory:
@@ -112,13 +119,40 @@ def deciding_values(config: Config) -> dict[str, Any]:
 
     Args:
         config: The checked configuration.
+
+    Raises:
+        ConfigError: If ``start_from`` is not the directory of a run.
     """
     values: dict[str, Any] = to_plain(config)
     for key in _NOT_IN_FINGERPRINT:
         del values[key]
     for key in _OF_DATASET_NOT_IN_FINGERPRINT:
         del values["dataset"][key]
+    if config.start_from is not None:
+        values["start_from"] = _end_of(config.start_from)
     return values
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested dictionaries by dotted key.
+
+    Args:
+        values: The dictionaries.
+        prefix: What all keys begin with.
+    """
+    leaves: dict[str, Any] = {}
+    for key, value in values.items():
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return leaves
+
+
+def _end_of(path: str) -> str:
+    """Return what tells the end of a run from those of all others, wherever it lies."""
+    try:
+        info = read_run_info(Path(path) / "run.json")
+    except RecordError as error:
+        raise ConfigError(f"start_from={path} is not the directory of a run: {error}") from error
+    return f"{info.fingerprint}, seed {info.seed}, {info.records_digest}"
 
 
 def _depends_on_processes(config: Config) -> bool:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import io
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,10 @@ from kfac_sua.runs.record import (
     rewrite_records,
     write_run_info,
 )
-from kfac_sua.training.checkpoint import Checkpoint, CheckpointError, load_checkpoint, previous_path
+from kfac_sua.training.checkpoint import Checkpoint, CheckpointError, adopt_old_name, load_checkpoint, previous_path
 from kfac_sua.training.fitting import check_fits
 from kfac_sua.training.launch import Launch
-from kfac_sua.training.state import Training
+from kfac_sua.training.state import Training, weights
 
 
 def find_ended(directory: RunDirectory, place: str = "") -> RunInfo | None:
@@ -66,6 +67,7 @@ def restore(training: Training, checkpoint: Checkpoint, directory: RunDirectory)
 
 def read_checkpoint(training: Training, directory: RunDirectory) -> tuple[Checkpoint | None, list[EpochRecord]]:
     """Return the last checkpoint, if there is one, and the records up to it."""
+    adopt_old_name(directory.checkpoint)
     checkpoint = load_checkpoint(
         directory.checkpoint,
         fingerprint=directory.fingerprint,
@@ -134,6 +136,15 @@ def continued_info(begun: RunInfo, now: RunInfo, is_resumed: bool) -> RunInfo:
     )
 
 
+def started_from(source: RunInfo, now: RunInfo) -> RunInfo:
+    """Return what a run is that begins where another one has ended, on whose machines its first seconds were spent."""
+    return dataclasses.replace(
+        now,
+        machines=list(dict.fromkeys([*source.machines, *now.machines])),
+        process_counts=list(dict.fromkeys([*source.process_counts, *now.process_counts])),
+    )
+
+
 def prepare_directory(directory: RunDirectory, info: RunInfo, records: list[EpochRecord]) -> None:
     """Write what stands before the first step; nothing of a run is on disk before this."""
     write_config(directory.config, info.config)
@@ -146,6 +157,17 @@ def write_config(path: Path, values: dict[str, Any]) -> None:
     write_atomically(path, OmegaConf.to_yaml(OmegaConf.create(values)).encode())
 
 
+def write_weights(directory: RunDirectory, training: Training, *, is_finished: bool) -> None:
+    """Write the best weights and, of a run that has not diverged, the last ones, as ``torch.load`` reads them."""
+    states = {"best": training.best["model"] if training.best else None}
+    states["last"] = weights(training.model) if is_finished else None
+    for name, state in states.items():
+        if state is not None:
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            write_atomically(directory.weights[name], buffer.getvalue())
+
+
 def write_end(
     directory: RunDirectory, info: RunInfo, records: list[EpochRecord], skipped_steps: int, outcome: dict[str, Any]
 ) -> RunInfo:
@@ -153,7 +175,7 @@ def write_end(
     digest = records_digest(records)
     ended = dataclasses.replace(info, finished=_now(), skipped_steps=skipped_steps, records_digest=digest, **outcome)
     write_run_info(directory.info, ended)
-    for leftover in (previous_path(directory.checkpoint), directory.checkpoint.with_name("checkpoint.pt.tmp")):
+    for leftover in (previous_path(directory.checkpoint), directory.checkpoint.with_name("checkpoint.state.tmp")):
         leftover.unlink(missing_ok=True)
     return ended
 

@@ -46,6 +46,8 @@ class Checkpoint:
         preconditioner: ``state_dict`` of the preconditioner; None for the baseline.
         sums: Losses and errors of the ``batch`` mini-batches: ``ErrorCounter.state_dict``.
         times: Seconds per phase so far.
+        best: The weights with the lowest validation error so far: ``epoch``, ``val_error`` and ``model``; None before
+            the first epoch's end, and in files of before they were kept.
     """
 
     fingerprint: str
@@ -61,11 +63,24 @@ class Checkpoint:
     preconditioner: dict[str, Any] | None
     sums: dict[str, Any]
     times: dict[str, float]
+    best: dict[str, Any] | None = None
 
 
 def previous_path(path: Path) -> Path:
-    """Return where the checkpoint before the last one lies: ``checkpoint.previous.pt`` beside ``checkpoint.pt``."""
+    """Return where the checkpoint before the last lies: ``checkpoint.previous.state`` beside ``checkpoint.state``."""
     return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def adopt_old_name(path: Path) -> None:
+    """Give files of before their present name: they were called ``.pt``, which promises what ``torch.load`` reads.
+
+    Args:
+        path: Where a checkpoint lies today.
+    """
+    for today in (previous_path(path), path):
+        before = today.with_suffix(".pt")
+        if before.exists() and not today.exists():
+            before.replace(today)
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -154,6 +169,8 @@ def _read(path: Path, device: torch.device) -> Checkpoint:
         raise CheckpointError(f"{path} is not a checkpoint ({type(error).__name__}); {_CURE}.") from error
     names = {field.name for field in dataclasses.fields(Checkpoint)}
     version = values.pop("format_version", None) if isinstance(values, dict) else None
+    if version == FORMAT_VERSION:
+        values.setdefault("best", None)
     if version != FORMAT_VERSION or values.keys() != names:
         raise CheckpointError(f"{path} is not a checkpoint of format {FORMAT_VERSION}, got {version!r}; {_CURE}.")
     checkpoint = Checkpoint(**values)

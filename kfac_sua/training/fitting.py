@@ -54,6 +54,23 @@ def check_fits(training: Training, checkpoint: Checkpoint) -> None:
         _check_groups(name, optimizer, state, _rates(training, checkpoint))
         _check_moments(name, optimizer, state, checkpoint.step, is_finite=is_between_epochs)
     _check_preconditioner(training, checkpoint)
+    _check_best(training, checkpoint)
+
+
+def _check_best(training: Training, checkpoint: Checkpoint) -> None:
+    if checkpoint.best is None:
+        return
+    if set(checkpoint.best) != {"epoch", "val_error", "model"}:
+        _refuse("best", f"of {', '.join(map(str, checkpoint.best)) or 'nothing'}", "epoch, val_error and model")
+    epoch, error = checkpoint.best["epoch"], checkpoint.best["val_error"]
+    if type(epoch) is not int or not 1 <= epoch <= checkpoint.epoch:
+        _refuse("best.epoch", epoch, f"an epoch of 1 to {checkpoint.epoch}")
+    if not _is_real(error) or not 0 <= error <= 1:
+        _refuse("best.val_error", error, "a fraction in [0, 1]")
+    if not isinstance(checkpoint.best["model"], Mapping):
+        _refuse("best.model", outlined(checkpoint.best["model"]), "a state of the network")
+    own = {name: value.cpu() for name, value in training.model.state_dict().items()}
+    _check_model(own, checkpoint.best["model"], is_finite=True)
 
 
 def _check_counts(training: Training, checkpoint: Checkpoint) -> None:

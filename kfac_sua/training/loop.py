@@ -85,6 +85,7 @@ def run(config: Config, launch: Launch | None = None) -> RunInfo:
                         info = writer.end(status="diverged", diverged_at_epoch=training.epoch + 1)
                         break
                     training.end_epoch()
+                    training.keep_if_best(val.error)
                     writer.log(_record(training, train, train_eval, val))
                     writer.save()
                     writer.progress.epoch(writer.records[-1])

@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from kfac_sua.config import Config, ConfigError
 from kfac_sua.explain import shown
-from kfac_sua.runs.directory import deciding_values
+from kfac_sua.runs.directory import deciding_values, flat
 from kfac_sua.runs.environment import source_digest
 from kfac_sua.runs.record import failure_reason
 from kfac_sua.training.contact import PATIENCE, interruptible, named_losses
@@ -54,7 +54,7 @@ class Meeting:
         """
         if self.store is None:
             return
-        own = {**_flat(deciding_values(config)), **_code()}
+        own = {**flat(deciding_values(config)), **_code()}
         all_values = [json.loads(text) for text in self._gather("values", json.dumps(own))]
         differences = [
             f"{key} is {shown(all_values[0].get(key))} in process 0 and {shown(values.get(key))} in process {rank}"
@@ -152,11 +152,3 @@ def open_meeting(launch: Launch) -> Iterator[Meeting]:
 
 def _code() -> dict[str, str]:
     return {"the version of PyTorch": str(torch.__version__), "the source of kfac_sua": source_digest()[:12]}
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return dotted keys and values."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kfac_sua.build import (
     build_adaptive_damping,
@@ -47,6 +47,7 @@ class Training:
         forward: What mini-batches are sent through: the network, wrapped where gradients are averaged over processes.
         adaptive_damping: Adapts the damping, if it is to be.
         take_step: Takes one step; see ``step.py``.
+        best: The weights with the lowest validation error so far, in memory of the CPU; see ``Checkpoint``.
     """
 
     config: Config
@@ -66,6 +67,7 @@ class Training:
     epoch: int = 0
     batch: int = 0
     skipped_steps: int = 0
+    best: dict[str, Any] | None = None
 
     @classmethod
     def start(cls, config: Config, device: torch.device, world: World | None = None) -> "Training":
@@ -203,6 +205,15 @@ class Training:
         self.epoch, self.batch = self.epoch + 1, 0
         self.sums.reset()
 
+    def keep_if_best(self, val_error: float) -> None:
+        """Keep the weights if the completed epoch has the lowest validation error so far, the first of equals.
+
+        Args:
+            val_error: That of the completed epoch.
+        """
+        if self.best is None or val_error < self.best["val_error"]:
+            self.best = {"epoch": self.epoch, "val_error": val_error, "model": weights(self.model)}
+
     def close(self) -> None:
         """Let go of what was captured: a graph that waits for the garbage collector might be freed in another capture.
 
@@ -227,6 +238,7 @@ class Training:
             preconditioner=self.preconditioner.state_dict() if self.preconditioner else None,
             sums=self.sums.state_dict(),
             times=self.watch.totals(),
+            best=self.best,
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -238,6 +250,16 @@ class Training:
             self.preconditioner.load_state_dict(checkpoint.preconditioner)
         self.sums.load_state_dict(checkpoint.sums)
         self.watch.restore(checkpoint.times)
+        self.best = checkpoint.best
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of a network's parameters and buffers in memory of the CPU.
+
+    Args:
+        model: The network.
+    """
+    return {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

@@ -27,14 +27,17 @@ from kfac_sua.training.attempt import (
     record_early_failure,
     record_failure,
     restore,
+    started_from,
     summary_line,
     write_end,
+    write_weights,
 )
 from kfac_sua.training.checkpoint import Checkpoint, save_checkpoint
 from kfac_sua.training.contact import named_losses
 from kfac_sua.training.launch import ALONE, Launch
 from kfac_sua.training.progress import Progress, epoch_line, print_once
 from kfac_sua.training.signals import Interrupted, StopRequest
+from kfac_sua.training.start_from import read_source
 from kfac_sua.training.state import Training
 from kfac_sua.training.world import World
 from kfac_sua.tuned import opening_line
@@ -132,11 +135,15 @@ class RunWriter:
         world.from_first(self._open_log)
         begun, info = world.from_first(lambda: read_own_info(directory)), new_info(training, directory, self._launch)
         checkpoint, self.records = world.from_first(lambda: read_checkpoint(training, directory))
+        source = world.from_first(lambda: read_source(training)) if checkpoint is None else None
+        if source is not None:
+            checkpoint, self.records, info = source.checkpoint, source.records, started_from(source.info, info)
         if checkpoint is not None:
             restore(training, checkpoint, directory)
         self.info = info if begun is None else continued_info(begun, info, is_resumed=checkpoint is not None)
         where = f"{world.size} processes, {training.device.type}" if world.size > 1 else training.device.type
-        begins = f"{'resumed' if checkpoint is not None else 'started'} on {where}"
+        begins = f"{'resumed' if checkpoint is not None and source is None else 'started'} on {where}"
+        begins += f" from epoch {training.epoch} of {training.config.start_from}" if source is not None else ""
         opening = opening_line(training.config, self._launch.auto)
         self._note(f"{begins}, {info.machines[0]}, commit {info.commit}: {info.command or 'not by a command'}")
         self._note(opening)
@@ -295,6 +302,7 @@ class RunWriter:
         assert self._hold is not None
         assert self.info is not None
         self._hold.check()
+        write_weights(self.directory, self.training, is_finished=outcome["status"] == "finished")
         ended = write_end(self.directory, self.info, self.records, self.training.skipped_steps, outcome)
         self._note(summary_line(self.directory, ended))
         return ended

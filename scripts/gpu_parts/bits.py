@@ -39,7 +39,7 @@ def _is_same(name: Path, first: Path, second: Path) -> bool:
 
 def _checkpoint(directory: Path) -> Checkpoint:
     info = read_run_info(directory / "run.json")
-    path = directory / "checkpoint.pt"
+    path = directory / "checkpoint.state"
     checkpoint = load_checkpoint(path, fingerprint=info.fingerprint, seed=info.seed, device=torch.device("cpu"))
     if checkpoint is None:
         sys.exit(f"{path} is missing.")

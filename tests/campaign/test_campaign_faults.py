@@ -272,7 +272,7 @@ def test_of_two_commands_for_one_run_one_leaves(tmp_path):
         assert second.returncode == 1, errors
         assert re.fullmatch(r".* is being trained by (process \d+|another process); wait for it.*\.\n", errors)
         (first,) = [process for process in pair if process is not second]
-        wait_for(lambda: list(tmp_path.rglob("checkpoint.pt")))
+        wait_for(lambda: list(tmp_path.rglob("checkpoint.state")))
         first.send_signal(signal.SIGTERM)
         _, errors = first.communicate(timeout=60)
         assert first.returncode == 143, errors

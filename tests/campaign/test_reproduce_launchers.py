@@ -105,7 +105,7 @@ def test_ctrl_c_cancels_the_jobs(tmp_path, launcher):
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell ignores it
     ) as process:
-        wait_for(lambda: len(list(tmp_path.rglob("checkpoint.pt"))) == 2)
+        wait_for(lambda: len(list(tmp_path.rglob("checkpoint.state"))) == 2)
         jobs = [lock_holder(path) for path in (tmp_path / "grid").rglob(".lock")]
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
@@ -140,7 +140,7 @@ def test_a_killed_job_of_a_sweep_is_one_sentence(tmp_path):
     command = [sys.executable, "-m", "kfac_sua.train", "-m", "hydra/launcher=submitit_local", "model=tiny"]
     command += ["dataset=digits", "epochs=50000", "preconditioner=baseline", "device=cpu", "seed=0", "num_threads=1"]
     with subprocess.Popen([*command, f"output_dir={tmp_path}"], stdout=-1, stderr=-1, text=True) as process:
-        wait_for(lambda: list(tmp_path.rglob("checkpoint.pt")))
+        wait_for(lambda: list(tmp_path.rglob("checkpoint.state")))
         (lock,) = tmp_path.rglob(".lock")
         os.kill(lock_holder(lock), signal.SIGKILL)
         _, errors = process.communicate(timeout=60)

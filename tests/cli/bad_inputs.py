@@ -392,7 +392,7 @@ BAD_CHECKPOINTS = {
     "hostile pickle alone": BadFile(
         lambda path: path.write_bytes(pickle.dumps(MakesFolder(path.parent / MARK))), r"is damaged or not a checkpoint"
     ),
-    "directory": BadFile(lambda path: (path.unlink(), path.mkdir()), r"checkpoint.pt is not a file; move it away"),
+    "directory": BadFile(lambda path: (path.unlink(), path.mkdir()), r"checkpoint.state is not a file; move it away"),
 }
 
 # The records of a finished or interrupted run, damaged.

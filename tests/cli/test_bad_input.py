@@ -138,7 +138,7 @@ def test_bad_checkpoint_is_one_sentence(case, run_directory, monkeypatch, capsys
     """Without a sound checkpoint the run fails (1) with a sentence; no code in the file runs."""
     for path in run_directory.glob("checkpoint.previous*"):
         path.unlink()
-    BAD_CHECKPOINTS[case].write(run_directory / "checkpoint.pt")
+    BAD_CHECKPOINTS[case].write(run_directory / "checkpoint.state")
     assert call_main(monkeypatch, *RESUMABLE) == 1
     assert_one_sentence(capsys.readouterr(), BAD_CHECKPOINTS[case].sentence)
     assert not (run_directory / MARK).exists()
@@ -147,11 +147,11 @@ def test_bad_checkpoint_is_one_sentence(case, run_directory, monkeypatch, capsys
 @pytest.mark.parametrize(("name", "case"), [(name, case) for name, cases in BAD_RECORDS.items() for case in cases])
 def test_bad_record_is_one_sentence(name, case, run_directory, monkeypatch, capsys):
     """A damaged record is named, and the run fails (1) instead of starting over."""
-    before = (run_directory / "checkpoint.pt").read_bytes()
+    before = (run_directory / "checkpoint.state").read_bytes()
     BAD_RECORDS[name][case].write(run_directory / name)
     assert call_main(monkeypatch, *RESUMABLE) == 1
     assert_one_sentence(capsys.readouterr(), BAD_RECORDS[name][case].sentence)
-    assert (run_directory / "checkpoint.pt").read_bytes() == before
+    assert (run_directory / "checkpoint.state").read_bytes() == before
 
 
 @pytest.mark.parametrize("setting", BAD_ENVIRONMENTS)
@@ -256,7 +256,7 @@ def test_debugging_shows_the_traceback(is_flag, arguments, error, message, monke
 
 def test_debugging_shows_the_traceback_of_damaged_files(run_directory, monkeypatch):
     """The same for a checkpoint and a record."""
-    (run_directory / "checkpoint.pt").write_bytes(b"")
+    (run_directory / "checkpoint.state").write_bytes(b"")
     with pytest.raises(CheckpointError, match="is damaged"):
         call_main(monkeypatch, "--debug", *RESUMABLE)
     (run_directory / "run.json").write_text("")

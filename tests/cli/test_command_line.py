@@ -212,7 +212,7 @@ def test_interrupt_and_resume_in_real_processes(tmp_path):
     """Ctrl-C ends a run with code 130 and a sentence; the same command goes on to the end."""
     arguments = ("preconditioner=sua", "epochs=200")
     process = start(*arguments, cwd=tmp_path)
-    wait_for("checkpoint.pt", tmp_path)
+    wait_for("checkpoint.state", tmp_path)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130

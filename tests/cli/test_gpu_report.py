@@ -84,7 +84,7 @@ def test_a_trial_of_one_part_leaves_report_and_archive(tmp_path):
     assert text.startswith(TITLE)
     assert "| run | status | epoch | train_time_s | captured_s |" in text
     assert "| digits-tiny-baseline | finished | 1 |" in text
-    assert list(out.rglob("checkpoint.pt"))
+    assert list(out.rglob("checkpoint.state"))
     with tarfile.open(out / NAME) as archive:
         names = archive.getnames()
     assert {"report/report.md", "report/training.log"} <= set(names)
@@ -203,7 +203,7 @@ def test_a_part_may_use_what_those_before_it_have_left(tmp_path, monkeypatch):
 def test_the_archive_leaves_out_the_largest_logs(tmp_path):
     """Checkpoints never, the largest logs where the limit is reached, with a word in the report that is part of it."""
     noise = random.Random(0).randbytes
-    for name, size in {"a.log": 40_000, "b.log": 20_000, "kept.json": 50_000, "run/checkpoint.pt": 9}.items():
+    for name, size in {"a.log": 40_000, "b.log": 20_000, "kept.json": 50_000, "run/checkpoint.state": 9}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(noise(size))
     (tmp_path / "run" / "events.out.tfevents.1").write_bytes(b"x")

@@ -56,7 +56,7 @@ def rank_of(process: int) -> int:
 def wait_for_checkpoint(root: Path, agent: subprocess.Popen[str]) -> None:
     """Wait until a run has saved something."""
     deadline = time.monotonic() + 180
-    while not list(root.rglob("checkpoint.pt")):
+    while not list(root.rglob("checkpoint.state")):
         assert agent.poll() is None, agent.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.05)

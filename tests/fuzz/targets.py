@@ -304,7 +304,7 @@ def _checkpoint() -> Checkpoint:
 @functools.cache
 def _checkpoint_file() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "checkpoint.pt"
+        path = Path(folder) / "checkpoint.state"
         save_checkpoint(path, _checkpoint())
         return path.read_bytes()
 
@@ -313,7 +313,7 @@ def examine_checkpoint(changes: list[Mutation]) -> str:
     """A changed checkpoint is refused with a CheckpointError, unless no byte is another."""
     content = mutated(_checkpoint_file(), changes)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "checkpoint.pt"
+        path = Path(folder) / "checkpoint.state"
         path.write_bytes(content)
         try:
             load_checkpoint(path, fingerprint="f" * 64, seed=0, device=torch.device("cpu"))
@@ -327,7 +327,7 @@ def examine_sealed_checkpoint(changes: list[Mutation]) -> str:
     """The same, where the digest was made to match: whoever can write a file can do that."""
     payload = mutated(_checkpoint_file()[len(MAGIC) + 32 :], changes)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "checkpoint.pt"
+        path = Path(folder) / "checkpoint.state"
         path.write_bytes(MAGIC + hashlib.sha256(payload).digest() + payload)
         try:
             loaded = load_checkpoint(path, fingerprint="f" * 64, seed=0, device=torch.device("cpu"))

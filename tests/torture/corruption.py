@@ -22,9 +22,17 @@ CAMPAIGN = "corruption"
 SETTING = "sua_grouped_mc_ema"
 # Killed after this step's checkpoint: the third mini-batch of the second epoch, of 8 each.
 INTERRUPTED_AT = 11
-FILES = ("checkpoint.pt", "checkpoint.previous.pt", "metrics.csv", "run.json", "config.yaml", "events.out", ".lock")
+FILES = (
+    "checkpoint.state",
+    "checkpoint.previous.state",
+    "metrics.csv",
+    "run.json",
+    "config.yaml",
+    "events.out",
+    ".lock",
+)
 # A finished run has nothing to go on with; the command only reads what it says about itself.
-FILES_OF_A_FINISHED_RUN = ("checkpoint.pt", "metrics.csv", "run.json", "config.yaml", ".lock")
+FILES_OF_A_FINISHED_RUN = ("checkpoint.state", "metrics.csv", "run.json", "config.yaml", ".lock")
 
 Damage = Callable[[Path, Bench], None]
 
@@ -88,7 +96,7 @@ def _damage_interrupted(bench: Bench, *, file: str, damage: Damage) -> Verdict:
 
 def _damage_both_checkpoints(bench: Bench, *, damage: Damage) -> Verdict:
     arguments = interrupt(bench)
-    for file in ("checkpoint.pt", "checkpoint.previous.pt"):
+    for file in ("checkpoint.state", "checkpoint.previous.state"):
         damage(directory_of(arguments).path / file, bench)
     return _go_on(bench, arguments)
 
@@ -100,7 +108,7 @@ def _damage_finished(bench: Bench, *, file: str, damage: Damage) -> Verdict:
     shutil.copytree(undisturbed, directory_of(arguments).path)
     damage(_find(directory_of(arguments).path, file), bench)
     ended = call(arguments, bench.log_dir)
-    if file == "checkpoint.pt" and ended.out.startswith("already finished"):  # which is not read any more
+    if file == "checkpoint.state" and ended.out.startswith("already finished"):  # which is not read any more
         _restore(directory_of(arguments).path / file, undisturbed / file)
     return _judge(bench, arguments, ended)
 

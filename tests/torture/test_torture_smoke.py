@@ -20,7 +20,7 @@ CASES = (
     "kills/SIGKILL-at-a-random-instant-0-sua_mc_ema",
     "kills/SIGKILL-before-a-file-operation-0-baseline",
     "kills/SIGTERM-0-grouped",
-    "corruption/truncated-checkpoint.pt-0",
+    "corruption/truncated-checkpoint.state-0",
     "corruption/a-hostile-torch.save-both-checkpoints-0",
     "faults/a-file-size-limit-0",
     "faults/two-processes-at-once-0",

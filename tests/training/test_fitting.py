@@ -201,8 +201,8 @@ def test_the_checkpoint_before_stands_in(tmp_path, monkeypatch, capsys):
     save_checkpoint(previous_path(directory.checkpoint), before)
     assert run(config).status == "finished"
     said = capsys.readouterr().err
-    assert "checkpoint.pt does not fit (optimizer.param_groups.0.weight_decay is 5.0, expected 0.0, as" in said
-    assert "Going on from checkpoint.previous.pt" in said
+    assert "checkpoint.state does not fit (optimizer.param_groups.0.weight_decay is 5.0, expected 0.0, as" in said
+    assert "Going on from checkpoint.previous.state" in said
 
 
 def interrupt_after_two(progress: Progress, record: Any) -> None:
@@ -215,9 +215,9 @@ def interrupt_after_two(progress: Progress, record: Any) -> None:
 def test_alone_it_is_an_error(tmp_path):
     """Without one before, the sentence names the file and the cure."""
     training, checkpoint = start(tmp_path, "sgd"), trained(tmp_path, "sgd", 1, 2)
-    path = tmp_path / "checkpoint.pt"
+    path = tmp_path / "checkpoint.state"
     save_checkpoint(path, dataclasses.replace(checkpoint, step=10**9))
-    with pytest.raises(CheckpointError, match=r"checkpoint.pt does not fit \(step is 1000000000, .*\); move it away"):
+    with pytest.raises(CheckpointError, match=r"checkpoint.state does not fit \(step is 1000000000, .*\); move it"):
         load_checkpoint(
             path, fingerprint="f" * 64, seed=0, device=CPU, check=lambda loaded: check_fits(training, loaded)
         )

@@ -226,7 +226,7 @@ def test_what_a_run_leaves_on_disk(tmp_path):
     info = run(config)
     directory = directory_of(config)
     names = sorted(path.name for path in directory.path.iterdir() if path.name != ".lock")
-    assert names[:2] + names[3:] == ["checkpoint.pt", "config.yaml", "metrics.csv", "run.json", "train.log"]
+    assert names[:2] + names[3:] == ["checkpoint.state", "config.yaml", "metrics.csv", "run.json", "train.log"]
     assert names[2].startswith("events.out.tfevents.")
     saved = json.loads(directory.info.read_text())
     assert len(saved.pop("digest")) == 64

@@ -1,0 +1,103 @@
+"""A run that was trained, as something to use: its network with weights, its configuration and its rows."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from kfac_sua.build import build_model
+from kfac_sua.checks import NUM_CLASSES
+from kfac_sua.compose import compose_config
+from kfac_sua.config import Config
+from kfac_sua.rerun import overrides_of
+from kfac_sua.runs.directory import RunDirectory
+from kfac_sua.runs.record import EpochRecord, RecordError, RunInfo, read_ended_records, read_run_info
+from kfac_sua.training.checkpoint import adopt_old_name, load_checkpoint
+
+Weights = Literal["best", "last"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedRun:
+    """What :func:`load_run` returns.
+
+    Attributes:
+        network: The network with the weights, in evaluation mode. It takes images ``[batch, 3, 32, 32]`` in float32,
+            normalised per channel with the mean and deviation of the training images (``build_splits(config.dataset)``
+            has both as ``mean`` and ``std``), and returns logits ``[batch, classes]``.
+        config: The run's configuration.
+        records: A row of metrics.csv per epoch, of which the first is the untrained network.
+        info: What run.json holds: status, test error, versions, machines.
+        epoch: The epoch that the weights are of.
+    """
+
+    network: nn.Module
+    config: Config
+    records: list[EpochRecord]
+    info: RunInfo
+    epoch: int
+
+
+def load_run(
+    directory: str | os.PathLike[str], weights: Weights = "best", device: str | torch.device = "cpu"
+) -> LoadedRun:
+    """Return what a run has trained.
+
+    Args:
+        directory: The run's directory, which has its run.json.
+        weights: ``best``, of the epoch with the lowest validation error (the first of equals), or ``last``. While a run
+            has not ended, those of its last checkpoint.
+        device: Where the network goes.
+
+    Returns:
+        Network, configuration and rows.
+
+    Raises:
+        ValueError: If ``weights`` is neither.
+        RecordError: If the directory is not that of a run, its files are damaged, or it has no such weights: of a run
+            without a complete epoch, and the last of one that has diverged.
+        CheckpointError: If the weights have to come from a checkpoint, which is damaged.
+    """
+    if weights not in ("best", "last"):
+        raise ValueError(f"weights must be 'best' or 'last', got {weights!r}.")
+    path = Path(directory)
+    info = read_run_info(path / "run.json")
+    place = RunDirectory(path, info.fingerprint, info.seed)
+    records = read_ended_records(place.metrics, info)
+    config = compose_config(overrides_of(info.config, place.info))
+    state, epoch = _state(place, info, weights, records)
+    network = build_model(config, NUM_CLASSES[config.dataset.name], torch.device("cpu"))
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise RecordError(f"The weights in {path} are not those of its network; restore them.") from error
+    return LoadedRun(network.to(device).eval(), config, records, info, epoch)
+
+
+def _state(
+    place: RunDirectory, info: RunInfo, weights: Weights, records: list[EpochRecord]
+) -> tuple[dict[str, Tensor], int]:
+    """Return parameters and buffers, and the epoch that they are of."""
+    path = place.weights[weights]
+    if path.exists() and info.status in ("finished", "diverged"):
+        trained = records[1:]
+        epoch = min(trained, key=lambda row: row.val_error).epoch if weights == "best" else trained[-1].epoch
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a damaged file makes torch.load raise
+            raise RecordError(f"{path} is damaged ({type(error).__name__}); restore it.") from error
+        return state, epoch
+    adopt_old_name(place.checkpoint)
+    checkpoint = load_checkpoint(
+        place.checkpoint, fingerprint=info.fingerprint, seed=info.seed, device=torch.device("cpu")
+    )
+    if checkpoint is not None and weights == "last" and info.status != "diverged":
+        return checkpoint.model, checkpoint.epoch
+    if checkpoint is not None and weights == "best" and checkpoint.best is not None:
+        return checkpoint.best["model"], checkpoint.best["epoch"]
+    raise RecordError(
+        f"{place.path} has no {weights} weights (the run is {info.status}); give the others, or train it."
+    )

@@ -1,0 +1,94 @@
+"""Training a finished run on: a new run of more epochs that begins with the state in which another one ended."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import torch
+
+from kfac_sua.compose import compose_config
+from kfac_sua.config import Config, ConfigError, KroneckerConfig, ScheduleName
+from kfac_sua.explain import shown
+from kfac_sua.rerun import overrides_of
+from kfac_sua.runs.directory import RunDirectory, deciding_values, fingerprint, flat, resolved
+from kfac_sua.runs.record import EpochRecord, RunInfo, read_ended_records, read_run_info
+from kfac_sua.training.checkpoint import Checkpoint, adopt_old_name, load_checkpoint
+from kfac_sua.training.fitting import check_fits
+from kfac_sua.training.state import Training
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What a run is trained on from.
+
+    Attributes:
+        checkpoint: The state at its end.
+        records: Its rows, which the new run's begin with.
+        info: Its run.json.
+    """
+
+    checkpoint: Checkpoint
+    records: list[EpochRecord]
+    info: RunInfo
+
+
+def read_source(training: Training) -> Source | None:
+    """Return what a run starts from, ``None`` if from the beginning.
+
+    Args:
+        training: The state before the first step; it is left alone.
+
+    Raises:
+        ConfigError: If ``start_from`` is no finished run of the same settings but for its epochs, of which the new run
+            has more, or its schedules depend on how many there are.
+        CheckpointError: If its last state is damaged.
+        RecordError: If its records are.
+    """
+    config = training.config
+    if config.start_from is None:
+        return None
+    path = Path(config.start_from)
+    info = read_run_info(path / "run.json")
+    if info.status != "finished":
+        raise ConfigError(f"start_from={path} has not finished (it is {info.status}); start from one that has.")
+    _check_settings(config, info, training.device.type, training.world.size)
+    directory = RunDirectory(path, info.fingerprint, info.seed)
+    adopt_old_name(directory.checkpoint)
+    checkpoint = load_checkpoint(
+        directory.checkpoint,
+        fingerprint=info.fingerprint,
+        seed=info.seed,
+        device=training.device if training.world.size == 1 else torch.device("cpu"),
+        data_digest=training.data_digest,
+        check=functools.partial(check_fits, training),
+    )
+    if checkpoint is None:
+        raise ConfigError(f"start_from={path} has no {directory.checkpoint.name}, the state that it ended in.")
+    return Source(checkpoint, read_ended_records(directory.metrics, info), info)
+
+
+def _check_settings(config: Config, info: RunInfo, device: str, num_processes: int) -> None:
+    before = compose_config(overrides_of(info.config, config.start_from or ""))
+    if config.epochs <= before.epochs:
+        raise ConfigError(
+            f"epochs={config.epochs} must be more than the {before.epochs} of start_from={config.start_from}."
+        )
+    alike = dataclasses.replace(config, epochs=before.epochs, start_from=before.start_from)
+    if fingerprint(alike, device, num_processes) != info.fingerprint or config.seed != info.seed:
+        theirs, ours = flat(info.config), flat(resolved(alike, device))
+        differing = [key for key in flat(deciding_values(alike)) if theirs.get(key, ours[key]) != ours[key]]
+        said = ", ".join(f"{key} was {shown(theirs[key])} and is {shown(ours[key])}" for key in differing[:3])
+        raise ConfigError(
+            f"start_from={config.start_from} is a run of other settings ({said or 'of another number of processes'}); "
+            f"only epochs may differ: begin with --rerun {config.start_from}."
+        )
+    if config.schedule.name is not ScheduleName.constant:
+        raise ConfigError(
+            f"schedule={config.schedule.name} goes by the share of a run's epochs: with more of them learning rates "
+            "would have been others from the start; only runs of schedule=constant can be trained on."
+        )
+    if isinstance(config.preconditioner, KroneckerConfig) and config.preconditioner.damping_final is not None:
+        raise ConfigError(
+            "preconditioner.damping_final is that of the last epoch, and with more of them would have been another one "
+            "from the start; only runs without it can be trained on."
+        )
