@@ -85,6 +85,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda seconds: seconds is None or 0 < seconds <= LARGEST_FLOAT,
         "seconds > 0, or null (at the end of epochs only)",
     ),
+    "log_interval": (_one_or_null, "≥ 1 step, or null (never)"),
     "num_threads": (
         lambda number: number is None or 1 <= number <= 1024,
         "between 1 and 1024, or null (PyTorch's choice)",

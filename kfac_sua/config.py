@@ -257,6 +257,7 @@ class Config:
     num_threads: int | None
     non_finite: NonFinite
     checkpoint_interval_s: float | None
+    log_interval: int | None
     start_from: str | None
     output_dir: str
     progress: ProgressStyle

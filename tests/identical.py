@@ -18,5 +18,5 @@ def assert_identical(actual: Any, expected: Any, where: str = "state") -> None:
     elif isinstance(expected, torch.Tensor):
         assert actual.dtype == expected.dtype, where
         torch.testing.assert_close(actual, expected, rtol=0, atol=0, msg=lambda text: f"{where}: {text}")
-    else:
-        assert actual == expected, where
+    else:  # a number that is none is identical to another such
+        assert actual == expected or (actual != actual and expected != expected), where

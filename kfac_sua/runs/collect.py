@@ -274,7 +274,7 @@ def _run_values(root: Path, path: Path, info: RunInfo) -> dict[str, Any]:
 
 def _no_epoch() -> dict[str, float]:
     """Return the metrics of a run that has not completed an epoch."""
-    nothing = EpochRecord(0, 0, *[math.nan] * (len(COLUMNS) - 2))
+    nothing = EpochRecord(0, 0, *[math.nan] * (len(COLUMNS) - 2))  # type: ignore[arg-type]  # counts, too
     return dataclasses.asdict(nothing)
 
 

@@ -13,7 +13,7 @@ from kfac_sua.runs.record import RecordError, read_run_info
 # These do not change what is computed.
 _NOT_IN_FINGERPRINT = (
     *("output_dir", "progress", "num_threads", "checkpoint_interval_s"),
-    *("capture", "objective", "verbose"),
+    *("capture", "objective", "verbose", "log_interval"),
 )
 _OF_DATASET_NOT_IN_FINGERPRINT = ("data_dir", "download")  # from where images come
 

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
@@ -40,8 +41,12 @@ class EpochRecord:
     the sum of the five columns after it, of ``data_s`` (mini-batches being made), of ``other_s`` (metrics, progress
     and the loop itself) and of ``captured_s`` (captured steps, which a device carries out as a whole).
     ``evaluation_s`` and ``writing_s`` lie outside of it; the latter, of records and checkpoints, is what it took up to
-    this row. The last five are zero in files of before they were measured, where ``forward_backward_s`` includes
+    this row. These five are zero in files of before they were measured, where ``forward_backward_s`` includes
     ``data_s``.
+
+    The rest is for diagnosis (``training/diagnostics.py``): ``current_damping`` is that of the next refresh, NaN for
+    the baseline; the next four are means over the steps of the epoch that are looked at, NaN if there were none, and
+    ``kl_scale`` without ``kl_clip``. The last three count since the run's start. Files of before have NaN and zero.
     """
 
     epoch: int
@@ -63,6 +68,14 @@ class EpochRecord:
     evaluation_s: float = 0.0
     writing_s: float = 0.0
     captured_s: float = 0.0
+    current_damping: float = math.nan
+    gradient_norm: float = math.nan
+    update_norm: float = math.nan
+    update_cosine: float = math.nan
+    kl_scale: float = math.nan
+    numerical_faults: int = 0
+    other_events: int = 0
+    skipped_steps: int = 0
 
 
 def _header(columns: Sequence[str]) -> bytes:
@@ -72,10 +85,25 @@ def _header(columns: Sequence[str]) -> bytes:
 COLUMN_TYPES: dict[str, type[int] | type[float]] = get_type_hints(EpochRecord)
 COLUMNS = tuple(COLUMN_TYPES)
 _HEADER = _header(COLUMNS)
-# Header -> number of columns, of all files that can be read: those of today, and two with fewer of the last columns.
-_HEADERS = {_header(COLUMNS[:count]): count for count in (len(COLUMNS), len(COLUMNS) - 1, len(COLUMNS) - 5)}
-# Columns that came after the first digests: where they are zero, they are no part of them.
-_NOT_IN_OLD_DIGESTS = ("captured_s",)
+# Header -> number of columns, of all files that can be read: those of today, and three with fewer of the last columns.
+_HEADERS = {_header(COLUMNS[:count]): count for count in (len(COLUMNS), *(len(COLUMNS) - few for few in (8, 9, 13)))}
+_NUM_IN_OLDEST_DIGESTS = COLUMNS.index("captured_s")
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(EpochRecord)}
+
+MAY_BE_UNMEASURED = ("current_damping", "gradient_norm", "update_norm", "update_cosine", "kl_scale")
+"""Columns that are NaN where there is nothing to measure."""
+
+# Least and largest value of each column, but for losses, which may be anything, NaN included.
+_BOUNDS = {
+    name: (0, 1) if name.endswith("_error") else (0, sys.float_info.max)
+    for name in COLUMNS
+    if not name.endswith("_loss")
+} | {
+    "gradient_norm": (0, math.inf),  # of finite numbers, too, it overflows in float32
+    "update_norm": (0, math.inf),
+    "update_cosine": (-1, 1),
+    "kl_scale": (0, 1),
+}
 
 
 def append_record(path: Path, record: EpochRecord) -> None:
@@ -171,8 +199,19 @@ def _format(record: EpochRecord, columns: Sequence[str] = COLUMNS) -> bytes:
 
 
 def _digested(record: EpochRecord) -> bytes:
-    """Return what of a record a digest is made of."""
-    return _format(record, [name for name in COLUMNS if name not in _NOT_IN_OLD_DIGESTS or getattr(record, name)])
+    """Return what of a record a digest is made of.
+
+    Of the columns that came after the first digests, those at the end that all have their defaults are no part of it:
+    so digests of before hold, and the number of values tells which columns they are.
+    """
+    count = len(COLUMNS)
+    while count > _NUM_IN_OLDEST_DIGESTS and _is_default(COLUMNS[count - 1], getattr(record, COLUMNS[count - 1])):
+        count -= 1
+    return _format(record, COLUMNS[:count])
+
+
+def _is_default(name: str, value: float) -> bool:
+    return repr(COLUMN_TYPES[name](value)) == repr(_DEFAULTS[name])  # NaN is not equal to itself
 
 
 def _parse(path: Path, number: int, line: bytes, num_columns: int) -> EpochRecord:
@@ -187,10 +226,12 @@ def _parse(path: Path, number: int, line: bytes, num_columns: int) -> EpochRecor
             f"{path}, line {number}: expected {num_columns} numbers separated by commas, got"
             f" {line.decode(errors='replace')!r}; restore the file, or remove the run and start it again."
         ) from error
-    for name, value in zip(COLUMN_TYPES, values, strict=False):  # a file of before has fewer
-        expected = "in [0, 1]" if name.endswith("_error") else "≥ 0 and finite"
-        is_in_range = 0 <= value <= 1 if name.endswith("_error") else 0 <= value < math.inf
-        if not is_in_range and not name.endswith("_loss"):  # which may be anything, NaN included
+    for index, (name, value) in enumerate(zip(COLUMN_TYPES, values, strict=False)):  # a file of before has fewer
+        if name in MAY_BE_UNMEASURED and math.isnan(value):
+            values[index] = math.nan  # one and the same, so that rows with it can be compared
+        elif name in _BOUNDS and not _BOUNDS[name][0] <= value <= _BOUNDS[name][1]:
+            least, largest = _BOUNDS[name]
+            expected = "≥ 0 and finite" if largest == sys.float_info.max else f"in [{least}, {largest}]"
             raise RecordError(
                 f"{path}, line {number}: {name} is {value!r}, expected a number {expected}; restore the file, or remove"
                 " the run and start it again."

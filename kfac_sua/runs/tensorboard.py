@@ -1,10 +1,13 @@
-"""TensorBoard view of a run: STEP is the epoch and wall time is training time, so both axes are honest."""
+"""TensorBoard view of a run: wall time is training time, and STEP the epoch or, of single steps, their number."""
 
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kfac_sua.runs.event_file import EventFile
-from kfac_sua.runs.record import EpochRecord
+from kfac_sua.runs.hyper_parameters import Value, hyper_parameter_summaries
+from kfac_sua.runs.record import MAY_BE_UNMEASURED, EpochRecord
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.event_pb2 import Event
@@ -28,7 +31,24 @@ SCALARS = {
     "time/captured": "captured_s",
     "time/evaluation": "evaluation_s",
     "time/writing": "writing_s",
+    "update/damping": "current_damping",
+    "update/gradient_norm": "gradient_norm",
+    "update/norm": "update_norm",
+    "update/cosine": "update_cosine",
+    "update/kl_scale": "kl_scale",
+    "update/numerical_faults": "numerical_faults",
+    "update/other_events": "other_events",
+    "update/skipped_steps": "skipped_steps",
 }
+
+
+STEPS = "steps"
+"""Directory of the losses of single steps below that of the run: to TensorBoard a run of its own.
+
+A restart is told by a step, for all points of a run. Those of epochs and those of steps cannot share one.
+"""
+
+STEP_LOSS = "train/step_loss"
 
 
 class TensorBoardLog:
@@ -45,7 +65,7 @@ class TensorBoardLog:
     Args:
         directory: Directory of the event file, made if missing.
         started_unix_s: Start of the run's first attempt, seconds since 1970.
-        hyper_parameters: Flat values for the HPARAMS tab.
+        hyper_parameters: What :func:`hyper_parameters` returned for the run's configuration.
         existing: Records of the epochs that are already done.
 
     Raises:
@@ -56,16 +76,14 @@ class TensorBoardLog:
         self,
         directory: Path,
         started_unix_s: float,
-        hyper_parameters: dict[str, int | float | str | bool],
+        hyper_parameters: Mapping[str, Value],
         existing: list[EpochRecord],
     ) -> None:
         # Imported here because it takes seconds, which collecting and plotting need not pay.
         from tensorboard.compat.proto.event_pb2 import Event
-        from torch.utils.tensorboard.summary import hparams
 
         self._started_unix_s = started_unix_s
-        # The metric's value is ignored: the tab shows the last point of the scalar with this tag.
-        summaries = hparams(hyper_parameters, {"val/error": 0.0})
+        summaries = hyper_parameter_summaries(hyper_parameters, started_unix_s)
         events = [Event(wall_time=started_unix_s, summary=summary) for summary in summaries]
         self._file = EventFile(directory, started_unix_s, 0, [*events, *map(self._event, existing)])
 
@@ -89,6 +107,64 @@ class TensorBoardLog:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        values = [Summary.Value(tag=tag, simple_value=getattr(record, column)) for tag, column in SCALARS.items()]
+        columns = {tag: (column, getattr(record, column)) for tag, column in SCALARS.items()}
+        values = [
+            Summary.Value(tag=tag, simple_value=value)
+            for tag, (column, value) in columns.items()
+            if not (column in MAY_BE_UNMEASURED and math.isnan(value))
+        ]
         walltime = self._started_unix_s + record.train_time_s
         return Event(wall_time=walltime, step=record.epoch, summary=Summary(value=values))
+
+
+class StepLog:
+    """The losses of single mini-batches, in an event file for every attempt at the run.
+
+    It continues those before: they have all steps up to the checkpoint that a run goes on from, as they are written
+    before it. A loss is that before the step with which it is shown, counted from 1.
+
+    Args:
+        directory: Directory of the run.
+        started_unix_s: Start of the run's first attempt, seconds since 1970.
+        step: Steps that stand; what was written of later ones is void.
+        train_time_s: Seconds of training up to there.
+
+    Raises:
+        OSError: If the file cannot be written; it names the file.
+    """
+
+    def __init__(self, directory: Path, started_unix_s: float, step: int, train_time_s: float) -> None:
+        self._started_unix_s = started_unix_s
+        self._step, self._train_time_s = step, train_time_s
+        self._file = EventFile(directory / STEPS, started_unix_s, step + 1)
+
+    def log(self, losses: Sequence[tuple[int, float]], step: int, train_time_s: float) -> None:
+        """Add losses and write them out.
+
+        Between two calls each step counts as long as every other: on a GPU nobody knows when one ended.
+
+        Args:
+            losses: Numbers of steps, and losses in nats.
+            step: Steps taken so far.
+            train_time_s: Seconds of training so far.
+
+        Raises:
+            OSError: If the file cannot be written; it names the file.
+        """
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        per_step = (train_time_s - self._train_time_s) / max(step - self._step, 1)
+        self._file.append(
+            Event(
+                wall_time=self._started_unix_s + train_time_s - (step - number) * per_step,
+                step=number,
+                summary=Summary(value=[Summary.Value(tag=STEP_LOSS, simple_value=loss)]),
+            )
+            for number, loss in losses
+        )
+        self._step, self._train_time_s = step, train_time_s
+
+    def close(self) -> None:
+        """Close the event file."""
+        self._file.close()

@@ -21,6 +21,9 @@ from kfac_sua.runs.atomic import written_beside
 
 MAGIC = b"KFACSUA2"
 FORMAT_VERSION = 2
+LATER_FIELDS = ("diagnostics", "best")
+"""What checkpoints of before these were kept lack."""
+
 _DIGEST_SIZE = hashlib.sha256().digest_size
 
 
@@ -45,6 +48,7 @@ class Checkpoint:
         optimizer: ``state_dict`` of the optimizer.
         preconditioner: ``state_dict`` of the preconditioner; None for the baseline.
         sums: Losses and errors of the ``batch`` mini-batches: ``ErrorCounter.state_dict``.
+        diagnostics: Norms at some of these: ``Diagnostics.state_dict``; None in files of before these were measured.
         times: Seconds per phase so far.
         best: The weights with the lowest validation error so far: ``epoch``, ``val_error`` and ``model``; None before
             the first epoch's end, and in files of before they were kept.
@@ -62,6 +66,7 @@ class Checkpoint:
     optimizer: dict[str, Any]
     preconditioner: dict[str, Any] | None
     sums: dict[str, Any]
+    diagnostics: dict[str, Any] | None
     times: dict[str, float]
     best: dict[str, Any] | None = None
 
@@ -170,7 +175,7 @@ def _read(path: Path, device: torch.device) -> Checkpoint:
     names = {field.name for field in dataclasses.fields(Checkpoint)}
     version = values.pop("format_version", None) if isinstance(values, dict) else None
     if version == FORMAT_VERSION:
-        values.setdefault("best", None)
+        values = dict.fromkeys(LATER_FIELDS) | values
     if version != FORMAT_VERSION or values.keys() != names:
         raise CheckpointError(f"{path} is not a checkpoint of format {FORMAT_VERSION}, got {version!r}; {_CURE}.")
     checkpoint = Checkpoint(**values)

@@ -58,6 +58,11 @@ class ErrorCounter:
         for value in (self._loss_sum, self._num_errors, self._num_images):
             value.zero_()
 
+    @property
+    def own_loss_sum(self) -> Tensor:
+        """The sum of this process's losses so far, on the device, ``[]`` in float64; later mini-batches add to it."""
+        return self._loss_sum
+
     def loss_sum(self) -> Tensor:
         """Return the sum of all losses so far, on the device, ``[]`` in float64."""
         return self._world.add_up(self._loss_sum)

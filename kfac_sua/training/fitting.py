@@ -17,6 +17,7 @@ from torch import Tensor
 from kfac_sua.config import KroneckerConfig, NonFinite
 from kfac_sua.optimizers import MuonWithAdamW
 from kfac_sua.preconditioner.state_checks import outlined
+from kfac_sua.training.diagnostics import check_looks
 from kfac_sua.training.evaluate import checked_sums
 from kfac_sua.training.timing import PHASES
 
@@ -48,6 +49,8 @@ def check_fits(training: Training, checkpoint: Checkpoint) -> None:
     _check_counts(training, checkpoint)
     _check_times(checkpoint.times)
     _check_sums(training, checkpoint)
+    if checkpoint.diagnostics is not None:
+        check_looks(checkpoint.diagnostics, checkpoint.batch)
     is_between_epochs = checkpoint.batch == 0  # where an evaluation with a finite loss has just been made
     _check_model(training.model.state_dict(), checkpoint.model, is_finite=is_between_epochs)
     for name, optimizer, state in _optimizers(training.optimizer, checkpoint.optimizer):

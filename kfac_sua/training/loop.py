@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 from kfac_sua.config import Config
 from kfac_sua.data import BatchLoader
@@ -74,7 +75,8 @@ def run(config: Config, launch: Launch | None = None) -> RunInfo:
                 # --- Epoch 0 is the untrained network, so that curves against time begin at zero seconds ------------
                 if not writer.records:
                     train_eval, val = _evaluate_epoch(training, writer.stop_if_asked)
-                    writer.log(_record(training, train_eval, train_eval, val))
+                    measured = training.diagnostics.means()
+                    writer.log(_record(training, train_eval, train_eval, val, measured))
 
                 # --- Train ------------------------------------------------------------------------------------------
                 while training.epoch < config.epochs:
@@ -84,9 +86,10 @@ def run(config: Config, launch: Launch | None = None) -> RunInfo:
                     if not (math.isfinite(train_eval.loss) and math.isfinite(val.loss)):
                         info = writer.end(status="diverged", diverged_at_epoch=training.epoch + 1)
                         break
+                    measured = training.diagnostics.means()
                     training.end_epoch()
                     training.keep_if_best(val.error)
-                    writer.log(_record(training, train, train_eval, val))
+                    writer.log(_record(training, train, train_eval, val, measured))
                     writer.save()
                     writer.progress.epoch(writer.records[-1])
 
@@ -113,10 +116,13 @@ def train_epoch(training: Training, progress: Progress, after_batch: Callable[[]
     look = LateLook(training.sums)
     with training.watch.phase(phase_around(training)):
         training.begin_epoch()
+        training.step_losses.note(training.step, begins=True)
         with contextlib.suppress(Diverged):
             for _ in range(training.batch, len(training.loader)):
                 training.take_step()
+                training.diagnostics.after_step(training.batch)
                 training.batch += 1
+                training.step_losses.note(training.step)
                 training.watch.switch(phase_around(training))
                 progress.step()
                 after_batch()
@@ -143,8 +149,12 @@ def _evaluate(training: Training, loader: BatchLoader, after_batch: Callable[[],
         )
 
 
-def _record(training: Training, train: Evaluation, train_eval: Evaluation, val: Evaluation) -> EpochRecord:
+def _record(
+    training: Training, train: Evaluation, train_eval: Evaluation, val: Evaluation, measured: dict[str, float]
+) -> EpochRecord:
     times = training.watch.totals()
+    seconds: dict[str, Any] = {f"{phase}_s": value for phase, value in times.items()}
+    diagnostics: dict[str, Any] = measured | training.diagnostics.counts()
     return EpochRecord(
         epoch=training.epoch,
         step=training.step,
@@ -155,5 +165,8 @@ def _record(training: Training, train: Evaluation, train_eval: Evaluation, val: 
         val_loss=val.loss,
         val_error=val.error,
         train_time_s=sum(times[phase] for phase in TRAINING_PHASES),
-        **{f"{phase}_s": seconds for phase, seconds in times.items()},
+        **seconds,
+        current_damping=training.diagnostics.damping,
+        **diagnostics,
+        skipped_steps=training.skipped_steps,
     )

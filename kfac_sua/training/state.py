@@ -25,10 +25,12 @@ from kfac_sua.preconditioner import AdaptiveDamping, KroneckerPreconditioner
 from kfac_sua.training.capturing import training_step
 from kfac_sua.training.checkpoint import Checkpoint
 from kfac_sua.training.damping import schedule_damping
+from kfac_sua.training.diagnostics import Diagnostics
 from kfac_sua.training.evaluate import ErrorCounter
 from kfac_sua.training.fitting import IMPLEMENTATION_KEYS
 from kfac_sua.training.schedule import learning_rate
 from kfac_sua.training.seeding import seed_everything
+from kfac_sua.training.step_losses import StepLosses
 from kfac_sua.training.timing import Stopwatch
 from kfac_sua.training.world import World
 
@@ -43,6 +45,8 @@ class Training:
         batch: Mini-batches of the epoch after these that have been taken.
         skipped_steps: Mini-batches that took no step, as something in them was not finite.
         sums: Losses and errors of the epoch's mini-batches.
+        diagnostics: Norms of gradients and updates at some of these.
+        step_losses: The losses of single mini-batches, if they are to be logged.
         world: The processes that carry out the run.
         forward: What mini-batches are sent through: the network, wrapped where gradients are averaged over processes.
         adaptive_damping: Adapts the damping, if it is to be.
@@ -59,6 +63,8 @@ class Training:
     preconditioner: KroneckerPreconditioner | None
     watch: Stopwatch
     sums: ErrorCounter
+    diagnostics: Diagnostics
+    step_losses: StepLosses
     data_digest: str
     world: World
     adaptive_damping: AdaptiveDamping | None
@@ -123,6 +129,7 @@ class Training:
         if preconditioner is not None:
             preconditioner.phase = watch.phase
         optimizer = build_optimizer(config.optimizer, model)
+        sums = ErrorCounter(device, world)
         training = cls(
             config,
             device,
@@ -132,7 +139,9 @@ class Training:
             optimizer,
             preconditioner,
             watch,
-            ErrorCounter(device, world),
+            sums,
+            Diagnostics(model, preconditioner, device),
+            StepLosses(sums, config.log_interval, config.batch_size, len(loader), world),
             splits.digest(),
             world,
             build_adaptive_damping(config.preconditioner, preconditioner),
@@ -204,6 +213,7 @@ class Training:
         """Count an epoch whose mini-batches have all been taken."""
         self.epoch, self.batch = self.epoch + 1, 0
         self.sums.reset()
+        self.diagnostics.reset()
 
     def keep_if_best(self, val_error: float) -> None:
         """Keep the weights if the completed epoch has the lowest validation error so far, the first of equals.
@@ -237,6 +247,7 @@ class Training:
             optimizer=self.optimizer.state_dict(),
             preconditioner=self.preconditioner.state_dict() if self.preconditioner else None,
             sums=self.sums.state_dict(),
+            diagnostics=self.diagnostics.state_dict(),
             times=self.watch.totals(),
             best=self.best,
         )
@@ -249,6 +260,8 @@ class Training:
         if self.preconditioner is not None and checkpoint.preconditioner is not None:
             self.preconditioner.load_state_dict(checkpoint.preconditioner)
         self.sums.load_state_dict(checkpoint.sums)
+        if checkpoint.diagnostics is not None:
+            self.diagnostics.load_state_dict(checkpoint.diagnostics)
         self.watch.restore(checkpoint.times)
         self.best = checkpoint.best
 

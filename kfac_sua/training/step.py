@@ -91,7 +91,7 @@ def _backward(training: Training, logits: Tensor, loss: Tensor) -> None:
 
 def _precondition(training: Training) -> None:
     if training.preconditioner is not None:
-        with training.watch.phase("application"):
+        with training.diagnostics.around_preconditioning(), training.watch.phase("application"):
             lr = training.optimizer.param_groups[0]["lr"]
             training.preconditioner.step(loss_weight=training.loss_weight, lr=lr)
 

@@ -13,10 +13,11 @@ from typing import Any
 
 from kfac_sua.config import ProgressStyle
 from kfac_sua.runs.directory import RunDirectory
+from kfac_sua.runs.hyper_parameters import hyper_parameters
 from kfac_sua.runs.lock import Hold, RunBusyError, RunLostError, exclusive
 from kfac_sua.runs.log import RunLog
 from kfac_sua.runs.record import EpochRecord, RunInfo, append_record, failure_reason, records_digest
-from kfac_sua.runs.tensorboard import TensorBoardLog
+from kfac_sua.runs.tensorboard import StepLog, TensorBoardLog
 from kfac_sua.training.attempt import (
     continued_info,
     find_ended,
@@ -39,6 +40,7 @@ from kfac_sua.training.progress import Progress, epoch_line, print_once
 from kfac_sua.training.signals import Interrupted, StopRequest
 from kfac_sua.training.start_from import read_source
 from kfac_sua.training.state import Training
+from kfac_sua.training.timing import TRAINING_PHASES
 from kfac_sua.training.world import World
 from kfac_sua.tuned import opening_line
 
@@ -67,6 +69,7 @@ class RunWriter:
     _hold: Hold | None = None
     _said: RunLog | None = None
     _log: TensorBoardLog | None = None
+    _step_log: StepLog | None = None
 
     def __init__(
         self, directory: RunDirectory, world: World, clock: Callable[[], float] = time.monotonic, launch: Launch = ALONE
@@ -179,7 +182,7 @@ class RunWriter:
         """
         world = self._world
         if world.is_first:
-            self._log = self._open_tensorboard()
+            self._open_tensorboard()
         self.progress = self._open_progress()
         self._saved_at, self._position = self._clock(), self._next_position()
         with StopRequest(is_speaker=world.is_first, is_alone=world.size == 1) as self._stop:
@@ -191,8 +194,9 @@ class RunWriter:
                 raise self._interrupted(self._signal_number) from interrupt
             finally:
                 self.progress.close()
-                if self._log is not None:
-                    self._log.close()
+                for log in (self._log, self._step_log):
+                    if log is not None:
+                        log.close()
 
     def log(self, record: EpochRecord) -> None:
         """Write a row."""
@@ -205,6 +209,7 @@ class RunWriter:
         """Write a checkpoint."""
         self._world.forget_wishes()
         with self.training.watch.phase("writing"):
+            self._log_step_losses()  # before: a run that goes on from there does not take these steps again
             checkpoint = self.training.checkpoint(self.directory.fingerprint, records_digest(self.records))
             self._world.from_first(lambda: self._write(checkpoint))
         self._saved_at, self._position = self._clock(), self._next_position()
@@ -239,6 +244,7 @@ class RunWriter:
             Interrupted: If the run has been asked to stop: the runs of a sweep that would come next must not begin.
         """
         self._world.forget_wishes()
+        self._log_step_losses()
         self.info = self._world.from_first(lambda: self._write_end(outcome))
         wish = self._world.largest(self._signal_number if self._stop.signal_number is not None else 0)
         if wish:
@@ -293,6 +299,22 @@ class RunWriter:
         self._note(epoch_line(record, self.training.config.epochs))
         self._log.log(record)
 
+    def _log_step_losses(self) -> None:
+        """Write what is known of single steps."""
+        if losses := self.training.step_losses.fetch():
+            seconds = self._training_seconds()
+            self._world.from_first(lambda: self._append_losses(losses, seconds))
+
+    def _append_losses(self, losses: list[tuple[int, float]], seconds: float) -> None:
+        assert self._hold is not None
+        assert self._step_log is not None
+        self._hold.check()
+        self._step_log.log(losses, self.training.step, seconds)
+
+    def _training_seconds(self) -> float:
+        times = self.training.watch.totals()
+        return sum(times[phase] for phase in TRAINING_PHASES)
+
     def _write(self, checkpoint: Checkpoint) -> None:
         assert self._hold is not None
         self._hold.check()
@@ -307,10 +329,12 @@ class RunWriter:
         self._note(summary_line(self.directory, ended))
         return ended
 
-    def _open_tensorboard(self) -> TensorBoardLog:
+    def _open_tensorboard(self) -> None:
         assert self.info is not None
-        started_unix_s = datetime.fromisoformat(self.info.started).timestamp()
-        return TensorBoardLog(self.directory.path, started_unix_s, dict(_flat(self.info.config)), self.records)
+        started_unix_s, path = datetime.fromisoformat(self.info.started).timestamp(), self.directory.path
+        self._log = TensorBoardLog(path, started_unix_s, hyper_parameters(self.info.config), self.records)
+        if self.training.config.log_interval is not None:
+            self._step_log = StepLog(path, started_unix_s, self.training.step, self._training_seconds())
 
     def _open_progress(self) -> Progress:
         training, config = self.training, self.training.config
@@ -322,12 +346,3 @@ class RunWriter:
             done_steps=training.epoch * num_batches + training.batch,
             epochs=config.epochs,
         )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, int | float | str | bool]]:
-    """Yield dotted keys and values; TensorBoard's HPARAMS tab takes neither null nor lists."""
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value if isinstance(value, int | float | str) else str(value)

@@ -21,6 +21,7 @@ from kfac_sua.runs.environment import environment
 from kfac_sua.runs.lock import RunBusyError
 from kfac_sua.runs.record import (
     COLUMNS,
+    MAY_BE_UNMEASURED,
     EpochRecord,
     RecordError,
     append_record,
@@ -53,7 +54,8 @@ def test_columns_are_those_of_the_contract():
     assert ",".join(COLUMNS) == (
         "epoch,step,lr,train_loss,train_error,train_eval_loss,val_loss,val_error,train_time_s,"
         "forward_backward_s,statistics_s,inversion_s,application_s,optimizer_s,data_s,other_s,evaluation_s,writing_s,"
-        "captured_s"
+        "captured_s,current_damping,gradient_norm,update_norm,update_cosine,kl_scale,numerical_faults,other_events,"
+        "skipped_steps"
     )
 
 
@@ -73,7 +75,8 @@ def test_file_has_one_header_and_one_line_per_epoch(metrics):
     """The file is plain CSV, which other tools can read."""
     lines = metrics.read_text().splitlines()
     assert lines[0] == ",".join(COLUMNS)
-    assert lines[2] == "2,100,0.1,1.0,0.25,0.75,1.25,0.3,20.0,12.0,2.0,3.0,1.5,1.0,0.0,0.0,0.0,0.0,0.0"
+    old = "2,100,0.1,1.0,0.25,0.75,1.25,0.3,20.0,12.0,2.0,3.0,1.5,1.0,0.0,0.0,0.0,0.0,0.0"
+    assert lines[2] == old + ",nan" * 5 + ",0" * 3
     assert len(lines) == 4
 
 
@@ -111,19 +114,19 @@ def test_appending_to_an_empty_file_or_torn_header_writes_the_header(metrics, cu
     assert read_records(metrics) == [epoch_record(1)]
 
 
-@pytest.mark.parametrize("line", ["2,100,0.1", "", "2,100,abc" + ",0" * 16, "2,100" + ",0" * 18, "2.5,1" + ",0" * 17])
+@pytest.mark.parametrize("line", ["2,100,0.1", "", "2,100,abc" + ",0" * 24, "2,100" + ",0" * 26, "2.5,1" + ",0" * 25])
 def test_malformed_inner_line_names_file_and_line(metrics, line):
     """Only the last line may be torn: damage elsewhere is reported with its place."""
     lines = metrics.read_text().split("\n")
     lines[2] = line
     metrics.write_text("\n".join(lines))
-    with pytest.raises(RecordError, match=r"metrics\.csv, line 3: expected 19 numbers"):
+    with pytest.raises(RecordError, match=r"metrics\.csv, line 3: expected 27 numbers"):
         read_records(metrics)
 
 
 def test_complete_last_line_that_is_not_numbers_is_an_error(metrics):
     """A last line with its newline and all fields is not torn, so damage in it is reported."""
-    metrics.write_text(metrics.read_text() + "x,200" + ",0" * 17 + "\n")
+    metrics.write_text(metrics.read_text() + "x,200" + ",0" * 25 + "\n")
     with pytest.raises(RecordError, match="line 5"):
         read_records(metrics)
 
@@ -140,12 +143,12 @@ def test_foreign_file_is_neither_read_nor_overwritten(tmp_path):
 
 
 # Columns that a file had at the time, and the last of them.
-OLD_FILES = {14: "optimizer_s", 18: "writing_s"}
+OLD_FILES = {14: "optimizer_s", 18: "writing_s", 19: "captured_s"}
 
 
 @pytest.fixture(params=OLD_FILES)
 def old_metrics(metrics: Path, request: pytest.FixtureRequest) -> Path:
-    """The same file as it was before the last columns were measured, all zero in these records."""
+    """The same file as it was before the last columns were measured, which have their defaults in these records."""
     lines = metrics.read_text().splitlines()
     metrics.write_text("".join(",".join(line.split(",")[: request.param]) + "\n" for line in lines))
     return metrics
@@ -157,7 +160,7 @@ def _num_columns(path: Path) -> int:
 
 
 def test_file_without_the_newer_columns_is_read(old_metrics):
-    """What was not measured then is zero; a torn last line is dropped as in any file."""
+    """What was not measured then has its default; a torn last line is dropped as in any file."""
     num_columns = _num_columns(old_metrics)
     assert old_metrics.read_text().splitlines()[0].endswith(f",{OLD_FILES[num_columns]}")
     assert read_records(old_metrics) == [epoch_record(1), epoch_record(2), epoch_record(3)]
@@ -217,6 +220,9 @@ def test_digests_see_the_seconds_of_captured_steps():
     rows = [epoch_record(1), epoch_record(2, captured_s=4.0)]
     changes = [rows, [rows[0], epoch_record(2, captured_s=4.5)], [rows[0], epoch_record(2)], rows[:1]]
     changes += [[epoch_record(1, captured_s=4.0), rows[1]], [epoch_record(1, captured_s=4.0), epoch_record(2)]]
+    # The same value in another of the later columns, and zero in place of what was not measured.
+    changes += [[rows[0], epoch_record(2, **{name: 4})] for name in COLUMNS[COLUMNS.index("current_damping") :]]
+    changes += [[rows[0], epoch_record(2, **{name: 0.0})] for name in MAY_BE_UNMEASURED]
     assert len(set(map(records_digest, changes))) == len(changes)
 
 
@@ -442,12 +448,16 @@ def test_run_info_out_of_range_names_the_field(tmp_path, field, value, wanted):
 
 @pytest.mark.parametrize(
     ("column", "text"),
-    [("epoch", "-1"), ("lr", "nan"), ("val_error", "1.5"), ("train_time_s", "-2.0"), ("writing_s", "inf")],
+    [
+        *(("epoch", "-1"), ("lr", "nan"), ("val_error", "1.5"), ("train_time_s", "-2.0"), ("writing_s", "inf")),
+        *(("current_damping", "inf"), ("update_norm", "-1.0"), ("update_cosine", "-1.5"), ("kl_scale", "2.0")),
+    ],
 )
 def test_a_row_out_of_range_names_line_and_column(tmp_path, column, text):
     """A number that no epoch comes to is reported; a loss may be anything."""
     path = tmp_path / "metrics.csv"
     values = dict.fromkeys(COLUMNS, "1") | {"train_loss": "nan", "val_loss": "-inf"}
+    values |= {"gradient_norm": "inf", "update_norm": "nan", "update_cosine": "-1"}
     for row in (values, values | {column: text}):
         path.write_text(",".join(COLUMNS) + "\n" + ",".join(row.values()) + "\n")
         if row is values:

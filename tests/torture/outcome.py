@@ -100,7 +100,8 @@ def read_outcome(directory: RunDirectory, seed: int = 0) -> Outcome:
     """
     events = EventAccumulator(str(directory.path), size_guidance={"scalars": 0})
     events.Reload()
-    points = {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in SCALARS}
+    tags = [tag for tag in SCALARS if tag in events.Tags()["scalars"]]  # what is never measured has none
+    points = {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in tags}
     return Outcome(read_run_info(directory.info), read_records(directory.metrics), points, saved_state(directory, seed))
 
 

@@ -87,6 +87,7 @@ NOT_OF_A_STEP = {
     "sync_batch_norm": "of several processes, which stay eager, by name",
     "num_threads": "how, not what",
     "checkpoint_interval_s": "between steps",
+    "log_interval": "between steps",
     "output_dir": "between steps",
     "progress": "between steps",
     "dataset.name": "comes with its file; other images",

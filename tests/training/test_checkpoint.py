@@ -31,6 +31,7 @@ def checkpoint() -> Checkpoint:
         optimizer={"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": [{"lr": 0.1, "params": [0]}]},
         preconditioner={"version": 1, "layers": {"fc": {"blocks": torch.eye(2)[None], "count": 3, "mean": None}}},
         sums={"loss_sum": torch.tensor(2.5), "num_errors": torch.tensor(3), "num_images": 30},
+        diagnostics={"num_looks": 1, "sums": torch.ones(4)},
         times={"forward_backward": 1.5},
     )
 
@@ -47,6 +48,26 @@ def test_round_trip(tmp_path, checkpoint):
     loaded = load(path)
     assert_identical(vars(loaded), vars(checkpoint))
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.state"]
+
+
+def test_a_checkpoint_of_before_diagnostics_is_read(tmp_path, checkpoint, monkeypatch):
+    """A file without them is sound; one that lacks anything else is not."""
+    path, written = tmp_path / "checkpoint.pt", []
+    save = torch.save
+    monkeypatch.setattr(checkpoint_module.torch, "save", lambda values, file: save(without(values, written[0]), file))
+    for name in ("diagnostics", "sums"):
+        written[:] = [name]
+        save_checkpoint(path, checkpoint)
+        if name == "diagnostics":
+            assert_identical(vars(load(path)), vars(checkpoint) | {"diagnostics": None})
+    previous_path(path).unlink()
+    with pytest.raises(CheckpointError, match="is not a checkpoint of format 2"):
+        load(path)
+
+
+def without(values: dict, name: str) -> dict:
+    """Return all entries but one."""
+    return {key: value for key, value in values.items() if key != name}
 
 
 def test_a_crash_while_writing_leaves_the_old_file(tmp_path, checkpoint, monkeypatch):

@@ -117,7 +117,7 @@ def test_every_entry_is_checked(tmp_path, name):
         for value in (10**9, getattr(checkpoint, field) + 1):
             with pytest.raises(ValueError, match=r"^(step|epoch|batch|skipped_steps) is \d+, expected "):
                 check_fits(training, dataclasses.replace(checkpoint, **{field: value}))
-    for field in ("times", "sums", "model", "optimizer"):
+    for field in ("times", "sums", "diagnostics", "model", "optimizer"):
         for path, own in entries({field: getattr(checkpoint, field)}):
             for value in VALUES:
                 if len(path) == 1 and not isinstance(value, dict):
@@ -137,6 +137,12 @@ def test_every_entry_is_checked(tmp_path, name):
 
 
 BAD_ENTRIES = {
+    "looks": ("diagnostics.num_looks", 3, r"diagnostics.num_looks is 3, expected a whole number in \[0, 2\]"),
+    "cosine": (
+        "diagnostics.sums",
+        torch.tensor([1.0, 1.0, 1.5, 1.0], dtype=torch.float64),
+        r"diagnostics.sums is \[1.0, 1.0, 1.5, 1.0\], expected sums of 0 norms",
+    ),
     "decay": ("optimizer.param_groups.0.weight_decay", 5.0, r"weight_decay is 5.0, expected 0.0, as the run has it"),
     "momentum": ("optimizer.param_groups.0.momentum", 0.5, r"momentum is 0.5, expected 0.9, as the run has it"),
     "rate": ("optimizer.param_groups.0.lr", 7.0, r"lr is 7.0, expected 0.\d+, as the run has it"),

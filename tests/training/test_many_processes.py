@@ -107,7 +107,8 @@ def assert_equal_to_rounding(actual, expected) -> None:
                 got, value, rtol=1e-8, atol=1e-9, msg=lambda text, where=where: f"{where}: {text}"
             )
         elif isinstance(value, float):
-            assert math.isclose(got, value, rel_tol=1e-8, abs_tol=1e-9), where
+            is_none = math.isnan(got) and math.isnan(value)
+            assert is_none or math.isclose(got, value, rel_tol=1e-8, abs_tol=1e-9), where
         else:
             assert torch.equal(got, value) if isinstance(value, Tensor) else got == value, where
 

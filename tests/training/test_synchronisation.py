@@ -44,6 +44,7 @@ SETTINGS = {
     "average": ("preconditioner=kfac", "preconditioner.ema_decay=0.5", "preconditioner.factor_period=2", PERIOD),
     "augmentation": ("preconditioner=sua", "dataset.augmentation=flip_crop", PERIOD),
     "Nesterov": ("preconditioner=sua", "optimizer.nesterov=true", "optimizer.weight_decay=1e-3", PERIOD),
+    "losses": ("preconditioner=baseline", "log_interval=1"),
     "bar": ("preconditioner=sua", "progress=bar", PERIOD),
 }
 # On the CPU, where it costs nothing, AdamW keeps its count of steps as a tensor and reads it.
