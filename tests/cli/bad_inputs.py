@@ -189,6 +189,7 @@ BAD_COMMANDS = {
     "checkpoint_interval_s=0": r"checkpoint_interval_s must be seconds > 0, or null \(.*\), got 0.0\.",
     "checkpoint_interval_s=-1": r"checkpoint_interval_s must be seconds > 0, or null \(.*\), got -1.0\.",
     "checkpoint_interval_s=nan": r"checkpoint_interval_s must be seconds > 0, or null \(.*\), got nan\.",
+    "log_interval=0": r"log_interval must be ≥ 1 step, or null \(never\), got 0\.",
     "checkpoint_interval_s=soon": r"checkpoint_interval_s must be a number or null, got 'soon'\.",
     # more than one option where there can be one
     "preconditioner=[sua,kfac]": r"preconditioner must be one of baseline, .*, got \['sua', 'kfac'\]\.",
@@ -417,7 +418,7 @@ BAD_RECORDS = {
     "metrics.csv": {
         "foreign": BadFile(lambda path: path.write_text("a,b\n1,2\n"), r"line 1: expected the header of metrics.csv"),
         "text for a number": BadFile(
-            lambda path: path.write_text(path.read_text().replace("\n0,", "\nzero,")), r"line 2: expected 19 numbers"
+            lambda path: path.write_text(path.read_text().replace("\n0,", "\nzero,")), r"line 2: expected 27 numbers"
         ),
         "missing epoch": BadFile(
             lambda path: path.write_text("".join(path.read_text().splitlines(keepends=True)[:1])), r"lacks epochs that"
