@@ -79,6 +79,7 @@ OPTIMIZERS = {
 # Keys that no step sees, or that make no step a captured one, and why.
 NOT_OF_A_STEP = {
     "device": "what this is about",
+    **dict.fromkeys(("objective", "verbose", "start_from"), "before and after all steps"),
     "capture": "what this is about",
     "device_rates": "which forms: those of a GPU are in test_captured_equality",
     "epochs": "a resume in every epoch is in test_captured_runs",
