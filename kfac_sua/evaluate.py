@@ -1,23 +1,22 @@
 """Loss and error of a run's network: ``python -m kfac_sua.evaluate RUN [--weights last] [--split test]``."""
 
 if __name__ == "__main__":  # before the imports that take seconds
-    from kfac_sua.startup import leave_on_interrupt
+    from kfac_sua.startup import begin
 
-    leave_on_interrupt()
+    begin()
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from kfac_sua.build import build_splits, memory_format
-from kfac_sua.command_line import BAD_INPUT, INTERRUPTED, say
+from kfac_sua.command_line import BAD_INPUT, say
 from kfac_sua.config import ConfigError, Device
 from kfac_sua.data import BatchLoader, DataError
 from kfac_sua.device import choose_device, choose_precision
 from kfac_sua.load import LoadedRun, load_run
 from kfac_sua.runs.record import RecordError
-from kfac_sua.startup import raise_on_interrupt
+from kfac_sua.startup import run_command
 from kfac_sua.training.checkpoint import CheckpointError
 from kfac_sua.training.evaluate import Evaluation, evaluate
 from kfac_sua.training.precision import computing_in
@@ -60,7 +59,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0, 2 for bad input, 130 after Ctrl-C.
     """
-    raise_on_interrupt()
     parser = argparse.ArgumentParser(prog="python -m kfac_sua.evaluate", description=__doc__.partition(":")[0] + ".")
     parser.add_argument("run", type=Path, help="directory of the run")
     parser.add_argument(
@@ -78,12 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = evaluate_run(run, options.split, Device(options.device))
     except (ConfigError, DataError, RecordError, CheckpointError) as error:
         return say(error, BAD_INPUT)
-    except KeyboardInterrupt:
-        return say("interrupted.", INTERRUPTED)
     whose = f"{options.weights} weights, epoch {run.epoch}"
     print(f"{options.split} error {result.error:.2%}, loss {result.loss:.4f}: {whose}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

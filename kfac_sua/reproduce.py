@@ -5,9 +5,9 @@ report. Interrupted at any point, the same command goes on.
 """
 
 if __name__ == "__main__":  # before the imports that take seconds
-    from kfac_sua.startup import leave_on_interrupt
+    from kfac_sua.startup import begin
 
-    leave_on_interrupt()
+    begin()
 
 import argparse
 import contextlib
@@ -42,7 +42,8 @@ from kfac_sua.launchers import launcher_overrides
 from kfac_sua.runs.collect import CollectError
 from kfac_sua.runs.lock import RunBusyError, exclusive
 from kfac_sua.runs.record import RecordError, failure_reason
-from kfac_sua.startup import raise_on_interrupt
+from kfac_sua.startup import run_command
+from kfac_sua.streams import output_is_recorded
 from kfac_sua.training.signals import Interrupted
 
 INPUT_ERRORS = (ConfigError, DataError)
@@ -66,7 +67,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0 if everything is done, 1 if a run failed, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM.
     """
-    raise_on_interrupt()
     keep_command("kfac_sua.reproduce", sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_intermixed_args(arguments)
     try:
@@ -102,6 +102,7 @@ def _carry_out(options: argparse.Namespace, command: str) -> None:
             return
         if launcher is not None:
             require_cluster(launcher)
+        output_is_recorded()
         with _only_one(root):
             if engine.description:
                 print(engine.description, flush=True)
@@ -229,4 +230,4 @@ def _names(text: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

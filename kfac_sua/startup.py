@@ -1,30 +1,45 @@
-"""Ctrl-C while a command is still importing its packages, which takes seconds.
+"""How every command begins and ends: Ctrl-C while its packages are imported, which takes seconds, and its streams.
 
 Imports nothing heavy itself, so that it can come first.
 """
 
+import contextlib
 import os
 import signal
+from collections.abc import Callable
 from types import FrameType
+from typing import NoReturn
+
+from kfac_sua.streams import guard_streams, leave_with
 
 
-def leave_on_interrupt() -> None:
-    """Make Ctrl-C end the process with one line and code 130, until :func:`raise_on_interrupt`.
+def begin() -> None:
+    """Make Ctrl-C end the process with one line and code 130, until :func:`run_command`, and let no output fail.
 
     A process that ignores Ctrl-C, such as one in the background of a script, goes on ignoring it.
     """
+    guard_streams()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
 
 
-def raise_on_interrupt() -> None:
-    """Make Ctrl-C raise ``KeyboardInterrupt`` again, for code that can deal with it."""
+def run_command(command: Callable[[], int | None]) -> NoReturn:
+    """Carry out a command, in which Ctrl-C raises ``KeyboardInterrupt`` again, and leave with its exit code.
+
+    Args:
+        command: The command's ``main``.
+
+    Raises:
+        SystemExit: Always; with code 1 instead of 0 if output was lost, as on a full disk, that nothing else holds.
+    """
     if signal.getsignal(signal.SIGINT) is _leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    leave_with(command)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
     """Leave at once: an exception within the import of an extension module may end anywhere."""
     del frame
-    os.write(2, b"interrupted.\n")
+    with contextlib.suppress(OSError):  # of a stderr that nobody reads
+        os.write(2, b"interrupted.\n")
     os._exit(128 + number)

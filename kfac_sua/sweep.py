@@ -18,6 +18,7 @@ from kfac_sua.device import device_type
 from kfac_sua.objective import objective_value
 from kfac_sua.runs.directory import run_directory
 from kfac_sua.runs.record import RecordError, read_records, read_run_info
+from kfac_sua.streams import output_is_recorded
 
 # How a run learns how many there are, in whatever process and on whatever machine a launcher carries it out.
 _NUM_RUNS = "KFAC_SUA_SWEEP_RUNS"
@@ -75,6 +76,7 @@ def say_summary(cells: Cells | None) -> None:
     """
     if cells is None or cells.num_runs == 1 or all(cell.progress is ProgressStyle.none for cell in cells.configs):
         return
+    output_is_recorded()  # also of runs that a launcher has carried out elsewhere
     by_place: dict[str, list[Config]] = {}
     for cell in cells.configs if cells.are_all else _carried_out:
         by_place.setdefault(cell.output_dir, []).append(cell)

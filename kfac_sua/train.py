@@ -1,9 +1,9 @@
 """The training command: ``python -m kfac_sua.train preconditioner=sua model=vgg11``."""
 
 if __name__ == "__main__":  # before the imports that take seconds
-    from kfac_sua.startup import leave_on_interrupt
+    from kfac_sua.startup import begin
 
-    leave_on_interrupt()
+    begin()
 
 import contextlib
 import dataclasses
@@ -34,7 +34,8 @@ from kfac_sua.rerun import saved_overrides
 from kfac_sua.runs.directory import run_directory
 from kfac_sua.runs.lock import RunBusyError
 from kfac_sua.runs.record import RecordError, read_records
-from kfac_sua.startup import raise_on_interrupt
+from kfac_sua.startup import run_command
+from kfac_sua.streams import guard_streams, output_is_recorded
 from kfac_sua.sweep import begin_in_sweep, place_in_sweep, say_summary, sweep_overrides
 from kfac_sua.training.checkpoint import CheckpointError
 from kfac_sua.training.contact import LostContactError
@@ -81,7 +82,7 @@ def main() -> int:
 
     Returns:
         0 if every run finished or is recorded as diverged, 1 if one failed, 2 for bad input, 130 after Ctrl-C, 143
-        after SIGTERM.
+        after SIGTERM. What is printed and gets lost, as on a full disk, is no failure of a run.
     """
     keep_command("kfac_sua.train", sys.argv[1:])
     is_debug = DEBUG in sys.argv or os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -182,6 +183,8 @@ def train(raw: DictConfig) -> float | None:
     Returns:
         What a sweeper that optimises minimises, from the process that speaks for the run.
     """
+    guard_streams()  # of a launcher's process, which has begun otherwise
+    output_is_recorded()
     config, launch = to_config(raw), read_launch(os.environ)
     begin_in_sweep(config)
     overrides = tuple(HydraConfig.get().overrides.task)
@@ -269,5 +272,4 @@ def _one_line(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    raise_on_interrupt()
-    sys.exit(main())
+    run_command(main)

@@ -4,6 +4,11 @@ Every model takes ten steps of SGD without momentum on one fixed mini-batch, at 
 last loss is shown. Structure SUA in groups of 32, damping 0.1, a refresh every 5 mini-batches, float32.
 """
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from kfac_sua.startup import begin
+
+    begin()
+
 import importlib
 import logging
 import math
@@ -16,6 +21,7 @@ import torch
 from torch import nn
 
 from kfac_sua import KroneckerPreconditioner
+from kfac_sua.startup import run_command
 
 STEPS = 10
 LEARNING_RATES = (0.03, 0.1, 0.3, 1.0)
@@ -78,4 +84,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -5,6 +5,11 @@ Prints how many inputs each reader accepted and refused, and what it found; the 
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from kfac_sua.startup import begin
+
+    begin()
+
 import argparse
 import collections
 import importlib
@@ -16,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
+
+from kfac_sua.startup import run_command
 
 TARGETS_DIR = Path(__file__).resolve().parents[1] / "tests" / "fuzz"
 EXAMPLES_PER_ROUND = 200
@@ -83,4 +90,4 @@ def _report(counts: dict[str, collections.Counter[str]], findings: dict[str, str
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

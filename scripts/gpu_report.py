@@ -7,6 +7,11 @@ that what is done is never lost. At the end all of it but checkpoints is in gpu-
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from kfac_sua.startup import begin
+
+    begin()
+
 import argparse
 import shutil
 import sys
@@ -19,6 +24,8 @@ from gpu_parts.archive import LIMIT, NAME, REPORT, write_archive
 from gpu_parts.definitions import MINUTES, ROOT, define_parts
 from gpu_parts.part import RUNNING, Outcome, Part, carry_out, heeding_signals
 from gpu_parts.report import TITLE, Machine, Report
+
+from kfac_sua.startup import run_command
 
 BAD_INPUT = 2
 EXIT_CODES = (
@@ -115,4 +122,4 @@ def _refuse(sentence: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -9,6 +9,11 @@ how far steps are clipped and where the damping goes.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from kfac_sua.startup import begin
+
+    begin()
+
 import argparse
 import dataclasses
 import json
@@ -23,6 +28,7 @@ from kfac_sua.compose import compose_config
 from kfac_sua.config import Config, KroneckerConfig
 from kfac_sua.runs.directory import RunDirectory, run_directory
 from kfac_sua.runs.record import EpochRecord, read_ended_records, read_run_info
+from kfac_sua.startup import run_command
 from kfac_sua.training.checkpoint import load_checkpoint
 from kfac_sua.training.loop import run
 from kfac_sua.training.state import Training
@@ -200,4 +206,4 @@ def _cell(values: Sequence[float | None], form: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

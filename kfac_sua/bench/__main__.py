@@ -1,8 +1,12 @@
 """The benchmark command: ``python -m kfac_sua.bench --settings baseline sua kfac:damping=0.3 --json new.json``."""
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from kfac_sua.startup import begin
+
+    begin()
+
 import argparse
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,6 +42,7 @@ from kfac_sua.config import Config, ConfigError, KroneckerConfig, Precision
 from kfac_sua.device import choose_device, choose_precision
 from kfac_sua.preconditioner import FisherType
 from kfac_sua.runs.record import RecordError
+from kfac_sua.startup import run_command
 from kfac_sua.training.capturing import why_no_graphs
 
 SLOWER = 1
@@ -58,8 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _carry_out(options)
     except (ConfigError, RecordError) as error:
         return say(str(error), BAD_INPUT)
-    except BrokenPipeError:
-        return say("Nobody reads the tables; with --json they are in the file.", FAILED)
     except OSError as error:
         return say(f"Cannot use {error.filename or 'a file'}: {error.strerror or error}.", BAD_INPUT)
     except (RuntimeError, MemoryError) as error:
@@ -80,7 +83,7 @@ def _carry_out(options: argparse.Namespace) -> int:
     if options.json:
         refuse_unwritable(options.json)
     record = carry_out(plan)
-    if options.json:  # before anything is printed: a pipe that is closed must not cost minutes of measuring
+    if options.json:
         write_record(options.json, record)
     print("\n\n".join(_tables(record, plan.arithmetic)))
     if old is None:
@@ -230,4 +233,4 @@ def _fraction(text: str) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -4,12 +4,16 @@
 your own, puts them in force.
 """
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from kfac_sua.startup import begin
+
+    begin()
+
 import argparse
 import dataclasses
 import functools
 import math
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,7 @@ from kfac_sua.device import choose_device
 from kfac_sua.preconditioner.forms.dense import gram, inverses_of_triangles
 from kfac_sua.preconditioner.rates import NEVER, DeviceRates, rates_in_force, rates_of
 from kfac_sua.runs.environment import environment
+from kfac_sua.startup import run_command
 from kfac_sua.training.precision import computing_in
 
 Seconds = Callable[[str, Callable[[], object]], float]
@@ -205,4 +210,4 @@ def _number(value: float) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -5,11 +5,15 @@ float64, and in float32 with both operands of every product rounded as tensor co
 two norms: the plain one, and that of the layer's Fisher block, which is what a step does to the loss.
 """
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from kfac_sua.startup import begin
+
+    begin()
+
 import argparse
 import contextlib
 import dataclasses
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -28,6 +32,7 @@ from kfac_sua.preconditioner.apply import precondition_, quadratic_form
 from kfac_sua.preconditioner.forms import DenseInverse, Inverse
 from kfac_sua.preconditioner.kronecker import KroneckerInverse
 from kfac_sua.preconditioner.layer import PreconditionedLayer
+from kfac_sua.startup import run_command
 from kfac_sua.training.loop import train_epoch
 from kfac_sua.training.progress import Progress
 from kfac_sua.training.state import Training
@@ -234,4 +239,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -1,11 +1,17 @@
 """Put CIFAR archives into the data folder: ``python -m kfac_sua.data.download cifar10 cifar100``."""
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from kfac_sua.startup import begin
+
+    begin()
+
 import argparse
 import sys
 from collections.abc import Sequence
 
 from kfac_sua.command_line import INTERRUPTED, say
 from kfac_sua.data import DataError, archive_path, fetch_cifar, load_archive
+from kfac_sua.startup import run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -38,4 +44,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

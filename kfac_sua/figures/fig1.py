@@ -8,6 +8,11 @@ finished seeds, or, if all of its seeds diverged, these, up to their last common
 marks. The legend counts the seeds that diverged, failed or are still running.
 """
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from kfac_sua.startup import begin
+
+    begin()
+
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,6 +50,7 @@ from kfac_sua.runs.collect import (
 )
 from kfac_sua.runs.record import RecordError
 from kfac_sua.runs.summary import format_table
+from kfac_sua.startup import run_command
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -184,4 +190,4 @@ def _labels(methods: list[Method], styles: Mapping[str, MethodStyle]) -> list[st
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -6,8 +6,12 @@ Means, bands and diverged runs are as in Figure 1. As dashes tell training from 
 colour and marker; the markers of training curves are empty.
 """
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from kfac_sua.startup import begin
+
+    begin()
+
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,6 +48,7 @@ from kfac_sua.runs.collect import (
 )
 from kfac_sua.runs.record import ENDED, RecordError
 from kfac_sua.runs.summary import format_table
+from kfac_sua.startup import run_command
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -240,4 +245,4 @@ def _handles(labels: Mapping[str, str], styles: Mapping[str, MethodStyle]) -> "l
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

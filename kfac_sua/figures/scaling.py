@@ -7,6 +7,11 @@ Colours and markers are the methods' own; filled markers on solid lines are a re
 ones on dashed lines the application at every mini-batch. Thin lines show inverses of low rank where they were used.
 """
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from kfac_sua.startup import begin
+
+    begin()
+
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +24,7 @@ from kfac_sua.figures.files import PAGE_WIDTH, write_figure
 from kfac_sua.figures.lines import draw_legend
 from kfac_sua.figures.panels import method_names, panel_titles
 from kfac_sua.figures.style import BASELINE, METHODS, MethodStyle
+from kfac_sua.startup import run_command
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -196,4 +202,4 @@ def _draw_legend(
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -5,6 +5,11 @@ Command line: ``python -m kfac_sua.runs.collect outputs/runs [--best-by train_lo
 A *setting* is everything in the configuration but the seed; runs of one setting share a fingerprint.
 """
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from kfac_sua.startup import begin
+
+    begin()
+
 import argparse
 import dataclasses
 import math
@@ -26,6 +31,7 @@ from kfac_sua.runs.record import (
     read_run_info,
 )
 from kfac_sua.runs.summary import format_table
+from kfac_sua.startup import run_command
 
 SETTING_COLUMNS = (
     *("dataset", "model", "width", "batch_norm", "preconditioner", "optimizer", "schedule"),
@@ -315,4 +321,4 @@ def _in_order_of_figures(column: "pd.Series[Any]") -> "pd.Series[Any]":
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

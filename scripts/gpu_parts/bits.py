@@ -6,6 +6,11 @@ bit, and metrics.csv without the measured seconds. Exit code 1 if anything diffe
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from kfac_sua.startup import begin
+
+    begin()
+
 import sys
 from pathlib import Path
 
@@ -13,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kfac_sua.runs.record import read_records, read_run_info
+from kfac_sua.startup import run_command
 from kfac_sua.training.checkpoint import Checkpoint, load_checkpoint
 
 
@@ -68,4 +74,4 @@ def _metrics(directory: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -7,6 +7,11 @@ rounding.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from kfac_sua.startup import begin
+
+    begin()
+
 import argparse
 import gc
 import multiprocessing
@@ -23,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kfac_sua import KroneckerPreconditioner
 from kfac_sua.config import Precision
+from kfac_sua.startup import run_command
 from kfac_sua.training.precision import computing_in
 
 PATIENCE = timedelta(seconds=20)
@@ -108,4 +114,4 @@ def compare(together: Tensor, alone: Tensor, start: Tensor) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -6,6 +6,11 @@ Any number of processes can be counted; those under ``--measure`` are started on
 what was counted.
 """
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from kfac_sua.startup import begin
+
+    begin()
+
 import argparse
 import shlex
 import sys
@@ -20,6 +25,7 @@ from kfac_sua.command_line import BAD_INPUT, FAILED, INTERRUPTED, as_number, cou
 from kfac_sua.config import ConfigError
 from kfac_sua.preconditioner.sharing import FLOPS_PER_BYTE
 from kfac_sua.runs.environment import environment
+from kfac_sua.startup import run_command
 
 _PROGRAM = "python -m kfac_sua.bench.communication"
 
@@ -125,4 +131,4 @@ def _balance(text: str) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

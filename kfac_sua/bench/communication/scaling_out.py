@@ -5,6 +5,11 @@ Command line: ``python -m kfac_sua.bench.communication.scaling_out --out DIR [--
 FLOPs and bytes are counted from the code that runs; rates and bandwidths are arguments. Nothing is measured.
 """
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from kfac_sua.startup import begin
+
+    begin()
+
 import argparse
 import dataclasses
 import math
@@ -19,6 +24,7 @@ from kfac_sua.bench.communication.study_report import describe_study
 from kfac_sua.command_line import BAD_INPUT, FAILED, as_number, count, say
 from kfac_sua.config import ConfigError
 from kfac_sua.figures.scaling_out import draw_scaling_out
+from kfac_sua.startup import run_command
 
 _PROGRAM = "python -m kfac_sua.bench.communication.scaling_out"
 _MODELS = ("vgg11", "preact_resnet50")
@@ -77,4 +83,4 @@ def _rate(text: str) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -7,6 +7,11 @@ are process CPU seconds on a CPU and device seconds on a GPU. The same command a
 interruption costs at most the layer in progress.
 """
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from kfac_sua.startup import begin
+
+    begin()
+
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,6 +32,7 @@ from kfac_sua.figures.scaling import draw_scaling
 from kfac_sua.runs.environment import environment
 from kfac_sua.runs.lock import RunBusyError, exclusive
 from kfac_sua.runs.record import failure_reason
+from kfac_sua.startup import run_command
 
 # Largest sizes with --quick.
 _QUICK = {"width": 128, "kernel": 3, "group": 32, "batch": 100}
@@ -157,4 +163,4 @@ def _gib(text: str) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)
