@@ -171,7 +171,7 @@ class AdaptiveDamping:
         for name, count in zip(("num_lowered", "num_raised"), counts, strict=True):
             if not is_count(count):
                 raise ValueError(
-                    f"AdaptiveDamping state: {name} must be a whole number ≥ 0, got {outlined(count)}; {RESTART}."
+                    f"AdaptiveDamping state: {name} must be a whole number >= 0, got {outlined(count)}; {RESTART}."
                 )
         self.reduction_ratio = ratio
         self.num_lowered, self.num_raised = counts
@@ -258,7 +258,7 @@ def _validate(
     bounds: tuple[float, float],
 ) -> None:
     if period < 1:
-        raise ValueError(f"period must be ≥ 1 step, got {period}.")
+        raise ValueError(f"period must be >= 1 step, got {period}.")
     if not 0 < decay < 1:
         raise ValueError(f"decay must be in (0, 1), got {decay}.")
     if not thresholds[0] < thresholds[1]:

@@ -108,7 +108,7 @@ def check_numbers(layers: Sequence[DiscoveredLayer]) -> None:
         if layer.geometry is not None and isinstance(weight := layer.module.weight, nn.Parameter) and weight.is_meta:
             raise RuntimeError(
                 f"Layer {layer.name!r} is on device meta and has no numbers to train: give the model some, as by "
-                f"to_empty(device=…) and load_state_dict(), before the first step, or list the layer in skip."
+                f"to_empty(device=...) and load_state_dict(), before the first step, or list the layer in skip."
             )
 
 

@@ -35,7 +35,7 @@ def exponential_damping(initial: float, final: float, num_steps: float) -> Dampi
     initial, final = checked_damping(initial), checked_damping(final)
     num_steps = checked_number("num_steps", num_steps)
     if not num_steps >= 1:
-        raise ValueError(f"num_steps must be ≥ 1, got {num_steps}.")
+        raise ValueError(f"num_steps must be >= 1, got {num_steps}.")
 
     def damping(step: int) -> float:
         return final if step >= num_steps else initial * (final / initial) ** (step / num_steps)
@@ -90,7 +90,7 @@ class DampingScheduler:
         num_calls, base = checked_entries(state, ("num_calls", "base"), "DampingScheduler")
         if not is_count(num_calls):
             raise ValueError(
-                f"DampingScheduler state: num_calls must be a whole number ≥ 0, got {outlined(num_calls)}; {RESTART}."
+                f"DampingScheduler state: num_calls must be a whole number >= 0, got {outlined(num_calls)}; {RESTART}."
             )
         if not is_damping(base):
             raise ValueError(

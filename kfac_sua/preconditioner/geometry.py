@@ -208,7 +208,7 @@ def unfit_weight(module: nn.Linear | nn.Conv2d) -> str:
     shape, groups = list(module.weight.shape), 1 if isinstance(module, nn.Linear) else module.groups
     if len(shape) == 2 + len(kernel) and shape[2:] == kernel and shape[0] % groups == 0:
         return ""
-    expected = "[out, in]" if not kernel else f"[{groups} · out, in, {kernel[0]}, {kernel[1]}]"
+    expected = "[out, in]" if not kernel else f"[{groups} * out, in, {kernel[0]}, {kernel[1]}]"
     return f"its weight has the shape {shape}, where {type(module).__name__} needs {expected}"
 
 

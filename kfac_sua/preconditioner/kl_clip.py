@@ -88,7 +88,9 @@ def _checked_lr(lr: float | Tensor | None, kl_clip: float) -> float | Tensor:
         return lr.reshape(())
     number = plain_number(lr)
     if number is None:
-        raise ValueError(f"lr must be the learning rate of the step, a number ≥ 0 or a tensor of one, got {shown(lr)}.")
+        raise ValueError(
+            f"lr must be the learning rate of the step, a number >= 0 or a tensor of one, got {shown(lr)}."
+        )
     if not 0 <= number <= sys.float_info.max:
-        raise ValueError(f"lr must be the learning rate of the step, a finite number ≥ 0, got {number}.")
+        raise ValueError(f"lr must be the learning rate of the step, a finite number >= 0, got {number}.")
     return number

@@ -110,7 +110,7 @@ def check_findings(findings: Iterable[Finding]) -> None:
 def _average_findings(state: Mapping[str, Any], holder: StateHolder) -> Iterator[Finding]:
     weight, least = state.get("weight"), 1 - holder.settings.ema_decay
     if not is_number(weight) or not least - _ROUNDING <= weight <= 1 + _ROUNDING:
-        holder.refuse("average.weight", outlined(weight), f"a number in [1 − ema_decay, 1] = [{least:g}, 1]")
+        holder.refuse("average.weight", outlined(weight), f"a number in [1 - ema_decay, 1] = [{least:g}, 1]")
     factors = {key: value for key, value in state.items() if key != "weight"}
     yield from _factors_findings("average", factors, holder)
 
@@ -163,7 +163,7 @@ def _form_findings(
         holder.refuse(entry, outlined(state), f"a mapping of {known}")
     assert isinstance(state, Mapping)
     num_blocks, width = holder.layout.activation_blocks if is_activation else holder.layout.gradient_blocks
-    sizes = {"b": num_blocks, "d": width, "d′": aligned(width), "c": holder.geometry.in_channels}
+    sizes = {"b": num_blocks, "d": width, "d'": aligned(width), "c": holder.geometry.in_channels}
     for name, shape in zip(form.names, form.shapes, strict=True):
         yield from _tensor_findings(
             f"{entry}.{name}",
@@ -183,7 +183,7 @@ def _num_patches(entry: str, pixels: Tensor, holder: StateHolder) -> int:
     """Return how many patches a layer reads from pixels ``[h, w, n, channels]``."""
     sizes = list(pixels.shape)
     if min(output_size(holder.geometry, sizes[0], sizes[1])) < 1:
-        holder.refuse(entry, f"an image of {sizes[0]} × {sizes[1]} pixels", "one that the kernel fits into")
+        holder.refuse(entry, f"an image of {sizes[0]} x {sizes[1]} pixels", "one that the kernel fits into")
     return PatchFactor.num_rows_of(sizes, holder.geometry)
 
 
@@ -216,7 +216,7 @@ def _tensor_findings(
         got = "not positive" + (" on its diagonal" if is_triangle else "")
         yield (tensor.to(holder.like.dtype) > 0).all(), holder.sentence(entry, got, "numbers > 0 there")
     if is_not_negative:
-        yield (tensor >= 0).all(), holder.sentence(entry, "negative somewhere", "numbers ≥ 0")
+        yield (tensor >= 0).all(), holder.sentence(entry, "negative somewhere", "numbers >= 0")
 
 
 def _fits(tensor: Tensor, shape: Shape, sizes: dict[str, int]) -> bool:

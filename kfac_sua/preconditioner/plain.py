@@ -44,7 +44,7 @@ def shown(value: object) -> str:
     kind = type(value)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
     text = " ".join((repr(value) if isinstance(value, str) else str(value)).split())
-    text = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+    text = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
     return text if value is None or kind in (int, float) else f"{text} ({name})"
 
 

@@ -67,11 +67,11 @@ class DeviceRates:
             elif isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
                 raise ValueError(f"{field.name} must be a number, got {value!r}.")
             elif value < 0 or (value == 0 and not may_be_zero):
-                raise ValueError(f"{field.name} must be {'≥' if may_be_zero else '>'} 0, got {value!r}.")
+                raise ValueError(f"{field.name} must be {'>=' if may_be_zero else '>'} 0, got {value!r}.")
             elif math.isinf(value) and field.name != "memory":
                 raise ValueError(f"{field.name} must be finite, got {value!r}.")
             elif field.name in _LEAST and not (isinstance(value, int) and value >= _LEAST[field.name]):
-                raise ValueError(f"{field.name} must be a whole number ≥ {_LEAST[field.name]}, got {value!r}.")
+                raise ValueError(f"{field.name} must be a whole number >= {_LEAST[field.name]}, got {value!r}.")
 
     @property
     def has_launches(self) -> bool:

@@ -234,7 +234,7 @@ def _rows(limit: int) -> str:
 
 
 def _blocks(blocks: tuple[int, int]) -> str:
-    return f"{blocks[0]}×{blocks[1]}²"
+    return f"{blocks[0]}x{blocks[1]}^2"
 
 
 def _mib(num_bytes: int) -> str:

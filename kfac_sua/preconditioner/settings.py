@@ -171,10 +171,10 @@ class KroneckerSettings:
         _require(
             self.group_size is None or self.group_size >= 1,
             "group_size",
-            "≥ 1 or null (no grouping)",
+            ">= 1 or null (no grouping)",
             self.group_size,
         )
-        _require(self.inverse_period >= 1, "inverse_period", "≥ 1 mini-batch", self.inverse_period)
+        _require(self.inverse_period >= 1, "inverse_period", ">= 1 mini-batch", self.inverse_period)
         _require(0 <= self.ema_decay < 1, "ema_decay", "in [0, 1)", self.ema_decay)
         self._validate_periods()
         self._validate_activation_rows()
@@ -220,7 +220,7 @@ class KroneckerSettings:
     def _validate_activation_rows(self) -> None:
         if self.activation_rows is None:
             return
-        _require(self.activation_rows >= 1, "activation_rows", "≥ 1 or null (all of them)", self.activation_rows)
+        _require(self.activation_rows >= 1, "activation_rows", ">= 1 or null (all of them)", self.activation_rows)
         if self.weight_sharing is WeightSharing.reduce:
             raise ValueError(
                 f"activation_rows={self.activation_rows} takes some of a mini-batch's locations, but "
@@ -298,8 +298,8 @@ def merge_settings(settings: KroneckerSettings | None, options: Mapping[str, Any
         return KroneckerSettings(**given)
     if not isinstance(settings, KroneckerSettings):
         raise TypeError(
-            f"settings must be KroneckerSettings, got {shown(settings)}; give KroneckerSettings(damping=…, …), or each "
-            f"setting as an option of its own."
+            f"settings must be KroneckerSettings, got {shown(settings)}; give KroneckerSettings(damping=..., ...), or "
+            f"each setting as an option of its own."
         )
     if given:
         raise ValueError(f"Give either settings or {', '.join(given)}, not both.")

@@ -34,7 +34,7 @@ def check_outline(state: object) -> None:
         _refuse("it", outlined(state), "what state_dict() of a preconditioner returned")
     version = _entry(state, "version")
     if not is_whole(version) or not OLDEST_VERSION <= version < 2**31:
-        _refuse("version", outlined(version), f"a whole number ≥ {OLDEST_VERSION}")
+        _refuse("version", outlined(version), f"a whole number >= {OLDEST_VERSION}")
     for key, value in _mapping(state, "settings").items():
         if not _is_plain(value):
             _refuse(f"settings.{key}", outlined(value), "a number, a string or a list of strings")
@@ -61,7 +61,7 @@ def check_numbers(state: Mapping[str, Any]) -> None:
         _refuse("damping", outlined(state["damping"]), "a number > 0 within the range of float32")
     for key, count in _mapping(state, "events").items():
         if not isinstance(key, str) or not is_count(count):
-            _refuse(f"events.{key}", outlined(count), "a count ≥ 0 under a string")
+            _refuse(f"events.{key}", outlined(count), "a count >= 0 under a string")
 
 
 def is_whole(value: object) -> TypeGuard[int]:
@@ -98,7 +98,7 @@ def outlined(value: object) -> str:
 
 def _cut(text: str) -> str:
     text = " ".join(text.split())
-    return text if len(text) <= 80 else f"{text[:80]}…"
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def checked_entries(state: object, names: Sequence[str], owner: str) -> list[Any]:

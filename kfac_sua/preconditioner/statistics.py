@@ -286,7 +286,7 @@ class LayerStatistics:
         kept = max(self._activation.num_rows, self._gradient.num_rows)
         if kept > MAX_KEPT_ROWS:
             raise RuntimeError(
-                f"Layer {self.name!r}: inverse_method=low_rank would factorise a {kept}×{kept} matrix; use "
+                f"Layer {self.name!r}: inverse_method=low_rank would factorise a {kept}x{kept} matrix; use "
                 f"inverse_method=auto, which takes the smaller side."
             )
         own = Scalings() if scalings is None else scalings

@@ -67,9 +67,9 @@ BAD_COMMANDS = {
     # out of range
     "preconditioner.damping=-1": r"preconditioner.damping must be a number > 0 within the range of float32, got -1",
     "preconditioner.damping=inf": r"preconditioner.damping must be a number > 0 within the range of float32, got inf\.",
-    "preconditioner=grouped preconditioner.group_size=0": r"preconditioner.group_size must be ≥ 1 .*, got 0\.",
-    "preconditioner.inverse_period=0": r"preconditioner.inverse_period must be ≥ 1 mini-batch, got 0\.",
-    "preconditioner.activation_rows=0": r"preconditioner.activation_rows must be ≥ 1 or null \(all of them\), got 0\.",
+    "preconditioner=grouped preconditioner.group_size=0": r"preconditioner.group_size must be >= 1 .*, got 0\.",
+    "preconditioner.inverse_period=0": r"preconditioner.inverse_period must be >= 1 mini-batch, got 0\.",
+    "preconditioner.activation_rows=0": r"preconditioner.activation_rows must be >= 1 or null \(all of them\), got 0\.",
     "preconditioner.activation_rows=9 preconditioner.weight_sharing=reduce": (
         r"preconditioner.activation_rows=9 takes some of a mini-batch's locations"
     ),

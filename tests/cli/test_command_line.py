@@ -86,7 +86,7 @@ def test_train_and_the_same_command_again(tmp_path):
             ("preconditioner.dampng=0.1",),
             "There is no key 'preconditioner.dampng' (did you mean 'preconditioner.damping'?)",
         ),
-        (("preconditioner=grouped", "preconditioner.group_size=0"), "preconditioner.group_size must be ≥ 1 or null"),
+        (("preconditioner=grouped", "preconditioner.group_size=0"), "preconditioner.group_size must be >= 1 or null"),
         (("dataset=cifar10", "dataset.download=false"), "data/cifar10.npz does not exist; run `make data`"),
     ],
 )

@@ -336,7 +336,7 @@ def test_misuse_is_named():
     net = make_net()
     preconditioner = KroneckerPreconditioner(net)
     for options, sentence in {
-        ("period", 0): r"period must be ≥ 1 step, got 0\.",
+        ("period", 0): r"period must be >= 1 step, got 0\.",
         ("decay", 1.0): r"decay must be in \(0, 1\), got 1\.0\.",
         ("thresholds", (0.75, 0.25)): r"thresholds must be increasing, got \(0\.75, 0\.25\)\.",
         ("bounds", (0.0, 1.0)): r"bounds must be increasing and > 0, got \(0\.0, 1\.0\)\.",

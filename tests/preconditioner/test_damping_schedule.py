@@ -125,7 +125,7 @@ def test_exponential_damping():
     assert falling(4) == 0.01
     with pytest.raises(ValueError, match=r"damping must be a number > 0 within the range of float32, got 0\."):
         exponential_damping(1.0, 0, 4)
-    with pytest.raises(ValueError, match=r"num_steps must be ≥ 1, got 0\."):
+    with pytest.raises(ValueError, match=r"num_steps must be >= 1, got 0\."):
         exponential_damping(1.0, 0.1, 0)
 
 

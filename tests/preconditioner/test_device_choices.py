@@ -238,14 +238,14 @@ def test_rates_are_written_and_read(tmp_path):
     ("change", "message"),
     [
         ({"product": 0.0}, r"product must be > 0, got 0\.0"),
-        ({"launch_s": -1.0}, r"launch_s must be ≥ 0, got -1\.0"),
+        ({"launch_s": -1.0}, r"launch_s must be >= 0, got -1\.0"),
         ({"memory": math.nan}, "memory must be a number, got nan"),
         ({"cholesky": "fast"}, "cholesky must be a number, got 'fast'"),
         ({"source": 1}, "source must be a text, got 1"),
         ({"product_inverse_width": True}, "product_inverse_width must be a number, got True"),
         ({"product": math.inf}, "product must be finite, got inf"),
-        ({"parallel": 132.5}, r"parallel must be a whole number ≥ 1, got 132\.5"),
-        ({"symmetric_width": 1}, "symmetric_width must be a whole number ≥ 2, got 1"),
+        ({"parallel": 132.5}, r"parallel must be a whole number >= 1, got 132\.5"),
+        ({"symmetric_width": 1}, "symmetric_width must be a whole number >= 2, got 1"),
         ({"colour": 1}, "must hold source, product, .*, and nothing else"),
     ],
 )

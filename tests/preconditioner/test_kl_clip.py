@@ -170,7 +170,7 @@ def test_the_learning_rate_must_be_given():
     with pytest.raises(ValueError, match=r"^kl_clip=0.001 needs the learning rate of every step: call step\(lr="):
         preconditioner.step()
     for lr in (-0.1, math.nan, math.inf):
-        with pytest.raises(ValueError, match="lr must be the learning rate of the step, a finite number ≥ 0, got"):
+        with pytest.raises(ValueError, match="lr must be the learning rate of the step, a finite number >= 0, got"):
             preconditioner.step(lr=lr)
     assert all(torch.equal(got, plain[name]) for name, got in gradients(net).items())
     assert preconditioner.num_steps == 0

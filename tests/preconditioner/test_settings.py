@@ -36,10 +36,10 @@ BAD_SETTINGS = {
     "damping must be a number, got [0.1 0.2] (numpy.ndarray).": {"damping": np.array([0.1, 0.2])},
     "damping must be a number, got tensor(True) (torch.Tensor).": {"damping": torch.tensor(True)},
     "structure must be one of kfac, sua, got 3.": {"structure": 3},
-    "group_size must be ≥ 1 or null (no grouping), got 0.": {"group_size": 0},
-    "inverse_period must be ≥ 1 mini-batch, got 0.": {"inverse_period": 0},
+    "group_size must be >= 1 or null (no grouping), got 0.": {"group_size": 0},
+    "inverse_period must be >= 1 mini-batch, got 0.": {"inverse_period": 0},
     "ema_decay must be in [0, 1), got 1.0.": {"ema_decay": 1.0},
-    "activation_rows must be ≥ 1 or null (all of them), got 0.": {"activation_rows": 0},
+    "activation_rows must be >= 1 or null (all of them), got 0.": {"activation_rows": 0},
     "activation_rows must be an integer, got 1.5.": {"activation_rows": 1.5},
     "activation_rows=400 takes some of a mini-batch's locations, but weight_sharing=reduce averages": {
         "activation_rows": 400,

@@ -317,7 +317,7 @@ def test_patches_fit_into_an_image():
     preconditioner.step()
     state = preconditioner.state_dict()
     path = ("layers", "0", "inverse", "activation", "pixels")
-    with pytest.raises(ValueError, match=r"pixels of layer '0' is an image of 1 × 4 pixels, expected one that the"):
+    with pytest.raises(ValueError, match=r"pixels of layer '0' is an image of 1 x 4 pixels, expected one that the"):
         preconditioner.load_state_dict(exchanged(state, path, torch.ones(1, 4, 2, 2)))
 
 

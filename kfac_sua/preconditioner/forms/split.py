@@ -49,7 +49,7 @@ class SplitInverse(Inverse):
     parts: Tensor
 
     names: ClassVar[tuple[str, ...]] = ("parts",)
-    shapes: ClassVar[tuple[Shape, ...]] = (("b", "d", 3, "d′"),)
+    shapes: ClassVar[tuple[Shape, ...]] = (("b", "d", 3, "d'"),)
     form: ClassVar[str] = "dense bf16x3"
 
     def left(self, values: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class SplitLowRankInverse(Inverse):
     scale: Tensor
 
     names: ClassVar[tuple[str, ...]] = ("root_parts", "scale")
-    shapes: ClassVar[tuple[Shape, ...]] = (("b", "rows", 3, "d′"), ("b", 1, 1))
+    shapes: ClassVar[tuple[Shape, ...]] = (("b", "rows", 3, "d'"), ("b", 1, 1))
     form: ClassVar[str] = "rows bf16x3"
 
     def left(self, values: Tensor) -> Tensor:
