@@ -8,6 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from kfac_sua.runs.atomic import written_beside
+from kfac_sua.runs.openers import refuse_special
+
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 _COMMAND = "KFAC_SUA_COMMAND"  # variable of the environment
@@ -72,9 +75,8 @@ def refuse_unwritable(path: Path) -> None:
         path: The file; it is left as it was.
 
     Raises:
-        OSError: If it cannot.
+        OSError: If it cannot, or is no regular file: a new one takes its place.
     """
-    is_new = not path.exists()
-    path.open("ab").close()
-    if is_new:
-        path.unlink()
+    refuse_special(path)
+    with written_beside(path) as temporary:
+        temporary.unlink()

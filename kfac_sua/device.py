@@ -9,6 +9,7 @@ import torch
 
 from kfac_sua.config import ConfigError, Device, Precision
 from kfac_sua.preconditioner.rates import OWN_RATES, DeviceRates, rates_in_force
+from kfac_sua.runs.openers import refuse_special
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,8 @@ def rates_as_configured(path: str | None, device: torch.device) -> AbstractConte
     if path is None:
         return nullcontext()
     try:
+        if path not in OWN_RATES:
+            refuse_special(path)
         return rates_in_force(OWN_RATES[path] if path in OWN_RATES else DeviceRates.read(path), device.type)
     except OSError as error:
         raise ConfigError(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kfac_sua.config import CONFIG_NAME, ConfigError
+from kfac_sua.runs.openers import refuse_special
 
 DEBUG = "--debug"  # the same as HYDRA_FULL_ERROR=1
 # Hydra's flags that show something instead of running: those without a value, and those with one of these.
@@ -132,4 +133,9 @@ def _checked_directory(path: Path) -> Path:
             f"{path / CONFIG_NAME}.yaml would not be read, as configs/{CONFIG_NAME}.yaml comes first; give --rerun "
             f"{path} if it is that of a run, or rename it to experiment/NAME.yaml and give experiment=NAME."
         )
+    for file in path.rglob("*.yaml"):  # which Hydra opens by itself, and would wait for a named pipe
+        try:
+            refuse_special(file)
+        except OSError as error:
+            raise ConfigError(f"Cannot use {file}: {error.strerror}.") from error
     return path.absolute()

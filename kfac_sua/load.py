@@ -1,6 +1,7 @@
 """A run that was trained, as something to use: its network with weights, its configuration and its rows."""
 
 import dataclasses
+import io
 import os
 from pathlib import Path
 from typing import Literal
@@ -14,6 +15,7 @@ from kfac_sua.compose import compose_config
 from kfac_sua.config import Config
 from kfac_sua.rerun import overrides_of
 from kfac_sua.runs.directory import RunDirectory
+from kfac_sua.runs.openers import read_regular
 from kfac_sua.runs.record import EpochRecord, RecordError, RunInfo, read_ended_records, read_run_info
 from kfac_sua.training.checkpoint import adopt_old_name, load_checkpoint
 
@@ -86,7 +88,7 @@ def _state(
         trained = records[1:]
         epoch = min(trained, key=lambda row: row.val_error).epoch if weights == "best" else trained[-1].epoch
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(io.BytesIO(read_regular(path)), map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a damaged file makes torch.load raise
             raise RecordError(f"{path} is damaged ({type(error).__name__}); restore it.") from error
         return state, epoch

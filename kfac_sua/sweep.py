@@ -13,7 +13,7 @@ from hydra.types import RunMode
 
 from kfac_sua.command_line import say
 from kfac_sua.compose import Cells
-from kfac_sua.config import Config, ProgressStyle
+from kfac_sua.config import Config, ConfigError, ProgressStyle
 from kfac_sua.device import device_type
 from kfac_sua.objective import objective_value
 from kfac_sua.runs.directory import run_directory
@@ -53,6 +53,22 @@ def sweep_overrides(overrides: Sequence[str], num_runs: int | None) -> list[str]
     if "hydra/launcher" not in keys:
         told.append("hydra.hydra_logging.root.level=WARNING")
     return told
+
+
+def refuse_links(cells: Sequence[Config]) -> None:
+    """Refuse links where Hydra and its sweepers would write through them, into something else.
+
+    Args:
+        cells: The configurations of all runs.
+
+    Raises:
+        ConfigError: If there is one; the output directory itself may be a link.
+    """
+    for output_dir in dict.fromkeys(cell.output_dir for cell in cells):
+        sweep_dir = Path(output_dir) / ".sweep"
+        for path in (sweep_dir, sweep_dir / "multirun.yaml", sweep_dir / "optimization_results.yaml"):
+            if path.is_symlink():
+                raise ConfigError(f"{path} is a symbolic link, through which Hydra would write elsewhere; remove it.")
 
 
 def place_in_sweep(config: Config) -> str:

@@ -36,7 +36,7 @@ from kfac_sua.runs.lock import RunBusyError
 from kfac_sua.runs.record import RecordError, read_records
 from kfac_sua.startup import run_command
 from kfac_sua.streams import guard_streams, output_is_recorded
-from kfac_sua.sweep import begin_in_sweep, place_in_sweep, say_summary, sweep_overrides
+from kfac_sua.sweep import begin_in_sweep, place_in_sweep, refuse_links, say_summary, sweep_overrides
 from kfac_sua.training.checkpoint import CheckpointError
 from kfac_sua.training.contact import LostContactError
 from kfac_sua.training.launch import Launch, read_launch
@@ -166,6 +166,7 @@ def _checked(line: CommandLine) -> tuple[list[str], Cells | None]:
         return overrides, None
     launch = read_launch(os.environ)
     cells = compose_cells(overrides, multirun=line.is_multirun, config_dir=line.config_dir)
+    refuse_links(cells.configs)
     if launch.size > 1 and cells.num_runs != 1:
         raise ConfigError(
             f"{cells.num_runs or 'Several'} runs by {launch.size} processes together: give torchrun one run, or start "

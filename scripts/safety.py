@@ -26,6 +26,7 @@ import torch
 
 from kfac_sua.compose import compose_config
 from kfac_sua.config import Config, KroneckerConfig
+from kfac_sua.runs.atomic import write_atomically
 from kfac_sua.runs.directory import RunDirectory, run_directory
 from kfac_sua.runs.record import EpochRecord, read_ended_records, read_run_info
 from kfac_sua.startup import run_command
@@ -111,7 +112,7 @@ def measure_cost() -> None:
             if round_number:
                 seconds[name].append((time.process_time() - started) / PERIOD)
     OUT.mkdir(parents=True, exist_ok=True)
-    (OUT / "cost.json").write_text(json.dumps(seconds, indent=1))
+    write_atomically(OUT / "cost.json", json.dumps(seconds, indent=1).encode())
 
 
 def print_tables() -> None:

@@ -29,6 +29,7 @@ from kfac_sua.config import ConfigError, Device, Precision
 from kfac_sua.device import choose_device
 from kfac_sua.preconditioner.forms.dense import gram, inverses_of_triangles
 from kfac_sua.preconditioner.rates import NEVER, DeviceRates, rates_in_force, rates_of
+from kfac_sua.runs.atomic import written_beside
 from kfac_sua.runs.environment import environment
 from kfac_sua.startup import run_command
 from kfac_sua.training.precision import computing_in
@@ -183,7 +184,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         announcer = Announcer()
         rates = measure_device_rates(device, announcer)
         announcer.clear()
-        rates.write(options.out)
+        with written_beside(options.out) as temporary:
+            rates.write(temporary)
+            temporary.replace(options.out)
     except ConfigError as error:
         return say(error, BAD_INPUT)
     except OSError as error:

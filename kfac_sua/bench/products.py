@@ -32,6 +32,7 @@ from kfac_sua.preconditioner.apply import precondition_, quadratic_form
 from kfac_sua.preconditioner.forms import DenseInverse, Inverse
 from kfac_sua.preconditioner.kronecker import KroneckerInverse
 from kfac_sua.preconditioner.layer import PreconditionedLayer
+from kfac_sua.runs.atomic import write_atomically
 from kfac_sua.startup import run_command
 from kfac_sua.training.loop import train_epoch
 from kfac_sua.training.progress import Progress
@@ -226,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(errors_table(errors, f"Relative error of the worst layer, plain norm / Fisher's norm; {model}"))
         if options.json:
             text = json.dumps([dataclasses.asdict(error) for error in errors], indent=1)
-            options.json.write_text(text + "\n", encoding="utf-8")
+            write_atomically(options.json, (text + "\n").encode())
     except (ConfigError, DataError) as error:
         return say(str(error), BAD_INPUT)
     except RuntimeError as error:

@@ -10,7 +10,9 @@ from kfac_sua.bench.costs import TimeCost
 from kfac_sua.bench.layers import LayerWork, StepWork
 from kfac_sua.bench.operations import Operations
 from kfac_sua.bench.rates import Rate
+from kfac_sua.runs.atomic import write_atomically
 from kfac_sua.runs.environment import Environment
+from kfac_sua.runs.openers import read_regular
 from kfac_sua.runs.record import RecordError
 
 FORMAT = 4
@@ -115,7 +117,7 @@ def write_record(path: Path, record: BenchRecord) -> None:
         OSError: If the file cannot be written.
     """
     text = json.dumps({"format": FORMAT, **dataclasses.asdict(record)}, indent=2)
-    path.write_text(text + "\n", encoding="utf-8")
+    write_atomically(path, (text + "\n").encode())
 
 
 def read_record(path: Path) -> BenchRecord:
@@ -126,7 +128,7 @@ def read_record(path: Path) -> BenchRecord:
             the one before wrote.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_regular(path).decode())
     except OSError as error:
         raise RecordError(f"Cannot read {path}: {error.strerror}.") from error
     except ValueError as error:

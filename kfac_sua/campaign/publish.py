@@ -21,6 +21,7 @@ from kfac_sua.figures.grid_map import draw_grid_map
 from kfac_sua.figures.style import MethodStyle, method_styles
 from kfac_sua.figures.time_split import draw_time_split
 from kfac_sua.figures.time_to_target import draw_time_to_target
+from kfac_sua.runs.atomic import write_atomically
 from kfac_sua.runs.environment import source_commit
 from kfac_sua.runs.record import RunInfo
 
@@ -51,8 +52,8 @@ def publish(plan: Plan, *, scale: str, device: str, rule: Rule, results: Results
     for path in out_dir.iterdir():  # what an earlier call with other curves has left would pass for this one's
         if path.suffix in _WRITTEN:
             path.unlink()
-    results.grid.to_csv(out_dir / "grid_runs.csv", index=False)
-    results.finals.to_csv(out_dir / "final_runs.csv", index=False)
+    for name, runs in (("grid_runs.csv", results.grid), ("final_runs.csv", results.finals)):
+        write_atomically(out_dir / name, runs.to_csv(index=False).encode())
     campaign = titled(plan.campaign, results.finals)
     report = ReportInput(
         campaign=campaign,

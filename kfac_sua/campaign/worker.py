@@ -15,6 +15,7 @@ from kfac_sua.campaign.starting import LEAVING_TIME_S
 from kfac_sua.config import Config
 from kfac_sua.runs.atomic import named_in_errors
 from kfac_sua.runs.lock import RunBusyError, RunLostError
+from kfac_sua.runs.openers import own_file
 from kfac_sua.runs.record import failure_reason
 
 # How long a run may still be held by a worker whose parent was killed, which leaves in the same way.
@@ -95,7 +96,7 @@ def _output_to(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
         named_in_errors(path),
-        path.open("a", encoding="utf-8") as log,
+        open(path, "a", encoding="utf-8", errors="surrogateescape", opener=own_file) as log,
         contextlib.redirect_stdout(log),
         contextlib.redirect_stderr(log),
     ):

@@ -9,6 +9,7 @@ from typing import TextIO
 
 from kfac_sua.runs.atomic import named_in_errors
 from kfac_sua.runs.lock import is_at
+from kfac_sua.runs.openers import own_file
 
 
 @contextmanager
@@ -21,14 +22,14 @@ def turn(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
         on_wait: Called before the first wait.
 
     Raises:
-        OSError: If it cannot be made or locked.
+        OSError: If it cannot be made or locked, or its file is a link.
     """
     made = [directory for directory in path.parents if not directory.exists()]  # the innermost first
     has_waited = False
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            descriptor = own_file(str(path), os.O_RDWR | os.O_CREAT)
         except FileNotFoundError:  # whoever had the turn removed the directory between the two lines above
             continue
         with os.fdopen(descriptor) as file:

@@ -1,5 +1,6 @@
 """Figures as files: PNG, SVG and the CSV of the plotted numbers, the same bytes for the same table."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from kfac_sua.figures.style import apply_style, wrapped
+from kfac_sua.runs.atomic import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,7 +54,9 @@ def write_figure(
             text = wrapped(title, int(size[0] / 0.085))
             position = {"y": 1 - 0.07 / size[1]} if is_placed else {}  # the engine would not make room for one
             figure.suptitle(text, **position)
-        figure.savefig(png)
-        figure.savefig(svg, metadata={"Date": None})
-    numbers.to_csv(csv, index=False)
+        for path, metadata in ((png, {}), (svg, {"Date": None})):
+            content = io.BytesIO()
+            figure.savefig(content, format=path.suffix[1:], metadata=metadata)
+            write_atomically(path, content.getvalue())
+    write_atomically(csv, numbers.to_csv(index=False).encode())
     return [png, svg, csv]

@@ -13,6 +13,7 @@ if __name__ == "__main__":  # before the imports that take seconds
     begin()
 
 import argparse
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ from kfac_sua.figures.files import PAGE_WIDTH, write_figure
 from kfac_sua.figures.lines import draw_legend
 from kfac_sua.figures.panels import method_names, panel_titles
 from kfac_sua.figures.style import BASELINE, METHODS, MethodStyle
+from kfac_sua.runs.openers import read_regular
 from kfac_sua.startup import run_command
 
 if TYPE_CHECKING:
@@ -114,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _read(path: Path) -> pd.DataFrame:
     try:
-        frame = pd.read_csv(path, dtype={"group_size": "Int64", "note": "str"})
+        frame = pd.read_csv(io.BytesIO(read_regular(path)), dtype={"group_size": "Int64", "note": "str"})
     except ValueError as error:  # pandas' own errors are ValueErrors
         reason = " ".join(str(error).split())
         raise FigureError(f"{path} is not a table ({reason}); give a scaling.csv.") from error

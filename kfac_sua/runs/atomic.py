@@ -24,6 +24,9 @@ def write_atomically(path: Path, content: bytes) -> None:
 def written_beside(path: Path, *parts: bytes | memoryview) -> Iterator[Path]:
     """Write a temporary file beside another, as only a rename within a file system is atomic.
 
+    It is always a new file: what a killed process, or anybody else, has left under its name is removed, and a link
+    there is not followed. The rename does not follow one either.
+
     Args:
         path: The file that the temporary one is to replace.
         parts: What the temporary one shall hold.
@@ -37,7 +40,13 @@ def written_beside(path: Path, *parts: bytes | memoryview) -> Iterator[Path]:
     temporary = path.with_name(path.name + ".tmp")
     with named_in_errors(path):
         try:
-            with temporary.open("wb") as file:
+            temporary.unlink(missing_ok=True)
+            try:
+                descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            except OSError as error:
+                error.filename = str(path)  # as in a directory that is missing
+                raise
+            with os.fdopen(descriptor, "wb") as file:
                 for part in parts:
                     file.write(part)
                 file.flush()

@@ -20,6 +20,8 @@ from typing import Any
 import pandas as pd
 
 from kfac_sua.figures.style import METHODS
+from kfac_sua.runs.atomic import write_atomically
+from kfac_sua.runs.openers import refuse_special
 from kfac_sua.runs.record import (
     COLUMNS,
     ENDED,
@@ -244,7 +246,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         frame = collect_runs(options.root)
         shown = select_best(frame, options.best_by) if options.best_by else frame
         if options.csv:
-            frame.to_csv(options.csv, index=False)
+            refuse_special(options.csv)
+            write_atomically(options.csv, frame.to_csv(index=False).encode())
     except (CollectError, RecordError) as error:
         raise SystemExit(str(error)) from error
     except OSError as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from kfac_sua.runs.atomic import named_in_errors
+from kfac_sua.runs.openers import own_file
 
 
 class RunBusyError(Exception):
@@ -50,7 +51,7 @@ def exclusive(directory: Path) -> Iterator[Hold]:
 
     Raises:
         RunBusyError: If another process holds it.
-        OSError: If it cannot be made or written to.
+        OSError: If it cannot be made or written to, or its file is a link.
     """
     path = directory / ".lock"
     with _locked(path) as file:
@@ -66,7 +67,7 @@ def _locked(path: Path) -> Iterator[TextIO]:
     """Open and lock a file that is still the one at its path: a directory may be removed between the two."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+", encoding="ascii") as file:
+        with open(path, "a+", encoding="ascii", opener=own_file) as file:
             _lock(file, path)
             if is_at(path, file):
                 yield file
@@ -99,6 +100,6 @@ def is_at(path: Path, file: TextIO) -> bool:
         file: The file.
     """
     try:
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+        return os.path.samestat(path.lstat(), os.fstat(file.fileno()))
     except FileNotFoundError:
         return False

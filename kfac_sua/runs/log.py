@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from kfac_sua.runs.atomic import named_in_errors
+from kfac_sua.runs.openers import own_file
 
 _PACKAGE = "kfac_sua"  # the logger of all modules
 
@@ -23,7 +24,7 @@ class RunLog(logging.Handler):
         super().__init__(logging.INFO)
         self._path = path
         with named_in_errors(path):
-            self._file = path.open("ab", buffering=0)  # what a full disk refuses is refused at once, not at close
+            self._file = open(path, "ab", buffering=0, opener=own_file)  # what a full disk refuses is refused at once, not at close
         logging.getLogger(_PACKAGE).addHandler(self)
 
     def add(self, text: str) -> None:

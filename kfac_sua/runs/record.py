@@ -18,6 +18,7 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from kfac_sua.runs.atomic import named_in_errors, write_atomically
+from kfac_sua.runs.openers import own_file, read_regular
 
 Status = Literal["running", "finished", "diverged", "failed"]
 # Of these nothing is left to do; a run of any other status goes on by the same command.
@@ -118,14 +119,14 @@ def append_record(path: Path, record: EpochRecord) -> None:
 
     Raises:
         RecordError: If the file exists and is not a metrics.csv.
-        OSError: If it cannot be written, of which at most a torn last line remains.
+        OSError: If it cannot be written, of which at most a torn last line remains, or is a link.
     """
-    content = path.read_bytes() if path.exists() else b""
+    content = read_regular(path) if path.exists() else b""
     size = _intact_size(path, content)
     if size and not content.startswith(_HEADER):
         rewrite_records(path, [*read_records(path), record])
         return
-    with named_in_errors(path), path.open("r+b" if content else "wb") as file:
+    with named_in_errors(path), open(path, "r+b" if content else "wb", opener=own_file) as file:
         file.seek(size)
         file.truncate()
         file.write((b"" if size else _HEADER) + _format(record))
@@ -146,7 +147,7 @@ def read_records(path: Path) -> list[EpochRecord]:
         RecordError: If the file is missing or not a metrics.csv, or a line but a torn last one is malformed.
     """
     try:
-        content = path.read_bytes()
+        content = read_regular(path)
     except OSError as error:
         raise RecordError(f"Cannot read {path}: {error.strerror}.") from error
     header, *lines = content[: _intact_size(path, content)].removesuffix(b"\n").split(b"\n")
@@ -413,7 +414,7 @@ def read_run_info(path: Path) -> RunInfo:
             after it was written.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_regular(path).decode())
     except OSError as error:
         raise RecordError(f"Cannot read {path}: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:

@@ -10,10 +10,10 @@ def written(monkeypatch) -> list[Figure]:
     figures: list[Figure] = []
     save = Figure.savefig
 
-    def record(figure, path, **options):
-        if str(path).endswith(".png"):
+    def record(figure, file, **options):
+        if options["format"] == "png":
             figures.append(figure)
-        save(figure, path, **options)
+        save(figure, file, **options)
 
     monkeypatch.setattr(Figure, "savefig", record)
     return figures
@@ -24,9 +24,9 @@ def drawn(monkeypatch) -> list[Figure]:
     """Collect every figure that would be written as PNG, without the seconds that writing takes."""
     figures: list[Figure] = []
 
-    def record(figure, path, **options):
-        del options
-        if str(path).endswith(".png"):
+    def record(figure, file, **options):
+        del file
+        if options["format"] == "png":
             figures.append(figure)
 
     monkeypatch.setattr(Figure, "savefig", record)

@@ -24,6 +24,7 @@ from kfac_sua.bench.settings import DEFAULT_SETTINGS, PERIOD_KEY, Setting, compo
 from kfac_sua.command_line import BAD_INPUT, FAILED, INTERRUPTED, as_number, count, say
 from kfac_sua.config import ConfigError
 from kfac_sua.preconditioner.sharing import FLOPS_PER_BYTE
+from kfac_sua.runs.atomic import write_atomically
 from kfac_sua.runs.environment import environment
 from kfac_sua.startup import run_command
 
@@ -67,8 +68,8 @@ def _carry_out(options: argparse.Namespace, command: str) -> int:
     text = describe_costs(costs, measurements, model, command, environment("cpu"))
     name = f"communication-{base.model.name.value}-width-{base.model.width:g}"
     csv, markdown = options.out / f"{name}.csv", options.out / f"{name}.md"
-    to_frame(costs, measurements).to_csv(csv, index=False)
-    markdown.write_text(text, encoding="utf-8")
+    write_atomically(csv, to_frame(costs, measurements).to_csv(index=False).encode())
+    write_atomically(markdown, text.encode())
     print(text)
     print(f"Wrote {csv}, {markdown}.")
     wrong = disagreements(costs, measurements)

@@ -24,6 +24,7 @@ from kfac_sua.bench.communication.study_report import describe_study
 from kfac_sua.command_line import BAD_INPUT, FAILED, as_number, count, say
 from kfac_sua.config import ConfigError
 from kfac_sua.figures.scaling_out import draw_scaling_out
+from kfac_sua.runs.atomic import write_atomically
 from kfac_sua.startup import run_command
 
 _PROGRAM = "python -m kfac_sua.bench.communication.scaling_out"
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         paths = draw_scaling_out(frame, options.out, MOST_OVERHEAD)
         text = describe_study(frame, cluster, shlex.join([*_PROGRAM.split(), *arguments]))
         markdown = options.out / "study.md"
-        markdown.write_text(text, encoding="utf-8")
+        write_atomically(markdown, text.encode())
     except ConfigError as error:
         return say(error, BAD_INPUT)
     except OSError as error:

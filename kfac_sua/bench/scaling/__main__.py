@@ -29,6 +29,7 @@ from kfac_sua.command_line import BAD_INPUT, FAILED, INTERRUPTED, as_number, cou
 from kfac_sua.config import ConfigError, Device
 from kfac_sua.device import choose_device
 from kfac_sua.figures.scaling import draw_scaling
+from kfac_sua.runs.atomic import write_atomically
 from kfac_sua.runs.environment import environment
 from kfac_sua.runs.lock import RunBusyError, exclusive
 from kfac_sua.runs.record import failure_reason
@@ -118,9 +119,9 @@ def _publish(measurements: Mapping[Case, Measurement], machine: Machine, out_dir
     frame = to_frame(measurements, machine)
     exponents = exponent_table(frame)
     paths = draw_scaling(frame, out_dir)  # its CSV is scaling.csv itself
-    exponents.to_csv(out_dir / "scaling-exponents.csv", index=False)
+    write_atomically(out_dir / "scaling-exponents.csv", exponents.to_csv(index=False).encode())
     text = describe_study(frame, exponents)
-    (out_dir / "scaling.md").write_text(text, encoding="utf-8")
+    write_atomically(out_dir / "scaling.md", text.encode())
     print(text)
     written = [*paths, out_dir / "scaling-exponents.csv", out_dir / "scaling.md"]
     print(f"Wrote {', '.join(map(str, written))}.")

@@ -5,6 +5,7 @@ a file holds measurements of one machine and one set of versions only.
 """
 
 import dataclasses
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from kfac_sua.bench.scaling.cases import COSTS, SWEEPS, Case, Layer
 from kfac_sua.bench.scaling.measure import Measurement, Seconds
 from kfac_sua.config import PreconditionerName
 from kfac_sua.preconditioner.settings import InverseMethod
+from kfac_sua.runs.atomic import write_atomically
+from kfac_sua.runs.openers import read_regular
 
 # Types as pandas reads and writes them; those with a capital letter may be empty.
 COLUMN_TYPES = {
@@ -87,15 +90,13 @@ def to_frame(measurements: Mapping[Case, Measurement], machine: Machine) -> pd.D
 
 
 def write_table(path: Path, frame: pd.DataFrame) -> None:
-    """Write scaling.csv through a temporary file, so that an interruption leaves either the old or the new one.
+    """Write scaling.csv so that an interruption leaves either the old or the new one.
 
     Args:
         path: The file, whose directory exists.
         frame: Result of :func:`to_frame`.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    frame.to_csv(temporary, index=False)
-    temporary.replace(path)
+    write_atomically(path, frame.to_csv(index=False).encode())
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -111,7 +112,9 @@ def read_table(path: Path) -> pd.DataFrame:
     try:
         # Floats as text first: not every version of pandas reads back the number that was written.
         types = COLUMN_TYPES | dict.fromkeys(_FLOATS, "str")
-        frame = pd.read_csv(path, dtype=types, keep_default_na=False, na_values={"group_size": [""]})
+        frame = pd.read_csv(
+            io.BytesIO(read_regular(path)), dtype=types, keep_default_na=False, na_values={"group_size": [""]}
+        )
         if list(frame.columns) != list(COLUMN_TYPES):
             raise ValueError("other columns")
         return frame.assign(**{name: frame[name].replace("", "nan").astype("float64") for name in _FLOATS})

@@ -19,6 +19,7 @@ from kfac_sua.campaign.report.text import code, count, escape, join
 from kfac_sua.campaign.report.tuning import tuning_section
 from kfac_sua.campaign.report.verdicts import rule_section, verdict_section, verdict_summary
 from kfac_sua.campaign.selection import Choice
+from kfac_sua.runs.atomic import write_atomically
 from kfac_sua.runs.record import RunInfo
 
 
@@ -92,7 +93,7 @@ def write_report(report: ReportInput, out_dir: Path) -> tuple[Path, Path]:
     page = render_html(text, report.campaign.title, files)
     paths = out_dir / "report.md", out_dir / "report.html"
     for path, content in zip(paths, (text, page), strict=True):
-        path.write_text(content, encoding="utf-8")
+        write_atomically(path, content.encode())
     return paths
 
 
