@@ -7,19 +7,27 @@ in a fraction of the time of torchvision's pickled batches and runs no code whil
 
 from __future__ import annotations
 
+import contextlib
 import os
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from numpy.lib.format import MAGIC_PREFIX, read_array_header_1_0, read_array_header_2_0, read_magic
 from numpy.typing import NDArray
 
 from kfac_sua.data.cifar import CIFAR_SOURCES, FETCH_COMMANDS, make_archive, one_line, read_torchvision, where_else
 from kfac_sua.data.splits import DataError, ImageSet
+from kfac_sua.preconditioner.large import device_memory
+from kfac_sua.runs.openers import regular_file
 
 Array = NDArray[Any]
+
+CIFAR_GIB = 0.4
+"""What CIFAR takes: 60,000 images of 3,072 bytes, twice while their channels are moved to the front."""
 
 REQUIRED_ARRAYS = ("train_images", "train_labels", "test_images", "test_labels", "classes")
 
@@ -54,18 +62,25 @@ def load_archive(
         Training images, test images (uint8 ``[num_images, 3, 32, 32]``, contiguous), and the class names.
 
     Raises:
-        DataError: If the archive is missing and cannot be made, unreadable, incomplete, or holds arrays of a wrong
-            dtype, shape, length or label range; the message names the file and the cure.
+        DataError: If the archive is missing and cannot be made, unreadable, incomplete, too large for the memory, or
+            holds arrays of a wrong dtype, shape, length or label range; the message names the file and the cure.
 
     Reference: Laurent et al. (2018), Sec. 3 (CIFAR-10) and 3.2 (CIFAR-100).
     """
     source, path = CIFAR_SOURCES.get(name), archive_path(name, data_dir)
+    num_classes = source.num_classes if source else None
     if is_at_hand(name, data_dir) and not path.exists():
         arrays = read_torchvision(name, path)
+        _check_kinds(path, arrays, num_classes)
     else:
-        arrays = _read_arrays(provide_archive(name, data_dir, download=download))
-    class_names = _check_classes(path, arrays["classes"], source.num_classes if source else None)
-    train, test = (_checked_image_set(path, arrays, split, len(class_names)) for split in ("train", "test"))
+        arrays = _read_arrays(provide_archive(name, data_dir, download=download), num_classes)
+    class_names = [str(name) for name in arrays["classes"]]
+    for split in ("train", "test"):
+        _check_labels(path, arrays, split, len(class_names))
+    try:
+        train, test = (_image_set(arrays, split) for split in ("train", "test"))
+    except (MemoryError, RuntimeError) as error:  # PyTorch's allocator raises the latter
+        raise _not_free(path, arrays) from error
     return train, test, class_names
 
 
@@ -133,21 +148,44 @@ def fetch_cifar(name: str, data_dir: str | Path = "data") -> Path:
     return provide_archive(name, data_dir, download=True)
 
 
-def _read_arrays(path: Path) -> dict[str, Array]:
-    """Read the required arrays of an archive, without ever unpickling."""
-    if not zipfile.is_zipfile(path):
-        # Also what a cut download looks like: a zip file keeps its table of contents at the end.
-        raise _damaged(path, "is not a readable .npz archive (truncated, not accessible, or a file of another kind)")
+def _read_arrays(path: Path, num_classes: int | None) -> dict[str, Array]:
+    """Read the required arrays of an archive, whose headers say that they are fit for it, without ever unpickling."""
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(open(path, "rb", opener=regular_file))
+        except OSError as error:
+            raise _damaged(path, f"is not a readable .npz archive ({error.strerror})") from error
+        if not zipfile.is_zipfile(file):
+            # Also what a cut download looks like: a zip file keeps its table of contents at the end.
+            raise _damaged(
+                path, "is not a readable .npz archive (truncated, not accessible, or a file of another kind)"
+            )
+        file.seek(0)
+        heads = _read_each(path, lambda archive, key: _head(archive.zip, key), file)
+        _check_kinds(path, heads, num_classes)
+        memory = device_memory(torch.device("cpu"))
+        if memory is not None and _needed_bytes(heads) > memory:
+            problem = f"{_need(heads)}, where this machine has {memory / 2**30:.1f} GiB and CIFAR needs {CIFAR_GIB} GiB"
+            raise _damaged(path, problem)
+        file.seek(0)
+        try:
+            return _read_each(path, lambda archive, key: archive[key], file)
+        except MemoryError as error:
+            raise _not_free(path, heads) from error
+
+
+def _read_each(path: Path, read: Callable[[Any, str], Any], file: BinaryIO) -> dict[str, Array]:
+    """Return what is read of each required array, and say of which one it cannot be."""
     arrays = {}
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with np.load(file, allow_pickle=False) as archive:
             missing = [key for key in REQUIRED_ARRAYS if key not in archive.files]
             if missing:
                 found = ", ".join(archive.files) or "nothing"
                 raise _damaged(path, f"has no array {', '.join(missing)} (it holds {found})")
             for key in REQUIRED_ARRAYS:
-                arrays[key] = archive[key]
-    except DataError:
+                arrays[key] = read(archive, key)
+    except (DataError, MemoryError):
         raise
     except Exception as error:  # zipfile, its decompressors and NumPy's header parser raise a dozen types
         culprit = f"array '{REQUIRED_ARRAYS[len(arrays)]}'"
@@ -155,29 +193,69 @@ def _read_arrays(path: Path) -> dict[str, Array]:
     return arrays
 
 
-def _checked_image_set(path: Path, arrays: dict[str, Array], split: str, num_classes: int) -> ImageSet:
-    """Check the images and labels of one split, and convert them to tensors."""
-    images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
-    if not _is_array(images, np.uint8) or images.shape[1:] != (32, 32, 3) or len(images) == 0:
-        raise _damaged(path, f"must hold {split}_images as uint8 [num_images, 32, 32, 3], got {_described(images)}")
-    if not _is_array(labels, np.integer) or labels.shape != images.shape[:1]:
-        raise _damaged(path, f"must hold {split}_labels as integers [{len(images)}], got {_described(labels)}")
-    if labels.min() < 0 or labels.max() >= num_classes:
-        raise _damaged(
-            path,
-            f"must hold {split}_labels within 0..{num_classes - 1}, got {labels.min()}..{labels.max()}",
-        )
-    channels_first = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()  # [num_images, 3, 32, 32]
-    return ImageSet(channels_first, torch.from_numpy(labels.astype(np.int64)))
+def _head(members: zipfile.ZipFile, key: str) -> Any:
+    """Return an array of an archive by its header alone: one value that stands for all; or bytes if it is no array."""
+    name = key if key in members.namelist() else f"{key}.npy"
+    with members.open(name) as member:
+        if member.read(len(MAGIC_PREFIX)) != MAGIC_PREFIX:
+            return b""
+    with members.open(name) as member:
+        read_header = read_array_header_1_0 if read_magic(member) == (1, 0) else read_array_header_2_0
+        shape, _, dtype = read_header(member)
+    if dtype.hasobject:
+        raise ValueError("Object arrays cannot be loaded when allow_pickle=False")  # NumPy's words
+    head = np.broadcast_to(np.zeros((), dtype), shape)
+    num_bytes = members.getinfo(name).file_size
+    if num_bytes < head.nbytes:  # or memory would be asked for that nothing fills
+        raise ValueError(f"it holds {num_bytes:,} bytes, where its header speaks of {head.nbytes:,}")
+    return head
 
 
-def _check_classes(path: Path, classes: Array, expected: int | None) -> list[str]:
-    """Check the class names, of which ``expected`` are needed where the data set is a known one."""
+def _check_kinds(path: Path, arrays: dict[str, Array], num_classes: int | None) -> None:
+    """Check types and shapes; of classes ``num_classes`` are needed where the data set is a known one."""
+    classes = arrays["classes"]
     if not _is_array(classes, np.str_) or classes.ndim != 1 or len(classes) < 2:
         raise _damaged(path, f"must hold classes as two or more strings, got {_described(classes)}")
-    if expected is not None and len(classes) != expected:
-        raise _damaged(path, f"must hold {expected} classes, got {len(classes)}")
-    return [str(name) for name in classes]
+    if num_classes is not None and len(classes) != num_classes:
+        raise _damaged(path, f"must hold {num_classes} classes, got {len(classes)}")
+    for split in ("train", "test"):
+        images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+        if not _is_array(images, np.uint8) or images.shape[1:] != (32, 32, 3) or len(images) == 0:
+            raise _damaged(path, f"must hold {split}_images as uint8 [num_images, 32, 32, 3], got {_described(images)}")
+        if not _is_array(labels, np.integer) or labels.shape != images.shape[:1]:
+            raise _damaged(path, f"must hold {split}_labels as integers [{len(images)}], got {_described(labels)}")
+
+
+def _check_labels(path: Path, arrays: dict[str, Array], split: str, num_classes: int) -> None:
+    labels = arrays[f"{split}_labels"]
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise _damaged(
+            path, f"must hold {split}_labels within 0..{num_classes - 1}, got {labels.min()}..{labels.max()}"
+        )
+
+
+def _image_set(arrays: dict[str, Array], split: str) -> ImageSet:
+    """Convert the images and labels of one split to tensors."""
+    images = torch.from_numpy(arrays[f"{split}_images"]).permute(0, 3, 1, 2).contiguous()  # [num_images, 3, 32, 32]
+    return ImageSet(images, torch.from_numpy(arrays[f"{split}_labels"].astype(np.int64)))
+
+
+def _needed_bytes(arrays: dict[str, Array]) -> int:
+    """Return what it takes to read arrays and convert them, which is when there are two of each."""
+    return 2 * sum(array.nbytes for array in arrays.values())
+
+
+def _need(arrays: dict[str, Array]) -> str:
+    num_images = len(arrays["train_images"]) + len(arrays["test_images"])
+    return f"needs {_needed_bytes(arrays) / 2**30:.1f} GiB of memory for {num_images:,} images"
+
+
+def _not_free(path: Path, arrays: dict[str, Array]) -> DataError:
+    """Return the error for a sound archive that does not fit into what memory is left."""
+    return DataError(
+        f"{path} {_need(arrays)}, more than is free, where CIFAR needs {CIFAR_GIB} GiB; end other programs, or put a "
+        f"smaller {path.name} there."
+    )
 
 
 def _is_array(value: Any, kind: type[Any]) -> bool:

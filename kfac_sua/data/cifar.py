@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from kfac_sua.data.splits import DataError
 from kfac_sua.data.turn import turn
+from kfac_sua.runs.openers import refuse_special
 
 NETWORK_TIMEOUT_S = 30.0
 """How long the server may be silent; however slowly it sends, it may take as long as it needs."""
@@ -97,7 +98,7 @@ def make_archive(name: str, path: Path, *, download: bool) -> None:
             if path.exists():
                 return
             try:
-                staging.mkdir(exist_ok=True)
+                _clear(staging, CIFAR_SOURCES[name].download)
                 train, test = _read(name, path, staging, download=download)
                 partial = staging / path.name
                 with partial.open("wb") as file:
@@ -111,6 +112,18 @@ def make_archive(name: str, path: Path, *, download: bool) -> None:
         raise DataError(
             f"{path} could not be written ({one_line(error)}); free space there or choose another data_dir."
         ) from error
+
+
+def _clear(staging: Path, download: str) -> None:
+    """Make a directory of this process's own, with nothing in it but a download that a killed process has left."""
+    if staging.is_symlink():  # all that is written inside would land elsewhere
+        staging.unlink()
+    staging.mkdir(exist_ok=True)
+    for path in staging.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != download or path.is_symlink() or not path.is_file():
+            path.unlink()
 
 
 def read_torchvision(name: str, path: Path) -> dict[str, NDArray[Any]]:
@@ -142,13 +155,14 @@ def _read(name: str, path: Path, staging: Path, *, download: bool) -> tuple[Any,
     dataset = getattr(datasets, source.class_name)
 
     # --- Without the network ----------------------------------------------------------------------------------------
-    # A killed process may have left a folder without its last file, which torchvision would never complete.
-    shutil.rmtree(staging / source.folder, ignore_errors=True)
     reason = f"{path} does not exist"
     for found in (data_dir / source.folder, data_dir / source.download):
         if not found.exists():
             continue
         try:
+            for path in found.iterdir() if found.is_dir() else [found]:
+                if not path.is_dir():  # torchvision would wait for a named pipe
+                    refuse_special(path)
             if found.name == source.folder:
                 return _both(dataset, data_dir)
             if not check_integrity(found, dataset.tgz_md5):

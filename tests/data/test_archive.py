@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import pickle
+import re
 import socket
 import subprocess
 import sys
@@ -135,6 +136,54 @@ def test_header_that_claims_impossible_memory_is_refused(archive: Path, tiny_arr
         for name in ("train_labels", "test_images", "test_labels", "classes"):
             file.writestr(f"{name}.npy", b"")
     assert f"{archive} cannot be read at array 'train_images' (" in load_error(archive)
+
+
+def test_archive_larger_than_the_memory_is_refused_before_it_is_read(
+    archive: Path, tiny_arrays: Arrays, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its headers tell what it takes; advice on the mini-batch would be of no use."""
+    content = sum(array.nbytes for array in tiny_arrays.values())
+    monkeypatch.setattr("kfac_sua.data.archive.device_memory", lambda device: 2 * content - 1)
+    monkeypatch.setattr(np.lib.format, "read_array", None)
+    num_images = len(tiny_arrays["train_images"]) + len(tiny_arrays["test_images"])
+    needed, memory = f"{2 * content / 2**30:.1f}", f"{(2 * content - 1) / 2**30:.1f}"
+    assert load_error(archive) == (
+        f"{archive} needs {needed} GiB of memory for {num_images} images, where this machine has {memory} GiB and "
+        f"CIFAR needs 0.4 GiB{CURE}"
+    )
+
+
+def test_archive_larger_than_the_free_memory_is_refused(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit that no header can be held against."""
+
+    def no_memory(*arguments: Any, **options: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(np.lib.format, "read_array", no_memory)
+    assert re.search(
+        r"needs 0\.0 GiB of memory for \d+ images, more than is free, .*; end other programs", load_error(archive)
+    )
+
+
+def test_wrong_shapes_are_refused_before_anything_is_read(
+    archive: Path, tiny_arrays: Arrays, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However large they are."""
+    np.savez(archive, **tiny_arrays | {"train_images": np.zeros((4, 64, 64, 3), np.uint8)})
+    monkeypatch.setattr(np.lib.format, "read_array", None)
+    assert load_error(archive).startswith(f"{archive} must hold train_images as uint8 [num_images, 32, 32, 3], got")
+
+
+@pytest.mark.parametrize("place", ["cifar10.npz", "cifar-10-batches-py/data_batch_1", "cifar-10-python.tar.gz"])
+@pytest.mark.parametrize("download", [False, True])
+def test_a_named_pipe_is_not_waited_for(
+    tmp_path: Path, place: str, download: bool, no_network: list[float | None]
+) -> None:
+    """In the place of any file that is read."""
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    os.mkfifo(tmp_path / place)
+    with pytest.raises(DataError, match=r"named pipe|does not exist|could not be downloaded"):
+        load_archive("cifar10", tmp_path, download=download)
 
 
 def test_foreign_archive_is_refused_with_what_it_holds(tmp_path: Path) -> None:

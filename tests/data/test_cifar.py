@@ -194,6 +194,26 @@ def test_what_a_killed_process_leaves_is_used_or_removed(
     assert names_in(tmp_path) == ["cifar10.npz"]
 
 
+@pytest.mark.parametrize("place", ["folder", "download"])
+def test_nothing_is_written_through_a_link_that_somebody_has_planted(
+    tmp_path: Path, mirror: Mirror, place: str
+) -> None:
+    """Neither in the place of the hidden folder, nor inside of it; the data folder itself may be one."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "data").symlink_to("real")
+    (tmp_path / "elsewhere").mkdir()
+    staging = tmp_path / "data" / ".cifar10.partial"
+    if place == "folder":
+        staging.symlink_to(tmp_path / "elsewhere")
+    else:
+        staging.mkdir()
+        (staging / DOWNLOAD).symlink_to(tmp_path / "elsewhere" / "file")
+    load_archive("cifar10", tmp_path / "data", download=True)
+    assert_whole(tmp_path / "data", mirror)
+    assert names_in(tmp_path / "elsewhere") == []
+    assert names_in(tmp_path / "real") == ["cifar10.npz"]
+
+
 def test_a_link_that_leads_nowhere_is_not_replaced(tmp_path: Path, mirror: Mirror) -> None:
     """It may lead to a disk that is not mounted at the moment."""
     (tmp_path / "cifar10.npz").symlink_to("unmounted")
