@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kfac_sua.runs.atomic import named_in_errors, written_beside
+from kfac_sua.runs.openers import own_file
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.event_pb2 import Event
@@ -62,7 +63,8 @@ class EventFile:
         # A reader must not find it under another name of an event file, which it would hold on to.
         with written_beside(directory / "next_events", _encoded([version, start, start, *events])) as temporary:
             temporary.replace(self._path)
-        self._file = self._path.open("ab", buffering=0)  # what a full disk refuses is refused at once, not at close
+        # Without a buffer, what a full disk refuses is refused at once, not at close.
+        self._file = open(self._path, "ab", buffering=0, opener=own_file)  # noqa: SIM115 - until close()
 
     def append(self, events: "Iterable[Event]") -> None:
         """Add events and wait until they are on disk, so that a running TensorBoard shows them.

@@ -24,7 +24,8 @@ class RunLog(logging.Handler):
         super().__init__(logging.INFO)
         self._path = path
         with named_in_errors(path):
-            self._file = open(path, "ab", buffering=0, opener=own_file)  # what a full disk refuses is refused at once, not at close
+            # Without a buffer, what a full disk refuses is refused at once, not at close.
+            self._file = open(path, "ab", buffering=0, opener=own_file)  # noqa: SIM115 - until close()
         logging.getLogger(_PACKAGE).addHandler(self)
 
     def add(self, text: str) -> None:
