@@ -19,6 +19,7 @@ from torch import nn
 
 from kfac_sua.compose import compose_cells, compose_config
 from kfac_sua.config import CONFIG_DIR, ModelName, to_plain
+from kfac_sua.flags import read_command_line
 from kfac_sua.preconditioner import KroneckerPreconditioner, KroneckerSettings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -152,15 +153,18 @@ def commands(module: str) -> list[list[str]]:
 def test_training_commands_of_the_pages_are_valid():
     """They compose and pass the checks."""
     for arguments in commands("kfac_sua.train"):
-        if "--help" not in arguments:
-            assert compose_cells([one for one in arguments if one != "-m"], multirun="-m" in arguments), arguments
+        line = read_command_line(arguments)
+        if not line.is_help:
+            assert compose_cells(line.overrides, multirun=line.is_multirun, config_dir=line.config_dir).configs, (
+                arguments
+            )
 
 
 class Parsed(Exception):
     """The arguments of a command are valid; it goes no further."""
 
 
-@pytest.mark.parametrize("module", ["runs.collect", "reproduce", "bench.__main__", "data.download"])
+@pytest.mark.parametrize("module", ["runs.collect", "evaluate", "reproduce", "bench.__main__", "data.download"])
 def test_other_commands_of_the_pages_are_valid(module, monkeypatch):
     """Their parsers take the arguments."""
     for name in ("parse_args", "parse_intermixed_args"):
