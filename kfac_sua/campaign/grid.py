@@ -78,7 +78,8 @@ def load_grid(sweep: str) -> Grid:
     if not path.exists():
         known = ", ".join(sorted(other.stem for other in path.parent.glob("*.yaml")))
         raise ConfigError(f"There is no sweep '{sweep}'; choose one of {known}.")
-    params: Mapping[str, object] = OmegaConf.load(path).sweeper.params
+    content = OmegaConf.load(path)
+    params: Mapping[str, object] = content.get("hydra", content).sweeper.params
     if not {LR} <= set(params) <= {LR, DAMPING}:
         raise ConfigError(f"{path.name} must sweep over {LR} and perhaps {DAMPING}, got {', '.join(params)}.")
     damping = _values(sweep, params[DAMPING]) if DAMPING in params else None

@@ -116,7 +116,7 @@ class LayerTable:
             f"inverses {_mib(sum(row.memory_bytes for row in treated)).strip()} MiB, refresh "
             f"{_gflop(sum(row.inverse_flops for row in treated)).strip()} GFLOP, application "
             f"{_gflop(sum(row.apply_flops for row in treated)).strip()} GFLOP, if dense",
-            f"plain gradient: {', '.join(f'{len(names)} × {reason}' for reason, names in left.items()) or 'none'}",
+            f"plain gradient: {', '.join(f'{len(names)} x {reason}' for reason, names in left.items()) or 'none'}",
         ]
         return "\n".join([*lines, f"large: {self.large}"] if self.large else lines)
 

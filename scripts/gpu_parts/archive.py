@@ -11,7 +11,7 @@ REPORT = "report.md"
 LIMIT = 16 * 2**20
 """Bytes that it stays under."""
 
-_NEVER = ("*.pt", "events.out.tfevents.*", "*.npz", ".lock", "*.tmp", NAME)
+_NEVER = ("*.pt", "*.state", "events.out.tfevents.*", "*.npz", ".lock", "*.tmp", NAME)
 
 
 def write_archive(out: Path, describe: Callable[[list[str]], None], limit: int = LIMIT) -> list[str]:

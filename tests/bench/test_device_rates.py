@@ -39,7 +39,7 @@ def test_a_run_goes_by_the_rates_of_a_file(tmp_path, capsys):
     """They are in force for its time alone; its directory is its own, as seconds and the last bits are."""
     path = tmp_path / "rates.json"
     CUDA.write(path)
-    config = tiny_config(tmp_path, "preconditioner=kfac", f"device_rates={path}", "progress=lines")
+    config = tiny_config(tmp_path, "preconditioner=kfac", f"device_rates={path}", "verbose=true")
     info = run(config)
     assert info.status == "finished"
     assert CUDA.source in capsys.readouterr().out

@@ -67,7 +67,7 @@ def test_train_and_the_same_command_again(tmp_path):
     code, out, err = call(*arguments, cwd=tmp_path)
     assert (code, err) == (0, "")
     assert out.startswith("3 layers preconditioned (2 SUA, 1 K-FAC)\ninverses 0.07 MiB, refresh ")
-    assert out.splitlines()[2] == "plain gradient: 2 × normalisation layer (verbose=true shows each layer)"
+    assert out.splitlines()[2] == "plain gradient: 2 x normalisation layer (verbose=true shows each layer)"
     assert out.splitlines()[3].startswith("started on cpu: ")
     assert out.count("\nepoch ") == 2
     (name,) = infos(tmp_path)

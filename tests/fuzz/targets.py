@@ -297,6 +297,7 @@ def _checkpoint() -> Checkpoint:
         optimizer={"state": {0: {"momentum_buffer": torch.randn(3, 2, generator=generator)}}, "param_groups": []},
         preconditioner=None,
         sums={"loss": torch.zeros(())},
+        diagnostics=None,
         times={"data": 0.5},
     )
 

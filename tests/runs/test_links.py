@@ -84,7 +84,7 @@ def test_a_run_writes_through_no_link_but_that_of_its_output_directory(tmp_path,
     (tmp_path / "runs").symlink_to("elsewhere")
     config = tiny_config(tmp_path / "runs", "preconditioner=baseline", "epochs=1")
     directory = directory_of(config)
-    names = ["config.yaml", "run.json", "metrics.csv", "checkpoint.pt"]
+    names = ["config.yaml", "run.json", "metrics.csv", "checkpoint.state", "best.pt", "last.pt"]
     for name in ["config.yaml", *(f"{name}.tmp" for name in names)]:
         plant(directory.path / name, target)
     assert run(config).status == "finished"

@@ -52,7 +52,7 @@ def test_round_trip(tmp_path, checkpoint):
 
 def test_a_checkpoint_of_before_diagnostics_is_read(tmp_path, checkpoint, monkeypatch):
     """A file without them is sound; one that lacks anything else is not."""
-    path, written = tmp_path / "checkpoint.pt", []
+    path, written = tmp_path / "checkpoint.state", []
     save = torch.save
     monkeypatch.setattr(checkpoint_module.torch, "save", lambda values, file: save(without(values, written[0]), file))
     for name in ("diagnostics", "sums"):

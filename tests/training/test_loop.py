@@ -220,14 +220,15 @@ def test_test_set_is_evaluated_once_at_the_end(tmp_path, monkeypatch):
 
 
 def test_what_a_run_leaves_on_disk(tmp_path):
-    """The directory holds the six files of a run, and they agree with each other."""
+    """The directory holds the files of a run, and they agree with each other."""
     config = tiny_config(tmp_path, *SUA, "epochs=2", "device=auto")
     config = dataclasses.replace(config, device=tiny_config(tmp_path).device)
     info = run(config)
     directory = directory_of(config)
     names = sorted(path.name for path in directory.path.iterdir() if path.name != ".lock")
-    assert names[:2] + names[3:] == ["checkpoint.state", "config.yaml", "metrics.csv", "run.json", "train.log"]
-    assert names[2].startswith("events.out.tfevents.")
+    assert names[:3] == ["best.pt", "checkpoint.state", "config.yaml"]
+    assert names[3].startswith("events.out.tfevents.")
+    assert names[4:] == ["last.pt", "metrics.csv", "run.json", "train.log"]
     saved = json.loads(directory.info.read_text())
     assert len(saved.pop("digest")) == 64
     assert saved == dataclasses.asdict(info)
