@@ -59,6 +59,7 @@ def _run_and_kill(out: Path, num_runs: int) -> int:
     return len(list(out.rglob("log.txt")))
 
 
+@pytest.mark.slow
 def test_killed_campaign_ends_with_the_same_tables(campaigns):
     """All records but the measured seconds are those of the uninterrupted campaign."""
     whole, killed, _ = campaigns
@@ -69,6 +70,7 @@ def test_killed_campaign_ends_with_the_same_tables(campaigns):
         assert len(tables[0]) > 10
 
 
+@pytest.mark.slow
 def test_no_run_is_started_twice(campaigns):
     """Every log has one start, and only runs that a kill met in the middle have another entry."""
     _, killed, ended_at_kill = campaigns
@@ -79,6 +81,7 @@ def test_no_run_is_started_twice(campaigns):
     assert len(begun_again) <= len(ended_at_kill)  # one worker, so at most one run per kill
 
 
+@pytest.mark.slow
 def test_report_has_its_figures_and_numbers(campaigns):
     """Everything that a reader needs lies in one directory."""
     whole, _, _ = campaigns
@@ -92,6 +95,7 @@ def test_report_has_its_figures_and_numbers(campaigns):
     assert files["report.html"] > files["report.md"]
 
 
+@pytest.mark.slow
 def test_dry_run_of_a_finished_campaign_says_so(campaigns, capsys):
     """Every run is counted as done, nothing is left, and nothing is written."""
     whole, _, _ = campaigns
