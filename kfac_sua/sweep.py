@@ -104,8 +104,7 @@ def say_summary(cells: Cells | None) -> None:
 
 def _say_runs(root: Path, cells: Sequence[Config], *, shows_best: bool) -> None:
     """Print the table of some runs below one directory, and what shows more of it."""
-    from kfac_sua.runs.collect import CollectError, collect_directories, final_table  # pandas takes a second
-    from kfac_sua.runs.summary import format_table
+    from kfac_sua.runs.collect import CollectError, collect_directories, table_text  # pandas takes a second
 
     found = {run_directory(cell, device_type(cell.device)).path.absolute(): cell for cell in cells}
     begun = [path for path in found if (path / "run.json").exists()]
@@ -120,7 +119,7 @@ def _say_runs(root: Path, cells: Sequence[Config], *, shows_best: bool) -> None:
     outcomes = [f"{counts[name]} {name}" for name in ("finished", "diverged", "failed", "running") if counts.get(name)]
     print(f"\n{len(found)} run{'s' if len(found) > 1 else ''}: {', '.join(outcomes)}.")
     if begun:
-        print(format_table(final_table(frame)))
+        print(table_text(frame))
         best = min(values, key=lambda path: values[path], default=None)
         if best is not None and values[best] < math.inf:
             print(f"Lowest {found[best].objective}, {values[best]:.4g}: {_shown(str(best))}")

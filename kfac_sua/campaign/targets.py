@@ -13,6 +13,7 @@ import pandas as pd
 
 from kfac_sua.campaign.bootstrap import RESAMPLES, interval, resampled_seeds
 from kfac_sua.runs.collect import CollectError, require_one_precision
+from kfac_sua.runs.comparable import CIRCUMSTANCES, circumstances_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -21,6 +22,7 @@ BASELINE = "baseline"
 TABLE_COLUMNS = (
     *("panel", "method", "target", "target_value"),
     *("epochs", "epochs_low", "epochs_high", "seconds", "seconds_low", "seconds_high", "seeds", "precision"),
+    *CIRCUMSTANCES,
 )
 
 # A sum over seeds is rounded, and that must not decide between a target that is reached exactly and one that never is.
@@ -188,7 +190,7 @@ def _rows(
         for unit, needed in (("epochs", target.epochs), ("seconds", target.seconds)):
             low, high = interval(needed(curves, references)) if has_spread else (np.nan, np.nan)
             row |= {unit: float(needed(curve, reference)), f"{unit}_low": low, f"{unit}_high": high}
-        rows.append(row | {"seeds": seeds, "precision": runs["precision"].iloc[0]})
+        rows.append(row | {"seeds": seeds, "precision": runs["precision"].iloc[0]} | circumstances_of(runs))
     return rows
 
 

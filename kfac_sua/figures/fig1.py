@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from kfac_sua.command_line import say
 from kfac_sua.config import PreconditionerName
 from kfac_sua.figures.curves import FigureError, Method, method_curves, without_comparators
 from kfac_sua.figures.files import PAGE_WIDTH, write_figure
@@ -48,6 +49,7 @@ from kfac_sua.runs.collect import (
     require_runs,
     select_best,
 )
+from kfac_sua.runs.comparable import seconds_cautions
 from kfac_sua.runs.record import RecordError
 from kfac_sua.runs.summary import format_table
 from kfac_sua.startup import run_command
@@ -92,7 +94,11 @@ def draw_figure1(
     require_one_precision(frame)
     methods = [method_curves(method, frame[frame["method"] == method]) for method in names]
     numbers = _plotted_numbers(methods)
-    return write_figure(lambda figure: _draw(figure, methods, styles), numbers, out_dir, name, (PAGE_WIDTH, 3.6), title)
+    return write_figure(
+        lambda figure: _draw(figure, methods, styles),
+        *(numbers, out_dir, name, (PAGE_WIDTH, 3.6), title),
+        cautions=seconds_cautions(frame),
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -121,6 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings = frame.loc[frame["preconditioner"].isin(options.methods), "fingerprint"].nunique()
         print(f"Best setting per method, by the lowest mean validation error, of {settings} settings:")
         print(format_table(final_table(best)))
+    for caution in seconds_cautions(best):
+        say(caution)
     print(f"Wrote {', '.join(map(str, paths))}.")
 
 

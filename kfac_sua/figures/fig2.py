@@ -46,6 +46,7 @@ from kfac_sua.runs.collect import (
     require_runs,
     select_best,
 )
+from kfac_sua.runs.comparable import seconds_cautions
 from kfac_sua.runs.record import ENDED, RecordError
 from kfac_sua.runs.summary import format_table
 from kfac_sua.startup import run_command
@@ -89,7 +90,8 @@ def draw_figure2(
     """
     frame = with_names(frame)
     titles = panel_titles(frame, panels)
-    require_one_precision(frame[frame["panel"].isin(list(titles))])
+    frame = frame[frame["panel"].isin(list(titles))]
+    require_one_precision(frame)
     drawn = {panel: _panel_methods(frame[frame["panel"] == panel], panel, styles) for panel in titles}
     columns = min(len(drawn), _COLUMNS)
     rows = -(-len(drawn) // columns)
@@ -110,7 +112,8 @@ def draw_figure2(
         draw_legend(figure, _handles(labels, styles), list(labels.values()), seeds_title(everything))
 
     size = (width, 0.6 + 2.4 * rows + 0.18 * legend_rows)
-    return write_figure(draw, _plotted_numbers(drawn), out_dir, name, size, title)
+    cautions = seconds_cautions(frame)
+    return write_figure(draw, _plotted_numbers(drawn), out_dir, name, size, title, cautions=cautions)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -146,6 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return say(f"Cannot write the figure to {options.out}: {error.strerror or error}.", BAD_INPUT)
     print("Best setting per panel and method, by the lowest mean validation error:")
     print(format_table(final_table(best)))
+    for caution in seconds_cautions(best):
+        say(caution)
     print(f"Wrote {', '.join(map(str, paths))}.")
     return 0
 

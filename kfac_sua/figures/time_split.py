@@ -13,6 +13,7 @@ from kfac_sua.figures.lines import legend_columns
 from kfac_sua.figures.panels import method_names, panel_titles, with_names
 from kfac_sua.figures.style import BASELINE, METHODS, MethodStyle, short_number
 from kfac_sua.runs.collect import require_one_precision
+from kfac_sua.runs.comparable import seconds_cautions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,7 +66,8 @@ def draw_time_split(
     """
     frame = with_names(finals)
     names, titles = method_names(frame, styles), panel_titles(frame, panels)
-    require_one_precision(frame[frame["panel"].isin(list(titles))])
+    frame = frame[frame["panel"].isin(list(titles))]
+    require_one_precision(frame)
     numbers = _seconds_per_epoch(frame, names, list(titles))
     counts = [len(_methods(numbers, panel)) for panel in titles]
     height = row_height(names, styles, least=0.3)
@@ -80,7 +82,7 @@ def draw_time_split(
         grid[-1].set_xlabel("Training time per epoch (s)")
         _draw_legend(figure, numbers)
 
-    return write_figure(draw, numbers, out_dir, name, size, title)
+    return write_figure(draw, numbers, out_dir, name, size, title, cautions=seconds_cautions(frame))
 
 
 def _seconds_per_epoch(frame: pd.DataFrame, names: list[str], panels: list[str]) -> pd.DataFrame:

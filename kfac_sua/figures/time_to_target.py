@@ -13,6 +13,7 @@ from kfac_sua.figures.files import PAGE_WIDTH, write_figure
 from kfac_sua.figures.panels import method_names, panel_titles
 from kfac_sua.figures.style import BASELINE, METHODS, MethodStyle, short_number, wrapped
 from kfac_sua.runs.collect import require_one_precision
+from kfac_sua.runs.comparable import seconds_cautions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -81,7 +82,7 @@ def draw_time_to_target(
         for axes, label in zip(grid[-1], UNITS.values(), strict=True):
             axes.set_xlabel(label)
 
-    return write_figure(draw, numbers, out_dir, name, size, title)
+    return write_figure(draw, numbers, out_dir, name, size, title, cautions=seconds_cautions(shown))
 
 
 def _heading(panel: str, target: str, value: float) -> str:

@@ -13,6 +13,7 @@ if __name__ == "__main__":  # before the imports that take seconds
 import argparse
 import dataclasses
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import pandas as pd
 
 from kfac_sua.figures.style import METHODS
 from kfac_sua.runs.atomic import write_atomically
+from kfac_sua.runs.comparable import CIRCUMSTANCES, circumstances, seconds_cautions
 from kfac_sua.runs.openers import refuse_special
 from kfac_sua.runs.record import (
     COLUMNS,
@@ -32,14 +34,14 @@ from kfac_sua.runs.record import (
     read_ended_records,
     read_run_info,
 )
-from kfac_sua.runs.summary import format_table
+from kfac_sua.runs.summary import MAX_WIDTH, format_table
 from kfac_sua.startup import run_command
 
 SETTING_COLUMNS = (
     *("dataset", "model", "width", "batch_norm", "preconditioner", "optimizer", "schedule"),
     *("base_lr", "damping", "precision", "fingerprint"),
 )
-RUN_COLUMNS = ("run", *SETTING_COLUMNS, "seed", "status", "test_error")
+RUN_COLUMNS = ("run", *SETTING_COLUMNS, "seed", "status", "test_error", *CIRCUMSTANCES)
 QUANTITIES = (
     "epochs",
     "train_loss",
@@ -64,7 +66,8 @@ def collect_runs(root: Path) -> pd.DataFrame:
     Returns:
         The columns of metrics.csv plus ``RUN_COLUMNS``: ``run`` is the directory relative to ``root``,
         ``base_lr`` the configured learning rate (``lr`` is that of the epoch, under a schedule), ``damping``
-        NaN for the baseline, ``precision`` that of ``RunInfo``, ``test_error`` NaN until the run has finished. A run
+        NaN for the baseline, ``precision`` that of ``RunInfo``, ``test_error`` NaN until the run has finished; those
+        in ``CIRCUMSTANCES`` say what seconds depend on beside the method. A run
         without a complete epoch has one row with epoch 0 and NaN for what is measured, so that no run is lost.
 
     Raises:
@@ -204,6 +207,16 @@ def final_table(frame: pd.DataFrame) -> pd.DataFrame:
     return table.sort_values(setting, key=_in_order_of_figures, kind="stable", ignore_index=True)
 
 
+def table_text(frame: pd.DataFrame) -> str:
+    """Return the final table for a person, and below it why seconds in it cannot be compared, where they cannot.
+
+    Args:
+        frame: Result of ``collect_runs``.
+    """
+    cautions = [textwrap.fill(sentence, MAX_WIDTH) for sentence in seconds_cautions(frame)]
+    return "\n".join([format_table(final_table(frame)), *cautions])
+
+
 def select_best(frame: pd.DataFrame, by: str = "best_val_error") -> pd.DataFrame:
     """Keep, per data set, model and preconditioner, the runs of the best setting of a grid.
 
@@ -252,7 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(str(error)) from error
     except OSError as error:
         raise SystemExit(f"Cannot write {options.csv}: {error.strerror or error}.") from error
-    print(format_table(final_table(shown)))
+    print(table_text(shown))
 
 
 def _run_values(root: Path, path: Path, info: RunInfo) -> dict[str, Any]:
@@ -276,6 +289,7 @@ def _run_values(root: Path, path: Path, info: RunInfo) -> dict[str, Any]:
             "seed": info.seed,
             "status": info.status,
             "test_error": math.nan if info.test_error is None else info.test_error,
+            **circumstances(info),
         }
     except (KeyError, TypeError, ValueError) as error:
         raise CollectError(f"The config in {path} lacks or misuses a key ({error!r}); move the run away.") from error

@@ -12,7 +12,7 @@ from kfac_sua.runs.record import UNENDED
 MAX_WIDTH = 100  # columns: what a terminal beside an editor, a message and an issue show without breaking lines
 
 # Runs that differ in these are not compared, and have a table of their own.
-_APART = ("dataset", "model", "width", "precision")
+APART = ("dataset", "model", "width", "precision")
 # Columns where rows differ in them; the last ones are the first to give way to tables of their own where all are wide.
 _GIVE_WAY = ("optimizer", "schedule", "epochs")
 # Heading of a quantity, its name in ``final_table``, and whether it is a fraction that is shown in percent.
@@ -40,7 +40,7 @@ def format_table(table: pd.DataFrame) -> str:
     """
     epochs = table["epochs_mean"].dropna().unique()  # none where no run has finished
     table = table.assign(epochs=table["epochs_mean"] if len(epochs) > 1 else epochs[0] if len(epochs) else math.nan)
-    known = [name for name in (*_APART, *_GIVE_WAY) if name in table and table[name].nunique() > 1]
+    known = [name for name in (*APART, *_GIVE_WAY) if name in table and table[name].nunique() > 1]
     text = ""
     for num_columns in range(len(_GIVE_WAY), -1, -1):
         apart = [name for name in known if name not in _GIVE_WAY[:num_columns]]

@@ -1,4 +1,4 @@
-"""Figures that compare seconds show runs of one precision."""
+"""Figures that compare seconds show runs of one precision, and say where threads, devices or machines differ."""
 
 import re
 from collections.abc import Callable
@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from figures.synthetic_frames import finals
+from figures.layout import assert_readable, texts
+from figures.synthetic_frames import PAPER, finals
 
 from kfac_sua.campaign.targets import target_table
 from kfac_sua.figures.fig1 import draw_figure1
@@ -66,3 +67,23 @@ def test_the_csv_of_a_figure_names_the_precision(drawn, tmp_path):
     ):
         assert set(pd.read_csv(paths[2])["precision"]) == {"tf32"}
     assert len(drawn) == 3
+
+
+@pytest.mark.parametrize("draw", [lambda frame, panels, out: draw_figure1(frame, out), *FIGURES.values()])
+def test_seconds_that_cannot_be_compared_are_said_below_the_axes(draw, drawn, tmp_path):
+    """However many lines that takes, all stands inside the page and below everything else; alike runs have no line."""
+    frame = finals(PAPER, 2, "left").assign(device_name="a processor", machines="a host", process_counts="1")
+    threads = frame["method"].map(lambda method: "2" if method == "baseline" else "1")
+    draw(frame.assign(num_threads="1"), PANELS[:1], tmp_path)
+    draw(frame.assign(num_threads=threads, machines="host " + threads), PANELS[:1], tmp_path)
+    alike, different = drawn
+    assert not any("comparable" in text for text in texts(alike))
+    (caution,) = [text for text in different.texts if "comparable" in text.get_text()]
+    assert "baseline ran with 2 CPU threads; kfac, grouped, sua and sua_grouped with 1." in " ".join(
+        caution.get_text().split()
+    )
+    assert_readable(different)
+    assert different.get_figheight() > alike.get_figheight()
+    foot = caution.get_window_extent().y1
+    assert all(legend.get_window_extent().y0 >= foot for legend in different.legends)
+    assert all(axes.get_tightbbox().y0 >= foot for axes in different.axes)

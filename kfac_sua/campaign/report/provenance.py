@@ -9,6 +9,7 @@ import pandas as pd
 
 from kfac_sua.campaign.definition import Campaign, Scale
 from kfac_sua.campaign.report.text import bullets, code, code_block, count, escape, join, listed, number
+from kfac_sua.runs.comparable import CIRCUMSTANCES
 from kfac_sua.runs.record import UNENDED, RunInfo
 
 _NOT_RECORDED = "not recorded"
@@ -97,10 +98,7 @@ def timing_warning(infos: Sequence[RunInfo]) -> str:
         infos: run.json of the final runs. What they say of themselves counts, not where the report is made.
     """
     kinds: dict[str, set[Any]] = {
-        "devices": {info.device_name for info in infos},
-        "machines": {machine for info in infos for machine in info.machines},
-        "numbers of processes": {count for info in infos for count in info.process_counts},
-        "numbers of CPU threads": {info.num_threads for info in infos},
+        **{each.plural: {value for info in infos for value in each.values(info)} for each in CIRCUMSTANCES.values()},
         "sets of versions": {tuple(sorted(info.versions.items(), key=str)) for info in infos},
         "settings of capture": {info.config.get("capture") is False for info in infos if info.device == "cuda"},
         "settings of deterministic": {
