@@ -233,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         return say(str(error), FAILED)
     except OSError as error:
-        return say(f"Cannot use {error.filename or 'a file'}: {error.strerror or error}.", FAILED)
+        return say(f"Cannot use {error.filename or 'a file'}: {error.strerror or error}.", BAD_INPUT)
     except KeyboardInterrupt:
         return say("interrupted; nothing was written.", INTERRUPTED)
     return 0

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from kfac_sua.command_line import say
+from kfac_sua.command_line import BAD_INPUT, say
 from kfac_sua.config import PreconditionerName
 from kfac_sua.figures.curves import FigureError, Method, method_curves, without_comparators
 from kfac_sua.figures.files import PAGE_WIDTH, write_figure
@@ -101,11 +101,14 @@ def draw_figure1(
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Draw Figure 1 from the best setting per method of all runs below a directory.
 
     Args:
         arguments: Command line without the program's name; None reads it from the process.
+
+    Returns:
+        0, or 2 after a sentence on what is wrong with what it was given.
     """
     parser = argparse.ArgumentParser(prog="python -m kfac_sua.figures.fig1", description="Draw Figure 1.")
     parser.add_argument("root", type=Path, metavar="RUNS_ROOT", help="directory searched for runs, or a campaign's")
@@ -120,9 +123,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         best = select_best(frame[frame["preconditioner"].isin(options.methods)])
         paths = draw_figure1(best, options.out, options.title or subject(best))
     except (CollectError, RecordError, FigureError) as error:
-        raise SystemExit(str(error)) from error
+        return say(error, BAD_INPUT)
     except OSError as error:
-        raise SystemExit(f"Cannot write the figure to {options.out}: {error.strerror or error}.") from error
+        return say(f"Cannot write the figure to {options.out}: {error.strerror or error}.", BAD_INPUT)
     if not options.quiet:
         settings = frame.loc[frame["preconditioner"].isin(options.methods), "fingerprint"].nunique()
         print(f"Best setting per method, by the lowest mean validation error, of {settings} settings:")
@@ -130,6 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for caution in seconds_cautions(best):
         say(caution)
     print(f"Wrote {', '.join(map(str, paths))}.")
+    return 0
 
 
 def _plotted_numbers(methods: list[Method]) -> pd.DataFrame:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from kfac_sua.command_line import BAD_INPUT, say
 from kfac_sua.figures.curves import FigureError
 from kfac_sua.figures.files import PAGE_WIDTH, write_figure
 from kfac_sua.figures.lines import draw_legend
@@ -94,11 +95,14 @@ def draw_scaling(
     return write_figure(draw, frame, out_dir, name, size, title)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Draw a table of measurements.
 
     Args:
         arguments: Command line without the program's name; None reads it from the process.
+
+    Returns:
+        0, or 2 after a sentence on what is wrong with what it was given.
     """
     parser = argparse.ArgumentParser(prog="python -m kfac_sua.figures.scaling", description="Draw the scaling study.")
     parser.add_argument("table", type=Path, metavar="SCALING_CSV", help="table of python -m kfac_sua.bench.scaling")
@@ -108,10 +112,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         paths = draw_scaling(_read(options.table), options.out, options.title)
     except FigureError as error:
-        raise SystemExit(str(error)) from error
+        return say(error, BAD_INPUT)
     except OSError as error:
-        raise SystemExit(f"Cannot use {error.filename or options.out}: {error.strerror or error}.") from error
+        return say(f"Cannot use {error.filename or options.out}: {error.strerror or error}.", BAD_INPUT)
     print(f"Wrote {', '.join(map(str, paths))}.")
+    return 0
 
 
 def _read(path: Path) -> pd.DataFrame:

@@ -20,6 +20,7 @@ from typing import Any
 
 import pandas as pd
 
+from kfac_sua.command_line import BAD_INPUT, say
 from kfac_sua.figures.style import METHODS
 from kfac_sua.runs.atomic import write_atomically
 from kfac_sua.runs.comparable import CIRCUMSTANCES, circumstances, seconds_cautions
@@ -242,11 +243,14 @@ def select_best(frame: pd.DataFrame, by: str = "best_val_error") -> pd.DataFrame
     return frame[frame["fingerprint"].isin(best["fingerprint"])].reset_index(drop=True)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Print the final table of all runs below a directory.
 
     Args:
         arguments: Command line without the program's name; None reads it from the process.
+
+    Returns:
+        0, or 2 after a sentence on what is wrong with what it was given.
     """
     parser = argparse.ArgumentParser(prog="python -m kfac_sua.runs.collect", description="Summarise finished runs.")
     parser.add_argument("root", type=Path, help="directory searched, at any depth, for runs")
@@ -262,10 +266,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             refuse_special(options.csv)
             write_atomically(options.csv, frame.to_csv(index=False).encode())
     except (CollectError, RecordError) as error:
-        raise SystemExit(str(error)) from error
+        return say(error, BAD_INPUT)
     except OSError as error:
-        raise SystemExit(f"Cannot write {options.csv}: {error.strerror or error}.") from error
+        return say(f"Cannot write {options.csv}: {error.strerror or error}.", BAD_INPUT)
     print(table_text(shown))
+    return 0
 
 
 def _run_values(root: Path, path: Path, info: RunInfo) -> dict[str, Any]:

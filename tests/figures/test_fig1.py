@@ -215,9 +215,9 @@ def test_command_line_draws_the_best_setting_and_prints_it(tmp_path, capsys):
     assert _points(tmp_path / "out", "sua", ERROR)[["mean", "base_lr"]].to_numpy().tolist() == [[20.0, 0.3]]
 
 
-def test_command_line_fails_with_one_sentence_when_a_method_is_missing(tmp_path):
+def test_command_line_fails_with_one_sentence_when_a_method_is_missing(tmp_path, capsys):
     """Without --methods all five are needed, and those without a finished run are named."""
     _two_seeds(tmp_path)
-    with pytest.raises(SystemExit, match="4 have no finished run: baseline, kfac, grouped, sua_grouped;"):
-        main([str(tmp_path), "--out", str(tmp_path / "out")])
+    assert main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "4 have no finished run: baseline, kfac, grouped, sua_grouped;" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         return say(error, BAD_INPUT)
     except OSError as error:
-        return say(f"Cannot use {error.filename or options.out}: {error.strerror or error}.", FAILED)
+        return say(f"Cannot use {error.filename or options.out}: {error.strerror or error}.", BAD_INPUT)
     except (RuntimeError, MemoryError) as error:
         return say(" ".join(str(error).split()) or "MemoryError.", FAILED)
     except KeyboardInterrupt:

@@ -51,16 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         _carry_out(options)
-    except ConfigError as error:
+    except (ConfigError, ScalingError) as error:
         return say(error, BAD_INPUT)
-    except ScalingError as error:
-        return say(error, FAILED)
     except RunBusyError as error:
         return say(str(error).replace("trained", "measured"), FAILED)
     except (RuntimeError, MemoryError) as error:  # on a CPU, PyTorch's allocator raises a plain RuntimeError
         return say(f"{failure_reason(error)} (Lower --memory-limit-gib or --largest-width?)", FAILED)
     except OSError as error:
-        return say(f"Cannot use {error.filename or options.out}: {error.strerror or error}.", FAILED)
+        return say(f"Cannot use {error.filename or options.out}: {error.strerror or error}.", BAD_INPUT)
     except KeyboardInterrupt:
         return say("interrupted; the same command goes on where this one stopped.", INTERRUPTED)
     return 0
