@@ -54,16 +54,23 @@ def test_command_imports_pytorch_after_it_can_take_an_interrupt(tmp_path):
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False).returncode == 0
 
 
+COMMANDS = {
+    "kfac_sua.train": ["-m", "kfac_sua.train", "optimizer.lr=0.1"],
+    "kfac_sua.reproduce": ["-m", "kfac_sua.reproduce", "fig1", "--scale", "smoke", "--dry-run"],
+    # What the installed script does.
+    "kfac-sua-train": ["-c", "import sys; from kfac_sua.console import train; sys.exit(train())", "optimizer.lr=0.1"],
+}
+
+
 # Seconds after the process has begun: within the imports of PyTorch, within those after it, and within Hydra.
-@pytest.mark.parametrize("module", ["kfac_sua.train", "kfac_sua.reproduce"])
+@pytest.mark.parametrize("name", COMMANDS)
 @pytest.mark.parametrize(
     "delay_s", [pytest.param(0.3, marks=pytest.mark.slow), 0.8, pytest.param(1.6, marks=pytest.mark.slow)]
 )
-def test_interrupt_while_importing_shows_no_traceback(tmp_path, module, delay_s):
+def test_interrupt_while_importing_shows_no_traceback(tmp_path, name, delay_s):
     """Ctrl-C at any moment of the start leaves one line and code 130."""
-    arguments = ["optimizer.lr=0.1"] if module == "kfac_sua.train" else ["fig1", "--scale", "smoke", "--dry-run"]
     # Python itself takes a moment until it can be told anything: a line from the process says that it has.
-    command = [sys.executable, "-X", "importtime", "-m", module, *arguments]
+    command = [sys.executable, "-X", "importtime", *COMMANDS[name]]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     lines = iter(process.stderr.readline, "")

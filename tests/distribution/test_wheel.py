@@ -1,7 +1,10 @@
 """What is built for distribution: which files it holds, and that it works far away from the checkout."""
 
+import configparser
 import email
+import importlib
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -81,6 +84,19 @@ def test_wheel_says_what_it_is(wheel):
     assert metadata.get_payload().startswith("# kfac_sua")
 
 
+def test_wheel_has_the_commands(wheel):
+    """Each installed command names a function that there is."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt"))
+        entries = configparser.ConfigParser()
+        entries.read_string(archive.read(name).decode())
+    scripts = dict(entries["console_scripts"])
+    assert scripts.keys() == {f"kfac-sua-{command}" for command in ("train", "reproduce", "evaluate", "bench")}
+    for value in scripts.values():
+        module, _, function = value.partition(":")
+        assert callable(getattr(importlib.import_module(module), function))
+
+
 def test_source_distribution_builds_the_same_wheel(wheel, tmp_path):
     """A wheel from the unpacked source distribution holds the files of the checkout's."""
     sdist = build(ROOT, "sdist", tmp_path / "sdist")
@@ -138,6 +154,30 @@ def test_the_command_trains_outside_the_checkout(installed, tmp_path):
     assert len(list((tmp_path / "outputs" / "runs").rglob("metrics.csv"))) == 1
     again = call(installed, tmp_path, ["-m", "kfac_sua.train", *arguments, "experiment=quickstart_sua"])
     assert again.stdout.startswith("already finished")
+
+
+COMPLETE = """
+eval "$(kfac-sua-train -sc install=bash)"
+COMP_LINE=$1 COMP_POINT=${#1} COMP_CWORD=1
+hydra_bash_completion
+echo "${COMPREPLY[@]}"
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_the_shell_completes_the_installed_command(installed, tmp_path):
+    """As the documentation says: what bash is given to evaluate asks the command itself."""
+    paths = [str(installed), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {
+        "PATH": os.pathsep.join([str(installed / "bin"), os.environ["PATH"]]),
+        "PYTHONPATH": os.pathsep.join(paths),
+    }
+    command = ["bash", "-c", COMPLETE, "bash", "kfac-sua-train preconditioner=su"]
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (result.stdout.split(), result.stderr) == (["preconditioner=sua", "preconditioner=sua_grouped"], "")
 
 
 @pytest.mark.slow
