@@ -1,6 +1,7 @@
 """What the documentation's pages need besides Markdown: measured figures and tables, docstrings without Sphinx's roles.
 
-A hook of MkDocs. Tables stand in pages as ``{{ name }}`` and are made from the records in ``outputs/reference``.
+A hook of MkDocs. Tables stand in pages between two comments, ``<!-- table NAME -->`` and ``<!-- end of table -->``, and
+are made from the records in ``outputs/reference``; ``python scripts/docs_pages.py`` writes them anew.
 """
 
 import csv
@@ -34,14 +35,24 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Fill in the tables of a page (a hook of MkDocs)."""
+    """Return a page as the site has it (a hook of MkDocs)."""
     del page, config, files
-    return with_tables(markdown)
+    return as_on_site(markdown)
+
+
+def as_on_site(markdown: str) -> str:
+    """Return a page with its tables of today, and its figures where the site has them."""
+    return with_tables(markdown).replace("](../outputs/reference/", "](reference/")
 
 
 def with_tables(markdown: str) -> str:
-    """Replace ``{{ name }}`` by the table of that name."""
-    return re.sub(r"^\{\{ (\w+) \}\}$", lambda match: TABLES[match[1]](), markdown, flags=re.MULTILINE)
+    """Replace what stands between the comments of a table by the table of that name."""
+    return re.sub(
+        r"^(<!-- table (\w+) -->\n).*?^(<!-- end of table -->)$",
+        lambda match: f"{match[1]}\n{TABLES[match[2]]()}\n\n{match[3]}",
+        markdown,
+        flags=re.MULTILINE | re.DOTALL,
+    )
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
@@ -115,3 +126,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "best_lr_by_damping": best_lr_by_damping,
     "bench_vgg11": bench_vgg11,
 }
+
+
+if __name__ == "__main__":
+    for path in (ROOT / "docs").glob("*.md"):
+        path.write_text(with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -36,10 +36,10 @@ def configuration_page() -> str:
 
 
 def pages() -> dict[str, str]:
-    """Return the text of every page, the generated one and filled-in tables included."""
+    """Return the text of every page as the site has it, the generated one included."""
     texts = {path.name: path.read_text(encoding="utf-8") for path in DOCS.glob("*.md")}
     texts[CONFIGURATION["PAGE"]] = configuration_page()
-    return {name: PAGES_HOOK["with_tables"](text) for name, text in texts.items()}
+    return {name: PAGES_HOOK["as_on_site"](text) for name, text in texts.items()}
 
 
 def without_code(text: str) -> str:
@@ -63,6 +63,19 @@ def test_navigation_lists_every_page_once():
     """A page that nobody reaches is as good as none."""
     listed = [path for entry in yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"] for path in entry.values()]
     assert sorted(listed) == sorted(pages())
+
+
+@pytest.mark.parametrize("name", sorted([*(path.name for path in DOCS.glob("*.md")), "README.md"]))
+def test_pages_can_be_read_as_they_stand(name):
+    """On a forge, too: tables are those of the records, figures lie where the page says, and nothing is a template."""
+    path = ROOT / name if name == "README.md" else DOCS / name
+    text = path.read_text(encoding="utf-8")
+    assert PAGES_HOOK["with_tables"](text) == text, "python scripts/docs_pages.py writes the tables anew"
+    assert not re.search(r"\{\{|\{%|^\{:|\{[.#]\w", without_code(text), flags=re.MULTILINE)
+    for figure in re.findall(r"!\[.*?\]\((.+?)\)", text):
+        assert (path.parent / figure).is_file(), figure
+    if "::: " in text or "--8<--" in text:  # docstrings and files, which only the site has
+        assert "make docs" in text
 
 
 @pytest.mark.parametrize("name", sorted([*(path.name for path in DOCS.glob("*.md")), "configuration.md", "README.md"]))
@@ -282,6 +295,7 @@ def test_site_builds_strictly_and_asks_no_other_host_for_anything(tmp_path):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
     assert {path.stem for path in (tmp_path / "site").glob("*.html")} - {"404"} == {Path(name).stem for name in pages()}
+    assert (tmp_path / "site" / "search" / "search_index.js").read_text(encoding="utf-8").startswith("var __index = ")
     assert "accelerator.unscale_gradients" in re.sub("<.*?>", "", (tmp_path / "site" / "examples.html").read_text())
     for path in (tmp_path / "site").glob("*.html"):
         html = path.read_text(encoding="utf-8")
