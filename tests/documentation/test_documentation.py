@@ -163,8 +163,12 @@ def commands(module: str) -> list[list[str]]:
     return found
 
 
-def test_training_commands_of_the_pages_are_valid():
-    """They compose and pass the checks."""
+def test_training_commands_of_the_pages_are_valid(tmp_path, monkeypatch):
+    """They compose and pass the checks, with the files that the pages show."""
+    monkeypatch.chdir(tmp_path)
+    for name, text in re.findall(r'^```yaml title="([^"]+)"\n(.*?)^```$', "\n".join(pages().values()), re.M | re.S):
+        Path(name).parent.mkdir(parents=True)
+        Path(name).write_text(text)
     for arguments in commands("kfac_sua.train"):
         line = read_command_line(arguments)
         if not line.is_help:
