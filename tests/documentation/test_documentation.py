@@ -3,6 +3,7 @@
 import argparse
 import functools
 import importlib
+import inspect
 import re
 import runpy
 import shlex
@@ -125,6 +126,23 @@ def test_quickstart_runs(capsys):
     (snippet,) = python_blocks("index.md")
     exec(snippet, {})
     assert "SUA" in capsys.readouterr().out
+
+
+def test_page_on_other_libraries_names_arguments_that_there_are():
+    """With their defaults; and its example makes a preconditioner."""
+    (snippet,) = python_blocks("migration.md")
+    names: dict[str, Any] = {}
+    exec(snippet, names)
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+    model.add_module("head", nn.Linear(3, 2))
+    assert [layer.name for layer in names["preconditioner_of"](model).layers] == ["0"]
+    here = re.findall(r"^\| .+? \| (.+) \|$", pages()["migration.md"], flags=re.MULTILINE)
+    functions = (KroneckerPreconditioner, KroneckerPreconditioner.step)
+    arguments = {name for function in functions for name in inspect.signature(function).parameters}
+    assert set(re.findall(r"(\w+)=", " ".join(here))) <= arguments
+    defaults = to_plain(KroneckerSettings())
+    for name in ("inverse_period", "factor_period", "ema_decay", "kl_clip", "damping"):
+        assert any(row.startswith(f"`{name}={defaults[name]}`") for row in here), name
 
 
 @pytest.mark.parametrize("fisher_type", ["empirical", "mc"])
