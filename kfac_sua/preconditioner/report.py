@@ -1,6 +1,7 @@
 """What is preconditioned, how, and what it costs: the table a user reads before a long run."""
 
 import math
+import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -121,20 +122,20 @@ class LayerTable:
         return "\n".join([*lines, f"large: {self.large}"] if self.large else lines)
 
     def __str__(self) -> str:
-        lines = [_HEADER, "-" * len(_HEADER)]
         treated = [row for row in self.rows if not row.reason]
-        lines += [_format(row) for row in treated]
-        lines.append(
-            f"{'total':<{_NAME_WIDTH}} {'':<7} {'':>10} {'':>10} {_mib(sum(r.memory_bytes for r in treated)):>9} "
-            f"{_gflop(sum(r.inverse_flops for r in treated)):>9} {_gflop(sum(r.apply_flops for r in treated)):>9}"
-        )
+        total = ["total", "", "", "", *_costs(treated)]
+        sizes = [[_name(row), row.structure, *map(_blocks, _sides(row)), *_costs([row])] for row in treated]
+        lines = [*_aligned([_SIZES, *sizes, total], num_left=2)]
+        if treated:
+            lines += ["", "of activation and gradient each:", *_aligned([_WAYS, *map(_ways, treated)], num_left=4), ""]
         if self.chosen_by:
             lines.append(f"forms chosen by: {self.chosen_by}")
         if self.large:
             lines.append(f"large: {self.large}")
         by_reason = names_by_reason((row.name, row.reason) for row in self.rows)
         lines += [f"plain gradient ({reason}): {', '.join(names)}" for reason, names in by_reason.items()]
-        return "\n".join(lines if self.sharing is None else [*lines, str(self.sharing)])
+        lines += [] if self.sharing is None else str(self.sharing).splitlines()
+        return "\n".join(_wrapped(line) for line in lines)
 
 
 def layer_table(
@@ -212,21 +213,49 @@ def _report(layer: PreconditionedLayer, settings: KroneckerSettings) -> LayerRep
     )
 
 
-_NAME_WIDTH = 28
-_HEADER = (
-    f"{'layer':<{_NAME_WIDTH}} {'factor':<7} {'activation':>10} {'gradient':>10} {'MiB':>9} {'GF/invert':>9} "
-    f"{'GF/apply':>9}  Woodbury up to rows, applied as, in backward below rows (activation, gradient)"
-)
+_WIDTH = 100  # columns: what a terminal beside an editor, a log and an issue show without breaking lines
+_SIZES = ["layer", "factor", "activation", "gradient", "MiB", "GF/invert", "GF/apply"]
+_WAYS = ["layer", "Woodbury up to rows", "applied as", "in backward below rows"]
 
 
-def _format(row: LayerReport) -> str:
-    limits = row.low_rank_rows, row.two_sided_rows
-    rows, two_sided = (", ".join(_rows(limit) for limit in pair) for pair in limits)
-    return (
-        f"{row.name or '(model)':<{_NAME_WIDTH}} {row.structure:<7} {_blocks(row.activation_blocks):>10} "
-        f"{_blocks(row.gradient_blocks):>10} {_mib(row.memory_bytes):>9} {_gflop(row.inverse_flops):>9} "
-        f"{_gflop(row.apply_flops):>9}  {rows:<14}  {', '.join(row.forms):<14}  {two_sided}"
-    )
+def _name(row: LayerReport) -> str:
+    return row.name or "(model)"
+
+
+def _sides(row: LayerReport) -> tuple[tuple[int, int], tuple[int, int]]:
+    return row.activation_blocks, row.gradient_blocks
+
+
+def _costs(rows: Sequence[LayerReport]) -> list[str]:
+    """Return memory, FLOPs of inversion and FLOPs of application of all rows together."""
+    inverse, apply = sum(row.inverse_flops for row in rows), sum(row.apply_flops for row in rows)
+    return [_mib(sum(row.memory_bytes for row in rows)), _gflop(inverse), _gflop(apply)]
+
+
+def _ways(row: LayerReport) -> list[str]:
+    """Return how both factors of a layer are inverted and applied."""
+    rows, two_sided = (", ".join(map(_rows, limits)) for limits in (row.low_rank_rows, row.two_sided_rows))
+    return [_name(row), rows, ", ".join(row.forms), two_sided]
+
+
+def _aligned(rows: Sequence[Sequence[str]], num_left: int) -> list[str]:
+    """Return the lines of a table, its head underlined: the first columns to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    head, *lines = [
+        "  ".join(
+            f"{cell:<{width}}" if index < num_left else f"{cell:>{width}}"
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return [head, "-" * max(map(len, [head, *lines])), *lines]
+
+
+def _wrapped(line: str) -> str:
+    """Return a line with breaks between its words where it is too long for a terminal."""
+    if len(line) <= _WIDTH or line.startswith("-"):
+        return line
+    return textwrap.fill(line, _WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _rows(limit: int) -> str:

@@ -144,6 +144,23 @@ def test_describe_counts_blocks_memory_and_flops():
     assert "plain gradient (listed in skip): 3" in text
 
 
+def test_the_table_fits_a_terminal():
+    """Of many layers with long names, the widest numbers and much that is left out; nothing is cut off."""
+    net = nn.Sequential()
+    for index in range(12):
+        net.add_module(f"encoder_{index:03}_attention_output_projection", nn.Linear(2100, 2100, device="meta"))
+        net.add_module(f"encoder_{index:03}_normalisation", nn.LayerNorm(2100, device="meta"))
+    table = KroneckerPreconditioner(net, application="auto").describe()
+    lines = str(table).splitlines()
+    assert max(map(len, lines)) <= 100
+    for row in table.rows:
+        told = [line.split() for line in lines if row.name in line]
+        assert len(told) == (1 if row.reason else 2), row.name  # sizes, and how its factors are inverted and applied
+    sizes, ways = [line.split(maxsplit=1)[1] for line in lines if line.startswith(table.rows[0].name)]
+    assert sizes.split()[:3] == ["K-FAC", "1x2101^2", "1x2100^2"]
+    assert f"{', '.join(table.rows[0].forms)}  " in ways
+
+
 @pytest.mark.parametrize(
     ("kind", "sizes"), [(nn.Linear, (0, 5)), (nn.Linear, (5, 0)), (nn.Conv2d, (0, 4, 3)), (nn.Conv2d, (4, 0, 1))]
 )

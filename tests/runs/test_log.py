@@ -69,7 +69,7 @@ def test_a_run_keeps_its_command_its_layers_and_its_epochs(tmp_path, monkeypatch
     assert said[0].startswith("started on cpu, ")
     assert said[0].endswith(info.command)
     assert sum(line.startswith("epoch ") for line in said) == 3
-    assert sum(line.startswith("classifier ") for line in said) == 1
+    assert sum(line.startswith("classifier ") for line in said) == 2  # sizes, and how it is inverted and applied
     assert said[-1].startswith("finished: epoch 2, ")
     run(config)
     assert path.with_name("train.log").read_text(encoding="utf-8") == text
