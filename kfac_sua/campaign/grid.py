@@ -79,7 +79,8 @@ def load_grid(sweep: str) -> Grid:
         known = ", ".join(sorted(other.stem for other in path.parent.glob("*.yaml")))
         raise ConfigError(f"There is no sweep '{sweep}'; choose one of {known}.")
     content = OmegaConf.load(path)
-    params: Mapping[str, object] = content.get("hydra", content).sweeper.params
+    node = content.hydra if "hydra" in content else content
+    params: Mapping[str, object] = node.sweeper.params
     if not {LR} <= set(params) <= {LR, DAMPING}:
         raise ConfigError(f"{path.name} must sweep over {LR} and perhaps {DAMPING}, got {', '.join(params)}.")
     damping = _values(sweep, params[DAMPING]) if DAMPING in params else None
