@@ -6,10 +6,12 @@ import itertools
 import math
 import re
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from hydra import compose, version
 from hydra._internal.hydra import Hydra
@@ -18,7 +20,7 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, RangeSweep
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.core.utils import JobRuntime
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -42,6 +44,9 @@ _MANY_CELLS = 50
 
 # Texts that Hydra reads as something else.
 _WORDS = ("null", "true", "false", "nan", "inf")
+
+# Hydra's state is that of the process.
+_one_at_a_time = threading.RLock()
 
 # Of Hydra's sweepers, the one that goes through a grid.
 _GRID_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
@@ -75,7 +80,7 @@ class Cells:
     Attributes:
         configs: Their checked configurations, in Hydra's order; one for a single run.
         are_all: Whether these are the runs. A sweeper that optimises chooses values itself: ``configs`` then hold every
-            combination of those that it chooses from, and the defaults of keys with an interval.
+            combination of those that it chooses from, and of both ends of intervals.
         num_runs: How many runs there will be, where that is known.
     """
 
@@ -208,6 +213,12 @@ def to_config(raw: DictConfig) -> Config:
 @contextmanager
 def _initialized_hydra(config_dir: Path | None = None) -> Iterator[None]:
     """Have Hydra read the configurations, and leave it as it was: a program of the caller's may be Hydra's as well."""
+    with _one_at_a_time, _hydra_of_our_own(config_dir):
+        yield
+
+
+@contextmanager
+def _hydra_of_our_own(config_dir: Path | None) -> Iterator[None]:
     state, base, job = GlobalHydra.instance(), version.VersionBase.instance(), JobRuntime()
     before = state.hydra, base.version_base, job.conf
     path = create_config_search_path(str(CONFIG_DIR))
@@ -306,7 +317,9 @@ def _cells(overrides: Sequence[Override]) -> list[list[str]]:
             axes[_key(override)] = values
             if not values:
                 raise ConfigError(f"{override.input_line} matches nothing, so there is no run to start.")
-        # An interval is drawn from by a sweeper of the user's choice, which no one can check beforehand.
+        else:  # an interval, of which a sweeper draws: both ends must be such that a run can have them
+            ends = cast(IntervalSweep, override.value())
+            axes[_key(override)] = [f"{override.get_key_element()}={end}" for end in (ends.start, ends.end)]
     if math.prod(map(len, axes.values())) > MAX_CELLS:
         raise ConfigError(f"The sweep has more than {MAX_CELLS} runs; split it into several.")
     return [list(cell) for cell in itertools.product(*axes.values())]

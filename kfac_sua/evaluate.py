@@ -76,7 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = evaluate_run(run, options.split, Device(options.device))
     except (ConfigError, DataError, RecordError, CheckpointError) as error:
         return say(error, BAD_INPUT)
+    except OSError as error:
+        return say(f"Cannot use {error.filename or 'a file'}: {error.strerror or error}.", BAD_INPUT)
     whose = f"{options.weights} weights, epoch {run.epoch}"
+    whose += f" and {run.batch} mini-batches of the next" if run.batch else ""
     print(f"{options.split} error {result.error:.2%}, loss {result.loss:.4f}: {whose}")
     return 0
 

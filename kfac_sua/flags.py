@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from kfac_sua.config import CONFIG_NAME, ConfigError
+from kfac_sua.config import CONFIG_DIR, CONFIG_NAME, ConfigError
 from kfac_sua.runs.openers import refuse_special
 
 DEBUG = "--debug"  # the same as HYDRA_FULL_ERROR=1
@@ -133,8 +133,11 @@ def _checked_directory(path: Path) -> Path:
             f"{path / CONFIG_NAME}.yaml would not be read, as configs/{CONFIG_NAME}.yaml comes first; give --rerun "
             f"{path} if it is that of a run, or rename it to experiment/NAME.yaml and give experiment=NAME."
         )
-    for file in path.rglob("*.yaml"):  # which Hydra opens by itself, and would wait for a named pipe
-        try:
+    for file in sorted(path.rglob("*.yaml")):
+        name = file.relative_to(path)
+        if (CONFIG_DIR / name).exists():
+            raise ConfigError(f"{file} would not be read, as configs/{name} comes first; give it another name.")
+        try:  # Hydra opens them by itself, and would wait for a named pipe
             refuse_special(file)
         except OSError as error:
             raise ConfigError(f"Cannot use {file}: {error.strerror}.") from error

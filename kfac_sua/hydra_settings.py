@@ -19,7 +19,9 @@ CODE = "_target_"
 _NAMES_OF_CODE = ("custom_search_space", "constraints_func")
 _ADMITTED = ("launcher", "sweeper", "mode", "verbose")
 # Set by Hydra itself, each time anew.
-_OF_THE_MOMENT = ("job", "runtime", "overrides")
+_OF_THE_MOMENT = ("runtime", "overrides", "job.name", "job.override_dirname", "job.id", "job.num", "job.config_name")
+# Resolvers that make a node of a text, in which something to call would be found only when it is called.
+_HIDE_CODE = ("${oc.decode", "${oc.create")
 # First part of a key, or the whole -> what serves instead.
 _INSTEAD = {
     "run": "the directory of a run follows from its configuration; give output_dir=DIR for where all lie",
@@ -68,13 +70,15 @@ def check_node(node: DictConfig, plain: DictConfig | None = None) -> None:
     for name in ("launcher", "sweeper"):
         for key, value in _leaves(_plain(node[name]), f"hydra.{name}"):
             last = key.rpartition(".")[2]
-            if (last == CODE and value not in known) or (last in _NAMES_OF_CODE and value is not None):
+            is_hidden = any(resolver in str(value) for resolver in _HIDE_CODE)
+            if (last == CODE and value not in known) or (last in _NAMES_OF_CODE and value is not None) or is_hidden:
                 raise ConfigError(f"{key}={value} names code to run, which no setting does; leave it out.")
     if plain is None:
         return
     before = dict(_leaves(_plain(plain), "hydra"))
     for key, value in _leaves(_plain(node), "hydra"):
-        if key.split(".")[1] not in (*_ADMITTED, *_OF_THE_MOMENT) and before.get(key, node) != value:
+        is_free = any(f"{key}.".startswith(f"hydra.{free}.") for free in (*_ADMITTED, *_OF_THE_MOMENT))
+        if not is_free and before.get(key, node) != value:
             raise ConfigError(f"A file sets {key} to {shown(value)}: {_refusal(key)}")
 
 

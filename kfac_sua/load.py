@@ -16,8 +16,8 @@ from kfac_sua.config import Config
 from kfac_sua.rerun import overrides_of
 from kfac_sua.runs.directory import RunDirectory
 from kfac_sua.runs.openers import read_regular
-from kfac_sua.runs.record import EpochRecord, RecordError, RunInfo, read_ended_records, read_run_info
-from kfac_sua.training.checkpoint import adopt_old_name, load_checkpoint
+from kfac_sua.runs.record import EpochRecord, RecordError, RunInfo, best_epoch, read_ended_records, read_run_info
+from kfac_sua.training.checkpoint import load_checkpoint, present_name
 
 Weights = Literal["best", "last"]
 
@@ -34,6 +34,7 @@ class LoadedRun:
         records: A row of metrics.csv per epoch, of which the first is the untrained network.
         info: What run.json holds: status, test error, versions, machines.
         epoch: The epoch that the weights are of.
+        batch: Mini-batches of the epoch after it that they have seen too, of a run that is on its way.
     """
 
     network: nn.Module
@@ -41,6 +42,7 @@ class LoadedRun:
     records: list[EpochRecord]
     info: RunInfo
     epoch: int
+    batch: int
 
 
 def load_run(
@@ -69,37 +71,43 @@ def load_run(
     info = read_run_info(path / "run.json")
     place = RunDirectory(path, info.fingerprint, info.seed)
     records = read_ended_records(place.metrics, info)
-    config = compose_config(overrides_of(info.config, place.info))
-    state, epoch = _state(place, info, weights, records)
+    # Where a run was trained on from need not be there any more.
+    config = compose_config(overrides_of(info.config | {"start_from": None}, place.info))
+    config = dataclasses.replace(config, start_from=info.config.get("start_from"))
+    state, epoch, batch = _state(place, info, weights, records)
     network = build_model(config, NUM_CLASSES[config.dataset.name], torch.device("cpu"))
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
         raise RecordError(f"The weights in {path} are not those of its network; restore them.") from error
-    return LoadedRun(network.to(device).eval(), config, records, info, epoch)
+    return LoadedRun(network.to(device).eval(), config, records, info, epoch, batch)
 
 
 def _state(
     place: RunDirectory, info: RunInfo, weights: Weights, records: list[EpochRecord]
-) -> tuple[dict[str, Tensor], int]:
-    """Return parameters and buffers, and the epoch that they are of."""
+) -> tuple[dict[str, Tensor], int, int]:
+    """Return parameters and buffers, the epoch that they are of, and the mini-batches after it."""
     path = place.weights[weights]
     if path.exists() and info.status in ("finished", "diverged"):
-        trained = records[1:]
-        epoch = min(trained, key=lambda row: row.val_error).epoch if weights == "best" else trained[-1].epoch
         try:
             state = torch.load(io.BytesIO(read_regular(path)), map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a damaged file makes torch.load raise
             raise RecordError(f"{path} is damaged ({type(error).__name__}); restore it.") from error
-        return state, epoch
-    adopt_old_name(place.checkpoint)
+        return state, best_epoch(records) if weights == "best" else records[-1].epoch, 0
     checkpoint = load_checkpoint(
-        place.checkpoint, fingerprint=info.fingerprint, seed=info.seed, device=torch.device("cpu")
+        present_name(place.checkpoint),
+        fingerprint=info.fingerprint,
+        seed=info.seed,
+        device=torch.device("cpu"),
+        is_own=False,
     )
     if checkpoint is not None and weights == "last" and info.status != "diverged":
-        return checkpoint.model, checkpoint.epoch
+        return checkpoint.model, checkpoint.epoch, checkpoint.batch
     if checkpoint is not None and weights == "best" and checkpoint.best is not None:
-        return checkpoint.best["model"], checkpoint.best["epoch"]
+        best = checkpoint.best
+        if best["epoch"] == best_epoch(records[: checkpoint.epoch + 1]):
+            return best["model"], best["epoch"], 0
+    epochs = max(len(records) - 1, 0)
     raise RecordError(
-        f"{place.path} has no {weights} weights (the run is {info.status}); give the others, or train it."
+        f"{place.path} has no {weights} weights (it is {info.status}, with {epochs} epochs in its records)."
     )

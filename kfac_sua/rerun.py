@@ -1,6 +1,7 @@
 """The saved configuration of a run as overrides, so that it is composed and checked like any other."""
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,30 @@ from kfac_sua.config import ConfigError
 from kfac_sua.runs.directory import ADDED_LATER
 
 
-def saved_overrides(directory: Path) -> list[str]:
-    """Return the overrides that compose the configuration in a run's ``config.yaml``.
+def saved_overrides(directory: Path, given: Sequence[str] = ()) -> list[str]:
+    """Return the overrides that compose the configuration in a run's ``config.yaml``, with others on top.
 
-    A key that came after the run has the value that says what the run did.
+    A key that came after the run has the value that says what the run did. Another option of a group, such as
+    ``preconditioner=kfac``, comes with its own keys instead of the saved ones.
 
     Args:
         directory: The run's directory.
+        given: The other overrides.
+
+    Returns:
+        All of them, the given ones last.
 
     Raises:
-        ConfigError: If there is no such file, or it is not the configuration of a run.
+        ConfigError: If there is no such file, it is not the configuration of a run, or one of the others would be
+            passed over, as the saved keys win over what files say.
     """
+    keys = {override.lstrip("+~").partition("=")[0]: override for override in given}
+    for group in ("experiment", "scale", "sweep"):
+        if group in keys:
+            raise ConfigError(
+                f"{keys[group]} would be passed over, as the saved configuration of {directory} has every key; give "
+                "keys instead, several values with -m, or leave out --rerun and --start-from."
+            )
     path = directory / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"--rerun={directory} is not the directory of a run: it has no file config.yaml.")
@@ -31,7 +45,11 @@ def saved_overrides(directory: Path) -> list[str]:
         values = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"Cannot read {path}: {str(error).rstrip('.')}.") from error
-    return overrides_of(values, path)
+    saved = overrides_of(values, path)
+    return [
+        *(one for one in saved if not one.startswith(tuple(f"{group}." for group in ONE_OPTION if group in keys))),
+        *given,
+    ]
 
 
 def overrides_of(values: Any, source: object) -> list[str]:

@@ -157,9 +157,10 @@ def _checked(line: CommandLine) -> tuple[list[str], Cells | None]:
         The overrides, with what runs are told of their sweep; and all runs, ``None`` where something is only shown.
     """
     saved = line.rerun if line.start_from is None else line.start_from
-    overrides = [*([] if saved is None else saved_overrides(saved)), *line.overrides]
+    given = list(line.overrides)
     if line.start_from is not None:
-        overrides.insert(-len(line.overrides) or len(overrides), f"start_from={quoted(str(line.start_from))}")
+        given.insert(0, f"start_from={quoted(str(line.start_from.absolute()))}")
+    overrides = given if saved is None else saved_overrides(saved, given)
     if line.shows:
         if not line.is_completion:  # which goes by what is typed so far
             check_overrides(overrides, line.config_dir)

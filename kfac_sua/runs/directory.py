@@ -89,18 +89,22 @@ def run_directory(config: Config, device: str, num_processes: int = 1) -> RunDir
     return RunDirectory(Path(config.output_dir) / setting / cell / f"seed={config.seed}", digest, config.seed)
 
 
-def fingerprint(config: Config, device: str, num_processes: int = 1) -> str:
+def fingerprint(config: Config, device: str, num_processes: int = 1, source: str | None = None) -> str:
     """Return the SHA-256 of everything that decides a run's numbers, except its seed.
 
     Args:
         config: The checked configuration.
         device: ``cpu`` or ``cuda``; numbers differ between the two.
         num_processes: Processes that carry the run out together; it counts where they do not train as one does.
+        source: As in :func:`deciding_values`.
 
     Returns:
         64 hexadecimal digits.
     """
-    values = deciding_values(config) | {"device": device, "precision": choose_precision(config.precision, device).value}
+    values = deciding_values(config, source) | {
+        "device": device,
+        "precision": choose_precision(config.precision, device).value,
+    }
     if device == "cuda":  # where float32 once meant TF32 in convolutions and IEEE float32 in products
         values["precision"] += " in convolutions and products"
     if num_processes > 1 and _depends_on_processes(config):
@@ -114,11 +118,12 @@ def fingerprint(config: Config, device: str, num_processes: int = 1) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def deciding_values(config: Config) -> dict[str, Any]:
+def deciding_values(config: Config, source: str | None = None) -> dict[str, Any]:
     """Return what of a configuration decides the numbers of a run, its seed included.
 
     Args:
         config: The checked configuration.
+        source: What :func:`end_of` returned for ``start_from`` when the run began; ``None`` reads it anew.
 
     Raises:
         ConfigError: If ``start_from`` is not the directory of a run.
@@ -129,7 +134,7 @@ def deciding_values(config: Config) -> dict[str, Any]:
     for key in _OF_DATASET_NOT_IN_FINGERPRINT:
         del values["dataset"][key]
     if config.start_from is not None:
-        values["start_from"] = _end_of(config.start_from)
+        values["start_from"] = source or end_of(config.start_from)
     return values
 
 
@@ -146,13 +151,19 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def _end_of(path: str) -> str:
-    """Return what tells the end of a run from those of all others, wherever it lies."""
+def end_of(path: str) -> str:
+    """Return what tells the end of a run from those of all others.
+
+    Args:
+        path: Its directory.
+
+    Raises:
+        ConfigError: If it is not the directory of a run.
+    """
     try:
-        info = read_run_info(Path(path) / "run.json")
+        return read_run_info(Path(path) / "run.json").end
     except RecordError as error:
         raise ConfigError(f"start_from={path} is not the directory of a run: {error}") from error
-    return f"{info.fingerprint}, seed {info.seed}, {info.records_digest}"
 
 
 def _depends_on_processes(config: Config) -> bool:

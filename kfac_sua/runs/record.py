@@ -180,6 +180,15 @@ def read_ended_records(path: Path, info: "RunInfo") -> list[EpochRecord]:
     return records
 
 
+def best_epoch(records: Sequence[EpochRecord]) -> int:
+    """Return the epoch with the lowest validation error, the first of equals; the untrained network is none.
+
+    Args:
+        records: The rows, in order, of one epoch at least.
+    """
+    return min(records[1:], key=lambda record: record.val_error).epoch
+
+
 def rewrite_records(path: Path, records: list[EpochRecord]) -> None:
     """Replace metrics.csv by these rows, atomically: a crash leaves either the old file or the new one.
 
@@ -300,6 +309,7 @@ class RunInfo:
         command: The command line of the first attempt, of a whole sweep where it is one of its runs; None where it was
             not started by a command, or before this was recorded.
         overrides: What that command line says of this run alone, as ``key=value``.
+        source: Of a run that was trained on from another one, what tells the end of that one from all others.
     """
 
     status: Status
@@ -323,6 +333,12 @@ class RunInfo:
     machines: list[str] = dataclasses.field(default_factory=list)
     command: str | None = None
     overrides: list[str] = dataclasses.field(default_factory=list)
+    source: str | None = None
+
+    @property
+    def end(self) -> str:
+        """What tells the end of this run from that of all others, wherever its directory lies."""
+        return f"{self.fingerprint}, seed {self.seed}, {self.records_digest}"
 
     def __post_init__(self) -> None:
         """Check the type of every field, and of numbers the range, since run.json may come from elsewhere.
@@ -434,6 +450,7 @@ def read_run_info(path: Path) -> RunInfo:
             "machines": [],
             "command": None,
             "overrides": [],
+            "source": None,
         } | content
     if not isinstance(content, dict) or content.keys() != names:
         got = ", ".join(sorted(names ^ content.keys())) if isinstance(content, dict) else type(content).__name__

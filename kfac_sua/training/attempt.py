@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from kfac_sua.command_line import kept_command
 from kfac_sua.runs.atomic import write_atomically
-from kfac_sua.runs.directory import RunDirectory, resolved
+from kfac_sua.runs.directory import RunDirectory, end_of, resolved
 from kfac_sua.runs.environment import environment
 from kfac_sua.runs.lock import exclusive
 from kfac_sua.runs.record import (
@@ -21,6 +21,7 @@ from kfac_sua.runs.record import (
     EpochRecord,
     RecordError,
     RunInfo,
+    best_epoch,
     failure_reason,
     read_ended_records,
     read_records,
@@ -114,6 +115,7 @@ def new_info(training: Training, directory: RunDirectory, launch: Launch) -> Run
         started=_now(),
         command=kept_command(),
         overrides=list(launch.overrides),
+        source=None if config.start_from is None else end_of(config.start_from),
     )
 
 
@@ -157,9 +159,15 @@ def write_config(path: Path, values: dict[str, Any]) -> None:
     write_atomically(path, OmegaConf.to_yaml(OmegaConf.create(values)).encode())
 
 
-def write_weights(directory: RunDirectory, training: Training, *, is_finished: bool) -> None:
-    """Write the best weights and, of a run that has not diverged, the last ones, as ``torch.load`` reads them."""
-    states = {"best": training.best["model"] if training.best else None}
+def write_weights(
+    directory: RunDirectory, training: Training, records: list[EpochRecord], *, is_finished: bool
+) -> None:
+    """Write the best weights and, of a run that has not diverged, the last ones, as ``torch.load`` reads them.
+
+    A run that was begun before the best were kept may have had them then: there are none.
+    """
+    best = training.best
+    states = {"best": best["model"] if best is not None and best["epoch"] == best_epoch(records) else None}
     states["last"] = weights(training.model) if is_finished else None
     for name, state in states.items():
         if state is not None:

@@ -88,6 +88,16 @@ def adopt_old_name(path: Path) -> None:
             before.replace(today)
 
 
+def present_name(path: Path) -> Path:
+    """Return where a checkpoint lies that may have the name of before, and is not this process's to rename.
+
+    Args:
+        path: Where it lies today.
+    """
+    before = path.with_suffix(".pt")
+    return before if before.exists() and not path.exists() else path
+
+
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint so that a crash at any moment leaves a complete one: this, or the one before.
 
@@ -121,6 +131,7 @@ def load_checkpoint(
     device: torch.device,
     data_digest: str | None = None,
     check: Callable[[Checkpoint], None] | None = None,
+    is_own: bool = True,
 ) -> Checkpoint | None:
     """Read the last sound checkpoint of this very run.
 
@@ -131,6 +142,7 @@ def load_checkpoint(
         device: Where its tensors go.
         data_digest: Digest of the images and labels at hand; None does not compare.
         check: Raises ``ValueError`` for what the run cannot have come to; None takes all that has the right types.
+        is_own: Whether the run is this process's to go on with, so that a damaged file may be put aside.
 
     Returns:
         The state, or None if there is no checkpoint.
@@ -153,7 +165,7 @@ def load_checkpoint(
             first_error = first_error or error
             continue
         if candidate != path:
-            if path.exists():  # or the next checkpoint would put it in the place of the sound one
+            if is_own and path.exists():  # or the next checkpoint would put it in the place of the sound one
                 path.replace(path.with_name(f"{path.stem}.damaged{path.suffix}"))
             reason = first_error or f"{path} is missing."
             print(f"{reason} Going on from {candidate.name}.", file=sys.stderr, flush=True)

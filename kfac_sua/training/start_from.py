@@ -12,7 +12,7 @@ from kfac_sua.explain import shown
 from kfac_sua.rerun import overrides_of
 from kfac_sua.runs.directory import RunDirectory, deciding_values, fingerprint, flat, resolved
 from kfac_sua.runs.record import EpochRecord, RunInfo, read_ended_records, read_run_info
-from kfac_sua.training.checkpoint import Checkpoint, adopt_old_name, load_checkpoint
+from kfac_sua.training.checkpoint import Checkpoint, load_checkpoint, present_name
 from kfac_sua.training.fitting import check_fits
 from kfac_sua.training.state import Training
 
@@ -53,14 +53,14 @@ def read_source(training: Training) -> Source | None:
         raise ConfigError(f"start_from={path} has not finished (it is {info.status}); start from one that has.")
     _check_settings(config, info, training.device.type, training.world.size)
     directory = RunDirectory(path, info.fingerprint, info.seed)
-    adopt_old_name(directory.checkpoint)
     checkpoint = load_checkpoint(
-        directory.checkpoint,
+        present_name(directory.checkpoint),
         fingerprint=info.fingerprint,
         seed=info.seed,
         device=training.device if training.world.size == 1 else torch.device("cpu"),
         data_digest=training.data_digest,
         check=functools.partial(check_fits, training),
+        is_own=False,
     )
     if checkpoint is None:
         raise ConfigError(f"start_from={path} has no {directory.checkpoint.name}, the state that it ended in.")
@@ -68,15 +68,17 @@ def read_source(training: Training) -> Source | None:
 
 
 def _check_settings(config: Config, info: RunInfo, device: str, num_processes: int) -> None:
-    before = compose_config(overrides_of(info.config, config.start_from or ""))
+    before = compose_config(overrides_of(info.config | {"start_from": None}, config.start_from))
     if config.epochs <= before.epochs:
         raise ConfigError(
             f"epochs={config.epochs} must be more than the {before.epochs} of start_from={config.start_from}."
         )
-    alike = dataclasses.replace(config, epochs=before.epochs, start_from=before.start_from)
-    if fingerprint(alike, device, num_processes) != info.fingerprint or config.seed != info.seed:
+    alike = dataclasses.replace(config, epochs=before.epochs, start_from=info.config.get("start_from"))
+    if fingerprint(alike, device, num_processes, info.source) != info.fingerprint or config.seed != info.seed:
         theirs, ours = flat(info.config), flat(resolved(alike, device))
-        differing = [key for key in flat(deciding_values(alike)) if theirs.get(key, ours[key]) != ours[key]]
+        differing = [
+            key for key in flat(deciding_values(alike, info.source)) if theirs.get(key, ours[key]) != ours[key]
+        ]
         said = ", ".join(f"{key} was {shown(theirs[key])} and is {shown(ours[key])}" for key in differing[:3])
         raise ConfigError(
             f"start_from={config.start_from} is a run of other settings ({said or 'of another number of processes'}); "

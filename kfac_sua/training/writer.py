@@ -324,7 +324,7 @@ class RunWriter:
         assert self._hold is not None
         assert self.info is not None
         self._hold.check()
-        write_weights(self.directory, self.training, is_finished=outcome["status"] == "finished")
+        write_weights(self.directory, self.training, self.records, is_finished=outcome["status"] == "finished")
         ended = write_end(self.directory, self.info, self.records, self.training.skipped_steps, outcome)
         self._note(summary_line(self.directory, ended))
         return ended

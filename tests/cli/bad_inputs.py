@@ -222,6 +222,8 @@ BAD_COMMANDS = {
     "hydra/launcher=nothing": r"no hydra/launcher=nothing; choose one of",
     "hydra/job_logging=none": r"hydra\.job_logging is no setting of this command: a run's log is train\.log",
     "-m optimizer.lr=interval(0,1)": r"interval\(0,1\) is an interval, for a sweeper that optimises;",
+    "sweep=optuna_lr_damping optimizer.lr=interval(-1,-0.5)": r"optimizer.lr must be a number > 0 .*, got -1\.0\.",
+    "sweep=optuna_lr_damping preconditioner=baseline": r"no key 'preconditioner\.damping' with preconditioner=baseline",
     # what is there without a +, what is another command's, and other primary configurations
     "+experiment=quickstart_sua": r"adds what is there already; leave out the \+: experiment=quickstart_sua\.",
     "++preconditioner=sua": r"\+\+preconditioner=sua adds .* already; leave out the \+: preconditioner=sua\.",

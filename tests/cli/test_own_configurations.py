@@ -1,5 +1,6 @@
 """Configurations from elsewhere: that of a run, a directory of the user's own, and what neither may hold."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -96,6 +97,43 @@ def test_what_is_no_configuration_of_a_run_is_refused(tmp_path, text, sentence):
         saved_overrides(tmp_path)
 
 
+def test_another_option_of_a_group_comes_with_its_own_keys(tmp_path):
+    """Of the saved keys those of the group are left out; keys beside it stay, and values come on top."""
+    run = saved(
+        tmp_path / "run", compose_config(["preconditioner=sua", "preconditioner.damping=3", "optimizer.lr=0.5"])
+    )
+    config = compose_config(saved_overrides(run, ["preconditioner=kfac", "epochs=3"]))
+    assert config.preconditioner == compose_config(["preconditioner=kfac"]).preconditioner
+    assert (config.optimizer.lr, config.epochs) == (0.5, 3)
+    assert compose_config(saved_overrides(run, ["preconditioner=baseline"])).optimizer.lr == 0.5
+
+
+@pytest.mark.parametrize("override", ["experiment=quickstart_sua", "scale=smoke", "sweep=lr"])
+def test_what_saved_keys_would_win_over_is_refused(tmp_path, override):
+    """An experiment, a scale and a grid set keys in files, which the saved ones would pass over in silence."""
+    run = saved(tmp_path / "run", compose_config())
+    with pytest.raises(ConfigError, match=f"{override} would be passed over"):
+        saved_overrides(run, [override])
+
+
+def test_files_that_the_packages_own_would_be_read_before_are_refused(tmp_path, monkeypatch, capsys):
+    """An experiment of a name that there is, and an option of a group."""
+    for name in ("experiment/quickstart_sua.yaml", "preconditioner/sua.yaml"):
+        own = tmp_path / name.replace("/", "-")
+        (own / name).parent.mkdir(parents=True)
+        (own / name).write_text("epochs: 77\n")
+        assert main(monkeypatch, f"--config-dir={own}", "--cfg=job") == 2
+        assert f"{name} would not be read, as configs/{name} comes first" in capsys.readouterr().err
+
+
+def test_a_named_pipe_among_the_files_is_refused(tmp_path, monkeypatch, capsys):
+    """Hydra would wait for it."""
+    (tmp_path / "experiment").mkdir()
+    os.mkfifo(tmp_path / "experiment/mine.yaml")
+    assert main(monkeypatch, f"--config-dir={tmp_path}", "experiment=mine") == 2
+    assert "it is a named pipe, not a regular file" in capsys.readouterr().err
+
+
 def experiment(directory: Path, text: str) -> Path:
     """Write an experiment of the user's own, called mine, and return the directory for ``--config-dir``."""
     (directory / "experiment").mkdir(parents=True)
@@ -127,6 +165,12 @@ def test_an_experiment_of_the_users_own_is_checked_numbered_and_summed_up(tmp_pa
         ("hydra: {sweeper: {_target_: hydra_plugins.os.system}}", "_target_=hydra_plugins.os.system names code to run"),
         ("hydra: {run: {dir: x}}", "A file sets hydra.run.dir to 'x': hydra.run.dir is no setting of this command"),
         ("hydra: {job_logging: {root: {handlers: [a]}}}", r"A file sets hydra.job_logging.root.handlers to \['a'\]"),
+        ("hydra: {job: {chdir: true}}", "A file sets hydra.job.chdir to true: hydra.job.chdir is no setting"),
+        (
+            "hydra: {job: {env_set: {A: b}}}",
+            "A file sets hydra.job.env_set.A to 'b': hydra.job.env_set.A is",
+        ),
+        ("hydra: {sweeper: {max_batch_size: '${oc.decode:${oc.env:HOME}}'}}", "names code to run"),
         ("optimizer: {lr: null}", "optimizer.lr must be a number or auto, got null"),
     ],
 )

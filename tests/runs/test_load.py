@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,14 +10,17 @@ import torch
 from tiny_runs import directory_of, metrics_without_times, tiny_config
 
 import kfac_sua
+from kfac_sua import load
 from kfac_sua.build import build_splits
 from kfac_sua.compose import quoted
 from kfac_sua.config import Config, ConfigError, Precision
 from kfac_sua.evaluate import evaluate_run, main
 from kfac_sua.runs.record import RecordError, read_run_info, write_run_info
+from kfac_sua.training import attempt
 from kfac_sua.training.loop import run
 from kfac_sua.training.signals import Interrupted
 from kfac_sua.training.state import Training
+from kfac_sua.training.writer import RunWriter
 
 SETTINGS = ("preconditioner=kfac", "preconditioner.inverse_period=3")
 
@@ -87,12 +91,66 @@ def test_weights_of_a_run_that_goes_on_come_from_its_checkpoint(tmp_path, monkey
     with pytest.raises(Interrupted):
         run(config)
     directory = directory_of(config).path
-    assert kfac_sua.load_run(directory, "last").epoch == 1
+    last = kfac_sua.load_run(directory, "last")
+    assert (last.epoch, last.batch) == (1, 0)
     assert kfac_sua.load_run(directory).epoch == 1
     assert not (directory / "last.pt").exists()
     monkeypatch.undo()
     run(config)
     assert kfac_sua.load_run(directory, "last").epoch == 3
+
+
+def test_weights_within_an_epoch_say_so(tmp_path, monkeypatch, capsys):
+    """Two mini-batches into the second epoch."""
+    config = tiny_config(tmp_path, *SETTINGS, "epochs=3")
+    take_steps = iter([False] * 6 + [True] * 9)
+    between = RunWriter.between
+
+    def stop(writer: RunWriter) -> None:
+        if next(take_steps, False) and writer.training.batch == 2:
+            writer._stop.signal_number = signal.SIGINT
+        between(writer)
+
+    monkeypatch.setattr(RunWriter, "between", stop)
+    with pytest.raises(Interrupted):
+        run(config)
+    last = kfac_sua.load_run(directory_of(config).path, "last")
+    assert (last.epoch, last.batch) == (1, 2)
+    capsys.readouterr()
+    assert main([str(directory_of(config).path), "--weights", "last", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.endswith("last weights, epoch 1 and 2 mini-batches of the next\n")
+
+
+def test_best_weights_that_an_earlier_version_did_not_keep_are_not_made_up(tmp_path, monkeypatch):
+    """A run whose best epoch was trained before there was ``best.pt`` has none, whatever came later."""
+    config = tiny_config(tmp_path, *SETTINGS, "epochs=3")
+    keep = Training.keep_if_best
+
+    def keep_later(training: Training, val_error: float) -> None:
+        if training.epoch > 1:
+            keep(training, val_error)
+
+    monkeypatch.setattr(Training, "keep_if_best", keep_later)
+    monkeypatch.setattr(attempt, "best_epoch", lambda records: 1)
+    monkeypatch.setattr(load, "best_epoch", lambda records: 1)
+    run(config)
+    with pytest.raises(RecordError, match=r"has no best weights \(it is finished, with 3 epochs in its records\)"):
+        kfac_sua.load_run(directory_of(config).path)
+    assert kfac_sua.load_run(directory_of(config).path, "last").epoch == 3
+
+
+def test_loading_changes_nothing_in_the_directory(finished, tmp_path):
+    """Not even the name of a checkpoint of before, or a damaged one: another version may be training there."""
+    copy = tmp_path / "copy"
+    shutil.copytree(finished[1].path, copy)
+    (copy / "checkpoint.state").rename(copy / "checkpoint.pt")
+    (copy / "last.pt").unlink()
+    names = sorted(path.name for path in copy.iterdir())
+    assert kfac_sua.load_run(copy, "last").epoch == 3
+    shutil.copy(copy / "checkpoint.pt", copy / "checkpoint.previous.pt")
+    (copy / "checkpoint.pt").write_bytes(b"damaged")
+    assert kfac_sua.load_run(copy, "last").epoch == 3
+    assert sorted(path.name for path in copy.iterdir() if "previous" not in path.name) == names
 
 
 @pytest.mark.parametrize(
@@ -156,6 +214,21 @@ def test_a_run_trained_on_equals_one_of_as_many_epochs(finished, tmp_path):
     assert info.test_error == read_run_info(directory_of(whole).info).test_error
     log = directory_of(config).log.read_text()
     assert f"started on cpu from epoch 3 of {source.path}" in log
+
+
+def test_a_run_trained_on_needs_its_source_no_more(finished, tmp_path):
+    """Loaded, and trained on in turn, after the first one has gone."""
+    first = tmp_path / "first"
+    shutil.copytree(finished[1].path, first)
+    second = trained_on(tmp_path, first, "epochs=4")
+    run(second)
+    path = directory_of(second).path
+    shutil.rmtree(first)
+    assert kfac_sua.load_run(path, "last").config.start_from == str(first)
+    third = trained_on(tmp_path / "third", path, "epochs=5")
+    assert run(third).status == "finished"
+    with pytest.raises(ConfigError, match="start_from must be null or the directory of a run"):
+        trained_on(tmp_path, first, "epochs=4")
 
 
 @pytest.mark.parametrize(
