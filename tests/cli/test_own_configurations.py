@@ -99,9 +99,7 @@ def test_what_is_no_configuration_of_a_run_is_refused(tmp_path, text, sentence):
 
 def test_another_option_of_a_group_comes_with_its_own_keys(tmp_path):
     """Of the saved keys those of the group are left out; keys beside it stay, and values come on top."""
-    run = saved(
-        tmp_path / "run", compose_config(["preconditioner=sua", "preconditioner.damping=3", "optimizer.lr=0.5"])
-    )
+    run = saved(tmp_path / "run", compose_config(["preconditioner.damping=3", "optimizer.lr=0.5"]))
     config = compose_config(saved_overrides(run, ["preconditioner=kfac", "epochs=3"]))
     assert config.preconditioner == compose_config(["preconditioner=kfac"]).preconditioner
     assert (config.optimizer.lr, config.epochs) == (0.5, 3)
