@@ -297,7 +297,7 @@ class RunInfo:
         device_name: Name of the processor or the GPU.
         num_threads: Threads that PyTorch uses on the CPU.
         started: Start of the first attempt, ISO 8601 with time zone.
-        finished: End of the run, ISO 8601 with time zone.
+        ended: End of the run, ISO 8601 with time zone.
         test_loss: Loss on the test set in nats, measured once, at the end.
         test_error: Misclassification rate on the test set in [0, 1], measured once, at the end.
         diverged_at_epoch: Epoch of the first non-finite loss.
@@ -322,7 +322,7 @@ class RunInfo:
     device_name: str
     num_threads: int
     started: str
-    finished: str | None = None
+    ended: str | None = None
     test_loss: float | None = None
     test_error: float | None = None
     diverged_at_epoch: int | None = None
@@ -442,6 +442,8 @@ def read_run_info(path: Path) -> RunInfo:
         digest = content.pop("digest", None)  # files of before these were recorded lack them
         if digest is not None and digest != _digest(content):
             raise RecordError(f"{path} is not as it was written; restore it, or delete the run's directory.")
+        if "finished" in content:  # as the time of a run's end was called, of diverged ones too
+            content["ended"] = content.pop("finished")
         content = {
             "failure": None,
             "skipped_steps": 0,

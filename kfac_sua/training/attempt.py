@@ -181,7 +181,7 @@ def write_end(
 ) -> RunInfo:
     """Write how the run ended into run.json, and remove the checkpoint before the last; return what it says now."""
     digest = records_digest(records)
-    ended = dataclasses.replace(info, finished=_now(), skipped_steps=skipped_steps, records_digest=digest, **outcome)
+    ended = dataclasses.replace(info, ended=_now(), skipped_steps=skipped_steps, records_digest=digest, **outcome)
     write_run_info(directory.info, ended)
     for leftover in (previous_path(directory.checkpoint), directory.checkpoint.with_name("checkpoint.state.tmp")):
         leftover.unlink(missing_ok=True)

@@ -90,7 +90,7 @@ def run_infos(*frames: pd.DataFrame, **values: Any) -> list[RunInfo]:
                 device_name="a processor",
                 num_threads=1,
                 started="2026-01-02T03:04:05+00:00",
-                finished="2026-01-02T04:04:05+00:00",
+                ended="2026-01-02T04:04:05+00:00",
                 diverged_at_epoch=diverged_at,
             )
             infos.append(dataclasses.replace(info, **values))

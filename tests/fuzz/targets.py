@@ -230,7 +230,7 @@ def _run_info() -> RunInfo:
         device_name="a processor",
         num_threads=1,
         started="2026-01-02T03:04:05+00:00",
-        finished="2026-01-02T03:14:05+00:00",
+        ended="2026-01-02T03:14:05+00:00",
         test_loss=0.5,
         test_error=0.25,
     )

@@ -51,7 +51,7 @@ def run_info(preconditioner: str = "sua", seed: int = 0, lr: float = 0.1, **valu
         "device_name": "a processor",
         "num_threads": 1,
         "started": STARTED,
-        "finished": "2026-01-02T03:14:05+00:00",
+        "ended": "2026-01-02T03:14:05+00:00",
         "test_loss": 0.5,
         "test_error": 0.25,
     }
@@ -71,7 +71,7 @@ def write_run(
     directory = root / f"digits-tiny-{preconditioner}" / f"lr={lr}" / f"seed={seed}"
     directory.mkdir(parents=True)
     if status != "finished":
-        values = {"finished": None, "test_loss": None, "test_error": None} | values
+        values = {"ended": None, "test_loss": None, "test_error": None} | values
     write_run_info(directory / "run.json", run_info(preconditioner, seed, lr, status=status, **values))
     if records:
         rewrite_records(directory / "metrics.csv", records)

@@ -325,7 +325,7 @@ def test_run_info_has_the_fields_of_the_contract(tmp_path):
     """run.json is a flat JSON object with the agreed names."""
     write_run_info(tmp_path / "run.json", run_info())
     names = json.loads((tmp_path / "run.json").read_text()).keys()
-    run = {"config", "fingerprint", "seed", "status", "started", "finished", "diverged_at_epoch"}
+    run = {"config", "fingerprint", "seed", "status", "started", "ended", "diverged_at_epoch"}
     machine = {"commit", "versions", "device", "device_name", "num_threads", "machines", "process_counts"}
     assert set(names) == run | machine | {
         "test_loss",
@@ -336,7 +336,16 @@ def test_run_info_has_the_fields_of_the_contract(tmp_path):
         "digest",
         "command",
         "overrides",
+        "source",
     }
+
+
+def test_run_info_of_before_its_end_had_its_name(tmp_path):
+    """The time of a run's end was called as the status of some of them."""
+    content = dataclasses.asdict(run_info())
+    content["finished"] = content.pop("ended")
+    (tmp_path / "run.json").write_text(json.dumps(content))
+    assert read_run_info(tmp_path / "run.json") == run_info()
 
 
 def test_run_info_of_before_failures_were_recorded(tmp_path):
@@ -347,7 +356,7 @@ def test_run_info_of_before_failures_were_recorded(tmp_path):
         older = {
             name: value
             for name, value in content.items()
-            if name not in ("failure", "skipped_steps", "process_counts", "machines", "command", "overrides")
+            if name not in ("failure", "skipped_steps", "process_counts", "machines", "command", "overrides", "source")
         }
         path.write_text(json.dumps(older | kept))
         assert read_run_info(path) == run_info(**kept)

@@ -183,7 +183,7 @@ def test_divergence_is_recorded_not_raised(tmp_path, overrides, capsys):
     config = tiny_config(tmp_path, *overrides, "epochs=3", "optimizer.lr=1e18")
     info = run(config)
     assert (info.status, info.diverged_at_epoch, info.test_error) == ("diverged", 1, None)
-    assert info.finished is not None
+    assert info.ended is not None
     assert [row["epoch"] for row in metrics_without_times(config)] == [0]
     assert "diverged in epoch 1" in capsys.readouterr().out
     assert run(config) == info

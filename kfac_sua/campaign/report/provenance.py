@@ -33,7 +33,7 @@ def environment_section(
     )
     packages = list(dict.fromkeys(name for info in infos for name in info.versions))
     versions = [f"{escape(name)} {_versions(infos, name)}" for name in packages]
-    starts, ends = [info.started for info in infos], [info.finished for info in infos if info.finished]
+    starts, ends = [info.started for info in infos], [info.ended for info in infos if info.ended]
     period = f"{_minute(min(starts, key=datetime.fromisoformat))} to " + (
         _minute(max(ends, key=datetime.fromisoformat)) if ends else "no end recorded"
     )
