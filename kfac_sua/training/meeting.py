@@ -5,11 +5,12 @@ device. Every process reads what all have written and comes to the same conclusi
 """
 
 import contextlib
+import functools
 import json
 import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,8 +29,6 @@ _LEAVING_PATIENCE = timedelta(seconds=10)
 
 _MOST_SHOWN = 3  # differences in a sentence
 
-Result = TypeVar("Result")
-
 
 class Meeting:
     """This process among those of a run, before they are a group.
@@ -44,18 +43,17 @@ class Meeting:
         self._launch = launch
 
     def require_one_run(self, config: Config) -> None:
-        """Refuse processes that differ in what decides a run's numbers, or in the code that computes them.
+        """Refuse processes that differ in what decides a run's numbers or its calls to others, or in their code.
 
         Args:
             config: This process's configuration.
 
         Raises:
-            ConfigError: On all of them, with what differs and between whom.
+            ConfigError: On all of them, with what differs and between whom, or if ``start_from`` cannot be read.
         """
         if self.store is None:
             return
-        own = {**flat(deciding_values(config)), **_code()}
-        all_values = [json.loads(text) for text in self._gather("values", json.dumps(own))]
+        all_values = self._each("values", lambda: flat(deciding_values(config)) | _calls(config) | _code())
         differences = [
             f"{key} is {shown(all_values[0].get(key))} in process 0 and {shown(values.get(key))} in process {rank}"
             for rank, values in enumerate(all_values)
@@ -80,22 +78,28 @@ class Meeting:
         """
         if self.store is None:
             return choose()
-        try:
-            device, found = choose(), {"kind": "", "failure": ""}
-            found["kind"] = device.type
-        except ConfigError as error:
-            self._gather("device", json.dumps({"kind": "", "failure": failure_reason(error)}))
-            raise
-        others = [json.loads(text) for text in self._gather("device", json.dumps(found))]
-        for rank, other in enumerate(others):
-            if other["failure"]:
-                raise ConfigError(f"process {rank} of {self._launch.size} has no such device: {other['failure']}")
-            if other["kind"] != device.type:
+        choose_once = functools.cache(choose)
+        kinds = self._each("device", lambda: choose_once().type)
+        for rank, kind in enumerate(kinds):
+            if kind != kinds[self._launch.rank]:
                 raise ConfigError(
-                    f"The processes of a run must train on devices of one kind: {device.type} in process "
-                    f"{self._launch.rank} and {other['kind']} in process {rank}; give device=cpu, or GPUs to all."
+                    f"The processes of a run must train on devices of one kind: {kinds[self._launch.rank]} in process "
+                    f"{self._launch.rank} and {kind} in process {rank}; give device=cpu, or GPUs to all."
                 )
-        return device
+        return choose_once()
+
+    def _each(self, subject: str, find: Callable[[], Any]) -> list[Any]:
+        """Return what each process finds by itself, by rank; where it fails on one of them, all leave."""
+        try:
+            own = find()
+        except ConfigError as error:
+            self._gather(subject, json.dumps({"failure": failure_reason(error)}))
+            raise
+        others = [json.loads(text) for text in self._gather(subject, json.dumps({"found": own}))]
+        for rank, other in enumerate(others):
+            if "failure" in other:
+                raise ConfigError(f"process {rank} of {self._launch.size} cannot take part: {other['failure']}")
+        return [other["found"] for other in others]
 
     def _gather(self, subject: str, text: str) -> list[str]:
         """Return what each process writes about a subject, by rank; the store stays until all have read it."""
@@ -148,6 +152,11 @@ def open_meeting(launch: Launch) -> Iterator[Meeting]:
         meeting = Meeting(launch, dist.PrefixStore(f"kfac_sua/{attempt}", store))
     with named_losses(launch.rank, launch.size):
         yield meeting
+
+
+def _calls(config: Config) -> dict[str, Any]:
+    """Return what decides no numbers, but which calls a process makes that all have to make: sums of step losses."""
+    return {"log_interval": config.log_interval}
 
 
 def _code() -> dict[str, str]:
