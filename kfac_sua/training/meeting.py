@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
 from kfac_sua.config import Config, ConfigError
 from kfac_sua.explain import shown
@@ -41,6 +40,32 @@ class Meeting:
     def __init__(self, launch: Launch, store: dist.Store | None) -> None:
         self.store = store
         self._launch = launch
+
+    def require_one_size(self) -> None:
+        """Refuse processes that were told different numbers of processes, before one waits for others that never come.
+
+        Raises:
+            ConfigError: On all that come, with both numbers.
+        """
+        if self.store is None:
+            return
+        store, rank, size = self.store, self._launch.rank, self._launch.size
+        if rank == 0:
+            store.set("size", str(size))
+        store.wait(["size"], PATIENCE)
+        first = int(store.get("size"))
+        if size != first:
+            store.set("other size", json.dumps([rank, size]))
+        elif store.add("size/alike", 1) == size:
+            store.set("other size", json.dumps(None))
+        store.wait(["other size"], PATIENCE)
+        other = json.loads(store.get("other size"))
+        if other is not None:
+            self._stay("other size", range(max(first, other[1])))
+            raise ConfigError(
+                f"The processes of a run must be told one number of processes: it is {first} in process 0 and "
+                f"{other[1]} in process {other[0]}; give all the same WORLD_SIZE."
+            )
 
     def require_one_run(self, config: Config) -> None:
         """Refuse processes that differ in what decides a run's numbers or its calls to others, or in their code.
@@ -113,11 +138,17 @@ class Meeting:
         store.set(f"{subject}/{rank}", text)
         store.wait([f"{subject}/{other}" for other in ranks], PATIENCE)
         texts = [store.get(f"{subject}/{other}").decode() for other in ranks]
+        self._stay(subject, ranks)
+        return texts
+
+    def _stay(self, subject: str, ranks: range) -> None:
+        """Keep the store until all have read about a subject."""
+        store, rank = self.store, self._launch.rank
+        assert store is not None
         store.set(f"{subject}/{rank}/read", "")
         if rank == 0:  # which keeps the store, unless torchrun does
             with contextlib.suppress(dist.DistStoreError):
                 store.wait([f"{subject}/{other}/read" for other in ranks], _LEAVING_PATIENCE)
-        return texts
 
 
 @contextlib.contextmanager
@@ -131,27 +162,39 @@ def open_meeting(launch: Launch) -> Iterator[Meeting]:
         The meeting, which for a process alone asks nothing.
 
     Raises:
-        ConfigError: If another program uses the port.
+        ConfigError: If another program uses the port, or processes were told different numbers of processes.
         LostContactError: If another process does not come, or goes.
     """
     if launch.size == 1:
         yield Meeting(launch, None)
         return
-    os.environ |= {"MASTER_ADDR": launch.address, "MASTER_PORT": str(launch.port)}
     with named_losses(launch.rank, launch.size), interruptible():
-        try:
-            store, _, _ = next(rendezvous("env://", launch.rank, launch.size, timeout=PATIENCE))
-        except dist.DistNetworkError as error:
-            if "EADDRINUSE" not in str(error):
-                raise
-            raise ConfigError(
-                f"Port {launch.port} of this machine, at which the processes would meet, is in use by another program; "
-                "give a free one as MASTER_PORT, or torchrun --master_port."
-            ) from error
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps one store for all attempts
-        meeting = Meeting(launch, dist.PrefixStore(f"kfac_sua/{attempt}", store))
+        meeting = Meeting(launch, dist.PrefixStore(f"kfac_sua/{attempt}", _open_store(launch)))
+        meeting.require_one_size()
     with named_losses(launch.rank, launch.size):
         yield meeting
+
+
+def _open_store(launch: Launch) -> dist.Store:
+    """Open the store where processes meet, as ``env://`` of PyTorch does, but without waiting for all to come."""
+    is_kept_by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        return dist.TCPStore(
+            launch.address,
+            launch.port,
+            is_master=launch.rank == 0 and not is_kept_by_torchrun,
+            timeout=PATIENCE,
+            wait_for_workers=False,  # whose number they may not agree on
+            multi_tenant=True,
+        )
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise ConfigError(
+            f"Port {launch.port} of this machine, at which the processes would meet, is in use by another program; "
+            "give a free one as MASTER_PORT, or torchrun --master_port."
+        ) from error
 
 
 def _calls(config: Config) -> dict[str, Any]:

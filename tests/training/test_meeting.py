@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,33 @@ def test_what_one_process_lacks_or_has_otherwise_is_refused_on_all(tmp_path):
     assert "the source of kfac_sua is 'changed in 0' in process 0 and 'changed in 1' in process 1" in first[3]
     assert second[4].startswith("start_from=/nowhere is not the directory of a run: ")
     assert first[4] == f"process 1 of 2 cannot take part: {second[4]}"
+
+
+def count_each_other(rank: int, sizes: dict[int, list[int]], directory: str) -> None:
+    """Write down what a process hears of the numbers of processes that it and others were told."""
+    meeting_module._LEAVING_PATIENCE = timedelta(seconds=1)  # nobody else comes
+    heard = []
+    for port, told in sizes.items():
+        before = time.monotonic()
+        try:
+            with open_meeting(Launch(rank, told[rank], rank, "127.0.0.1", port)):
+                heard.append("alike")
+        except ConfigError as error:
+            heard.append(str(error).split(": ")[1])
+        assert time.monotonic() - before < LEFT_WITHIN_S
+    Path(directory, f"{rank}.json").write_text(json.dumps(heard))
+
+
+def test_processes_that_were_told_different_numbers_of_processes_leave_at_once(tmp_path):
+    """Nobody waits for a process that only some believe in, whether the first one or others believe in it."""
+    sizes = dict(zip(free_ports(3), ([2, 3], [3, 2], [2, 2]), strict=True))
+    run_processes(count_each_other, 2, sizes, str(tmp_path))
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    both = [
+        f"it is {own} in process 0 and {other} in process 1; give all the same WORLD_SIZE."
+        for own, other in ((2, 3), (3, 2))
+    ]
+    assert first == second == [*both, "alike"]
 
 
 def test_two_processes_of_one_number_are_refused():
