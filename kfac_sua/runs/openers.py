@@ -56,11 +56,22 @@ def own_file(path: str, flags: int) -> int:
     """
     try:
         return regular_file(path, flags | os.O_NOFOLLOW)
-    except OSError as error:
-        if os.path.islink(path):  # noqa: PTH114 - the opener is given a text
-            reason = "it is a symbolic link, which is not followed; remove it"
-            raise OSError(errno.ELOOP, reason, str(path)) from error
+    except OSError:
+        refuse_link(path)
         raise
+
+
+def refuse_link(path: Path | str) -> None:
+    """Refuse a link, through which one would write somewhere else.
+
+    Args:
+        path: What is about to be written to; nothing may be there.
+
+    Raises:
+        OSError: If it is a link, wherever that leads.
+    """
+    if os.path.islink(path):  # noqa: PTH114 - also of a text
+        raise OSError(errno.ELOOP, "it is a symbolic link, which is not followed; remove it", str(path))
 
 
 def read_regular(path: Path) -> bytes:

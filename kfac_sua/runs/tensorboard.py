@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from kfac_sua.runs.event_file import EventFile
 from kfac_sua.runs.hyper_parameters import Value, hyper_parameter_summaries
+from kfac_sua.runs.openers import refuse_link
 from kfac_sua.runs.record import MAY_BE_UNMEASURED, EpochRecord
 
 if TYPE_CHECKING:
@@ -130,12 +131,13 @@ class StepLog:
         train_time_s: Seconds of training up to there.
 
     Raises:
-        OSError: If the file cannot be written; it names the file.
+        OSError: If the file cannot be written, or its directory is a link; it names the file or the link.
     """
 
     def __init__(self, directory: Path, started_unix_s: float, step: int, train_time_s: float) -> None:
         self._started_unix_s = started_unix_s
         self._step, self._train_time_s = step, train_time_s
+        refuse_link(directory / STEPS)
         self._file = EventFile(directory / STEPS, started_unix_s, step + 1)
 
     def log(self, losses: Sequence[tuple[int, float]], step: int, train_time_s: float) -> None:

@@ -16,6 +16,7 @@ from kfac_sua.runs.atomic import write_atomically
 from kfac_sua.runs.lock import exclusive
 from kfac_sua.runs.openers import own_file, read_regular
 from kfac_sua.runs.record import RecordError, append_record, read_records, read_run_info
+from kfac_sua.runs.tensorboard import StepLog
 from kfac_sua.sweep import refuse_links
 from kfac_sua.training.loop import run
 
@@ -66,6 +67,21 @@ def test_what_is_written_in_place_refuses_a_link_by_name(tmp_path, name, place):
     assert (tmp_path / "empty").read_bytes() == b""
     assert not (tmp_path / "missing").exists()
     assert link.is_symlink()
+
+
+@pytest.mark.parametrize("place", ["directory", "missing"])
+def test_losses_of_steps_are_not_written_into_a_directory_by_a_link(tmp_path, place):
+    """The run's own directory may be one, that below it may not."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to("run")
+    (tmp_path / "directory").mkdir()
+    plant(tmp_path / "run/steps", tmp_path / place)
+    with pytest.raises(OSError, match=r"it is a symbolic link, which is not followed; remove it.*steps"):
+        StepLog(tmp_path / "link", 0.0, 0, 0.0)
+    assert not list((tmp_path / "directory").iterdir())
+    (tmp_path / "run/steps").unlink()
+    StepLog(tmp_path / "link", 0.0, 0, 0.0).close()
+    assert len(list((tmp_path / "run/steps").iterdir())) == 1
 
 
 def test_rows_are_not_appended_through_a_link(tmp_path):
