@@ -44,8 +44,13 @@ def hyper_parameters(config: Mapping[str, Any], prefix: str = "") -> dict[str, V
         if isinstance(value, dict):
             values |= hyper_parameters(value, f"{key}.")
         elif value is not None and key not in BOOKKEEPING:
-            values[key] = value if isinstance(value, Value) else str(value)
+            values[key] = value if isinstance(value, int | float) else _text(str(value))
     return values
+
+
+def _text(value: str) -> str:
+    """Return a text as event files can hold it: what is none in the name of a directory becomes its code."""
+    return value.encode(errors="backslashreplace").decode()
 
 
 def hyper_parameter_summaries(values: Mapping[str, Value], started_unix_s: float) -> "list[Summary]":

@@ -37,7 +37,8 @@ class RunLog(logging.Handler):
         time = datetime.now(UTC).isoformat(timespec="seconds")
         first, *others = text.splitlines() or [""]
         lines = [f"{time}  {first}", *(f"{'':{len(time)}}  {line}".rstrip() for line in others)]
-        content = memoryview("".join(f"{line}\n" for line in lines).encode())
+        # A path may hold bytes that are no text: they are written as they are, as the streams do.
+        content = memoryview("".join(f"{line}\n" for line in lines).encode(errors="surrogateescape"))
         with named_in_errors(self._path):
             while content:
                 content = content[self._file.write(content) :]

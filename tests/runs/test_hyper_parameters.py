@@ -1,5 +1,7 @@
 """The HPARAMS tab: what it shows unasked, what it leaves out, and columns that are those of all runs."""
 
+import os
+
 import pytest
 from tensorboard.plugins.hparams.api_pb2 import DATA_TYPE_BOOL, DATA_TYPE_FLOAT64, DATA_TYPE_STRING, Experiment
 from tensorboard.plugins.hparams.backend_context import _sort_and_reduce_to_hparams_limit
@@ -52,6 +54,13 @@ def test_what_usually_differs_comes_first():
     assert tags[:2] == ["val/error", "train/eval_loss"]
     assert set(tags) <= set(SCALARS)
     assert len(tags) <= 5
+
+
+def test_a_directory_whose_name_is_no_text_is_shown_by_its_code():
+    """Event files hold UTF-8 only."""
+    values = hyper_parameters({"start_from": os.fsdecode(b"caf\xe9")})
+    assert values == {"start_from": r"caf\udce9"}
+    assert len(hyper_parameter_summaries(values, 0.0)) == 2
 
 
 def test_bookkeeping_is_left_out():

@@ -53,6 +53,15 @@ def test_a_full_disk_is_said_with_the_name_of_the_file(tmp_path):
         log.close()
 
 
+def test_a_name_that_is_no_text_is_kept_as_it_is(tmp_path):
+    """Of a file or directory, as the system gives it."""
+    path = tmp_path / "train.log"
+    log = RunLog(path)
+    log.add(os.fsdecode(b"caf\xe9\xff"))
+    log.close()
+    assert path.read_bytes().endswith(b"  caf\xe9\xff\n")
+
+
 def test_a_run_keeps_its_command_its_layers_and_its_epochs(tmp_path, monkeypatch, capsys):
     """Command and overrides in run.json, all that was said in train.log; a run that has ended adds nothing."""
     monkeypatch.setenv("KFAC_SUA_COMMAND", "")
