@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from kfac_sua.runs.openers import refuse_special
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 _COMMAND = "KFAC_SUA_COMMAND"  # variable of the environment
+_PASSWORD = re.compile(r"(://[^/\s:@]*:)[^/\s]*(@)")  # of scheme://user:password@host, to the last @ before the path
 
 
 def say(sentence: object, code: int = FAILED) -> int:
@@ -30,11 +32,14 @@ def say(sentence: object, code: int = FAILED) -> int:
 def keep_command(module: str, arguments: Sequence[str]) -> None:
     """Keep a command line for the records of its runs, in whichever process they are carried out.
 
+    The password of an address, such as that of a sweeper's data base, is kept as ``***``: others read the records.
+
     Args:
         module: What was started, by ``python -m``.
         arguments: What follows it.
     """
-    os.environ[_COMMAND] = shlex.join(["python", "-m", module, *arguments])
+    shown = [_PASSWORD.sub(r"\1***\2", argument) for argument in arguments]
+    os.environ[_COMMAND] = shlex.join(["python", "-m", module, *shown])
 
 
 def kept_command() -> str | None:

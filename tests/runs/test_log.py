@@ -3,12 +3,13 @@
 import logging
 import os
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 from tiny_runs import tiny_config
 
-from kfac_sua.command_line import keep_command
+from kfac_sua.command_line import keep_command, kept_command
 from kfac_sua.runs.log import RunLog
 from kfac_sua.runs.record import read_run_info
 from kfac_sua.training.launch import Launch
@@ -60,6 +61,22 @@ def test_a_name_that_is_no_text_is_kept_as_it_is(tmp_path):
     log.add(os.fsdecode(b"caf\xe9\xff"))
     log.close()
     assert path.read_bytes().endswith(b"  caf\xe9\xff\n")
+
+
+@pytest.mark.parametrize(
+    ("argument", "kept"),
+    [
+        ("storage=postgresql://me:s3cret@host:5432/db", "storage=postgresql://me:***@host:5432/db"),
+        ("storage=redis://:s3:cr@et@host", "storage=redis://:***@host"),
+        ("storage=sqlite:///me:or@you.db", "storage=sqlite:///me:or@you.db"),
+        ("storage=mysql://host:3306/db", "storage=mysql://host:3306/db"),
+    ],
+)
+def test_the_password_of_an_address_is_not_kept(monkeypatch, argument, kept):
+    """The command is in run.json and train.log, which others read."""
+    monkeypatch.setenv("KFAC_SUA_COMMAND", "")
+    keep_command("kfac_sua.train", [argument, "seed=1"])
+    assert shlex.split(kept_command()) == ["python", "-m", "kfac_sua.train", kept, "seed=1"]
 
 
 def test_a_run_keeps_its_command_its_layers_and_its_epochs(tmp_path, monkeypatch, capsys):
