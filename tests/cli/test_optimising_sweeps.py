@@ -122,18 +122,31 @@ def test_two_trials_of_optuna(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("already finished") == 2
 
 
+EPOCHS = 6  # so that a signal in the first half of them comes within a run
+
+
 def sweep(directory: Path) -> subprocess.Popen[str]:
-    """Start eight trials whose runs take a second or two each."""
+    """Start eight trials."""
     return subprocess.Popen(
         [
             *(sys.executable, "-m", "kfac_sua.train", "sweep=optuna_lr_damping", "hydra.sweeper.n_trials=8"),
-            *(*TINY, "preconditioner=kfac", "epochs=4"),
+            *(*TINY, "preconditioner=kfac", f"epochs={EPOCHS}"),
         ],
         cwd=directory,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+    )
+
+
+def is_training(directory: Path) -> bool:
+    """Whether a run is in the first half of its epochs, with a checkpoint."""
+    return any(
+        read_run_info(path).status == "running"
+        and path.with_name("checkpoint.state").exists()
+        and len(read_records(path.with_name("metrics.csv"))) <= EPOCHS // 2
+        for path in directory.rglob("run.json")
     )
 
 
@@ -152,16 +165,17 @@ def test_eight_trials_interrupted_go_on_as_if_they_had_not_been(tmp_path):
         (tmp_path / name).mkdir()
     first = sweep(tmp_path / "interrupted")
     deadline = time.monotonic() + 120
-    while len(list((tmp_path / "interrupted").rglob("run.json"))) < 3:
+    while len(list((tmp_path / "interrupted").rglob("run.json"))) < 3 or not is_training(tmp_path / "interrupted"):
         assert first.poll() is None, first.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
     first.send_signal(signal.SIGINT)
     _, err = first.communicate(timeout=60)
     assert first.returncode == 130, err
-    assert "the same command resumes" in err or "this run has ended" in err
+    assert "interrupted; the same command resumes from epoch" in err
     for name in ("interrupted", "alone"):
         out, err = sweep(tmp_path / name).communicate(timeout=300)
+        assert ("resumed on cpu" in out) == (name == "interrupted")
         assert "\n8 runs: 8 finished.\n" in out, err
     assert chosen(tmp_path / "interrupted") == chosen(tmp_path / "alone")
     lowest = min(chosen(tmp_path / "alone").values())
