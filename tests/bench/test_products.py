@@ -135,7 +135,7 @@ def test_the_command_prints_and_writes(tmp_path, capsys):
     [
         (["model=huge"], 2, "huge"),
         (["device=cuda"], 2, "device=cuda"),
-        (["--json", "/nonexistent/x.json"], 1, "Cannot use /nonexistent/x.json"),
+        (["--json", "/nonexistent/x.json"], 2, "Cannot use /nonexistent/x.json"),
         (["model=tiny", "dataset=digits", "optimizer.lr=1e20", "dataset.train_size=300"], 1, "lower optimizer.lr"),
     ],
 )

@@ -263,7 +263,7 @@ def test_cases_beyond_the_memory_limit_are_listed(tiny, tmp_path, capsys):
     assert "- K-FAC, 8 channels, 3×3, mini-batch 100, `cholesky`: needs 9.78e-05 GiB." in report
     assert run(tmp_path, "--sweep", "width") == 0
     assert (read_table(tmp_path / "out" / "scaling.csv")["note"] == "").all()
-    assert run(tmp_path / "none", "--memory-limit-gib", "1e-9") == 1
+    assert run(tmp_path / "none", "--memory-limit-gib", "1e-9") == 2
     assert "No case fits" in capsys.readouterr().err
 
 
@@ -289,7 +289,7 @@ def test_another_machine_is_refused(tiny, tmp_path, capsys, monkeypatch):
     frame.to_csv(path, index=False)
     before = path.read_bytes()
     capsys.readouterr()
-    assert run(tmp_path) == 1
+    assert run(tmp_path) == 2
     sentence = capsys.readouterr().err
     assert "measured with torch 1.0, here it is" in sentence
     assert len(sentence.splitlines()) == 1
@@ -301,7 +301,7 @@ def test_a_foreign_table_is_refused(tiny, tmp_path, capsys, content, reason):
     """What is not a table of the study is not overwritten."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "scaling.csv").write_text(content)
-    assert run(tmp_path) == 1
+    assert run(tmp_path) == 2
     sentence = capsys.readouterr().err
     assert reason in sentence
     assert len(sentence.splitlines()) == 1
@@ -313,7 +313,7 @@ def test_a_torn_table_is_refused(tiny, tmp_path, capsys):
     assert run(tmp_path, "--sweep", "kernel") == 0
     path = tmp_path / "out" / "scaling.csv"
     read_table(path).iloc[:-1].to_csv(path, index=False)
-    assert run(tmp_path) == 1
+    assert run(tmp_path) == 2
     assert "lacks costs of sua_grouped at 128 channels, 1×1, batch 100" in capsys.readouterr().err
 
 
