@@ -27,6 +27,7 @@ def call(name: str, out: Path, *arguments: str) -> str:
     return (out / "report" / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_figure_2_ends_where_two_panels_are_one_configuration(tmp_path):
     """On one data set the middle and the right panel are the same runs; titles and report say what was run."""
     report = call("fig2", tmp_path, "--only", "baseline")

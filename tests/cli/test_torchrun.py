@@ -78,6 +78,7 @@ def in_process(monkeypatch, capsys, variables: dict[str, str], *arguments: str) 
     return code, capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_all_with_a_sentence_each_and_one_process_goes_on(tmp_path):
     """SIGKILL of one of two ends the other within a minute, by a sentence that run.json keeps; one process resumes."""
     agent = start(2, "epochs=3000", cwd=tmp_path)
