@@ -64,10 +64,13 @@ def check_node(node: DictConfig, plain: DictConfig | None = None) -> None:
         plain: The same composed of the package's files alone; ``None`` where no others took part.
 
     Raises:
-        ConfigError: If a class is to be called that no launcher or sweeper brings, or another setting is changed.
+        ConfigError: If a class is to be called that no launcher or sweeper brings, one of the two has been removed, or
+            another setting is changed.
     """
     known = set(_targets(ConfigStore.instance().repo.get("hydra", {})))
     for name in ("launcher", "sweeper"):
+        if OmegaConf.is_missing(node, name) or not OmegaConf.is_dict(node.get(name)):
+            raise ConfigError(f"hydra/{name} was removed but is needed; leave out what removes it.")
         for key, value in _leaves(_plain(node[name]), f"hydra.{name}"):
             last = key.rpartition(".")[2]
             is_hidden = any(resolver in str(value) for resolver in _HIDE_CODE)
