@@ -177,7 +177,7 @@ def test_sweep_from_a_grid_file_in_a_real_process(tmp_path):
     code, out, err = call("sweep=lr", "preconditioner=baseline", "epochs=1", cwd=tmp_path)
     assert (code, err) == (0, "")
     assert {info["config"]["optimizer"]["lr"] for info in infos(tmp_path).values()} == grid
-    assert f"Launching {len(grid)} jobs locally" in out
+    assert f"#{len(grid)} of {len(grid)} started on cpu: " in out
 
 
 @pytest.mark.slow
@@ -186,7 +186,7 @@ def test_sweep_over_three_axes_in_a_real_process(tmp_path):
     values = ("preconditioner=sua,grouped", "optimizer.lr=0.1,0.03", "preconditioner.damping=0.1,0.01")
     code, out, err = call("-m", *values, "epochs=1", cwd=tmp_path)
     assert (code, err) == (0, "")
-    assert "Launching 8 jobs locally" in out
+    assert "#8 of 8 started on cpu: " in out
     assert len(infos(tmp_path)) == 8
     assert all(info["status"] in ("finished", "diverged") for info in infos(tmp_path).values())
 
