@@ -70,7 +70,7 @@ class Diagnostics:
         """Look at the baseline's gradient, if it is time to.
 
         Args:
-            batch: Mini-batches of the epoch before the one whose step has been taken, or skipped.
+            batch: Mini-batches of the epoch before the one whose step has been taken.
         """
         if self._preconditioner is None and batch % BASELINE_PERIOD == 0 and (gradients := self._gradients()):
             norm = _norm(gradients)

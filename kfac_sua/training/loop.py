@@ -119,8 +119,10 @@ def train_epoch(training: Training, progress: Progress, after_batch: Callable[[]
         training.step_losses.note(training.step, begins=True)
         with contextlib.suppress(Diverged):
             for _ in range(training.batch, len(training.loader)):
+                num_skipped = training.skipped_steps
                 training.take_step()
-                training.diagnostics.after_step(training.batch)
+                if training.skipped_steps == num_skipped:  # what a skipped mini-batch leaves in .grad is nothing's
+                    training.diagnostics.after_step(training.batch)
                 training.batch += 1
                 training.step_losses.note(training.step)
                 training.watch.switch(phase_around(training))
