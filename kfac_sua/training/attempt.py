@@ -122,8 +122,7 @@ def new_info(training: Training, directory: RunDirectory, launch: Launch) -> Run
 def continued_info(begun: RunInfo, now: RunInfo, is_resumed: bool) -> RunInfo:
     """Return what a run is from here on that an earlier attempt has begun, maybe on another machine."""
     device_name = begun.device_name if is_resumed else now.device_name
-    machines = list(dict.fromkeys([*(begun.machines if is_resumed else []), *now.machines]))
-    process_counts = list(dict.fromkeys([*(begun.process_counts if is_resumed else []), *now.process_counts]))
+    spent = with_seconds_of(begun, now) if is_resumed else now
     config = begun.config
     if "capture" in config:  # without it a run tells what its precision meant
         config = config | {"capture": now.config["capture"]}
@@ -133,17 +132,17 @@ def continued_info(begun: RunInfo, now: RunInfo, is_resumed: bool) -> RunInfo:
         config=config,
         failure=None,
         device_name=device_name,
-        machines=machines,
-        process_counts=process_counts,
+        machines=spent.machines,
+        process_counts=spent.process_counts,
     )
 
 
-def started_from(source: RunInfo, now: RunInfo) -> RunInfo:
-    """Return what a run is that begins where another one has ended, on whose machines its first seconds were spent."""
+def with_seconds_of(earlier: RunInfo, now: RunInfo) -> RunInfo:
+    """Return what a run is whose first seconds were spent by an attempt before, or by the run that it starts from."""
     return dataclasses.replace(
         now,
-        machines=list(dict.fromkeys([*source.machines, *now.machines])),
-        process_counts=list(dict.fromkeys([*source.process_counts, *now.process_counts])),
+        machines=list(dict.fromkeys([*earlier.machines, *now.machines])),
+        process_counts=list(dict.fromkeys([*earlier.process_counts, *now.process_counts])),
     )
 
 

@@ -28,8 +28,8 @@ from kfac_sua.training.attempt import (
     record_early_failure,
     record_failure,
     restore,
-    started_from,
     summary_line,
+    with_seconds_of,
     write_end,
     write_weights,
 )
@@ -140,7 +140,7 @@ class RunWriter:
         checkpoint, self.records = world.from_first(lambda: read_checkpoint(training, directory))
         source = world.from_first(lambda: read_source(training)) if checkpoint is None else None
         if source is not None:
-            checkpoint, self.records, info = source.checkpoint, source.records, started_from(source.info, info)
+            checkpoint, self.records, info = source.checkpoint, source.records, with_seconds_of(source.info, info)
         if checkpoint is not None:
             restore(training, checkpoint, directory)
         self.info = info if begun is None else continued_info(begun, info, is_resumed=checkpoint is not None)
