@@ -60,8 +60,8 @@ class Meeting:
             store.set("other size", json.dumps(None))
         store.wait(["other size"], PATIENCE)
         other = json.loads(store.get("other size"))
+        self._stay("other size", range(size if other is None else max(first, other[1])))
         if other is not None:
-            self._stay("other size", range(max(first, other[1])))
             raise ConfigError(
                 f"The processes of a run must be told one number of processes: it is {first} in process 0 and "
                 f"{other[1]} in process {other[0]}; give all the same WORLD_SIZE."
