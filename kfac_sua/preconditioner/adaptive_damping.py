@@ -25,11 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from kfac_sua.preconditioner.apply import quadratic_form
+from kfac_sua.preconditioner.checkpoint.checks import RESTART, checked_entries, is_count, outlined
 from kfac_sua.preconditioner.kfac import KroneckerPreconditioner
-from kfac_sua.preconditioner.plain import checked_integer, checked_number, plain_number, shown
+from kfac_sua.preconditioner.plain_numbers import checked_integer, checked_number, plain_number, shown
 from kfac_sua.preconditioner.precision import on_one_device
 from kfac_sua.preconditioner.settings import LossReduction
-from kfac_sua.preconditioner.state_checks import RESTART, checked_entries, is_count, outlined
 
 
 class AdaptiveDamping:

@@ -7,9 +7,9 @@ go on being applied.
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from kfac_sua.preconditioner.plain import checked_number
+from kfac_sua.preconditioner.checkpoint.checks import RESTART, checked_entries, is_count, is_damping, outlined
+from kfac_sua.preconditioner.plain_numbers import checked_number
 from kfac_sua.preconditioner.settings import checked_damping
-from kfac_sua.preconditioner.state_checks import RESTART, checked_entries, is_count, is_damping, outlined
 
 DampingFunction = Callable[[int], float]
 """From the number of steps taken to the damping ε > 0."""

@@ -11,13 +11,14 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import Tensor, nn
 
-from kfac_sua.preconditioner.capture import Capture, Phase, PhaseSource
-from kfac_sua.preconditioner.changes import ModelWatch, is_frozen
-from kfac_sua.preconditioner.compiled import UncompiledWhileRecording, compiled_modules
+from kfac_sua.preconditioner.checkpoint.checks import check_numbers, check_outline
+from kfac_sua.preconditioner.checkpoint.layer_checks import check_findings
+from kfac_sua.preconditioner.checkpoint.versions import STATE_VERSION, check_state, up_to_date, written_over
 from kfac_sua.preconditioner.damping_schedule import DampingFunction
-from kfac_sua.preconditioner.exchange import SharedInversion
-from kfac_sua.preconditioner.factors import LayerFactors, finite_layers
-from kfac_sua.preconditioner.faults import (
+from kfac_sua.preconditioner.distributed.assignment import checked_flops_per_byte
+from kfac_sua.preconditioner.distributed.collectives import Processes, default_processes
+from kfac_sua.preconditioner.distributed.inversion import SharedInversion
+from kfac_sua.preconditioner.events import (
     EventLog,
     OddGradient,
     checked_loss_factor,
@@ -31,17 +32,20 @@ from kfac_sua.preconditioner.faults import (
     unused_gradients,
     usable_inverse,
 )
+from kfac_sua.preconditioner.factors import LayerFactors, finite_layers
 from kfac_sua.preconditioner.fisher import fisher_cotangents, within_generator
 from kfac_sua.preconditioner.forms.accumulator import Scalings
+from kfac_sua.preconditioner.host_copy import LaterCopy
 from kfac_sua.preconditioner.kl_clip import KLClip
 from kfac_sua.preconditioner.large import warn_of_large_layers
-from kfac_sua.preconditioner.later import LaterCopy
 from kfac_sua.preconditioner.layer import PreconditionedLayer, take_inverses
-from kfac_sua.preconditioner.layer_checks import check_findings
-from kfac_sua.preconditioner.layers import discover_layers, log_plain_layers, preconditioned
-from kfac_sua.preconditioner.plain import checked_integer, shown
+from kfac_sua.preconditioner.model.capture import Capture, Phase, PhaseSource
+from kfac_sua.preconditioner.model.changes import ModelWatch, is_frozen
+from kfac_sua.preconditioner.model.compiled import UncompiledWhileRecording, compiled_modules
+from kfac_sua.preconditioner.model.discovery import discover_layers, log_plain_layers, preconditioned
+from kfac_sua.preconditioner.model.wrappers import bare_model
+from kfac_sua.preconditioner.plain_numbers import checked_integer, shown
 from kfac_sua.preconditioner.precision import application_precision, factor_precision
-from kfac_sua.preconditioner.processes import Processes, default_processes
 from kfac_sua.preconditioner.refresh import refresh_layers, small_dampings
 from kfac_sua.preconditioner.report import LayerTable, layer_table, report_sharing
 from kfac_sua.preconditioner.settings import (
@@ -58,10 +62,6 @@ from kfac_sua.preconditioner.settings import (
     checked_damping,
     merge_settings,
 )
-from kfac_sua.preconditioner.sharing import checked_flops_per_byte
-from kfac_sua.preconditioner.state import STATE_VERSION, check_state, up_to_date, written_over
-from kfac_sua.preconditioner.state_checks import check_numbers, check_outline
-from kfac_sua.preconditioner.wrappers import bare_model
 
 _COPY_CURE = "make one for the other model and give it load_state_dict(preconditioner.state_dict())"
 

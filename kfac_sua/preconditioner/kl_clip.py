@@ -23,7 +23,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from kfac_sua.preconditioner.plain import plain_number, shown
+from kfac_sua.preconditioner.plain_numbers import plain_number, shown
 from kfac_sua.preconditioner.precision import at_least_float32, on_one_device
 
 

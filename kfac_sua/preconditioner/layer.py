@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from kfac_sua.preconditioner.apply import precondition_
-from kfac_sua.preconditioner.capture import PhaseSource
+from kfac_sua.preconditioner.checkpoint.layer_checks import Finding, StateHolder, check_findings, layer_findings
+from kfac_sua.preconditioner.checkpoint.versions import to_be_written_over, written_over
+from kfac_sua.preconditioner.distributed.collectives import Site
 from kfac_sua.preconditioner.factors import LayerFactors, RunningAverage
 from kfac_sua.preconditioner.forms.cost import SideCost
 from kfac_sua.preconditioner.geometry import BlockLayout, LayerGeometry
@@ -19,16 +21,14 @@ from kfac_sua.preconditioner.kronecker import (
     Sides,
     layer_inverse_from_state,
 )
-from kfac_sua.preconditioner.layer_checks import Finding, StateHolder, check_findings, layer_findings
-from kfac_sua.preconditioner.layers import foreign_forward
+from kfac_sua.preconditioner.model.backward_application import TwoSidedForward, can_be_two_sided
+from kfac_sua.preconditioner.model.capture import PhaseSource
+from kfac_sua.preconditioner.model.discovery import foreign_forward
+from kfac_sua.preconditioner.model.used_gradient import GradientWatch, is_used_up
 from kfac_sua.preconditioner.precision import at_least_float32, fits, has_fast_products
-from kfac_sua.preconditioner.processes import Site
 from kfac_sua.preconditioner.rates import rates_of
 from kfac_sua.preconditioner.settings import Application, KroneckerSettings, Products, WeightSharing
-from kfac_sua.preconditioner.state import to_be_written_over, written_over
 from kfac_sua.preconditioner.statistics import LayerStatistics
-from kfac_sua.preconditioner.two_sided import TwoSidedForward, can_be_two_sided
-from kfac_sua.preconditioner.used import GradientWatch, is_used_up
 
 
 @dataclass

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kfac_sua.preconditioner import damping
-from kfac_sua.preconditioner.exchange import SharedInversion
+from kfac_sua.preconditioner.distributed.inversion import SharedInversion
 from kfac_sua.preconditioner.factors import LayerFactors
 from kfac_sua.preconditioner.forms import Factor
 from kfac_sua.preconditioner.forms.cost import SideCost

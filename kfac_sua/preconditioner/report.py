@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kfac_sua.preconditioner.exchange import SharedInversion
+from kfac_sua.preconditioner.distributed.assignment import Work, machine_balance, plan_sharing
+from kfac_sua.preconditioner.distributed.collectives import DESCRIPTION_BYTES
+from kfac_sua.preconditioner.distributed.inversion import SharedInversion
 from kfac_sua.preconditioner.forms import DenseInverse, SplitInverse, sum_form
 from kfac_sua.preconditioner.forms.cost import ANY_ROWS
 from kfac_sua.preconditioner.forms.split import PART_BYTES
@@ -16,10 +18,8 @@ from kfac_sua.preconditioner.geometry import BlockLayout
 from kfac_sua.preconditioner.kronecker import EIGENBASIS
 from kfac_sua.preconditioner.large import large_layers
 from kfac_sua.preconditioner.layer import PreconditionedLayer
-from kfac_sua.preconditioner.layers import DiscoveredLayer, names_by_reason
-from kfac_sua.preconditioner.processes import DESCRIPTION_BYTES
+from kfac_sua.preconditioner.model.discovery import DiscoveredLayer, names_by_reason
 from kfac_sua.preconditioner.settings import DampingRule, KroneckerSettings
-from kfac_sua.preconditioner.sharing import Work, machine_balance, plan_sharing
 
 
 @dataclass(frozen=True)

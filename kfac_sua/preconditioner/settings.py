@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from kfac_sua.preconditioner.plain import checked_integer, checked_number, shown
+from kfac_sua.preconditioner.plain_numbers import checked_integer, checked_number, shown
 
 
 class Choice(StrEnum):

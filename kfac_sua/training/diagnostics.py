@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_sua.preconditioner import KroneckerPreconditioner
-from kfac_sua.preconditioner.state_checks import is_count, outlined
+from kfac_sua.preconditioner.checkpoint.checks import is_count, outlined
 
 BASELINE_PERIOD = 50
 """Steps between two looks at the baseline's gradient: as many as between two refreshes in the paper."""

@@ -1,6 +1,6 @@
 """Whether the loss is still finite, seen without a wait for the device."""
 
-from kfac_sua.preconditioner.later import LaterCopy
+from kfac_sua.preconditioner.host_copy import LaterCopy
 from kfac_sua.training.evaluate import ErrorCounter
 
 LOOK_PERIOD = 50

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac_sua.config import Precision
-from kfac_sua.preconditioner.state_checks import outlined
+from kfac_sua.preconditioner.checkpoint.checks import outlined
 from kfac_sua.training.precision import compute_logits
 from kfac_sua.training.world import World
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kfac_sua.config import KroneckerConfig, NonFinite
 from kfac_sua.optimizers import MuonWithAdamW
-from kfac_sua.preconditioner.state_checks import outlined
+from kfac_sua.preconditioner.checkpoint.checks import outlined
 from kfac_sua.training.diagnostics import check_looks
 from kfac_sua.training.evaluate import checked_sums
 from kfac_sua.training.timing import PHASES

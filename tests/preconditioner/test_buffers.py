@@ -12,8 +12,8 @@ from identical import assert_identical
 from torch import Tensor, nn
 
 from kfac_sua.preconditioner import KroneckerPreconditioner, KroneckerSettings
+from kfac_sua.preconditioner.checkpoint.versions import written_over
 from kfac_sua.preconditioner.forms import DenseInverse, EigenBasis, LowRankInverse, PatchInverse
-from kfac_sua.preconditioner.state import written_over
 
 LR = 0.05
 PERIOD = 2

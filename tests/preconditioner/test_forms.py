@@ -11,7 +11,7 @@ from torch import nn
 
 import kfac_sua
 from kfac_sua.preconditioner import forms
-from kfac_sua.preconditioner.exchange import read_inverse
+from kfac_sua.preconditioner.distributed.inversion import read_inverse
 from kfac_sua.preconditioner.forms import (
     ROW_FORMS,
     SUM_FORMS,

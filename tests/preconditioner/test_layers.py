@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from kfac_sua.models import VGG11
-from kfac_sua.preconditioner import KroneckerPreconditioner, layers
-from kfac_sua.preconditioner.layers import discover_layers
+from kfac_sua.preconditioner import KroneckerPreconditioner
+from kfac_sua.preconditioner.model import discovery
+from kfac_sua.preconditioner.model.discovery import discover_layers
 
 
 def reasons(model, **options):
@@ -381,8 +382,9 @@ class Doubler:
 
 def test_a_hook_between_devices_is_named(monkeypatch):
     """Where weights lie on several devices, a hook brings the inputs that are recorded from another one."""
-    surroundings = layers._surroundings
-    monkeypatch.setattr(layers, "_surroundings", lambda *args: replace(surroundings(*args), is_on_several_devices=True))
+    surroundings = discovery._surroundings
+    on_several_devices = lambda *args: replace(surroundings(*args), is_on_several_devices=True)  # noqa: E731
+    monkeypatch.setattr(discovery, "_surroundings", on_several_devices)
     net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     hooked(net[0])
     assert reasons(net) == {"0": "accelerate's AlignDevicesHook brings its inputs from another device", "1": ""}

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from kfac_sua.preconditioner import KroneckerPreconditioner
-from kfac_sua.preconditioner.layers import discover_layers
+from kfac_sua.preconditioner.model.discovery import discover_layers
 
 DTYPE = torch.float64
 

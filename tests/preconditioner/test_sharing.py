@@ -10,7 +10,8 @@ from thread_processes import run_ranks
 from torch import nn
 
 from kfac_sua.preconditioner import KroneckerPreconditioner
-from kfac_sua.preconditioner.exchange import SharedInversion
+from kfac_sua.preconditioner.distributed.assignment import FLOPS_PER_BYTE, Work, machine_balance, plan_sharing
+from kfac_sua.preconditioner.distributed.inversion import SharedInversion
 from kfac_sua.preconditioner.forms import DenseFactor, Factor, PatchFactor, RowsFactor
 from kfac_sua.preconditioner.forms.dense import gram
 from kfac_sua.preconditioner.forms.patch_rows import PatchRows
@@ -19,7 +20,6 @@ from kfac_sua.preconditioner.forms.unfold import to_locations
 from kfac_sua.preconditioner.geometry import LayerGeometry
 from kfac_sua.preconditioner.invert import eigendecompose_factors, invert_factors
 from kfac_sua.preconditioner.report import SharingReport
-from kfac_sua.preconditioner.sharing import FLOPS_PER_BYTE, Work, machine_balance, plan_sharing
 
 # --- who inverts what -------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kfac_sua.preconditioner.processes import Processes
+from kfac_sua.preconditioner.distributed.collectives import Processes
 
 
 class ThreadProcesses(Processes):

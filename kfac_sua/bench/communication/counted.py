@@ -16,15 +16,15 @@ from kfac_sua.bench.contender import NUM_CLASSES
 from kfac_sua.build import build_model
 from kfac_sua.config import Config, ConfigError, KroneckerConfig
 from kfac_sua.preconditioner import FisherType, KroneckerPreconditioner
-from kfac_sua.preconditioner.exchange import read_inverse
+from kfac_sua.preconditioner.distributed.assignment import Work, plan_sharing
+from kfac_sua.preconditioner.distributed.collectives import Processes, description
+from kfac_sua.preconditioner.distributed.inversion import read_inverse
 from kfac_sua.preconditioner.factors import LayerFactors
 from kfac_sua.preconditioner.forms import EigenBasis, Factor
 from kfac_sua.preconditioner.geometry import BlockLayout
 from kfac_sua.preconditioner.kronecker import KroneckerEigenbasis, KroneckerInverse, LayerInverse
 from kfac_sua.preconditioner.layer import PreconditionedLayer
-from kfac_sua.preconditioner.processes import Processes, description
 from kfac_sua.preconditioner.settings import DampingRule
-from kfac_sua.preconditioner.sharing import Work, plan_sharing
 
 META = torch.device("meta")
 

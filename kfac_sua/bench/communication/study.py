@@ -9,7 +9,7 @@ from kfac_sua.bench.communication.cluster import Cluster
 from kfac_sua.bench.communication.counted import Costs, ShapeModel, count_costs
 from kfac_sua.bench.communication.work import Work
 from kfac_sua.bench.settings import Setting, compose_settings, parse_items
-from kfac_sua.preconditioner.sharing import FLOPS_PER_BYTE
+from kfac_sua.preconditioner.distributed.assignment import FLOPS_PER_BYTE
 
 PARTS = ("statistics", "statistics_exchange", "inversion", "inversion_exchange", "application")
 """What a preconditioned mini-batch has more than one of SGD: seconds, averaged over a refresh period."""

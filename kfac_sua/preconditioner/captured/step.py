@@ -22,7 +22,7 @@ from kfac_sua.preconditioner.captured.optimizers import StepOptimizers
 from kfac_sua.preconditioner.captured.recording import Grad, Recording
 from kfac_sua.preconditioner.captured.values import plain_values, tensors
 from kfac_sua.preconditioner.kfac import KroneckerPreconditioner
-from kfac_sua.preconditioner.wrappers import bare_model
+from kfac_sua.preconditioner.model.wrappers import bare_model
 
 logger = logging.getLogger(__name__)
 

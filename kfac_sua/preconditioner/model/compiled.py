@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from kfac_sua.preconditioner.stand_in import ForwardStandIn, own_forward
-from kfac_sua.preconditioner.wrappers import inside_of_compiled
+from kfac_sua.preconditioner.model.replaced_forward import ForwardStandIn, own_forward
+from kfac_sua.preconditioner.model.wrappers import inside_of_compiled
 
 REASON = "kfac_sua records statistics of this mini-batch, which no graph can hold; compile without fullgraph=True"
 

@@ -26,16 +26,16 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from kfac_sua.preconditioner.apply import precondition_
-from kfac_sua.preconditioner.backward import GradUse, accumulation, is_transformed, use_of_grad
-from kfac_sua.preconditioner.capture import PhaseSource
 from kfac_sua.preconditioner.forms import Inverse
 from kfac_sua.preconditioner.forms.cost import SideCost
 from kfac_sua.preconditioner.forms.patch_rows import PatchRows
 from kfac_sua.preconditioner.forms.unfold import output_size, to_locations
 from kfac_sua.preconditioner.geometry import BlockLayout, ChannelGroups, LayerGeometry
 from kfac_sua.preconditioner.kronecker import NEITHER_SIDE, KroneckerInverse, Sides
+from kfac_sua.preconditioner.model.autograd import GradUse, accumulation, is_transformed, use_of_grad
+from kfac_sua.preconditioner.model.capture import PhaseSource
+from kfac_sua.preconditioner.model.replaced_forward import ForwardStandIn
 from kfac_sua.preconditioner.precision import application_precision, fits
-from kfac_sua.preconditioner.stand_in import ForwardStandIn
 
 
 def can_be_two_sided(module: nn.Module, geometry: LayerGeometry) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from kfac_sua.preconditioner.geometry import LayerGeometry
-from kfac_sua.preconditioner.layers import FROZEN, DiscoveredLayer, classify_layers
+from kfac_sua.preconditioner.model.discovery import FROZEN, DiscoveredLayer, classify_layers
 
 CURE = "make the preconditioner anew after the change (remove_hooks() takes the old one off the model)"
 

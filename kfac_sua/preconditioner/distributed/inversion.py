@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from kfac_sua.preconditioner import invert as alone
+from kfac_sua.preconditioner.distributed.assignment import NUM_COUNTS, SharingPlan, Work, machine_balance, plan_sharing
+from kfac_sua.preconditioner.distributed.collectives import Processes
 from kfac_sua.preconditioner.forms import BlockMessage, EigenBasis, Factor, MadeInverse, Prepared
 from kfac_sua.preconditioner.forms.triangles import packed, unpack_
 from kfac_sua.preconditioner.invert import Outcome
-from kfac_sua.preconditioner.processes import Processes
-from kfac_sua.preconditioner.sharing import NUM_COUNTS, SharingPlan, Work, machine_balance, plan_sharing
 
 P = TypeVar("P", bound=Prepared)
 

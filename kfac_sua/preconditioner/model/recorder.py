@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
-from kfac_sua.preconditioner.backward import NO_TASK, GradUse, accumulation, current_task, use_of_grad
 from kfac_sua.preconditioner.forms.unfold import to_locations
-from kfac_sua.preconditioner.gradient_check import GradientCheck
+from kfac_sua.preconditioner.model.autograd import NO_TASK, GradUse, accumulation, current_task, use_of_grad
+from kfac_sua.preconditioner.model.gradient_check import GradientCheck
+from kfac_sua.preconditioner.model.used_gradient import old_grad
 from kfac_sua.preconditioner.statistics import Call, LayerStatistics, ModelPass
-from kfac_sua.preconditioner.used import old_grad
 
 
 class Listener(Protocol):

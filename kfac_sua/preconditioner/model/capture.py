@@ -16,19 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from kfac_sua.preconditioner.backward import (
+from kfac_sua.preconditioner.model.autograd import (
     NO_TASK,
     current_task,
     is_transformed,
     node_at_work,
     num_nodes_made,
 )
-from kfac_sua.preconditioner.changes import CURE
-from kfac_sua.preconditioner.compiled import never_traced
-from kfac_sua.preconditioner.gradient_check import judge
+from kfac_sua.preconditioner.model.changes import CURE
+from kfac_sua.preconditioner.model.compiled import never_traced
+from kfac_sua.preconditioner.model.gradient_check import judge
+from kfac_sua.preconditioner.model.recorder import LayerRecorder
 from kfac_sua.preconditioner.ordinary import ordinary
 from kfac_sua.preconditioner.precision import factor_precision
-from kfac_sua.preconditioner.recorder import LayerRecorder
 from kfac_sua.preconditioner.statistics import Call, LayerStatistics, ModelPass
 
 Phase = Callable[[str], AbstractContextManager[Any]]

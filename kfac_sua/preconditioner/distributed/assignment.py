@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from kfac_sua.preconditioner.forms import BlockMessage, DenseFactor, EigenBasis, Factor, Prepared
-from kfac_sua.preconditioner.plain import plain_number, shown
+from kfac_sua.preconditioner.plain_numbers import plain_number, shown
 
 FLOPS_PER_BYTE = {"cpu": 25.0, "cuda": 50.0}
 """FLOPs of inversion that a process does while it receives a byte of an inverse, by type of device.

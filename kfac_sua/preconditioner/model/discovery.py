@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from kfac_sua.preconditioner.geometry import LayerGeometry, unfit_weight
-from kfac_sua.preconditioner.stand_in import ForwardStandIn
-from kfac_sua.preconditioner.wrappers import bare_name
+from kfac_sua.preconditioner.model.replaced_forward import ForwardStandIn
+from kfac_sua.preconditioner.model.wrappers import bare_name
 
 logger = logging.getLogger(__name__)
 

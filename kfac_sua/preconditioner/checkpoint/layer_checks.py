@@ -11,6 +11,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from kfac_sua.preconditioner.checkpoint.checks import MOST_STEPS, is_number, is_whole, outlined, sentence
+from kfac_sua.preconditioner.checkpoint.versions import PARTS
 from kfac_sua.preconditioner.forms import INVERSE_FORMS, ROW_FORMS, SUM_FORMS, EigenBasis, PatchFactor
 from kfac_sua.preconditioner.forms.form import Shape, is_made_of_pixels, is_made_of_rows
 from kfac_sua.preconditioner.forms.patch_rows import can_be_patch_rows
@@ -20,8 +22,6 @@ from kfac_sua.preconditioner.geometry import BlockLayout, LayerGeometry
 from kfac_sua.preconditioner.kronecker import KroneckerEigenbasis, KroneckerInverse
 from kfac_sua.preconditioner.precision import on_one_device
 from kfac_sua.preconditioner.settings import DampingRule, InverseMethod, KroneckerSettings, Products
-from kfac_sua.preconditioner.state import PARTS
-from kfac_sua.preconditioner.state_checks import MOST_STEPS, is_number, is_whole, outlined, sentence
 
 LAYER_KEYS = ("average", "is_fresh", "num_examples", "inverse", "factors")
 SIDES = ("activation", "gradient")

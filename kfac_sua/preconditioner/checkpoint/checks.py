@@ -10,7 +10,7 @@ from typing import Any, NoReturn, TypeGuard
 
 from torch import Tensor
 
-from kfac_sua.preconditioner.state import OLDEST_VERSION
+from kfac_sua.preconditioner.checkpoint.versions import OLDEST_VERSION
 
 CURE = (
     "make the preconditioner for the model and with the settings that the state was saved from, or start without the "

@@ -10,14 +10,14 @@ from collections.abc import Iterable, Sequence
 from enum import Enum
 from itertools import product
 
-from kfac_sua.preconditioner.changes import is_frozen
 from kfac_sua.preconditioner.invert import DAMPING_RAISES
 from kfac_sua.preconditioner.kronecker import LayerInverse
 from kfac_sua.preconditioner.layer import PreconditionedLayer
-from kfac_sua.preconditioner.plain import plain_number, shown
+from kfac_sua.preconditioner.model.changes import is_frozen
+from kfac_sua.preconditioner.model.used_gradient import is_unchanged
+from kfac_sua.preconditioner.plain_numbers import plain_number, shown
 from kfac_sua.preconditioner.refresh import Refreshed
 from kfac_sua.preconditioner.settings import DampingRule, FisherType, KroneckerSettings
-from kfac_sua.preconditioner.used import is_unchanged
 
 logger = logging.getLogger("kfac_sua.preconditioner.events")  # named for what it logs
 
