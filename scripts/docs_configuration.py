@@ -151,26 +151,27 @@ def _comments(path: Path) -> dict[str, str]:
 
 
 def _settings_docs() -> dict[str, str]:
-    """Return what the docstring of :class:`KroneckerSettings` says of each field."""
-    section = (inspect.getdoc(KroneckerSettings) or "").partition("Args:\n")[2].partition("\n\n")[0]
-    entries = re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", section, flags=re.MULTILINE)
-    hints, choices = get_type_hints(KroneckerSettings), _choice_docs()
-    return {name: _one_line(choices.get(hints[name], text)) for name, text in entries}
-
-
-def _choice_docs() -> dict[type, str]:
-    """Return what the source says below each member of the settings' choices; Python does not keep it."""
-    classes = [node for node in ast.parse(inspect.getsource(settings)).body if isinstance(node, ast.ClassDef)]
-    said = {node.name: [f"`{name}`: {text}" for name, text in _described(node.body)] for node in classes}
-    return {getattr(settings, name): "<br>".join(lines) for name, lines in said.items() if lines}
+    """Return the meaning of each field of :class:`KroneckerSettings`, of each of its choices, and its range."""
+    source = ast.parse(inspect.getsource(settings)).body
+    docs = {node.name: dict(_described(node.body)) for node in source if isinstance(node, ast.ClassDef)}
+    hints, meanings = get_type_hints(KroneckerSettings), {}
+    for field in dataclasses.fields(KroneckerSettings):
+        choices = docs.get(getattr(hints[field.name], "__name__", ""), {})
+        lines = [docs["KroneckerSettings"][field.name], *(f"`{name}`: {text}" for name, text in choices.items())]
+        if field.metadata:
+            lines.append(f"Must be {field.metadata['allowed']}.")
+        meanings[field.name] = _one_line("<br>".join(lines))
+    return meanings
 
 
 def _described(body: list[ast.stmt]) -> Iterator[tuple[str, str]]:
-    """Yield the names that are given a value and the text in the statement below."""
+    """Yield the names that are given a value and the text in the statement below, which Python does not keep."""
     for statement, below in itertools.pairwise(body):
         text = ast.literal_eval(below.value) if isinstance(below, ast.Expr) else None
-        if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name) and isinstance(text, str):
-            yield statement.targets[0].id, text
+        if isinstance(statement, ast.Assign | ast.AnnAssign) and isinstance(text, str):
+            target = statement.target if isinstance(statement, ast.AnnAssign) else statement.targets[0]
+            if isinstance(target, ast.Name):
+                yield target.id, text
 
 
 def _one_line(text: str) -> str:

@@ -28,7 +28,7 @@ def precondition_(
         bias_grad: ``[out]``; ``None`` where the layer has no trainable bias.
         layout: The layer's block layout.
         inverse: Inverse of its damped block.
-        sides: Sides to apply, where the gradient already carries the other (see ``two_sided``).
+        sides: Sides to apply, where the gradient already carries the other (see ``backward_application``).
     """
     if not (sides.activation or sides.gradient):
         return

@@ -92,7 +92,7 @@ def report_missing(layer: PreconditionedLayer, events: EventLog, *, is_gone: boo
         events.report("not_reached", layer.name, consequence)
 
 
-class OddGradient(Enum):
+class GradientEvent(Enum):
     """What may be odd about a layer's gradient, in the order of ``capture.Settled.flags``: event and consequence."""
 
     UNEXPLAINED = (
@@ -119,20 +119,20 @@ class OddGradient(Enum):
         events.report(kind, layer_name, consequence)
 
 
-def report_odd_gradients(layer_names: Sequence[str], flags: Sequence[bool], events: EventLog) -> None:
+def report_gradient_events(layer_names: Sequence[str], flags: Sequence[bool], events: EventLog) -> None:
     """Say what is odd about the gradients of layers.
 
     Args:
         layer_names: All layers.
-        flags: Of each kind of :class:`OddGradient` and then of each layer, whether it is.
+        flags: Of each kind of :class:`GradientEvent` and then of each layer, whether it is.
         events: Where to say it.
     """
-    for (odd, name), is_odd in zip(product(OddGradient, layer_names), flags, strict=True):
+    for (odd, name), is_odd in zip(product(GradientEvent, layer_names), flags, strict=True):
         if is_odd:
             odd.report(name, events)
 
 
-def unused_gradients(layers: Iterable[PreconditionedLayer], events: EventLog) -> list[PreconditionedLayer]:
+def layers_to_precondition(layers: Iterable[PreconditionedLayer], events: EventLog) -> list[PreconditionedLayer]:
     """Return the layers whose gradient is there, and has not been preconditioned before.
 
     Args:
@@ -151,7 +151,7 @@ def unused_gradients(layers: Iterable[PreconditionedLayer], events: EventLog) ->
             "combined with a preconditioner"
         )
         events.report("no_gradient", "(model)", consequence)
-    used = [layer for layer in present if layer.is_used_up]
+    used = [layer for layer in present if layer.is_preconditioned]
     if used and len(used) == len(present) and any(layer.has_gradient() for layer in used):
         raise RuntimeError(
             f"The gradient of layer {used[0].name!r} and all others have been preconditioned already, by this or by "

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-class LaterCopy:
+class HostCopy:
     """Copies a tensor to the host without waiting for it.
 
     Args:

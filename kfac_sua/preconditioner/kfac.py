@@ -6,7 +6,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -14,28 +14,28 @@ from torch import Tensor, nn
 from kfac_sua.preconditioner.checkpoint.checks import check_numbers, check_outline
 from kfac_sua.preconditioner.checkpoint.layer_checks import check_findings
 from kfac_sua.preconditioner.checkpoint.versions import STATE_VERSION, check_state, up_to_date, written_over
-from kfac_sua.preconditioner.damping_schedule import DampingFunction
 from kfac_sua.preconditioner.distributed.assignment import checked_flops_per_byte
+from kfac_sua.preconditioner.distributed.averaging import average_factors
 from kfac_sua.preconditioner.distributed.collectives import Processes, default_processes
 from kfac_sua.preconditioner.distributed.inversion import SharedInversion
 from kfac_sua.preconditioner.events import (
     EventLog,
-    OddGradient,
+    GradientEvent,
     checked_loss_factor,
     drop_statistics,
+    layers_to_precondition,
     nothing_recorded,
     report_frozen,
+    report_gradient_events,
     report_missing,
-    report_odd_gradients,
     report_other_examples,
     report_small_damping,
-    unused_gradients,
     usable_inverse,
 )
-from kfac_sua.preconditioner.factors import LayerFactors, finite_layers
+from kfac_sua.preconditioner.factors import finite_layers
 from kfac_sua.preconditioner.fisher import fisher_cotangents, within_generator
 from kfac_sua.preconditioner.forms.accumulator import Scalings
-from kfac_sua.preconditioner.host_copy import LaterCopy
+from kfac_sua.preconditioner.host_copy import HostCopy
 from kfac_sua.preconditioner.kl_clip import KLClip
 from kfac_sua.preconditioner.large import warn_of_large_layers
 from kfac_sua.preconditioner.layer import PreconditionedLayer, take_inverses
@@ -49,18 +49,13 @@ from kfac_sua.preconditioner.precision import application_precision, factor_prec
 from kfac_sua.preconditioner.refresh import refresh_layers, small_dampings
 from kfac_sua.preconditioner.report import LayerTable, layer_table, report_sharing
 from kfac_sua.preconditioner.settings import (
-    Application,
-    DampingRule,
     FisherType,
-    InverseMethod,
+    KroneckerOptions,
     KroneckerSettings,
-    Likelihood,
     LossReduction,
-    Products,
-    Structure,
-    WeightSharing,
     checked_damping,
-    merge_settings,
+    settings_from,
+    signature_with_settings,
 )
 
 _COPY_CURE = "make one for the other model and give it load_state_dict(preconditioner.state_dict())"
@@ -123,38 +118,22 @@ class KroneckerPreconditioner:
 
     Args:
         model: Any module, wrapped or not; its ``nn.Linear`` and ``nn.Conv2d`` layers are preconditioned.
-        structure: ``"kfac"`` or ``"sua"``.
-        group_size: Channels per group; ``None`` for no grouping.
-        damping: Tikhonov ε > 0 on each layer's Fisher block, or a function from the number of steps taken to it. It
-            enters with each refresh; see :attr:`damping` and ``damping_schedule.py``.
-        damping_rule: ``"factored"``, ``"factored_pi"`` or ``"exact"``.
-        weight_sharing: ``"expand"`` or ``"reduce"``.
-        fisher_type: ``"empirical"``, ``"mc"`` or ``"exact"``.
-        likelihood: ``"categorical"`` or ``"gaussian"``, for the sampled and the exact Fisher.
-        loss_reduction: ``"mean"`` or ``"sum"``, for the empirical Fisher.
-        inverse_period: Mini-batches between refreshes of the inverses.
-        factor_period: Mini-batches between measurements of the statistics; as ``inverse_period`` if not given.
-        ema_decay: Decay of the running average of the factors; 0 for none.
-        activation_rows: Rows of a mini-batch that activation factors are measured from at most; ``None`` for all.
-        inverse_method: ``"auto"``, ``"cholesky"`` or ``"low_rank"``.
-        application: ``"weight"`` or ``"auto"``.
-        products: ``"auto"``, ``"ieee"`` or ``"bf16x3"``.
-        kl_clip: κ > 0: shorten steps with lr² Σ g·u > κ; then ``step()`` needs ``lr``. ``None`` never does.
-        skip: Names of layers to leave to the plain gradient, with shell-style wildcards.
-        settings: All of the above at once; then none of them may be given. Their defaults and constraints are those
-            of :class:`KroneckerSettings`.
+        settings: All settings at once; then no option may be given.
         seed: Seed of the sampled labels of ``fisher_type="mc"``, any integer.
         distributed: Average the statistics over the processes of ``torch.distributed``'s default group, if there is one
             when the preconditioner is made; then all of them must take every step together.
         flops_per_byte: FLOPs of inversion that such a process does in the time in which it receives a byte, ≥ 0: a
             block is inverted by one process for all where that is cheaper than by each. 0 shares out all blocks,
-            infinity none; ``None`` takes ``sharing.FLOPS_PER_BYTE``. It has no influence on results beyond rounding.
+            infinity none; ``None`` takes ``assignment.FLOPS_PER_BYTE``. It has no influence on results beyond rounding.
+        **options: Each setting by itself, under the names, with the defaults and within the ranges of
+            :class:`KroneckerSettings`. ``damping`` may also be a function from the number of steps taken to ε. A
+            damping enters with each refresh; see :attr:`damping` and ``damping_schedule.py``.
 
     Raises:
         ValueError: If a setting is out of range, no layer of the model can be preconditioned, or it is wrapped in
             ``nn.DataParallel``.
-        TypeError: If the model is no module, the settings are no :class:`KroneckerSettings`, or ``distributed`` is
-            neither True nor False.
+        TypeError: If there is no such option, the model is no module, the settings are no :class:`KroneckerSettings`,
+            or ``distributed`` is neither True nor False.
 
     Reference: Laurent et al. (2018); Grosse & Martens (2016) for ``expand``; Martens & Grosse (2015) for the pi rule.
     """
@@ -163,51 +142,17 @@ class KroneckerPreconditioner:
         self,
         model: nn.Module,
         *,
-        structure: Structure | str | None = None,
-        group_size: int | None = None,
-        damping: float | DampingFunction | None = None,
-        damping_rule: DampingRule | str | None = None,
-        weight_sharing: WeightSharing | str | None = None,
-        fisher_type: FisherType | str | None = None,
-        likelihood: Likelihood | str | None = None,
-        loss_reduction: LossReduction | str | None = None,
-        inverse_period: int | None = None,
-        factor_period: int | None = None,
-        ema_decay: float | None = None,
-        activation_rows: int | None = None,
-        inverse_method: InverseMethod | str | None = None,
-        application: Application | str | None = None,
-        products: Products | str | None = None,
-        kl_clip: float | None = None,
-        skip: Iterable[str] | None = None,
         settings: KroneckerSettings | None = None,
         seed: int = 0,
         distributed: bool = True,
         flops_per_byte: float | None = None,
+        **options: Unpack[KroneckerOptions],
     ) -> None:
-        options = {
-            "structure": structure,
-            "group_size": group_size,
-            "damping": checked_damping(damping(0)) if callable(damping) else damping,
-            "damping_rule": damping_rule,
-            "weight_sharing": weight_sharing,
-            "fisher_type": fisher_type,
-            "likelihood": likelihood,
-            "loss_reduction": loss_reduction,
-            "inverse_period": inverse_period,
-            "factor_period": factor_period,
-            "ema_decay": ema_decay,
-            "activation_rows": activation_rows,
-            "inverse_method": inverse_method,
-            "application": application,
-            "products": products,
-            "kl_clip": kl_clip,
-            "skip": skip,
-        }
-        self.settings = merge_settings(settings, options)
-        flops_per_byte = checked_flops_per_byte(flops_per_byte)
-        self._damping = self.settings.damping
+        self.settings = settings_from(settings, options)
+        damping = options.get("damping")
         self._damping_function = damping if callable(damping) else None
+        self._damping = self.settings.damping
+        flops_per_byte = checked_flops_per_byte(flops_per_byte)
         self._kl_scale: Tensor | None = None
         self.seed = seed
         self._model = bare_model(model)
@@ -238,7 +183,7 @@ class KroneckerPreconditioner:
         self._replaced: list[UncompiledWhileRecording | PreconditionedLayer] = [*self._layers.values()]
         self._run_uncompiled(compiled_modules(model))
         self._fisher_passes = 0
-        self._odd_gradients: LaterCopy | None = None
+        self._gradient_flags: HostCopy | None = None
         # The hooks must not outlive the preconditioner: they would go on recording for nobody.
         self._release = weakref.finalize(self, _release, self._capture, self._replaced)
         self._begin_step()
@@ -399,7 +344,7 @@ class KroneckerPreconditioner:
         generator = torch.Generator(outputs.device)
         generator.manual_seed(within_generator(self.seed * 1_000_003 + self.num_steps * 1_009 + self._fisher_passes))
         self._fisher_passes += 1
-        place = self._processes.place(len(outputs), outputs.device) if self._processes else None
+        place = self._processes.locate_examples(len(outputs), outputs.device) if self._processes else None
         if not outputs.numel():
             return  # no examples; the other processes were told
         cotangents = fisher_cotangents(outputs, self.settings.fisher_type, self.settings.likelihood, generator, place)
@@ -440,17 +385,17 @@ class KroneckerPreconditioner:
                 self.discard()
                 return False
         self._follow_model()
-        layers = unused_gradients(self._layers.values(), self._events)
+        layers = layers_to_precondition(self._layers.values(), self._events)
         if self.statistics_due:
             scale = 1.0 if loss_scale is None else loss_scale
             self._measure(scale, loss_weight, is_judged=not self._inversion_judges, needs_gradients=True)
         else:  # which looks at gradients more closely
             for layer in layers:
                 if layer.adds_to_used:
-                    OddGradient.ADDED_TO_USED.report(layer.name, self._events)
+                    GradientEvent.ADDED_TO_USED.report(layer.name, self._events)
         if self.inverses_due:
             self.update_inverses()
-        self._report_odd_gradients()
+        self._report_gradient_events()
         observer = self._interested_observer()
         if observer is not None:
             observer.observe()
@@ -473,7 +418,7 @@ class KroneckerPreconditioner:
         """
         self._check_in_use()
         self._measure(loss_scale, loss_weight, is_judged=True, needs_gradients=False)
-        self._report_odd_gradients()
+        self._report_gradient_events()
 
     @torch.no_grad()
     def _measure(self, loss_scale: float, loss_weight: float, *, is_judged: bool, needs_gradients: bool) -> None:
@@ -505,11 +450,13 @@ class KroneckerPreconditioner:
                 self._fisher_passes = 0
             flags = settled.flags
             if self._processes is not None:
-                measured = self._join(measured, self._processes)
+                shared = [layer.shared for layer in self._layers.values()]
+                averaged = average_factors([*measured.values()], shared, self._processes)
+                measured = dict(zip(measured, averaged, strict=True))
                 counts = flags.float()
-                self._processes.add_up_(counts, "checks")
+                self._processes.all_reduce_(counts, "checks")
                 flags = counts > 0
-            self._odd_gradients = LaterCopy(flags)
+            self._gradient_flags = HostCopy(flags)
             present = {name: factors for name, factors in measured.items() if factors is not None}
             if not present and not settled.empty:
                 raise RuntimeError(nothing_recorded(self.settings.fisher_type))
@@ -536,7 +483,7 @@ class KroneckerPreconditioner:
             factors = [layer.average.corrected() for layer in layers]
             layouts = [layer.layout for layer in layers]
             settings = dataclasses.replace(self.settings, damping=self.damping)
-            are_small = LaterCopy(small_dampings(factors, settings)) if layers else None
+            are_small = HostCopy(small_dampings(factors, settings)) if layers else None
             refreshed = refresh_layers(factors, layouts, costs, settings, self._shared_inversion)
             new = []
             try:
@@ -567,7 +514,7 @@ class KroneckerPreconditioner:
             ValueError: If ``kl_clip`` is on and ``lr`` is missing, negative or not finite.
         """
         self._check_in_use()
-        self._precondition_(self._make_clip(lr), unused_gradients(self._layers.values(), self._events))
+        self._precondition_(self._make_clip(lr), layers_to_precondition(self._layers.values(), self._events))
 
     def describe(self) -> LayerTable:
         """Return a row per layer: structure, blocks, sizes, memory, FLOPs and forms, or why it is left alone.
@@ -577,7 +524,7 @@ class KroneckerPreconditioner:
         table = layer_table(self._discovered, self._layers, self.settings)
         if self._shared_inversion is None:
             return table
-        like = next(iter(self._layers.values())).site.like
+        like = next(iter(self._layers.values())).shared.like
         layouts = [layer.layout for layer in self._layers.values()]
         sharing = report_sharing(self._shared_inversion, layouts, self.settings, like)
         return dataclasses.replace(table, sharing=sharing)
@@ -669,13 +616,6 @@ class KroneckerPreconditioner:
         finally:
             self._capture.enabled = before
 
-    def _join(
-        self, measured: Mapping[str, LayerFactors | None], processes: Processes
-    ) -> dict[str, LayerFactors | None]:
-        """Return the factors of all processes' mini-batches."""
-        joined = processes.join([*measured.values()], [layer.site for layer in self._layers.values()])
-        return dict(zip(measured, joined, strict=True))
-
     @contextmanager
     def _paused(self) -> Iterator[None]:
         leaves_out = self._capture.is_paused
@@ -718,16 +658,16 @@ class KroneckerPreconditioner:
                 scale = clip.scale_()
                 self._kl_scale = None if scale is None else written_over(self._kl_scale, scale, scale)
         for layer in layers:
-            layer.mark_used_up()
+            layer.mark_preconditioned()
         for layer in self._layers.values():
             if is_frozen(layer.module):
                 report_frozen(layer, self._events)
 
-    def _report_odd_gradients(self) -> None:
+    def _report_gradient_events(self) -> None:
         """Name the layers whose gradient was found not to be that of their recorded calls alone."""
-        if self._odd_gradients is not None:
-            report_odd_gradients(list(self._layers), self._odd_gradients.read_flags(), self._events)
-            self._odd_gradients = None
+        if self._gradient_flags is not None:
+            report_gradient_events(list(self._layers), self._gradient_flags.read_flags(), self._events)
+            self._gradient_flags = None
 
     def _check_in_use(self) -> None:
         """Refuse to be used after the hooks were removed: what comes then would be right for no model."""
@@ -764,6 +704,9 @@ class KroneckerPreconditioner:
         self._watch.check(thoroughly=self.statistics_due)
         for layer in self._layers.values():
             layer.follow_weight()
+
+
+KroneckerPreconditioner.__signature__ = signature_with_settings(KroneckerPreconditioner)  # type: ignore[attr-defined]
 
 
 def _release(capture: Capture, replaced: Sequence[UncompiledWhileRecording | PreconditionedLayer]) -> None:

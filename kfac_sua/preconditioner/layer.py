@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kfac_sua.preconditioner.apply import precondition_
 from kfac_sua.preconditioner.checkpoint.layer_checks import Finding, StateHolder, check_findings, layer_findings
 from kfac_sua.preconditioner.checkpoint.versions import to_be_written_over, written_over
-from kfac_sua.preconditioner.distributed.collectives import Site
+from kfac_sua.preconditioner.distributed.averaging import SharedLayer
 from kfac_sua.preconditioner.factors import LayerFactors, RunningAverage
 from kfac_sua.preconditioner.forms.cost import SideCost
 from kfac_sua.preconditioner.geometry import BlockLayout, LayerGeometry
@@ -21,10 +21,10 @@ from kfac_sua.preconditioner.kronecker import (
     Sides,
     layer_inverse_from_state,
 )
-from kfac_sua.preconditioner.model.backward_application import TwoSidedForward, can_be_two_sided
+from kfac_sua.preconditioner.model.backward_application import BackwardApplication, can_apply_in_backward
 from kfac_sua.preconditioner.model.capture import PhaseSource
 from kfac_sua.preconditioner.model.discovery import foreign_forward
-from kfac_sua.preconditioner.model.used_gradient import GradientWatch, is_used_up
+from kfac_sua.preconditioner.model.used_gradient import GradientWatch, is_preconditioned
 from kfac_sua.preconditioner.precision import at_least_float32, fits, has_fast_products
 from kfac_sua.preconditioner.rates import rates_of
 from kfac_sua.preconditioner.settings import Application, KroneckerSettings, Products, WeightSharing
@@ -43,7 +43,7 @@ class PreconditionedLayer:
         average: Running average of its factors.
         settings: Those of the preconditioner.
         costs: Work on the activation and on the gradient side, by the rates of the weight's device.
-        two_sided: Its replaced forward, where its inverse may be applied in the backward pass.
+        backward_application: Its replaced forward, where its inverse may be applied in the backward pass.
         inverse: Inverse of its damped block; ``None`` before the first refresh.
         is_fresh: Whether factors have been measured since the last refresh.
         num_examples: Of the last measurement, over all processes; ``None`` before the first.
@@ -59,7 +59,7 @@ class PreconditionedLayer:
     average: RunningAverage
     settings: KroneckerSettings
     costs: tuple[SideCost, SideCost]
-    two_sided: TwoSidedForward | None = None
+    backward_application: BackwardApplication | None = None
     inverse: LayerInverse | None = None
     is_fresh: bool = False
     num_examples: int | None = None
@@ -94,16 +94,18 @@ class PreconditionedLayer:
         average = RunningAverage(settings.ema_decay)
         layer = cls(name, module, layout, statistics, average, settings, costs, num_processes=num_processes)
         is_plain = foreign_forward(module) is None  # its own forward takes the place of none that does more
-        if settings.application is Application.auto and is_plain and can_be_two_sided(module, geometry):
+        if settings.application is Application.auto and is_plain and can_apply_in_backward(module, geometry):
             assert isinstance(module, nn.Conv2d)
-            layer.two_sided = TwoSidedForward(name, module, geometry, layout, costs, phases)
+            layer.backward_application = BackwardApplication(name, module, geometry, layout, costs, phases)
         return layer
 
     @property
-    def site(self) -> Site:
+    def shared(self) -> SharedLayer:
         """What other processes must know of the layer."""
         statistics = self.statistics
-        return Site(self.layout, statistics.geometry, statistics.max_rows, at_least_float32(self.weight.detach()))
+        return SharedLayer(
+            self.layout, statistics.geometry, statistics.max_rows, at_least_float32(self.weight.detach())
+        )
 
     @property
     def weight(self) -> nn.Parameter:
@@ -120,19 +122,21 @@ class PreconditionedLayer:
 
     def begin_step(self, *, plain_gradient: bool) -> None:
         """Let the coming backward pass apply the inverse, unless it shall leave the plain gradient."""
-        if self.two_sided is not None:
-            self.two_sided.inverse = None if plain_gradient or self.inverse is None else self.inverse.by_sides
+        if self.backward_application is not None:
+            self.backward_application.inverse = (
+                None if plain_gradient or self.inverse is None else self.inverse.by_sides
+            )
             # Alone, a layer goes by the mini-batch at hand.
             is_shared = self.num_processes > 1
-            self.two_sided.num_examples = (
+            self.backward_application.num_examples = (
                 math.ceil((self.num_examples or 0) / self.num_processes) if is_shared else None
             )
 
     def pause(self, is_paused: bool) -> bool:
         """Leave the gradients of coming forward passes plain, or no more; return whether they were left so."""
-        if self.two_sided is None:
+        if self.backward_application is None:
             return False
-        was_paused, self.two_sided.is_paused = self.two_sided.is_paused, is_paused
+        was_paused, self.backward_application.is_paused = self.backward_application.is_paused, is_paused
         return was_paused
 
     def measured(self, factors: LayerFactors) -> None:
@@ -148,8 +152,8 @@ class PreconditionedLayer:
             self.costs = side_costs(self.statistics.geometry, self.layout, self.settings, weight.device)
             activation, gradient = (cost.max_kept_rows(self.settings) for cost in self.costs)
             self.statistics.max_rows = activation, gradient
-            if self.two_sided is not None:
-                self.two_sided.costs = self.costs
+            if self.backward_application is not None:
+                self.backward_application.costs = self.costs
         if kept is not None and isinstance(weight, Tensor) and not fits(kept, weight):
             self.taking_over(self.state_dict())()
 
@@ -186,12 +190,12 @@ class PreconditionedLayer:
 
     def discard_gradient(self) -> None:
         """Forget which sides the gradient carries: it is thrown away."""
-        if self.two_sided is not None:
-            self.two_sided.forget_backward()
+        if self.backward_application is not None:
+            self.backward_application.forget_backward()
 
     def take_missing_sides(self) -> Sides:
         """Return the sides that the gradient does not carry yet."""
-        return self.two_sided.take_applied_sides().complement() if self.two_sided else BOTH_SIDES
+        return self.backward_application.take_applied_sides().complement() if self.backward_application else BOTH_SIDES
 
     def has_gradient(self) -> bool:
         """Whether its weight has a gradient that is not zero; waits for the device."""
@@ -199,11 +203,11 @@ class PreconditionedLayer:
         return grad is not None and bool(grad.any())
 
     @property
-    def is_used_up(self) -> bool:
+    def is_preconditioned(self) -> bool:
         """Whether its gradient has been preconditioned before, and nothing was added to it since."""
-        return is_used_up(self.weight)
+        return is_preconditioned(self.weight)
 
-    def mark_used_up(self) -> None:
+    def mark_preconditioned(self) -> None:
         """Remember that its gradient is preconditioned, until autograd adds to it."""
         weight = self.weight
         if self.inverse is None or weight.grad is None:
@@ -288,8 +292,8 @@ class PreconditionedLayer:
     def remove(self) -> None:
         """Give the module its own forward back, and take the hook off its weight."""
         self._unwatch()
-        if self.two_sided is not None:
-            self.two_sided.remove()
+        if self.backward_application is not None:
+            self.backward_application.remove()
 
     def _unwatch(self) -> None:
         if self._watched is not None:

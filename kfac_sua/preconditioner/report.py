@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kfac_sua.preconditioner.distributed.assignment import Work, machine_balance, plan_sharing
-from kfac_sua.preconditioner.distributed.collectives import DESCRIPTION_BYTES
+from kfac_sua.preconditioner.distributed.assignment import Work, machine_balance, plan_assignment
+from kfac_sua.preconditioner.distributed.averaging import DESCRIPTION_BYTES
 from kfac_sua.preconditioner.distributed.inversion import SharedInversion
 from kfac_sua.preconditioner.forms import DenseInverse, SplitInverse, sum_form
 from kfac_sua.preconditioner.forms.cost import ANY_ROWS
@@ -37,7 +37,7 @@ class LayerReport:
         apply_flops: FLOPs of one application, if dense.
         low_rank_rows: Rows up to which the activation and the gradient factor are inverted by the Woodbury identity.
         forms: In which the inverses of both are applied; before the first refresh, in which they would be if dense.
-        two_sided_rows: Rows of a mini-batch below which either is applied in the backward pass; 0 for never.
+        backward_rows: Rows of a mini-batch below which either is applied in the backward pass; 0 for never.
         reason: Why the layer is left to the plain gradient; empty otherwise.
     """
 
@@ -51,7 +51,7 @@ class LayerReport:
     apply_flops: int = 0
     low_rank_rows: tuple[int, int] = (0, 0)
     forms: tuple[str, str] = ("", "")
-    two_sided_rows: tuple[int, int] = (0, 0)
+    backward_rows: tuple[int, int] = (0, 0)
     reason: str = ""
 
 
@@ -95,22 +95,22 @@ class LayerTable:
     """The layers of a model; ``str()`` gives the printable table, :meth:`summary` three lines.
 
     Args:
-        rows: One per layer.
+        layers: One row per layer.
         chosen_by: By which rates forms are chosen.
         sharing: What is shared with other processes; ``None`` without any.
         large: Which layers are large for their device, and the cure; empty if none is (see ``large.py``).
     """
 
-    rows: tuple[LayerReport, ...]
+    layers: tuple[LayerReport, ...]
     chosen_by: str = ""
     sharing: SharingReport | None = None
     large: str = ""
 
     def summary(self) -> str:
         """Return the table in three lines: how many layers of which structure, their cost, and what is left out."""
-        treated = [row for row in self.rows if not row.reason]
+        treated = [row for row in self.layers if not row.reason]
         structures = Counter(row.structure for row in treated)
-        left = names_by_reason((row.name, row.reason) for row in self.rows)
+        left = names_by_reason((row.name, row.reason) for row in self.layers)
         counted = ", ".join(f"{count} {structure}" for structure, count in structures.items())
         lines = [
             f"{len(treated)} layers preconditioned ({counted})" if treated else "no layer preconditioned",
@@ -122,7 +122,7 @@ class LayerTable:
         return "\n".join([*lines, f"large: {self.large}"] if self.large else lines)
 
     def __str__(self) -> str:
-        treated = [row for row in self.rows if not row.reason]
+        treated = [row for row in self.layers if not row.reason]
         total = ["total", "", "", "", *_costs(treated)]
         sizes = [[_name(row), row.structure, *map(_blocks, _sides(row)), *_costs([row])] for row in treated]
         lines = [*_aligned([_SIZES, *sizes, total], num_left=2)]
@@ -132,7 +132,7 @@ class LayerTable:
             lines.append(f"forms chosen by: {self.chosen_by}")
         if self.large:
             lines.append(f"large: {self.large}")
-        by_reason = names_by_reason((row.name, row.reason) for row in self.rows)
+        by_reason = names_by_reason((row.name, row.reason) for row in self.layers)
         lines += [f"plain gradient ({reason}): {', '.join(names)}" for reason, names in by_reason.items()]
         lines += [] if self.sharing is None else str(self.sharing).splitlines()
         return "\n".join(_wrapped(line) for line in lines)
@@ -171,7 +171,7 @@ def report_sharing(
         blocks = [side for layout in layouts for side in (layout.activation_blocks, layout.gradient_blocks)]
         is_exact = settings.damping_rule is DampingRule.exact
         works = [Work.dense(side, like.dtype, is_eigenbasis=is_exact) for side in blocks]
-        plan = plan_sharing(works, processes.size, machine_balance(like.device, shared.flops_per_byte))
+        plan = plan_assignment(works, processes.size, machine_balance(like.device, shared.flops_per_byte))
         numbers = sum(num_blocks * sum_form(width).count_numbers(width) for num_blocks, width in blocks)
         statistics_bytes = len(layouts) * DESCRIPTION_BYTES + numbers * like.itemsize
     assert plan is not None
@@ -197,7 +197,7 @@ def _report(layer: PreconditionedLayer, settings: KroneckerSettings) -> LayerRep
     if not is_exact:
         activation, gradient = ((SplitInverse if is_split else DenseInverse).form for is_split in splits)
         if_dense = activation, gradient
-    rows = [max(0, math.ceil(cost.two_sided_rows)) if layer.two_sided is not None else 0 for cost in costs]
+    rows = [max(0, math.ceil(cost.backward_rows)) if layer.backward_application is not None else 0 for cost in costs]
     return LayerReport(
         name=layer.name,
         kind=type(layer.module).__name__,
@@ -209,7 +209,7 @@ def _report(layer: PreconditionedLayer, settings: KroneckerSettings) -> LayerRep
         apply_flops=sum(cost.eigenbasis_apply() if is_exact else cost.dense_apply() for cost in costs),
         low_rank_rows=layer.statistics.max_rows,
         forms=if_dense if layer.inverse is None else layer.inverse.forms,
-        two_sided_rows=(rows[0], rows[1]),
+        backward_rows=(rows[0], rows[1]),
     )
 
 
@@ -234,8 +234,8 @@ def _costs(rows: Sequence[LayerReport]) -> list[str]:
 
 def _ways(row: LayerReport) -> list[str]:
     """Return how both factors of a layer are inverted and applied."""
-    rows, two_sided = (", ".join(map(_rows, limits)) for limits in (row.low_rank_rows, row.two_sided_rows))
-    return [_name(row), rows, ", ".join(row.forms), two_sided]
+    rows, backward_application = (", ".join(map(_rows, limits)) for limits in (row.low_rank_rows, row.backward_rows))
+    return [_name(row), rows, ", ".join(row.forms), backward_application]
 
 
 def _aligned(rows: Sequence[Sequence[str]], num_left: int) -> list[str]:

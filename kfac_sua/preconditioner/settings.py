@@ -1,10 +1,18 @@
-"""What the preconditioner can be asked for, and which combinations make sense. Standard library only."""
+"""What the preconditioner can be asked for, and which combinations make sense. Standard library only.
+
+A setting is one field of :class:`KroneckerSettings`: name, type, default, range and meaning. The constructor of the
+preconditioner, the configuration of the command line and their documentation take it from there.
+"""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Set
-from dataclasses import dataclass, field
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Set
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from functools import cache
+from types import NoneType
+from typing import Any, TypedDict, get_args, get_type_hints
 
 from kfac_sua.preconditioner.plain_numbers import checked_integer, checked_number, shown
 
@@ -103,34 +111,23 @@ class Products(Choice):
     """In bfloat16 parts, always."""
 
 
+def _field(default: Any, is_allowed: Callable[[Any], bool], allowed: str) -> Any:
+    """Return a field of :class:`KroneckerSettings` with a range.
+
+    Args:
+        default: Its default.
+        is_allowed: Whether a number of its type is in the range.
+        allowed: The range, for messages and documentation: "must be ...".
+    """
+    return dataclasses.field(default=default, metadata={"is_allowed": is_allowed, "allowed": allowed})
+
+
 @dataclass(kw_only=True)
 class KroneckerSettings:
     """Settings of a :class:`KroneckerPreconditioner`, checked when created.
 
-    Numbers may be NumPy's, or tensors without dimensions; they become Python's own.
-
-    Args:
-        structure: Structure of the activation factor of convolutions, ``kfac`` or ``sua``.
-        group_size: Channels per group, on the activation side and on the gradient side; ``None`` for no grouping.
-        damping: Tikhonov ε added to a layer's Fisher block, > 0. It means the same in every structure.
-        damping_rule: ``factored``, ``factored_pi`` or ``exact``.
-        weight_sharing: ``expand`` or ``reduce``.
-        fisher_type: ``empirical``, ``mc`` or ``exact``.
-        likelihood: ``categorical`` or ``gaussian``; read by ``mc`` and ``exact`` only.
-        loss_reduction: Whether the training loss is the ``mean`` or the ``sum`` over examples.
-        inverse_period: Mini-batches between two refreshes of the inverses, ≥ 1.
-        factor_period: Mini-batches between two measurements of the statistics; ``None`` for ``inverse_period``.
-        ema_decay: Decay of the running average of the factors per measurement, in [0, 1); 0 uses the statistics of
-            the refresh's own mini-batch alone.
-        activation_rows: An approximation: measure activation factors from at most so many rows (output locations;
-            under SUA, input pixels) per call of a layer, spread evenly over its examples, ≥ 1. ``None`` measures all.
-            Processes that share a mini-batch take equal parts of them, each from its own examples: the one setting
-            in which they do not choose as one process would.
-        inverse_method: ``auto``, ``cholesky`` or ``low_rank``.
-        application: ``weight`` or ``auto``; the result is the same to rounding.
-        products: In what inverses are applied: ``auto``, ``ieee`` or ``bf16x3``.
-        kl_clip: κ > 0: shorten steps whose lr² Σ g·u exceeds it, see ``kl_clip.py``; ``None`` never does.
-        skip: Names of layers to leave to the plain gradient; shell-style wildcards such as ``features.*``.
+    Choices may be given as strings; numbers may be NumPy's, or tensors without dimensions. They become members of the
+    choices' classes and Python's own numbers.
 
     Raises:
         ValueError: If a value is out of range or of another type, or a combination cannot work; the message begins with
@@ -138,26 +135,50 @@ class KroneckerSettings:
     """
 
     structure: Structure = Structure.kfac
-    group_size: int | None = None
-    damping: float = 0.1
+    """Structure of the activation factor of convolutions."""
+    group_size: int | None = _field(None, lambda size: size >= 1, ">= 1 or null (no grouping)")
+    """Channels per group, on the activation side and on the gradient side; ``None`` for no grouping."""
+    damping: float = _field(0.1, lambda value: 1e-37 <= value <= 1e37, "a number > 0 within the range of float32")
+    """Tikhonov ε added to a layer's Fisher block. It means the same in every structure."""
     damping_rule: DampingRule = DampingRule.factored
+    """Where ε goes: on the factors or on their product."""
     weight_sharing: WeightSharing = WeightSharing.expand
+    """How output locations that share one weight enter the factors."""
     fisher_type: FisherType = FisherType.empirical
+    """Which labels define the output gradients."""
     likelihood: Likelihood = Likelihood.categorical
+    """The model's predictive distribution; read under ``fisher_type`` ``mc`` and ``exact`` only."""
     loss_reduction: LossReduction = LossReduction.mean
-    inverse_period: int = 50
+    """How the training loss combines examples; read under ``fisher_type`` ``empirical`` only."""
+    inverse_period: int = _field(50, lambda period: period >= 1, ">= 1 mini-batch")
+    """Mini-batches between two refreshes of the inverses."""
     factor_period: int | None = None
-    ema_decay: float = 0.0
-    activation_rows: int | None = None
+    """Mini-batches between two measurements of the statistics, a divisor of ``inverse_period``; ``None`` for
+    ``inverse_period``."""
+    ema_decay: float = _field(0.0, lambda decay: 0 <= decay < 1, "in [0, 1)")
+    """Decay of the running average of the factors per measurement; 0 uses the refresh's own mini-batch alone."""
+    activation_rows: int | None = _field(None, lambda rows: rows >= 1, ">= 1 or null (all of them)")
+    """An approximation: measure activation factors from at most so many rows (output locations; under SUA, input
+    pixels) per call of a layer, spread evenly over its examples. ``None`` measures all. Processes that share a
+    mini-batch take equal parts of them, each from its own examples: the one setting in which they do not choose as one
+    process would."""
     inverse_method: InverseMethod = InverseMethod.auto
+    """How a damped factor is inverted; the result is the same to rounding."""
     application: Application = Application.weight
+    """Where the inverse is applied; the result is the same to rounding."""
     products: Products = Products.auto
-    kl_clip: float | None = None
-    skip: list[str] = field(default_factory=list)
+    """The arithmetic in which inverses are applied."""
+    kl_clip: float | None = _field(
+        None,
+        lambda kappa: 1e-37 <= kappa <= 1e37,
+        "> 0 within the range of float32, or null (no clipping)",
+    )
+    """κ: shorten steps whose lr² Σ g·u exceeds it (see ``kl_clip.py``); then ``step()`` needs ``lr``, and
+    ``application`` must be ``weight``. ``None`` never does."""
+    skip: list[str] = dataclasses.field(default_factory=list)
+    """Names of layers to leave to the plain gradient; shell-style wildcards such as ``features.*``."""
 
     def __post_init__(self) -> None:
-        for name, kind in _CHOICES.items():
-            setattr(self, name, _as_choice(kind, name, getattr(self, name)))
         self.validate()
 
     @property
@@ -166,20 +187,21 @@ class KroneckerSettings:
         return self.ema_decay > 0 or self.damping_rule is DampingRule.exact
 
     def validate(self) -> None:
-        """Make fields plain, and raise ``ValueError`` naming the first that is out of range or contradicts another."""
-        self._make_plain()
-        _require(
-            self.group_size is None or self.group_size >= 1,
-            "group_size",
-            ">= 1 or null (no grouping)",
-            self.group_size,
-        )
-        _require(self.inverse_period >= 1, "inverse_period", ">= 1 mini-batch", self.inverse_period)
-        _require(0 <= self.ema_decay < 1, "ema_decay", "in [0, 1)", self.ema_decay)
-        self._validate_periods()
-        self._validate_activation_rows()
+        """Convert the fields, and raise ``ValueError`` naming the first that is out of range or contradicts another."""
+        for field in dataclasses.fields(KroneckerSettings):
+            setattr(self, field.name, _checked(field, getattr(self, field.name)))
+        self._validate_factor_period()
         self._validate_inverse_method()
-        self._validate_kl_clip()
+        if self.activation_rows is not None and self.weight_sharing is WeightSharing.reduce:
+            raise ValueError(
+                f"activation_rows={self.activation_rows} takes some of a mini-batch's locations, but "
+                f"weight_sharing=reduce averages over them first; use weight_sharing=expand or activation_rows=null."
+            )
+        if self.kl_clip is not None and self.application is Application.auto:
+            raise ValueError(
+                f"kl_clip={self.kl_clip:g} needs the plain gradient in every step, but application=auto preconditions "
+                f"that of some layers inside the backward pass; use application=weight or kl_clip=null."
+            )
         if self.products is Products.bf16x3 and self.damping_rule is DampingRule.exact:
             raise ValueError(
                 "products=bf16x3 splits inverses, but damping_rule=exact applies eigenvectors, in IEEE float32; use "
@@ -191,40 +213,19 @@ class KroneckerSettings:
         values = dataclasses.asdict(self)
         return {key: str(value) if isinstance(value, str) else value for key, value in values.items()}
 
-    def _make_plain(self) -> None:
-        self.damping = checked_damping(self.damping)
-        self.inverse_period = checked_integer("inverse_period", self.inverse_period)
-        for name in ("group_size", "factor_period", "activation_rows"):
-            if (value := getattr(self, name)) is not None:
-                setattr(self, name, checked_integer(name, value))
-        self.ema_decay = checked_number("ema_decay", self.ema_decay)
-        self.kl_clip = None if self.kl_clip is None else checked_number("kl_clip", self.kl_clip)
-        self.skip = checked_names(self.skip)
-
-    def _validate_periods(self) -> None:
+    def _validate_factor_period(self) -> None:
         period = self.factor_period
         if period is None:
             return
-        _require(
-            period >= 1 and self.inverse_period % period == 0,
-            "factor_period",
-            f"a divisor of inverse_period={self.inverse_period}, so that a refresh never lacks statistics",
-            period,
-        )
+        if period < 1 or self.inverse_period % period:
+            raise ValueError(
+                f"factor_period must be a divisor of inverse_period={self.inverse_period}, so that a refresh never "
+                f"lacks statistics, got {period}."
+            )
         if self.ema_decay == 0 and period != self.inverse_period:
             raise ValueError(
                 f"factor_period={period} with ema_decay=0 would measure statistics that no refresh uses; "
                 f"set ema_decay > 0 or factor_period=null."
-            )
-
-    def _validate_activation_rows(self) -> None:
-        if self.activation_rows is None:
-            return
-        _require(self.activation_rows >= 1, "activation_rows", ">= 1 or null (all of them)", self.activation_rows)
-        if self.weight_sharing is WeightSharing.reduce:
-            raise ValueError(
-                f"activation_rows={self.activation_rows} takes some of a mini-batch's locations, but "
-                f"weight_sharing=reduce averages over them first; use weight_sharing=expand or activation_rows=null."
             )
 
     def _validate_inverse_method(self) -> None:
@@ -241,16 +242,74 @@ class KroneckerSettings:
                 f"over many; set ema_decay=0 or inverse_method=auto."
             )
 
-    def _validate_kl_clip(self) -> None:
-        if self.kl_clip is None:
-            return
-        is_usable = 1e-37 <= self.kl_clip <= 1e37
-        _require(is_usable, "kl_clip", "> 0 within the range of float32, or null (no clipping)", self.kl_clip)
-        if self.application is Application.auto:
-            raise ValueError(
-                f"kl_clip={self.kl_clip:g} needs the plain gradient in every step, but application=auto preconditions "
-                f"that of some layers inside the backward pass; use application=weight or kl_clip=null."
-            )
+
+class KroneckerOptions(TypedDict, total=False):
+    """The types in which :class:`KroneckerPreconditioner` takes the settings; ``None`` is the default."""
+
+    structure: Structure | str | None
+    group_size: int | None
+    damping: float | Callable[[int], float] | None
+    damping_rule: DampingRule | str | None
+    weight_sharing: WeightSharing | str | None
+    fisher_type: FisherType | str | None
+    likelihood: Likelihood | str | None
+    loss_reduction: LossReduction | str | None
+    inverse_period: int | None
+    factor_period: int | None
+    ema_decay: float | None
+    activation_rows: int | None
+    inverse_method: InverseMethod | str | None
+    application: Application | str | None
+    products: Products | str | None
+    kl_clip: float | None
+    skip: Iterable[str] | None
+
+
+def settings_from(settings: KroneckerSettings | None, options: Mapping[str, Any]) -> KroneckerSettings:
+    """Return the settings, or those that the options (where not ``None``) make.
+
+    Args:
+        settings: Settings; then no option may be given.
+        options: What :class:`KroneckerOptions` lists; a damping that is a function counts with its value at step 0.
+
+    Raises:
+        ValueError: If both are given, as one of them would be ignored, or a value is out of range.
+        TypeError: If the settings are something else, or there is no such option.
+    """
+    for name in options:
+        if name not in KroneckerOptions.__annotations__:
+            close = difflib.get_close_matches(name, KroneckerOptions.__annotations__, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise TypeError(f"KroneckerPreconditioner() got an unexpected keyword argument {name!r}{hint}")
+    given = {name: value for name, value in options.items() if value is not None}
+    if settings is None:
+        if callable(function := given.get("damping")):
+            given["damping"] = function(0)
+        return KroneckerSettings(**given)
+    if not isinstance(settings, KroneckerSettings):
+        raise TypeError(
+            f"settings must be KroneckerSettings, got {shown(settings)}; give KroneckerSettings(damping=..., ...), or "
+            f"each setting as an option of its own."
+        )
+    if given:
+        raise ValueError(f"Give either settings or {', '.join(given)}, not both.")
+    settings.validate()  # fields may have been set since
+    return settings
+
+
+def signature_with_settings(function: Callable[..., Any]) -> inspect.Signature:
+    """Return the signature of a function with the fields of the settings, and their defaults, for its ``**options``.
+
+    It is what ``help()`` and notebooks show.
+    """
+    signature = inspect.signature(function)
+    own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+    values = KroneckerSettings()
+    fields = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=getattr(values, name), annotation=kind)
+        for name, kind in get_type_hints(KroneckerOptions).items()
+    ]
+    return signature.replace(parameters=[own[0], *fields, *own[1:]])
 
 
 def checked_damping(value: object) -> float:
@@ -259,12 +318,46 @@ def checked_damping(value: object) -> float:
     Raises:
         ValueError: If it is not a number > 0 within the range of float32.
     """
-    number = checked_number("damping", value)
-    _require(1e-37 <= number <= 1e37, "damping", "a number > 0 within the range of float32", number)
-    return float(number)
+    (field,) = (field for field in dataclasses.fields(KroneckerSettings) if field.name == "damping")
+    damping: float = _checked(field, value)
+    return damping
 
 
-def checked_names(skip: object) -> list[str]:
+@cache
+def _field_types() -> dict[str, type]:
+    """Return the type of each field, without the ``None`` that some may be."""
+    hints = get_type_hints(KroneckerSettings)
+    return {name: next((kind for kind in get_args(hint) if kind is not NoneType), hint) for name, hint in hints.items()}
+
+
+def _checked(field: "dataclasses.Field[Any]", value: Any) -> Any:
+    """Return what a field holds for what it was given.
+
+    Raises:
+        ValueError: If it is of another type, or out of the field's range.
+    """
+    name, kind = field.name, _field_types()[field.name]
+    if name == "skip":
+        return _checked_names(value)
+    if issubclass(kind, Choice):
+        return _as_choice(kind, name, value)
+    if value is None and field.default is None:
+        return None
+    number = checked_integer(name, value) if kind is int else checked_number(name, value)
+    if field.metadata and not field.metadata["is_allowed"](number):
+        raise ValueError(f"{name} must be {field.metadata['allowed']}, got {number}.")
+    return number if kind is int else float(number)
+
+
+def _as_choice(kind: type[Choice], name: str, value: str) -> Choice:
+    try:
+        return kind(value)
+    except ValueError:
+        choices = ", ".join(str(member) for member in kind)
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}.") from None
+
+
+def _checked_names(skip: object) -> list[str]:
     """Return the names of layers to leave out as a list; ``None`` for none.
 
     Raises:
@@ -284,50 +377,3 @@ def checked_names(skip: object) -> list[str]:
                 f"nn.Sequential as a string, such as '3'."
             )
     return [str(name) for name in (sorted(names) if isinstance(skip, Set) else names)]
-
-
-def merge_settings(settings: KroneckerSettings | None, options: Mapping[str, Any]) -> KroneckerSettings:
-    """Return the settings, or those that the options (where not ``None``) make.
-
-    Raises:
-        ValueError: If both are given, as one of them would be ignored.
-        TypeError: If the settings are something else.
-    """
-    given = {name: value for name, value in options.items() if value is not None}
-    if settings is None:
-        return KroneckerSettings(**given)
-    if not isinstance(settings, KroneckerSettings):
-        raise TypeError(
-            f"settings must be KroneckerSettings, got {shown(settings)}; give KroneckerSettings(damping=..., ...), or "
-            f"each setting as an option of its own."
-        )
-    if given:
-        raise ValueError(f"Give either settings or {', '.join(given)}, not both.")
-    settings.validate()  # fields may have been set since
-    return settings
-
-
-_CHOICES: dict[str, type[Choice]] = {
-    "structure": Structure,
-    "damping_rule": DampingRule,
-    "weight_sharing": WeightSharing,
-    "fisher_type": FisherType,
-    "likelihood": Likelihood,
-    "loss_reduction": LossReduction,
-    "inverse_method": InverseMethod,
-    "application": Application,
-    "products": Products,
-}
-
-
-def _as_choice(kind: type[Choice], name: str, value: str) -> Choice:
-    try:
-        return kind(value)
-    except ValueError:
-        choices = ", ".join(str(member) for member in kind)
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}.") from None
-
-
-def _require(condition: bool, name: str, expected: str, value: object) -> None:
-    if not condition:
-        raise ValueError(f"{name} must be {expected}, got {value}.")

@@ -1,6 +1,6 @@
 """Whether the loss is still finite, seen without a wait for the device."""
 
-from kfac_sua.preconditioner.host_copy import LaterCopy
+from kfac_sua.preconditioner.host_copy import HostCopy
 from kfac_sua.training.evaluate import ErrorCounter
 
 LOOK_PERIOD = 50
@@ -22,10 +22,10 @@ class LateLook:
 
     def __init__(self, sums: ErrorCounter) -> None:
         self._sums = sums
-        self._last: LaterCopy | None = None
+        self._last: HostCopy | None = None
 
     def has_diverged(self) -> bool:
         """Say whether the losses up to the last look were not all finite, and begin another look."""
         has_diverged = self._last is not None and not self._last.read().isfinite()  # begun many steps ago
-        self._last = LaterCopy(self._sums.loss_sum())
+        self._last = HostCopy(self._sums.loss_sum())
         return bool(has_diverged)

@@ -234,7 +234,7 @@ def test_application_in_the_backward_pass_changes_nothing(settings):
     weight.train(range(9))
     auto.train(range(9))
     assert auto.ratios == pytest.approx(weight.ratios, rel=1e-8)
-    assert any(layer.two_sided for layer in auto.preconditioner.layers)
+    assert any(layer.backward_application for layer in auto.preconditioner.layers)
 
 
 def test_measuring_leaves_no_trace():

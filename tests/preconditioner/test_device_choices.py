@@ -163,8 +163,8 @@ def test_kept_rows_take_less_time_than_moments(width, vectors, period, blocks, i
 @pytest.mark.parametrize("vectors", [1, 10, 512, 4608])
 def test_a_side_goes_into_the_backward_pass_only_for_what_its_launches_take(vectors):
     """By counted FLOPs wherever there are fewer rows; on a GPU where the saving is worth more than the launches."""
-    assert SideCost(1, 512, vectors, 50).two_sided_rows == vectors
-    rows = SideCost(1, 512, vectors, 50, rates=CUDA).two_sided_rows
+    assert SideCost(1, 512, vectors, 50).backward_rows == vectors
+    rows = SideCost(1, 512, vectors, 50, rates=CUDA).backward_rows
     saved = 2 * 512**2 * (vectors - rows) / CUDA.split_product
     assert saved == pytest.approx(6 * CUDA.launch_s)
 
@@ -172,7 +172,7 @@ def test_a_side_goes_into_the_backward_pass_only_for_what_its_launches_take(vect
 def test_no_side_of_vgg11_goes_into_the_backward_pass_on_a_gpu():
     """There ``auto`` is ``weight`` for the paper's network and mini-batch, and so never slower."""
     for num_vectors, width in ((512 * 9, 512), (512, 512)):
-        assert SideCost(1, width, num_vectors, 50, rates=CUDA).two_sided_rows < 400  # rows of its smallest maps
+        assert SideCost(1, width, num_vectors, 50, rates=CUDA).backward_rows < 400  # rows of its smallest maps
 
 
 def test_flops_take_their_time():
@@ -192,7 +192,7 @@ def test_float64_is_never_split_by_itself(monkeypatch, dtype):
         preconditioner = KroneckerPreconditioner(net)
         nn.functional.cross_entropy(net(torch.randn(90, 60, dtype=dtype)), torch.randint(0, 5, (90,))).backward()
         preconditioner.step()
-    forms = {form for row in preconditioner.describe().rows for form in row.forms if form}
+    forms = {form for row in preconditioner.describe().layers for form in row.forms if form}
     assert forms == ({"dense bf16x3"} if dtype == torch.float32 else {"dense"})
 
 

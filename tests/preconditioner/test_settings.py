@@ -13,6 +13,7 @@ from torch import nn
 
 import kfac_sua.preconditioner
 from kfac_sua.preconditioner import KroneckerPreconditioner, KroneckerSettings, Structure
+from kfac_sua.preconditioner.settings import KroneckerOptions
 
 BAD_SETTINGS = {
     "damping must be a number > 0 within the range of float32, got -1.0.": {"damping": -1.0},
@@ -87,6 +88,21 @@ def test_constructor_options_cover_every_setting():
     fields = {field.name for field in dataclasses.fields(KroneckerSettings)}
     parameters = set(inspect.signature(KroneckerPreconditioner).parameters)
     assert parameters - {"model", "settings", "seed", "distributed", "flops_per_byte"} == fields
+
+
+def test_the_signature_shows_the_defaults_of_the_settings():
+    """What an editor's types and what help() shows are those of the one dataclass."""
+    fields = {field.name for field in dataclasses.fields(KroneckerSettings)}
+    assert set(KroneckerOptions.__annotations__) == fields
+    parameters = inspect.signature(KroneckerPreconditioner).parameters
+    assert {name: parameters[name].default for name in fields} == vars(KroneckerSettings())
+
+
+def test_an_unknown_option_is_refused_with_the_name_that_was_meant():
+    """Also where its value is None, which stands for a default elsewhere."""
+    for value in (0.1, None):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'dampin'; did you mean 'damping'\\?"):
+            KroneckerPreconditioner(nn.Linear(2, 2), dampin=value)
 
 
 def test_the_package_imports_torch_and_the_standard_library_only():

@@ -26,7 +26,7 @@ class ThreadProcesses(Processes):
         self.statistics_bytes = None
         self._board, self._barrier = board, barrier
 
-    def gather(self, values: torch.Tensor, what: str) -> list[torch.Tensor]:
+    def all_gather(self, values: torch.Tensor, what: str) -> list[torch.Tensor]:
         """Return the values of all threads, which must be alike in shape and dtype."""
         self.sent_bytes[what] += values.numel() * values.itemsize
         self._board[self.rank] = values
@@ -36,9 +36,9 @@ class ThreadProcesses(Processes):
         assert {(sent.shape, sent.dtype) for sent in received} == {(values.shape, values.dtype)}
         return received
 
-    def add_up_(self, values: torch.Tensor, what: str) -> None:
+    def all_reduce_(self, values: torch.Tensor, what: str) -> None:
         """Replace a tensor by its sum over all threads."""
-        values.copy_(torch.stack(self.gather(values, what)).sum(0))
+        values.copy_(torch.stack(self.all_gather(values, what)).sum(0))
 
 
 def run_ranks(size: int, work: Callable[[Processes], Any]) -> list[Any]:

@@ -16,8 +16,9 @@ from kfac_sua.bench.contender import NUM_CLASSES
 from kfac_sua.build import build_model
 from kfac_sua.config import Config, ConfigError, KroneckerConfig
 from kfac_sua.preconditioner import FisherType, KroneckerPreconditioner
-from kfac_sua.preconditioner.distributed.assignment import Work, plan_sharing
-from kfac_sua.preconditioner.distributed.collectives import Processes, description
+from kfac_sua.preconditioner.distributed.assignment import Work, plan_assignment
+from kfac_sua.preconditioner.distributed.averaging import average_factors, description
+from kfac_sua.preconditioner.distributed.collectives import Processes
 from kfac_sua.preconditioner.distributed.inversion import read_inverse
 from kfac_sua.preconditioner.factors import LayerFactors
 from kfac_sua.preconditioner.forms import EigenBasis, Factor
@@ -119,17 +120,21 @@ class ShapeProcesses(Processes):
         self.statistics_bytes: int | None = None
         self._all = described
 
-    def gather(self, values: Tensor, what: str) -> list[Tensor]:
+    def all_gather(self, values: Tensor, what: str) -> list[Tensor]:
         """Count, and take the others' values to be like these."""
         self.sent_bytes[what] += values.numel() * values.itemsize
         return [values] * self.size
 
-    def add_up_(self, values: Tensor, what: str) -> None:
+    def all_reduce_(self, values: Tensor, what: str) -> None:
         """Count."""
         self.sent_bytes[what] += values.numel() * values.itemsize
 
-    def _described(self, measured: Sequence[LayerFactors | None], device: torch.device) -> list[list[list[int]]]:
-        self.gather(torch.tensor([description(factors) for factors in measured]), "header")
+    def all_gather_integers(
+        self, values: Sequence[Sequence[int]], device: torch.device, what: str
+    ) -> list[list[list[int]]]:
+        """Count, and return what every process says of every layer."""
+        del device  # a meta tensor holds no numbers
+        self.all_gather(torch.tensor(values), what)
         return self._all
 
 
@@ -219,8 +224,8 @@ def joined_factors(
         return by_size[batch_size], Counter()
     described = {size: [description(factors) for factors in measured] for size, measured in by_size.items()}
     processes = ShapeProcesses([described[size] for size in sizes])
-    joined = processes.join(by_size[sizes[0]], [layer.site for layer in shapes.layers])
-    return joined, processes.sent_bytes
+    averaged = average_factors(by_size[sizes[0]], [layer.shared for layer in shapes.layers], processes)
+    return averaged, processes.sent_bytes
 
 
 def count_costs(name: str, shapes: ShapeModel, num_processes: int, batch_size: int, flops_per_byte: float) -> Costs:
@@ -240,7 +245,7 @@ def count_costs(name: str, shapes: ShapeModel, num_processes: int, batch_size: i
     sides = shapes.refresh(joined)
     settings = shapes.preconditioner.settings
     is_exact = settings.damping_rule is DampingRule.exact
-    plan = plan_sharing([Work.of(side, is_eigenbasis=is_exact) for side in sides], num_processes, flops_per_byte)
+    plan = plan_assignment([Work.of(side, is_eigenbasis=is_exact) for side in sides], num_processes, flops_per_byte)
     summed = any(plan.is_summed(dtype) for dtype in plan.dtypes)
     inverses = plan.sent_bytes * (1 if summed else num_processes)
     return Costs(

@@ -93,7 +93,7 @@ class Contender:
         """Return whether a factor of so many rows is kept as rows."""
         if self.preconditioner is None:
             return False
-        (row,) = self.preconditioner.describe().rows
+        (row,) = self.preconditioner.describe().layers
         return any(num_rows <= limit for limit in row.low_rank_rows)
 
     def _forward_backward(self, watch: Stopwatch) -> None:

@@ -68,7 +68,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class SharingPlan:
+class Assignment:
     """Who inverts what.
 
     Args:
@@ -195,7 +195,7 @@ def machine_balance(device: torch.device, flops_per_byte: float | None) -> float
     return FLOPS_PER_BYTE[device.type]
 
 
-def plan_sharing(works: Sequence[Work], num_processes: int, flops_per_byte: float) -> SharingPlan:
+def plan_assignment(works: Sequence[Work], num_processes: int, flops_per_byte: float) -> Assignment:
     """Decide which factors are shared out, and share out their blocks.
 
     Args:
@@ -207,12 +207,12 @@ def plan_sharing(works: Sequence[Work], num_processes: int, flops_per_byte: floa
         The plan, which depends on nothing else. It shares nothing out if all in all that would be no cheaper, as where
         one block is most of the work.
     """
-    nothing = SharingPlan(tuple(works), (None,) * len(works), num_processes)
+    nothing = Assignment(tuple(works), (None,) * len(works), num_processes)
     worthwhile = [i for i, work in enumerate(works) if _is_worth_sharing(work, num_processes, flops_per_byte)]
     if not worthwhile:
         return nothing
     shares = _assigned(works, worthwhile, num_processes)
-    plan = SharingPlan(tuple(works), tuple(shares.get(i) for i in range(len(works))), num_processes)
+    plan = Assignment(tuple(works), tuple(shares.get(i) for i in range(len(works))), num_processes)
     cost = plan.most_flops + flops_per_byte * plan.received_bytes
     return nothing if cost > plan.flops_alone else plan
 

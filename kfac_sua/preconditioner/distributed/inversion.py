@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from kfac_sua.preconditioner import invert as alone
-from kfac_sua.preconditioner.distributed.assignment import NUM_COUNTS, SharingPlan, Work, machine_balance, plan_sharing
+from kfac_sua.preconditioner.distributed.assignment import (
+    NUM_COUNTS,
+    Assignment,
+    Work,
+    machine_balance,
+    plan_assignment,
+)
 from kfac_sua.preconditioner.distributed.collectives import Processes
 from kfac_sua.preconditioner.forms import BlockMessage, EigenBasis, Factor, MadeInverse, Prepared
 from kfac_sua.preconditioner.forms.triangles import packed, unpack_
@@ -43,7 +49,7 @@ class SharedInversion:
     def __init__(self, processes: Processes, flops_per_byte: float | None = None) -> None:
         self.processes = processes
         self.flops_per_byte = flops_per_byte
-        self.plan: SharingPlan | None = None
+        self.plan: Assignment | None = None
 
     def invert_factors(self, factors: Sequence[Factor], dampings: Sequence[Tensor]) -> list[Outcome[MadeInverse]]:
         """Do what ``invert.invert_factors`` does, all processes together.
@@ -75,7 +81,7 @@ class SharedInversion:
     def _make_all(self, factors: Sequence[Factor], kind: Kind[P], make: Make[P]) -> list[Outcome[P]]:
         rank, device = self.processes.rank, factors[0].values.device
         works = [Work.making(kind(factor), factor) for factor in factors]
-        plan = plan_sharing(works, self.processes.size, machine_balance(device, self.flops_per_byte))
+        plan = plan_assignment(works, self.processes.size, machine_balance(device, self.flops_per_byte))
         self.plan = plan
         # Not in one call with this process's share: what else is in a batch can change the last bits of a result.
         everywhere = [i for i, shares in enumerate(plan.shares) if shares is None]
@@ -97,11 +103,11 @@ class SharedInversion:
         if not is_summed:
             padded = message.new_zeros(max(lengths))
             padded[: len(message)] = message
-            return self.processes.gather(padded, "inverses")
+            return self.processes.all_gather(padded, "inverses")
         joined = message.new_zeros(sum(lengths))
         parts = joined.split([*lengths])
         parts[rank].copy_(message)
-        self.processes.add_up_(joined, "inverses")
+        self.processes.all_reduce_(joined, "inverses")
         return parts
 
 
@@ -119,7 +125,7 @@ def to_message(made: Sequence[Outcome[P]], forms: Sequence[BlockMessage], like: 
 
 
 def read_messages(
-    messages: Sequence[Tensor], plan: SharingPlan, factors: Sequence[Factor], kind: Kind[P]
+    messages: Sequence[Tensor], plan: Assignment, factors: Sequence[Factor], kind: Kind[P]
 ) -> dict[int, Outcome[P]]:
     """Return what all processes have made, by factor.
 

@@ -20,7 +20,7 @@ from kfac_sua.preconditioner.settings import InverseMethod, KroneckerSettings, P
 ANY_ROWS = 2**62
 """A number of rows that no mini-batch has."""
 
-TWO_SIDED_OPERATIONS = 6
+BACKWARD_OPERATIONS = 6
 """Operations more that a side takes in the backward pass: the parts of a convolution's backward pass are called one by
 one, and channels are brought last and back."""
 
@@ -172,14 +172,14 @@ class SideCost:
     # --- where an inverse is applied ------------------------------------------------------------------------------
 
     @property
-    def two_sided_rows(self) -> float:
+    def backward_rows(self) -> float:
         """Rows of the mini-batch below which multiplying these in the backward pass takes less time than the vectors.
 
         What it saves has to make up for more launches; those of an eager step, as a captured one's take less.
         """
         rate = max(self.rates.product, self.rates.split_product)
         seconds_per_vector = 2 * self.num_blocks * self.width**2 / rate
-        return self.vectors - TWO_SIDED_OPERATIONS * self.rates.launch_s / seconds_per_vector
+        return self.vectors - BACKWARD_OPERATIONS * self.rates.launch_s / seconds_per_vector
 
     # --- the form that an inverse is kept in ------------------------------------------------------------------------
 

@@ -34,11 +34,11 @@ from kfac_sua.preconditioner.geometry import BlockLayout, ChannelGroups, LayerGe
 from kfac_sua.preconditioner.kronecker import NEITHER_SIDE, KroneckerInverse, Sides
 from kfac_sua.preconditioner.model.autograd import GradUse, accumulation, is_transformed, use_of_grad
 from kfac_sua.preconditioner.model.capture import PhaseSource
-from kfac_sua.preconditioner.model.replaced_forward import ForwardStandIn
+from kfac_sua.preconditioner.model.replaced_forward import ReplacedForward
 from kfac_sua.preconditioner.precision import application_precision, fits
 
 
-def can_be_two_sided(module: nn.Module, geometry: LayerGeometry) -> bool:
+def can_apply_in_backward(module: nn.Module, geometry: LayerGeometry) -> bool:
     """Whether a layer's gradient can be preconditioned inside its backward pass: zero-padded convolutions, no bias."""
     left, right, top, bottom = geometry.padding
     return (
@@ -58,7 +58,7 @@ class _ConvolutionOptions:
     groups: int
 
 
-class TwoSidedForward(ForwardStandIn):
+class BackwardApplication(ReplacedForward):
     """Stands in for the ``forward`` of one convolution; plain unless :attr:`inverse` is set.
 
     Where processes share a mini-batch, their gradients are added up, so that all must apply the same sides: then
@@ -116,9 +116,9 @@ class TwoSidedForward(ForwardStandIn):
             return type(module).forward(module, input)  # the model has been moved since; step() moves the inverse too
         sides = NEITHER_SIDE if self.is_paused else self._cheaper_sides(input)
         if sides == NEITHER_SIDE:
-            weight: Tensor = _WithSides.apply(module.weight, self, inverse)
+            weight: Tensor = _WeightWithSides.apply(module.weight, self, inverse)
             return module._conv_forward(input, weight, None)
-        result: Tensor = _TwoSidedConvolution.apply(input, module.weight, self, inverse, sides)
+        result: Tensor = _PreconditionedConvolution.apply(input, module.weight, self, inverse, sides)
         return result
 
     @property
@@ -174,16 +174,16 @@ class TwoSidedForward(ForwardStandIn):
         rows = pixels if layout.feature_taps == 1 else locations
         can_take_activation = layout.feature_taps == 1 or layout.conv_groups == 1
         return Sides(
-            activation=can_take_activation and rows < of_activation.two_sided_rows,
-            gradient=locations < of_gradient.two_sided_rows,
+            activation=can_take_activation and rows < of_activation.backward_rows,
+            gradient=locations < of_gradient.backward_rows,
         )
 
 
-class _WithSides(torch.autograd.Function):
+class _WeightWithSides(torch.autograd.Function):
     """The weight itself; on the way back its gradient is multiplied by the sides of the step."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, site: TwoSidedForward, inverse: KroneckerInverse) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, site: BackwardApplication, inverse: KroneckerInverse) -> Tensor:
         ctx.site, ctx.inverse = site, inverse
         return weight.view_as(weight)
 
@@ -201,7 +201,7 @@ class _Multiplied(torch.autograd.Function):
     """A weight gradient multiplied by sides of an inverse: a symmetric operator, and so its own derivative."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, site: TwoSidedForward, inverse: KroneckerInverse, sides: Sides) -> Tensor:
+    def forward(ctx: Any, grad: Tensor, site: BackwardApplication, inverse: KroneckerInverse, sides: Sides) -> Tensor:
         ctx.site, ctx.inverse, ctx.sides = site, inverse, sides
         result = grad.clone()
         with site.phases.phase("application"), application_precision():
@@ -213,7 +213,7 @@ class _Multiplied(torch.autograd.Function):
         return _Multiplied.apply(*grads, ctx.site, ctx.inverse, ctx.sides), None, None, None
 
 
-class _TwoSidedConvolution(torch.autograd.Function):
+class _PreconditionedConvolution(torch.autograd.Function):
     """A convolution whose weight gradient is Σ (Ḡ⁻¹δ)(Ā⁻¹h)ᵀ; output and input gradient are the ordinary ones.
 
     Where derivatives of these gradients are asked for (``create_graph=True``), the ordinary weight gradient is
@@ -222,7 +222,7 @@ class _TwoSidedConvolution(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, inputs: Tensor, weight: Tensor, site: TwoSidedForward, inverse: KroneckerInverse, sides: Sides
+        ctx: Any, inputs: Tensor, weight: Tensor, site: BackwardApplication, inverse: KroneckerInverse, sides: Sides
     ) -> Tensor:
         ctx.save_for_backward(inputs, weight)
         ctx.site, ctx.inverse, ctx.sides = site, inverse, sides
@@ -238,7 +238,7 @@ class _TwoSidedConvolution(torch.autograd.Function):
         arguments = (options.stride, options.padding, options.dilation, options.groups)
         input_grad = weight_grad = None
         if ctx.needs_input_grad[0]:
-            differentiable = _WithSides.apply(weight, site, inverse) if torch.is_grad_enabled() else weight
+            differentiable = _WeightWithSides.apply(weight, site, inverse) if torch.is_grad_enabled() else weight
             input_grad = conv2d_input(inputs.shape, differentiable, output_grad, *arguments)
         use = use_of_grad(accumulation(site.weight)) if ctx.needs_input_grad[1] else GradUse.NONE
         if use is GradUse.NONE:
@@ -256,7 +256,7 @@ def _weight_grad(
     shape: torch.Size,
     output_grad: Tensor,
     sides: Sides,
-    site: TwoSidedForward,
+    site: BackwardApplication,
     inverse: KroneckerInverse,
 ) -> Tensor:
     """Return the weight gradient, multiplied by the given sides through inputs and output gradients."""
@@ -292,7 +292,7 @@ def _transform(values: Tensor, inverse: Inverse, conv_groups: int, groups: Chann
     return groups.merge(result).reshape(pixels.shape).permute(0, 3, 1, 2).to(values.dtype)
 
 
-def _transform_patches(inputs: Tensor, site: TwoSidedForward, inverse: KroneckerInverse) -> Tensor:
+def _transform_patches(inputs: Tensor, site: BackwardApplication, inverse: KroneckerInverse) -> Tensor:
     """Return the patches of ``[n, channels, h, w]`` times inverse blocks, ``[rows, taps · channels]``."""
     groups = site.layout.activation
     patches = PatchRows.read(to_locations(inputs.to(inverse.like.dtype), site.geometry), site.geometry)

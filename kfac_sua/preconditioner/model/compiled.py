@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from kfac_sua.preconditioner.model.replaced_forward import ForwardStandIn, own_forward
+from kfac_sua.preconditioner.model.replaced_forward import ReplacedForward, own_forward
 from kfac_sua.preconditioner.model.wrappers import inside_of_compiled
 
 REASON = "kfac_sua records statistics of this mini-batch, which no graph can hold; compile without fullgraph=True"
@@ -37,7 +37,7 @@ def compiled_modules(model: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
-class UncompiledWhileRecording(ForwardStandIn):
+class UncompiledWhileRecording(ReplacedForward):
     """Stands in for the ``forward`` of one compiled module.
 
     Args:

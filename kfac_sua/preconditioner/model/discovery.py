@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from kfac_sua.preconditioner.geometry import LayerGeometry, unfit_weight
-from kfac_sua.preconditioner.model.replaced_forward import ForwardStandIn
+from kfac_sua.preconditioner.model.replaced_forward import ReplacedForward
 from kfac_sua.preconditioner.model.wrappers import bare_name
 
 logger = logging.getLogger(__name__)
@@ -148,14 +148,14 @@ def hook_of(module: nn.Module) -> object | None:
 def foreign_forward(module: nn.Module) -> object | None:
     """Return what runs in place of the forward of a module's class; ``None`` if that runs, perhaps through ours."""
     forward = module.__dict__.get("forward")
-    while isinstance(forward, ForwardStandIn):
+    while isinstance(forward, ReplacedForward):
         forward = forward.replaced
     return None if forward is None or _is_own(module, forward) else forward
 
 
 def _is_own(module: nn.Module, forward: object) -> bool:
     """Whether this is the forward of a module's class, as in a copy of a preconditioned model, or stands in for it."""
-    if isinstance(forward, ForwardStandIn):
+    if isinstance(forward, ReplacedForward):
         return forward.replaced is None or _is_own(module, forward.replaced)
     return getattr(forward, "__func__", None) is type(module).forward
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 
-class ForwardStandIn:
+class ReplacedForward:
     """Stands in for the ``forward`` of one module; a subclass's ``__call__`` says what it does instead.
 
     Args:

@@ -60,7 +60,7 @@ class GradientWatch:
         self.version, self.was_added_to = parameter.grad._version, False
 
 
-def is_used_up(parameter: Tensor) -> bool:
+def is_preconditioned(parameter: Tensor) -> bool:
     """Whether a parameter's gradient has been preconditioned and nothing has been added to it since."""
     watch = GradientWatch.on(parameter)
     return watch is not None and watch.version is not None and hasattr(parameter.grad, _MARK)
@@ -77,7 +77,7 @@ def old_grad(parameter: Tensor) -> Tensor | bool:
 
     Where it has been changed in place, it may have been zeroed: then the answer is a 0-d tensor on the device.
     """
-    if not is_used_up(parameter):
+    if not is_preconditioned(parameter):
         return False
     assert parameter.grad is not None
     return True if is_unchanged(parameter) else parameter.grad.any()

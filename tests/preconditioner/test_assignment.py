@@ -10,7 +10,7 @@ from thread_processes import run_ranks
 from torch import nn
 
 from kfac_sua.preconditioner import KroneckerPreconditioner
-from kfac_sua.preconditioner.distributed.assignment import FLOPS_PER_BYTE, Work, machine_balance, plan_sharing
+from kfac_sua.preconditioner.distributed.assignment import FLOPS_PER_BYTE, Work, machine_balance, plan_assignment
 from kfac_sua.preconditioner.distributed.inversion import SharedInversion
 from kfac_sua.preconditioner.forms import DenseFactor, Factor, PatchFactor, RowsFactor
 from kfac_sua.preconditioner.forms.dense import gram
@@ -36,7 +36,7 @@ def random_works(seed: int) -> list[Work]:
 def test_every_block_is_inverted_once_and_the_work_is_balanced(seed, size):
     """The processes' slices cover each factor; no process has more than one block's work more than another."""
     works = random_works(seed)
-    plan = plan_sharing(works, size, 0.0)
+    plan = plan_assignment(works, size, 0.0)
     for index, work in enumerate(works):
         slices = [plan.blocks_of(index, rank) for rank in range(size)]
         assert [block for part in slices for block in range(part.start, part.stop)] == [*range(work.num_blocks)]
@@ -50,13 +50,13 @@ def test_every_block_is_inverted_once_and_the_work_is_balanced(seed, size):
 @pytest.mark.parametrize("seed", range(5))
 def test_the_plan_follows_from_the_works_alone(seed):
     """Made twice it is the same, as it must be on processes that do not ask each other."""
-    assert plan_sharing(random_works(seed), 5, 10.0) == plan_sharing(random_works(seed), 5, 10.0)
+    assert plan_assignment(random_works(seed), 5, 10.0) == plan_assignment(random_works(seed), 5, 10.0)
 
 
 @pytest.mark.parametrize(("size", "balance"), [(2, math.inf), (1, 0.0), (64, math.inf)])
 def test_nothing_is_shared_where_bytes_cost_everything_or_nobody_else_is_there(size, balance):
     """Every process inverts all blocks and sends nothing."""
-    plan = plan_sharing(random_works(0), size, balance)
+    plan = plan_assignment(random_works(0), size, balance)
     assert (plan.num_shared, plan.sent_bytes, plan.dtypes) == (0, 0, [])
     assert all(plan.flops_of(rank) == plan.flops_alone for rank in range(size))
 
@@ -64,23 +64,23 @@ def test_nothing_is_shared_where_bytes_cost_everything_or_nobody_else_is_there(s
 def test_a_block_is_shared_where_its_flops_saved_exceed_its_bytes():
     """Of 2 processes each saves half of 64³ FLOPs per block of width 64, which is sent whole, as 4 · 64² bytes."""
     works = [Work.dense((10, 64), torch.float32, is_eigenbasis=False)] * 2
-    assert plan_sharing(works, 2, 7.9).num_shared == 20  # 64³ / 2 = 8 · 4 · 64²
-    assert plan_sharing(works, 2, 8.0).num_shared == 0
+    assert plan_assignment(works, 2, 7.9).num_shared == 20  # 64³ / 2 = 8 · 4 · 64²
+    assert plan_assignment(works, 2, 8.0).num_shared == 0
     wide = Work.dense((10, 128), torch.float32, is_eigenbasis=False)  # 128³ / 2 = 1048576 against 4 · 12288 bytes
-    assert plan_sharing([works[0], wide], 2, 10.0).shares == (None, (5, 5))
+    assert plan_assignment([works[0], wide], 2, 10.0).shares == (None, (5, 5))
 
 
 def test_one_block_that_is_most_of_the_work_is_not_sent():
     """Its owner would need as long as alone, and the others would wait for it and for its bytes."""
     works = [Work.dense((1, 1000), torch.float32, is_eigenbasis=False)]
-    assert plan_sharing(works, 4, 1.0).num_shared == 0
-    assert plan_sharing(works * 4, 4, 1.0).shares == ((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1))
+    assert plan_assignment(works, 4, 1.0).num_shared == 0
+    assert plan_assignment(works * 4, 4, 1.0).shares == ((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1))
 
 
 def test_parts_travel_in_the_way_that_moves_fewer_bytes():
     """Equal parts are gathered; where few processes have most to send they are added up, and no buffer is N parts."""
     work = Work.dense((1, 512), torch.float32, is_eigenbasis=False)
-    equal, uneven = plan_sharing([work] * 6, 6, 0.0), plan_sharing([work] * 2, 6, 0.0)
+    equal, uneven = plan_assignment([work] * 6, 6, 0.0), plan_assignment([work] * 2, 6, 0.0)
     part = 3 + triangle_numbers(512)
     assert equal.parts(torch.float32) == [part] * 6
     assert uneven.parts(torch.float32) == [part, part, 0, 0, 0, 0]
