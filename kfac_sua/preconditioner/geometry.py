@@ -10,7 +10,7 @@ from enum import Enum
 from functools import cached_property
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kfac_sua.preconditioner.settings import Structure
 
@@ -18,6 +18,8 @@ from kfac_sua.preconditioner.settings import Structure
 @dataclass(frozen=True)
 class LayerGeometry:
     """Shape of a linear or 2-d convolution layer; a linear layer is a 1×1 convolution over its extra dimensions.
+
+    ``model.module_geometry`` reads it off a module.
 
     Args:
         in_channels: Input channels (features) of one convolution group.
@@ -53,25 +55,6 @@ class LayerGeometry:
         """Pixels added at the top and on the left."""
         left, _, top, _ = self.padding
         return top, left
-
-    @classmethod
-    def of(cls, module: nn.Linear | nn.Conv2d) -> "LayerGeometry":
-        """Read the geometry of a module, channels off its weight; a frozen bias counts as none."""
-        has_bias = module.bias is not None and module.bias.requires_grad
-        out_channels, in_channels = module.weight.shape[:2]
-        if isinstance(module, nn.Linear):
-            return cls(in_channels, out_channels, has_bias=has_bias, is_convolution=False)
-        return cls(
-            in_channels=in_channels,
-            out_channels=out_channels // module.groups,
-            conv_groups=module.groups,
-            kernel_size=_pair(module.kernel_size),
-            stride=_pair(module.stride),
-            dilation=_pair(module.dilation),
-            padding=_padding(module),
-            padding_mode=module.padding_mode,
-            has_bias=has_bias,
-        )
 
 
 @dataclass(frozen=True)
@@ -200,28 +183,3 @@ class BlockLayout:
     def gradient_dim(self) -> int:
         """Rows of one convolution group's gradient factor without padding."""
         return self.gradient.num_channels
-
-
-def unfit_weight(module: nn.Linear | nn.Conv2d) -> str:
-    """Return why a module's weight has no shape that can be read as its geometry; empty if it has."""
-    kernel = [] if isinstance(module, nn.Linear) else list(module.kernel_size)
-    shape, groups = list(module.weight.shape), 1 if isinstance(module, nn.Linear) else module.groups
-    if len(shape) == 2 + len(kernel) and shape[2:] == kernel and shape[0] % groups == 0:
-        return ""
-    expected = "[out, in]" if not kernel else f"[{groups} * out, in, {kernel[0]}, {kernel[1]}]"
-    return f"its weight has the shape {shape}, where {type(module).__name__} needs {expected}"
-
-
-def _pair(value: tuple[int, ...]) -> tuple[int, int]:
-    height, width = value
-    return height, width
-
-
-def _padding(module: nn.Conv2d) -> tuple[int, int, int, int]:
-    if isinstance(module.padding, str) and module.padding == "valid":
-        return (0, 0, 0, 0)
-    if isinstance(module.padding, str):  # "same": PyTorch puts the odd pixel on the right and at the bottom
-        total_h, total_w = (d * (k - 1) for d, k in zip(_pair(module.dilation), _pair(module.kernel_size), strict=True))
-        return (total_w // 2, total_w - total_w // 2, total_h // 2, total_h - total_h // 2)
-    height, width = module.padding
-    return (int(width), int(width), int(height), int(height))

@@ -39,11 +39,12 @@ from kfac_sua.preconditioner.host_copy import HostCopy
 from kfac_sua.preconditioner.kl_clip import KLClip
 from kfac_sua.preconditioner.large import warn_of_large_layers
 from kfac_sua.preconditioner.layer import PreconditionedLayer, take_inverses
-from kfac_sua.preconditioner.model.capture import Capture, Phase, PhaseSource
+from kfac_sua.preconditioner.model.capture import Capture
 from kfac_sua.preconditioner.model.changes import ModelWatch, is_frozen
 from kfac_sua.preconditioner.model.compiled import UncompiledWhileRecording, compiled_modules
 from kfac_sua.preconditioner.model.discovery import discover_layers, log_plain_layers, preconditioned
 from kfac_sua.preconditioner.model.wrappers import bare_model
+from kfac_sua.preconditioner.phases import Phase, PhaseSource
 from kfac_sua.preconditioner.plain_numbers import checked_integer, shown
 from kfac_sua.preconditioner.precision import application_precision, factor_precision
 from kfac_sua.preconditioner.refresh import refresh_layers, small_dampings
@@ -162,7 +163,7 @@ class KroneckerPreconditioner:
             raise TypeError(f"distributed must be True or False, got {shown(distributed)}.")
         self._processes = default_processes() if distributed else None
         self._shared_inversion = SharedInversion(self._processes, flops_per_byte) if self._processes else None
-        self._phases = PhaseSource(_no_phase)
+        self._phases = PhaseSource()
         self._observer: weakref.ref[GradientObserver] | None = None
         self._discovered = discover_layers(self._model, self.settings.skip)
         log_plain_layers(self._discovered)
@@ -713,8 +714,3 @@ def _release(capture: Capture, replaced: Sequence[UncompiledWhileRecording | Pre
     capture.remove()
     for one in reversed(replaced):
         one.remove()
-
-
-def _no_phase(name: str) -> AbstractContextManager[None]:
-    del name
-    return nullcontext()

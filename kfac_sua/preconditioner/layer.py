@@ -22,9 +22,9 @@ from kfac_sua.preconditioner.kronecker import (
     layer_inverse_from_state,
 )
 from kfac_sua.preconditioner.model.backward_application import BackwardApplication, can_apply_in_backward
-from kfac_sua.preconditioner.model.capture import PhaseSource
 from kfac_sua.preconditioner.model.discovery import foreign_forward
 from kfac_sua.preconditioner.model.used_gradient import GradientWatch, is_preconditioned
+from kfac_sua.preconditioner.phases import PhaseSource
 from kfac_sua.preconditioner.precision import at_least_float32, fits, has_fast_products
 from kfac_sua.preconditioner.rates import rates_of
 from kfac_sua.preconditioner.settings import Application, KroneckerSettings, Products, WeightSharing

@@ -4,7 +4,8 @@ import torch
 from hypothesis import strategies as st
 from torch import nn
 
-from kfac_sua.preconditioner.geometry import BlockLayout, LayerGeometry
+from kfac_sua.preconditioner.geometry import BlockLayout
+from kfac_sua.preconditioner.model.module_geometry import geometry_of
 from kfac_sua.preconditioner.settings import Structure
 
 
@@ -31,4 +32,4 @@ def convolutions(draw):
 
 def layout_of(module: nn.Module, structure: str, group_size: int | None = None) -> BlockLayout:
     """Return the block layout of a module."""
-    return BlockLayout.of(LayerGeometry.of(module), Structure(structure), group_size)
+    return BlockLayout.of(geometry_of(module), Structure(structure), group_size)

@@ -17,8 +17,8 @@ from kfac_sua.preconditioner.forms.dense import gram
 from kfac_sua.preconditioner.forms.patch_rows import PatchRows
 from kfac_sua.preconditioner.forms.triangles import PACKED_WIDTH, mirrored_, packed, triangle_numbers, unpack_
 from kfac_sua.preconditioner.forms.unfold import to_locations
-from kfac_sua.preconditioner.geometry import LayerGeometry
 from kfac_sua.preconditioner.invert import eigendecompose_factors, invert_factors
+from kfac_sua.preconditioner.model.module_geometry import geometry_of
 from kfac_sua.preconditioner.report import SharingReport
 
 # --- who inverts what -------------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def test_a_triangle_says_all_of_a_symmetric_block(width):
 def make_factors(dtype: torch.dtype = torch.float64) -> dict[str, Factor]:
     """Return a factor of every form, some with more blocks than others."""
     torch.manual_seed(0)
-    geometry = LayerGeometry.of(nn.Conv2d(2, 3, 3, padding=1, bias=False))
+    geometry = geometry_of(nn.Conv2d(2, 3, 3, padding=1, bias=False))
     pixels = torch.randn(3, 2, 5, 5, dtype=dtype)
     return {
         "dense": DenseFactor(gram(torch.randn(5, 90, 80, dtype=dtype))),

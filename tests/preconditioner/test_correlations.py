@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kfac_sua.preconditioner.forms.correlations import can_correlate, patch_moment
 from kfac_sua.preconditioner.forms.unfold import to_locations
-from kfac_sua.preconditioner.geometry import BlockLayout, LayerGeometry
+from kfac_sua.preconditioner.geometry import BlockLayout
+from kfac_sua.preconditioner.model.module_geometry import geometry_of
 from kfac_sua.preconditioner.settings import Structure
 from kfac_sua.preconditioner.statistics import LayerStatistics, ModelPass
 
@@ -20,7 +21,7 @@ from kfac_sua.preconditioner.statistics import LayerStatistics, ModelPass
 def test_row_correlations_equal_the_moment_of_looped_patches(case):
     """For every kernel, padding, dilation, horizontal stride and convolution group, border rows included."""
     module, inputs = case
-    geometry, layout = LayerGeometry.of(module), layout_of(module, "kfac")
+    geometry, layout = geometry_of(module), layout_of(module, "kfac")
     assume(can_correlate(geometry, layout))
     got = patch_moment(to_locations(inputs, geometry), geometry, layout)
     patches = patches_by_loop(module, inputs).flatten(0, 1)
@@ -34,7 +35,7 @@ def test_channel_groups_are_the_diagonal_blocks(group_size):
     """Blocks of channel groups, a ragged last one included, are those of the full factor."""
     torch.manual_seed(0)
     module = nn.Conv2d(5, 2, 3, padding=1, bias=False).double()
-    geometry, inputs = LayerGeometry.of(module), torch.randn(3, 5, 4, 3, dtype=torch.float64)
+    geometry, inputs = geometry_of(module), torch.randn(3, 5, 4, 3, dtype=torch.float64)
     locations = to_locations(inputs, geometry)
     full = patch_moment(locations, geometry, layout_of(module, "kfac"))[0].view(9, 5, 9, 5)
     blocks = patch_moment(locations, geometry, layout_of(module, "kfac", group_size))
@@ -48,7 +49,7 @@ def test_channel_groups_are_the_diagonal_blocks(group_size):
 def test_a_three_by_three_kernel_needs_a_third_of_the_flops():
     """Counted by PyTorch: three products of width 3·channels stand against one of width 9·channels."""
     module = nn.Conv2d(8, 2, 3, padding=1, bias=False)
-    geometry, layout = LayerGeometry.of(module), layout_of(module, "kfac")
+    geometry, layout = geometry_of(module), layout_of(module, "kfac")
     with FlopCounterMode(display=False) as counter:
         patch_moment(torch.randn(2, 16, 16, 8), geometry, layout)
     direct = 2 * (2 * 16 * 16) * (9 * 8) ** 2
@@ -66,7 +67,7 @@ def test_a_three_by_three_kernel_needs_a_third_of_the_flops():
 )
 def test_what_cannot_be_correlated_is_not(module, structure):
     """Vertical strides, single kernel rows, the homogeneous coordinate of a bias and SUA take the other paths."""
-    geometry = LayerGeometry.of(module)
+    geometry = geometry_of(module)
     assert not can_correlate(geometry, BlockLayout.of(geometry, Structure(structure), None))
 
 
@@ -75,7 +76,7 @@ def test_micro_batches_add_up_whether_inputs_or_moments_are_kept(channels):
     """Inputs wait for the end of the backward pass while they are smaller than the moment; the sum is the same."""
     torch.manual_seed(0)
     module = nn.Conv2d(channels, 4, 3, padding=1, bias=False).double()
-    geometry, layout = LayerGeometry.of(module), layout_of(module, "kfac")
+    geometry, layout = geometry_of(module), layout_of(module, "kfac")
     statistics = LayerStatistics("conv", geometry, layout, reduce=False, max_activation_rows=0, max_gradient_rows=0)
     inputs = torch.randn(60, channels, 4, 5, dtype=torch.float64)
     grads = torch.randn(60, 4, 4, 5, dtype=torch.float64)

@@ -15,8 +15,8 @@ from kfac_sua.preconditioner.forms import DenseFactor, Factor, PatchFactor, Rows
 from kfac_sua.preconditioner.forms.dense import gram
 from kfac_sua.preconditioner.forms.patch_rows import PatchRows
 from kfac_sua.preconditioner.forms.unfold import to_locations
-from kfac_sua.preconditioner.geometry import LayerGeometry
 from kfac_sua.preconditioner.invert import invert_factors
+from kfac_sua.preconditioner.model.module_geometry import geometry_of
 
 LAYERS = ("0", "2", "4")
 
@@ -83,7 +83,7 @@ def factor_of(form: str, rows: torch.Tensor) -> Factor:
         return DenseFactor(gram(rows[None]))
     if form == "rows":
         return RowsFactor(rows[None])
-    geometry = LayerGeometry.of(nn.Conv2d(2, 3, 2, stride=2, bias=False))
+    geometry = geometry_of(nn.Conv2d(2, 3, 2, stride=2, bias=False))
     pixels = rows.unflatten(1, (2, 2, 2)).permute(0, 3, 1, 2)  # an image per row: one patch
     return PatchFactor(PatchRows.read(to_locations(pixels, geometry), geometry))
 

@@ -18,12 +18,13 @@ from kfac_sua.preconditioner.forms.moments import (
     sampled_activation_rows,
 )
 from kfac_sua.preconditioner.forms.unfold import read_counts, to_locations
-from kfac_sua.preconditioner.geometry import ChannelGroups, LayerGeometry
+from kfac_sua.preconditioner.geometry import ChannelGroups
+from kfac_sua.preconditioner.model.module_geometry import geometry_of
 
 
 def activation_moment(module, inputs, structure, group_size=None):
     """Return the un-normalised activation blocks of a module."""
-    geometry, layout = LayerGeometry.of(module), layout_of(module, structure, group_size)
+    geometry, layout = geometry_of(module), layout_of(module, structure, group_size)
     return sum(gram(rows) for rows in activation_rows(to_locations(inputs, geometry), geometry, layout))
 
 
@@ -58,7 +59,7 @@ def test_kfac_factor_is_the_moment_of_looped_patches(case):
 def test_reduced_rows_are_patches_summed_over_locations(case):
     """Under reduce, a row is the sum of an example's patches (a row per tap under SUA)."""
     module, inputs = case
-    geometry = LayerGeometry.of(module)
+    geometry = geometry_of(module)
     summed = patches_by_loop(module, inputs).sum(1)  # [n, taps, channels]
     for structure in ("kfac", "sua"):
         layout = layout_of(module, structure)
@@ -113,7 +114,7 @@ def test_read_counts_are_fold_of_ones(size, kernel, stride, dilation):
 def test_the_exact_sua_factor_is_the_mean_of_the_diagonal_tap_blocks(case):
     """Gram / (T S N) is the Frobenius projection of K-FAC's factor on I ⊗ C, for every geometry and padding mode."""
     module, inputs = case
-    geometry, layout = LayerGeometry.of(module), layout_of(module, "sua")
+    geometry, layout = geometry_of(module), layout_of(module, "sua")
     assume(not layout.taps_in_features)
     patches = patches_by_loop(module, inputs)  # [n, locations, taps, channels]
     num_examples, num_locations, num_taps, _ = patches.shape
@@ -141,7 +142,7 @@ def test_gradient_rows_keep_convolution_and_channel_groups_apart(reduce):
     module = nn.Conv2d(4, 10, 3, groups=2).double()
     grads = torch.randn(3, 10, 4, 2, dtype=torch.float64)
     layout = layout_of(module, "kfac", group_size=2)
-    rows = gradient_rows(to_locations(grads, LayerGeometry.of(module)), layout, reduce=reduce)
+    rows = gradient_rows(to_locations(grads, geometry_of(module)), layout, reduce=reduce)
     assert rows.shape == (6, 3 if reduce else 24, 2)
     flat = grads.flatten(2).transpose(1, 2)
     flat = flat.sum(1) if reduce else flat.flatten(0, 1)
@@ -158,7 +159,7 @@ def test_chunks_of_examples_give_the_same_moment(monkeypatch):
     inputs = torch.randn(7, 3, 5, 5, dtype=torch.float64)
     whole = activation_moment(module, inputs, "kfac")
     monkeypatch.setattr("kfac_sua.preconditioner.forms.moments.MAX_PATCH_ELEMENTS", 2 * 5 * 5 * 27)
-    geometry, layout = LayerGeometry.of(module), layout_of(module, "kfac")
+    geometry, layout = geometry_of(module), layout_of(module, "kfac")
     chunks = list(activation_rows(to_locations(inputs, geometry), geometry, layout))
     assert [chunk.shape[1] for chunk in chunks] == [50, 50, 50, 25]
     torch.testing.assert_close(sum(gram(chunk) for chunk in chunks), whole, rtol=1e-12, atol=1e-12)
@@ -171,7 +172,7 @@ def test_sampled_rows_are_rows_of_the_mini_batch_spread_over_it(structure, bias)
     torch.manual_seed(0)
     module = nn.Conv2d(3, 2, 3, padding=1, bias=bias).double()
     inputs = torch.randn(40, 3, 4, 4, dtype=torch.float64)
-    geometry, layout = LayerGeometry.of(module), layout_of(module, structure)
+    geometry, layout = geometry_of(module), layout_of(module, structure)
     locations = to_locations(inputs, geometry)
     all_rows = torch.cat(list(activation_rows(locations, geometry, layout)), dim=1)
     assert num_activation_rows(locations, geometry, layout) == all_rows.shape[1] == 640
@@ -195,7 +196,7 @@ def test_no_row_is_sampled_twice(total, most):
     """As many distinct rows as were asked for, also where that is nearly all of them."""
     module = nn.Conv2d(1, 1, 1, bias=False).double()
     inputs = torch.arange(1.0, total + 1, dtype=torch.float64).view(1, 1, 1, total)
-    geometry, layout = LayerGeometry.of(module), layout_of(module, "kfac")
+    geometry, layout = geometry_of(module), layout_of(module, "kfac")
     (sample,) = sampled_activation_rows(to_locations(inputs, geometry), geometry, layout, most)
     values = sample.flatten() / (total / most) ** 0.5
     assert len(values.round().unique()) == most
@@ -215,7 +216,7 @@ def test_sequences_are_locations():
     """Extra dimensions of a Linear layer's input count as locations."""
     module = nn.Linear(3, 2)
     inputs = torch.randn(4, 5, 6, 3)
-    assert to_locations(inputs, LayerGeometry.of(module)).shape == (4, 30, 1, 3)
+    assert to_locations(inputs, geometry_of(module)).shape == (4, 30, 1, 3)
     assert locations_of(module, inputs).shape == (4, 30, 1, 3)
 
 

@@ -31,10 +31,10 @@ from kfac_sua.preconditioner.forms.accumulator import MomentAccumulator, Scaling
 from kfac_sua.preconditioner.forms.patch_rows import PatchRows
 from kfac_sua.preconditioner.forms.triangles import packed, unpack_
 from kfac_sua.preconditioner.forms.unfold import to_locations
-from kfac_sua.preconditioner.geometry import LayerGeometry
 from kfac_sua.preconditioner.invert import Outcome, eigendecompose_factors, invert_factors
+from kfac_sua.preconditioner.model.module_geometry import geometry_of
 
-GEOMETRY = LayerGeometry.of(nn.Conv2d(2, 3, 3, padding=1, bias=False))
+GEOMETRY = geometry_of(nn.Conv2d(2, 3, 3, padding=1, bias=False))
 FORMS = {form.__name__: form for form in (*SUM_FORMS, *ROW_FORMS)}
 FACTORS = ["DenseFactor", "RowsFactor", "PatchFactor"]
 PREPARED = [*FACTORS, "eigenbasis"]

@@ -13,13 +13,14 @@ from kfac_sua.preconditioner import KroneckerPreconditioner, KroneckerSettings
 from kfac_sua.preconditioner.forms import DenseFactor, PatchFactor, PatchInverse, RowsFactor
 from kfac_sua.preconditioner.forms.patch_rows import PatchRows, can_be_patch_rows, joined
 from kfac_sua.preconditioner.forms.unfold import pixel_read_counts, to_locations
-from kfac_sua.preconditioner.geometry import ChannelGroups, LayerGeometry
+from kfac_sua.preconditioner.geometry import ChannelGroups
 from kfac_sua.preconditioner.invert import invert_factors
+from kfac_sua.preconditioner.model.module_geometry import geometry_of
 
 
 def read(module: nn.Conv2d, inputs: torch.Tensor) -> PatchRows:
     """Return the patches of a module's inputs, unformed."""
-    geometry = LayerGeometry.of(module)
+    geometry = geometry_of(module)
     return PatchRows.read(to_locations(inputs, geometry), geometry)
 
 
@@ -28,7 +29,7 @@ def read(module: nn.Conv2d, inputs: torch.Tensor) -> PatchRows:
 def test_every_product_equals_the_one_with_looped_patches(case):
     """U Uᵀ, V Uᵀ, Z U and tr(UᵀU), for every kernel, stride, dilation and zero padding."""
     module, inputs = case
-    assume(can_be_patch_rows(LayerGeometry.of(module), layout_of(module, "kfac")))
+    assume(can_be_patch_rows(geometry_of(module), layout_of(module, "kfac")))
     patches = read(module, inputs)
     formed = patches_by_loop(module, inputs).transpose(0, 1).flatten(0, 1).flatten(1)  # rows in the order (y, x, n)
     assert patches.num_rows == len(formed)
@@ -47,14 +48,14 @@ def test_every_product_equals_the_one_with_looped_patches(case):
 def test_products_with_other_patches_and_with_matrices(case, group_size):
     """U Wᵀ with another mini-batch's patches, and U M in channel groups, a ragged last one included."""
     module, inputs = case
-    assume(can_be_patch_rows(LayerGeometry.of(module), layout_of(module, "kfac")))
+    assume(can_be_patch_rows(geometry_of(module), layout_of(module, "kfac")))
     patches, other = read(module, inputs), read(module, torch.randn_like(inputs[:1]))
     torch.testing.assert_close(patches.cross(other), patches.rows() @ other.rows().T, rtol=1e-10, atol=1e-10)
     groups = ChannelGroups.of(module.in_channels, group_size)
     blocks = patches.blocks(groups)
     matrices = torch.randn(len(blocks), blocks.shape[-1], 4, dtype=torch.float64)
     torch.testing.assert_close(patches.multiply(matrices, groups), blocks @ matrices, rtol=1e-10, atol=1e-10)
-    counts = pixel_read_counts(LayerGeometry.of(module), *inputs.shape[2:])
+    counts = pixel_read_counts(geometry_of(module), *inputs.shape[2:])
     num_locations = patches.num_rows // len(inputs)
     assert patches.read_share == pytest.approx(int(counts.sum()) / (num_locations * patches.geometry.num_taps))
 

@@ -10,8 +10,8 @@ from kfac_sua.preconditioner.captured.host_state import HostState
 from kfac_sua.preconditioner.captured.inspection import StepInspection
 from kfac_sua.preconditioner.captured.optimizers import StepOptimizers
 from kfac_sua.preconditioner.kfac import KroneckerPreconditioner
-from kfac_sua.preconditioner.model.capture import num_captures_on
 from kfac_sua.preconditioner.model.compiled import compiled_modules
+from kfac_sua.preconditioner.model.hooks import num_captures_on
 
 _CURE = "as where a variable is replaced in every step; write into one tensor instead, with copy_()"
 

@@ -1,18 +1,18 @@
-"""Preconditioning the two sides of a weight gradient instead of the gradient.
+"""Applies an inverse inside a convolution's backward pass, to inputs and output gradients instead of the gradient.
 
-A weight gradient is a sum over rows, V = Σ δ hᵀ, hence Ḡ⁻¹ V Ā⁻¹ = Σ (Ḡ⁻¹δ)(Ā⁻¹h)ᵀ. Where a layer has fewer rows than
-its weight has vectors (late layers: few locations, many channels) it is cheaper to transform output gradients and
-inputs inside the layer's backward pass than to multiply the weight gradient; the result is the same to rounding. A
-side whose rows are many stays with the weight gradient, and on a GPU one that saves less than its launches take.
-K-FAC's activation side transforms patches rather than pixels, so there the weight gradient is the product of output
-gradients and transformed patches instead of a convolution.
+A weight gradient is a sum over rows, V = Σ δ hᵀ, hence Ḡ⁻¹ V Ā⁻¹ = Σ (Ḡ⁻¹δ)(Ā⁻¹h)ᵀ. Late layers have few locations and
+many channels, so fewer rows than the weight has vectors: there it is cheaper to transform output gradients and inputs
+than to multiply the weight gradient, and the result is the same to rounding. Each of the two sides is decided by
+itself: one with many rows, or on a GPU one that saves less time than its launches take, is applied to the weight
+gradient. K-FAC's activation side transforms patches rather than pixels, so that its weight gradient is a product of
+output gradients and transformed patches instead of a convolution.
 
-It needs the inverses before the backward pass, so a mini-batch on which statistics or inverses are due is applied to
-the weight gradient instead: no step ever uses older inverses than it otherwise would.
+The inverses must be there before the backward pass. So on mini-batches with statistics or a refresh they are applied to
+the weight gradient: no step uses older inverses than it would otherwise.
 
-All parts of a step's gradient carry the same sides: those that the first of them to get to ``.grad`` carries. The other
-parts, from mini-batches of other sizes, calls under autocast or in ``paused()``, or derivatives of a gradient, are
-multiplied as they arrive. A gradient that does not get to ``.grad``, as ``torch.autograd.grad`` asks for, stays plain.
+All parts of a step's gradient carry the same sides: those of the first part that gets to ``.grad``. Parts that arrive
+later with other sides (mini-batches of other sizes, calls under autocast or in ``paused()``, derivatives of a gradient)
+are multiplied as they arrive. A gradient that does not get to ``.grad``, as of ``torch.autograd.grad``, stays plain.
 """
 
 import math
@@ -33,8 +33,8 @@ from kfac_sua.preconditioner.forms.unfold import output_size, to_locations
 from kfac_sua.preconditioner.geometry import BlockLayout, ChannelGroups, LayerGeometry
 from kfac_sua.preconditioner.kronecker import NEITHER_SIDE, KroneckerInverse, Sides
 from kfac_sua.preconditioner.model.autograd import GradUse, accumulation, is_transformed, use_of_grad
-from kfac_sua.preconditioner.model.capture import PhaseSource
 from kfac_sua.preconditioner.model.replaced_forward import ReplacedForward
+from kfac_sua.preconditioner.phases import PhaseSource
 from kfac_sua.preconditioner.precision import application_precision, fits
 
 
@@ -59,10 +59,10 @@ class _ConvolutionOptions:
 
 
 class BackwardApplication(ReplacedForward):
-    """Stands in for the ``forward`` of one convolution; plain unless :attr:`inverse` is set.
+    """Replaces the ``forward`` of one convolution; plain unless :attr:`inverse` is set.
 
-    Where processes share a mini-batch, their gradients are added up, so that all must apply the same sides: then
-    :attr:`num_examples` says of how many examples these are chosen for.
+    Processes that share a mini-batch add up their gradients, so all must apply the same sides: these are then chosen
+    for :attr:`num_examples` examples, whatever the process at hand has.
 
     Args:
         name: The layer's name, for messages.
@@ -127,10 +127,10 @@ class BackwardApplication(ReplacedForward):
         return self._module.weight
 
     def sides_of_step(self, sides: Sides) -> Sides:
-        """Return the sides that a weight gradient which is about to be accumulated must carry.
+        """Return the sides that a weight gradient must carry which is about to be accumulated.
 
         Args:
-            sides: Those that it would best carry, which are taken if it is the first.
+            sides: Those that suit it best; they become the step's if this gradient is its first.
         """
         if self._sides is None:
             self._sides = NEITHER_SIDE if self._was_compiled else sides
@@ -183,17 +183,17 @@ class _WeightWithSides(torch.autograd.Function):
     """The weight itself; on the way back its gradient is multiplied by the sides of the step."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, site: BackwardApplication, inverse: KroneckerInverse) -> Tensor:
-        ctx.site, ctx.inverse = site, inverse
+    def forward(ctx: Any, weight: Tensor, owner: BackwardApplication, inverse: KroneckerInverse) -> Tensor:
+        ctx.owner, ctx.inverse = owner, inverse
         return weight.view_as(weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        if use_of_grad(accumulation(ctx.site.weight)) is GradUse.ACCUMULATED:
-            sides = ctx.site.sides_of_step(NEITHER_SIDE)
+        if use_of_grad(accumulation(ctx.owner.weight)) is GradUse.ACCUMULATED:
+            sides = ctx.owner.sides_of_step(NEITHER_SIDE)
             if sides != NEITHER_SIDE:
-                grad = _Multiplied.apply(grad, ctx.site, ctx.inverse, sides)
+                grad = _Multiplied.apply(grad, ctx.owner, ctx.inverse, sides)
         return grad, None, None
 
 
@@ -201,16 +201,16 @@ class _Multiplied(torch.autograd.Function):
     """A weight gradient multiplied by sides of an inverse: a symmetric operator, and so its own derivative."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, site: BackwardApplication, inverse: KroneckerInverse, sides: Sides) -> Tensor:
-        ctx.site, ctx.inverse, ctx.sides = site, inverse, sides
+    def forward(ctx: Any, grad: Tensor, owner: BackwardApplication, inverse: KroneckerInverse, sides: Sides) -> Tensor:
+        ctx.owner, ctx.inverse, ctx.sides = owner, inverse, sides
         result = grad.clone()
-        with site.phases.phase("application"), application_precision():
-            precondition_(result, None, site.layout, inverse, sides)
+        with owner.phases.phase("application"), application_precision():
+            precondition_(result, None, owner.layout, inverse, sides)
         return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _Multiplied.apply(*grads, ctx.site, ctx.inverse, ctx.sides), None, None, None
+        return _Multiplied.apply(*grads, ctx.owner, ctx.inverse, ctx.sides), None, None, None
 
 
 class _PreconditionedConvolution(torch.autograd.Function):
@@ -222,32 +222,32 @@ class _PreconditionedConvolution(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, inputs: Tensor, weight: Tensor, site: BackwardApplication, inverse: KroneckerInverse, sides: Sides
+        ctx: Any, inputs: Tensor, weight: Tensor, owner: BackwardApplication, inverse: KroneckerInverse, sides: Sides
     ) -> Tensor:
         ctx.save_for_backward(inputs, weight)
-        ctx.site, ctx.inverse, ctx.sides = site, inverse, sides
-        options = site.options
+        ctx.owner, ctx.inverse, ctx.sides = owner, inverse, sides
+        options = owner.options
         return F.conv2d(inputs, weight, None, options.stride, options.padding, options.dilation, options.groups)
 
     @staticmethod
     def backward(ctx: Any, *output_grads: Tensor) -> tuple[Tensor | None, ...]:
         (output_grad,) = output_grads
         inputs, weight = ctx.saved_tensors
-        site, inverse = ctx.site, ctx.inverse
-        options = site.options
+        owner, inverse = ctx.owner, ctx.inverse
+        options = owner.options
         arguments = (options.stride, options.padding, options.dilation, options.groups)
         input_grad = weight_grad = None
         if ctx.needs_input_grad[0]:
-            differentiable = _WeightWithSides.apply(weight, site, inverse) if torch.is_grad_enabled() else weight
+            differentiable = _WeightWithSides.apply(weight, owner, inverse) if torch.is_grad_enabled() else weight
             input_grad = conv2d_input(inputs.shape, differentiable, output_grad, *arguments)
-        use = use_of_grad(accumulation(site.weight)) if ctx.needs_input_grad[1] else GradUse.NONE
+        use = use_of_grad(accumulation(owner.weight)) if ctx.needs_input_grad[1] else GradUse.NONE
         if use is GradUse.NONE:
             return input_grad, None, None, None, None
-        sides = site.sides_of_step(ctx.sides) if use is GradUse.ACCUMULATED else NEITHER_SIDE
+        sides = owner.sides_of_step(ctx.sides) if use is GradUse.ACCUMULATED else NEITHER_SIDE
         own = NEITHER_SIDE if torch.is_grad_enabled() else sides.common(ctx.sides)
-        weight_grad = _weight_grad(inputs, weight.shape, output_grad, own, site, inverse)
+        weight_grad = _weight_grad(inputs, weight.shape, output_grad, own, owner, inverse)
         if own != sides:
-            weight_grad = _Multiplied.apply(weight_grad, site, inverse, sides.without(own))
+            weight_grad = _Multiplied.apply(weight_grad, owner, inverse, sides.without(own))
         return input_grad, weight_grad, None, None, None
 
 
@@ -256,20 +256,20 @@ def _weight_grad(
     shape: torch.Size,
     output_grad: Tensor,
     sides: Sides,
-    site: BackwardApplication,
+    owner: BackwardApplication,
     inverse: KroneckerInverse,
 ) -> Tensor:
     """Return the weight gradient, multiplied by the given sides through inputs and output gradients."""
-    options, layout = site.options, site.layout
+    options, layout = owner.options, owner.layout
     rows = None
-    with site.phases.phase("application") if sides != NEITHER_SIDE else nullcontext(), application_precision():
+    with owner.phases.phase("application") if sides != NEITHER_SIDE else nullcontext(), application_precision():
         dtype = inverse.like.dtype
         if sides.gradient:
             output_grad = _transform(output_grad, inverse.gradient, layout.conv_groups, layout.gradient, dtype)
         if sides.activation and layout.feature_taps == 1:
             inputs = _transform(inputs, inverse.activation, layout.conv_groups, layout.activation, dtype)
         elif sides.activation:
-            rows = _transform_patches(inputs, site, inverse)
+            rows = _transform_patches(inputs, owner, inverse)
     if rows is not None:
         return _weight_grad_of_rows(rows, output_grad, shape)
     arguments = (options.stride, options.padding, options.dilation, options.groups)
@@ -292,12 +292,12 @@ def _transform(values: Tensor, inverse: Inverse, conv_groups: int, groups: Chann
     return groups.merge(result).reshape(pixels.shape).permute(0, 3, 1, 2).to(values.dtype)
 
 
-def _transform_patches(inputs: Tensor, site: BackwardApplication, inverse: KroneckerInverse) -> Tensor:
+def _transform_patches(inputs: Tensor, owner: BackwardApplication, inverse: KroneckerInverse) -> Tensor:
     """Return the patches of ``[n, channels, h, w]`` times inverse blocks, ``[rows, taps · channels]``."""
-    groups = site.layout.activation
-    patches = PatchRows.read(to_locations(inputs.to(inverse.like.dtype), site.geometry), site.geometry)
+    groups = owner.layout.activation
+    patches = PatchRows.read(to_locations(inputs.to(inverse.like.dtype), owner.geometry), owner.geometry)
     transformed = inverse.activation.right_of_patches(patches, groups)  # [Q, rows, taps · size]
-    transformed = transformed.unflatten(-1, (site.layout.num_taps, -1)).permute(1, 2, 0, 3)  # [rows, taps, Q, size]
+    transformed = transformed.unflatten(-1, (owner.layout.num_taps, -1)).permute(1, 2, 0, 3)  # [rows, taps, Q, size]
     return groups.merge(transformed).flatten(1).to(inputs.dtype)  # [rows, taps · channels]
 
 

@@ -14,7 +14,8 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from kfac_sua.preconditioner.geometry import LayerGeometry, unfit_weight
+from kfac_sua.preconditioner.geometry import LayerGeometry
+from kfac_sua.preconditioner.model.module_geometry import geometry_of, unfit_weight
 from kfac_sua.preconditioner.model.replaced_forward import ReplacedForward
 from kfac_sua.preconditioner.model.wrappers import bare_name
 
@@ -123,7 +124,7 @@ def _classify(
     reason = SKIPPED if any(map(layer.matches, skip)) else _reason_to_leave(module, surroundings)
     if reason or not isinstance(module, nn.Linear | nn.Conv2d):
         return replace(layer, reason=reason)
-    return replace(layer, geometry=LayerGeometry.of(module))
+    return replace(layer, geometry=geometry_of(module))
 
 
 def _with_other_names(layer: DiscoveredLayer) -> str:

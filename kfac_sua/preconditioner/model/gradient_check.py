@@ -1,11 +1,12 @@
-"""Does what was recorded of a layer add up to its weight gradient?
+"""Checks that the recorded calls of a layer explain its weight gradient.
 
 The weight gradient of recorded calls is Σ δ hᵀ. Some of its entries, each a sum of products δᵢ hⱼ, are compared with
-the same entries of the gradient that autograd hands to ``.grad``: before hooks on it, clipping, unscaling, weight decay
-and the average over processes, none of which can make them differ. They do where the weight is also used without a call
-that is recorded. A part along the weight itself, the gradient of a penalty on its squares, is left out.
+the same entries of the gradient that autograd hands to ``.grad``. That is before hooks on ``.grad``, clipping,
+unscaling, weight decay and averages over processes, so none of these makes the two differ. They differ if the weight is
+also used without a recorded call. The part along the weight itself, the gradient of a penalty on its squares, is left
+out.
 
-On a GPU launches are what a refresh has to save: four per layer, and some for all layers together.
+On a GPU a refresh must save launches: the check takes four per layer, and some for all layers together.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,19 +21,20 @@ from kfac_sua.preconditioner.geometry import LayerGeometry
 from kfac_sua.preconditioner.precision import at_least_float32
 
 MOST_CHANNELS = 4
-"""Channels whose entries are compared on either side: 16 entries, of which the part along the weight takes up one. More
+"""Channels compared on either side: 16 entries, of which the part along the weight takes up one. More channels would
 read more of inputs and gradients."""
 
 TOLERANCE = 0.05
-"""Difference, relative to the entries, beyond which they do not agree. The foreign passes seen make 0.16 and more."""
+"""Relative difference of the entries from which on they do not agree. Uses without a recorded call made at least 0.16
+of it in all cases seen."""
 
 ROUNDING = 0.01
-"""The same, relative to the root of their terms' squares, below which sums that cancel lie. Rounding each term to
-bfloat16, of a relative precision of 0.004, makes half of it."""
+"""Difference relative to the root of the terms' summed squares that rounding may make where the terms cancel. Rounding
+each term to bfloat16, whose relative precision is 0.004, makes half of it."""
 
 EXACT = 1e-3
-"""Share of ``.grad`` within which it is a multiple of what one pass has added: averages over processes, and noise, are
-not."""
+"""Relative distance within which ``.grad`` is a multiple of what one pass has added. Averages over processes, and
+noise, are farther from it."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,19 @@ class Terms:
 
 @dataclass(frozen=True)
 class Spread:
-    """A few channels, spread over all: so many, one in so many."""
+    """A few channels, spread evenly over all.
+
+    Args:
+        count: Channels taken.
+        step: Distance between two of them.
+    """
 
     count: int
     step: int
 
     @classmethod
     def over(cls, num_channels: int) -> "Spread":
-        """Return at most :data:`MOST_CHANNELS` of so many."""
+        """Return at most :data:`MOST_CHANNELS` of some channels."""
         count = min(num_channels, MOST_CHANNELS)
         return cls(count, num_channels // count)
 
@@ -70,26 +77,28 @@ class GradientCheck:
         self._ins = Spread.over(geometry.in_channels)
         self._outs = Spread.over(geometry.out_channels)
         self._tap = _unpadded_tap(geometry)
-        self.thrown: Tensor | None = None
+        self.discarded: Tensor | None = None
         self._expected: dict[int, list[Terms]] = {}
         self.clear()
 
-    def forget(self) -> None:
-        """Forget the gradient taken in: it was thrown away, or so it seems."""
-        thrown = self.got if self.thrown is None or self.got is None else self.thrown + self.got
+    def discard(self) -> None:
+        """Forget the gradient taken in, which seems to have been thrown away."""
+        total = self.accumulated
+        if self.discarded is not None and total is not None:
+            total = self.discarded + total
         self.clear()
-        self.thrown = thrown  # what .grad may become again
+        self.discarded = total  # .grad may become this again
 
     def clear(self) -> None:
         """Forget everything."""
         self._expected.clear()
-        self.thrown = None
+        self.discarded = None
         self.terms: list[Terms] = []
-        self.got: Tensor | None = None
+        self.accumulated: Tensor | None = None
         self.last: Tensor | None = None
         self.num_passes = 0
 
-    def of_inputs(self, inputs: Tensor) -> Tensor:
+    def read_inputs(self, inputs: Tensor) -> Tensor:
         """Return hⱼ at every output location of one call, for some j.
 
         Args:
@@ -113,12 +122,12 @@ class GradientCheck:
         )
         return at_least_float32(window).clone()  # [n, h', w', ins]
 
-    def expect(self, task: int, of_inputs: Tensor, output_grads: Tensor) -> None:
-        """Take in the output gradients of a call.
+    def expect(self, task: int, read_inputs: Tensor, output_grads: Tensor) -> None:
+        """Take in the output gradients of a call, whose entries the gradient is expected to have.
 
         Args:
             task: The backward pass that brings them.
-            of_inputs: What :meth:`of_inputs` returned for the call.
+            read_inputs: What :meth:`read_inputs` returned for the call.
             output_grads: Gradient with respect to its output.
         """
         grads = to_locations(output_grads.detach(), self._geometry)
@@ -127,11 +136,11 @@ class GradientCheck:
             (*grads.stride()[:3], grads.stride(3) * self._outs.step, 1),
             grads.storage_offset(),
         )
-        terms = at_least_float32(own) * of_inputs.unsqueeze(3)  # [n, h', w', outs, ins]
+        terms = at_least_float32(own) * read_inputs.unsqueeze(3)  # [n, h', w', outs, ins]
         variances, means = torch.var_mean(terms, (0, 1, 2), correction=0)  # [outs, ins] each
         self._expected.setdefault(task, []).append(Terms(terms.shape[:3].numel(), means, variances))
 
-    def compare(self, task: int, grad: Tensor) -> None:
+    def add_accumulated(self, task: int, grad: Tensor) -> None:
         """Take in the gradient that a backward pass hands to ``.grad``.
 
         Args:
@@ -141,12 +150,12 @@ class GradientCheck:
         self.terms += self._expected.pop(task, [])
         self.last = at_least_float32(self.entries(grad)).clone()
         self.num_passes += 1
-        self.got = self.last if self.got is None else self.got + self.last
+        self.accumulated = self.last if self.accumulated is None else self.accumulated + self.last
 
     @property
     def is_empty(self) -> bool:
         """Whether no gradient has been taken in."""
-        return self.got is None
+        return self.accumulated is None
 
     def entries(self, values: Tensor) -> Tensor:
         """Return the entries that are compared, ``[outs, ins]``, a view of a tensor in the shape of the weight."""
@@ -161,11 +170,11 @@ class GradientCheck:
 
 @torch.no_grad()
 def judge(checks: Sequence[GradientCheck], weights: Sequence[Tensor]) -> Tensor:
-    """Return of each layer whether gradient and records differ, and whether ``.grad`` is another one by now.
+    """Return for each layer whether gradient and records differ, and whether ``.grad`` has been replaced since.
 
-    The first is False for layers of which nothing was recorded or handed to ``.grad``, and for entries that are not
-    finite. The second is True where ``.grad`` is zero, or a multiple of what the last or the earlier passes alone have
-    added, or others that were thrown away, a part along the weight apart; whatever else it has become may be meant.
+    The first is False for layers without records or gradient, and for entries that are not finite. The second is True
+    if ``.grad`` is zero, or if it is a multiple of what the last pass, the earlier passes or passes whose gradient was
+    thrown away have added, each apart from a part along the weight. Whatever else ``.grad`` has become may be intended.
 
     Args:
         checks: One per layer.
@@ -175,7 +184,7 @@ def judge(checks: Sequence[GradientCheck], weights: Sequence[Tensor]) -> Tensor:
         ``[2, layers]``, bool, on the device of the first weight.
     """
     device = weights[0].device
-    are_compared = [check.got is not None and bool(check.terms) for check in checks]
+    are_compared = [check.accumulated is not None and bool(check.terms) for check in checks]
     if not any(are_compared):
         return torch.zeros(2, len(checks), dtype=torch.bool, device=device)
 
@@ -192,7 +201,7 @@ def judge(checks: Sequence[GradientCheck], weights: Sequence[Tensor]) -> Tensor:
     counts, means = [one.count for one in terms], [one.means for one in terms]
     second = torch._foreach_add(torch._foreach_mul(means, means), [one.variances for one in terms])
     sums, squares = (iter(torch._foreach_mul(some, counts)) for some in (means, second))
-    got, last = stacked(lambda check, _: check.got), stacked(lambda check, _: check.last)
+    got, last = stacked(lambda check, _: check.accumulated), stacked(lambda check, _: check.last)  # [layers, 16]
     expected = stacked(lambda check, _: _sum_of_next(sums, len(check.terms)))
     square_sums = stacked(lambda check, _: _sum_of_next(squares, len(check.terms)))
     along = stacked(lambda check, weight: check.entries(weight))
@@ -203,9 +212,9 @@ def judge(checks: Sequence[GradientCheck], weights: Sequence[Tensor]) -> Tensor:
     of_difference, of_got, of_terms = norms
     fail = (of_difference > TOLERANCE * of_got + ROUNDING * of_terms) & (of_got > 0)  # 0: lost in float16, or masked
     is_replaced = (_largest(weights, device) == 0) & (of_got > 0)  # of all entries, as a mask may zero these
-    if any(check.num_passes > 1 or check.thrown is not None for check in compared):
-        thrown = stacked(lambda check, _: check.thrown).to(got.dtype)
-        others = (got, last, got - last, thrown, thrown + got)
+    if any(check.num_passes > 1 or check.discarded is not None for check in compared):
+        discarded = stacked(lambda check, _: check.discarded).to(got.dtype)
+        others = (got, last, got - last, discarded, discarded + got)
         misfits = torch.stack([_misfit(now, one, along) for one in others])  # [5, layers]
         is_replaced |= (misfits[0] > TOLERANCE) & (misfits[1:].amin(0) < EXACT)
     return torch.stack([fail, is_replaced])

@@ -1,4 +1,4 @@
-"""One layer's passes, from the call of the layer until its weight gradient is part of ``.grad``.
+"""One layer's calls, each from its forward pass until its weight gradient is part of ``.grad``.
 
 A backward pass may bring an output gradient and leave ``.grad`` alone (``torch.autograd.grad``), or fail half way, and
 what it has added to ``.grad`` may be thrown away before the step. So a call counts from where autograd accumulates the
@@ -34,15 +34,15 @@ class LayerRecorder:
     Args:
         module: The layer.
         statistics: What it feeds.
-        listener: Knows whether anything is to be recorded.
-        from_training_loss: Output gradients are those of the training loss; otherwise others are handed over, and the
-            training loss only shows which calls count.
+        listener: Knows whether calls are recorded, and is told of backward passes that have been counted.
+        from_training_loss: Whether output gradients are those of the training loss. Otherwise they are handed over, and
+            the training loss only shows which calls count.
 
     Attributes:
         weight_shape: Shape of the layer's weight.
         old_grad: Whether the step's gradients were added to one that had been preconditioned; a 0-d tensor where only
             the device knows.
-        is_excused: Whether the gradient of a pass that was left out on purpose is part of the layer's.
+        has_paused_pass: Whether the layer's gradient may contain that of a pass that was left out on purpose.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class LayerRecorder:
         self._listener = listener
         self._from_training_loss = from_training_loss
         self._check = GradientCheck(statistics.geometry)
-        self._watched: tuple[Tensor, Node] | None = None
+        self._hooked: tuple[Tensor, Node] | None = None
         self._handles: list[RemovableHandle] = []
         self.clear()
 
@@ -72,27 +72,27 @@ class LayerRecorder:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._watched = None
+        self._hooked = None
         self._tasks: dict[int, list[Call]] = {}
         self._version = 0
         self.old_grad: Tensor | bool = False
-        self.is_excused = False
+        self.has_paused_pass = False
 
     def add_call(self, inputs: Tensor, output_shape: torch.Size, model_pass: ModelPass) -> Call:
-        """Record a call, whose inputs are measured at once.
+        """Record a call, and measure its inputs at once.
 
-        Inside a backward pass activation checkpointing runs the layer again. In its reentrant mode that call is the one
-        whose gradient will come; in the other one it was recorded before, and the second call gets none. So there the
-        inputs wait.
+        Inside a backward pass the inputs wait: there activation checkpointing runs the layer again. In its reentrant
+        mode the new call is the one whose gradient will come; in the other mode it gets none, as the call before it was
+        recorded.
 
         Returns:
             The call, to be held on to as long as a gradient may come.
         """
-        self._watch()
+        self._hook_weight()
         waits = current_task() != NO_TASK
         call = self.statistics.add_call(inputs, output_shape, model_pass, waits=waits)
         if not waits:
-            call.compared = self._check.of_inputs(to_locations(inputs.detach(), self.statistics.geometry))
+            call.compared = self._check.read_inputs(to_locations(inputs.detach(), self.statistics.geometry))
         return call
 
     def receive(self, call: Call, output_grads: Tensor) -> None:
@@ -104,24 +104,24 @@ class LayerRecorder:
         """
         if call.is_forgotten or call.counted_in not in (None, self.statistics.step):
             return  # of a step before, or given up
-        self._watch()
+        self._hook_weight()
         task = current_task()
         if task not in self._tasks:
-            self._begin(task)
+            self._begin_task(task)
         if call.inputs is not None:
-            call.compared = self._check.of_inputs(call.inputs)
+            call.compared = self._check.read_inputs(call.inputs)
         if self._from_training_loss:
             if call.task not in (None, task) and call.counted_in is None:
-                call.forget_output_grads()  # that backward pass did not get to ``.grad``
+                call.forget_output_grads()  # the earlier backward pass did not get to ``.grad``
             self.statistics.add_output_grads(output_grads, call)
         call.task = task
         self._tasks[task].append(call)
         if call.compared is not None:
             self._check.expect(task, call.compared, output_grads)
 
-    def excuse(self) -> None:
-        """Note that a pass that was left out has come by, on its way to ``.grad`` perhaps."""
-        self.is_excused |= self.is_accumulated
+    def note_paused_pass(self) -> None:
+        """Note that the gradient of a pass that was left out comes by: on its way to ``.grad``, perhaps."""
+        self.has_paused_pass |= self.is_accumulated
 
     def count_sampled(self) -> None:
         """Count calls by the output gradients handed over alone, where no training loss has shown which count."""
@@ -129,38 +129,41 @@ class LayerRecorder:
             self.statistics.count([call for call in self.statistics.open_calls if call.samples])
 
     def forget_counted(self) -> None:
-        """Forget what has been counted: its gradient was thrown away."""
+        """Forget the calls counted so far, as their gradient was thrown away."""
         self.statistics.forget_counted()
-        self._check.forget()
+        self._check.discard()
         self.old_grad = False
 
     @property
     def check(self) -> GradientCheck:
-        """Whether the weight gradient is that of what was recorded; empty where that cannot be said.
+        """Whether the weight gradient is that of the recorded calls; empty where that cannot be told.
 
         A hook on the weight may change its gradient on purpose.
         """
-        if self.is_excused or self.weight._backward_hooks:
+        if self.has_paused_pass or self.weight._backward_hooks:
             self._check.clear()
         return self._check
 
     @property
     def is_accumulated(self) -> bool:
         """Whether the backward pass that is running adds to the weight's gradient."""
-        self._watch()
-        assert self._watched is not None
-        return use_of_grad(self._watched[1]) is GradUse.ACCUMULATED
+        self._hook_weight()
+        assert self._hooked is not None
+        return use_of_grad(self._hooked[1]) is GradUse.ACCUMULATED
 
-    def _watch(self) -> None:
-        """Be told where the weight's gradient is accumulated."""
+    def _hook_weight(self) -> None:
+        """Put hooks on the node that accumulates the weight's gradient, unless they are there."""
         weight = self.weight
-        if self._watched is not None and self._watched[0] is weight:
+        if self._hooked is not None and self._hooked[0] is weight:
             return
         node = accumulation(weight)
-        self._watched = weight, node
-        self._handles += [node.register_prehook(self._before_adding), node.register_hook(self._added)]
+        self._hooked = weight, node
+        self._handles += [
+            node.register_prehook(self._before_accumulation),
+            node.register_hook(self._after_accumulation),
+        ]
 
-    def _begin(self, task: int) -> None:
+    def _begin_task(self, task: int) -> None:
         """See what has become of the gradient of earlier backward passes, before another one adds to it."""
         self._tasks[task] = []
         grad = self.weight.grad
@@ -170,16 +173,16 @@ class LayerRecorder:
             self.forget_counted()
 
     @torch.no_grad()
-    def _before_adding(self, grads: tuple[Tensor | None, ...]) -> None:
+    def _before_accumulation(self, grads: tuple[Tensor | None, ...]) -> None:
         task, (grad,) = current_task(), grads
         if not self._listener.enabled or grad is None:
             return
         if task not in self._tasks:
-            self._begin(task)
-        self._check.compare(task, grad)
+            self._begin_task(task)
+        self._check.add_accumulated(task, grad)
 
     @torch.no_grad()
-    def _added(self, *unused: object) -> None:
+    def _after_accumulation(self, *unused: object) -> None:
         del unused
         calls = self._tasks.pop(current_task(), [])
         if not self._listener.enabled:
@@ -189,7 +192,7 @@ class LayerRecorder:
         if not calls:
             return
         self.statistics.count([call for call in calls if call.samples])
-        if self._from_training_loss:  # nothing is to be compared with them once more
+        if self._from_training_loss:  # the calls get no second gradient to be compared with them
             for call in calls:
                 call.compared = None
         self._listener.end_pass()

@@ -1,4 +1,4 @@
-"""What takes the place of a module's ``forward``, without following the module into copies and pickles."""
+"""A callable in the place of a module's ``forward`` that does not follow the module into copies and pickles."""
 
 from types import MethodType
 from typing import Any
@@ -7,7 +7,7 @@ from torch import nn
 
 
 class ReplacedForward:
-    """Stands in for the ``forward`` of one module; a subclass's ``__call__`` says what it does instead.
+    """Replaces the ``forward`` of one module by ``__call__`` of a subclass.
 
     Args:
         module: The module.
