@@ -3,8 +3,8 @@
 from kfac_sua.preconditioner.adaptive_damping import AdaptiveDamping
 from kfac_sua.preconditioner.captured import CapturedStep, StepGraph
 from kfac_sua.preconditioner.damping_schedule import DampingScheduler, exponential_damping
+from kfac_sua.preconditioner.forms.rates import DeviceRates, rates_of, use_rates
 from kfac_sua.preconditioner.kfac import KroneckerPreconditioner
-from kfac_sua.preconditioner.rates import DeviceRates, rates_of, use_rates
 from kfac_sua.preconditioner.report import LayerReport, LayerTable
 from kfac_sua.preconditioner.settings import (
     Application,

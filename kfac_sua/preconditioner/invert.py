@@ -6,7 +6,7 @@ What is factorised, and what is made of the triangle, is up to the form of a fac
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -64,6 +64,16 @@ class _Factorisation:
 
     triangles: Tensor
     dampings: Tensor
+
+
+class Inverter(Protocol):
+    """What inverts the factors of a refresh: this module, or all processes together (``distributed.inversion``)."""
+
+    def invert_factors(self, factors: Sequence[Factor], dampings: Sequence[Tensor]) -> list[Outcome[MadeInverse]]:
+        """Invert ``factor + damping · I`` for many factors."""
+
+    def eigendecompose_factors(self, factors: Sequence[Factor]) -> list[EigenBasis | None]:
+        """Return the eigenbasis of every factor; ``None`` where the decomposition fails."""
 
 
 def invert_factors(factors: Sequence[Factor], dampings: Sequence[Tensor]) -> list[Outcome[MadeInverse]]:

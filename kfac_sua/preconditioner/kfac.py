@@ -11,9 +11,11 @@ from typing import Any, NoReturn, Protocol, Unpack
 import torch
 from torch import Tensor, nn
 
+from kfac_sua.preconditioner import invert
 from kfac_sua.preconditioner.checkpoint.checks import check_numbers, check_outline
+from kfac_sua.preconditioner.checkpoint.in_place import written_over
 from kfac_sua.preconditioner.checkpoint.layer_checks import check_findings
-from kfac_sua.preconditioner.checkpoint.versions import STATE_VERSION, check_state, up_to_date, written_over
+from kfac_sua.preconditioner.checkpoint.versions import STATE_VERSION, check_state, up_to_date
 from kfac_sua.preconditioner.distributed.assignment import checked_flops_per_byte
 from kfac_sua.preconditioner.distributed.averaging import average_factors
 from kfac_sua.preconditioner.distributed.collectives import Processes, default_processes
@@ -485,7 +487,7 @@ class KroneckerPreconditioner:
             layouts = [layer.layout for layer in layers]
             settings = dataclasses.replace(self.settings, damping=self.damping)
             are_small = HostCopy(small_dampings(factors, settings)) if layers else None
-            refreshed = refresh_layers(factors, layouts, costs, settings, self._shared_inversion)
+            refreshed = refresh_layers(factors, layouts, costs, settings, self._shared_inversion or invert)
             new = []
             try:
                 for layer, result, factors_used in zip(layers, refreshed, factors, strict=True):

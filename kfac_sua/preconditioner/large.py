@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
+from kfac_sua.preconditioner.forms.rates import rates_of
 from kfac_sua.preconditioner.layer import PreconditionedLayer
-from kfac_sua.preconditioner.rates import rates_of
 from kfac_sua.preconditioner.settings import DampingRule, InverseMethod, KroneckerSettings
 
 logger = logging.getLogger(__name__)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from kfac_sua.preconditioner.apply import precondition_
+from kfac_sua.preconditioner.checkpoint.in_place import to_be_written_over, written_over
 from kfac_sua.preconditioner.checkpoint.layer_checks import Finding, StateHolder, check_findings, layer_findings
-from kfac_sua.preconditioner.checkpoint.versions import to_be_written_over, written_over
 from kfac_sua.preconditioner.distributed.averaging import SharedLayer
 from kfac_sua.preconditioner.factors import LayerFactors, RunningAverage
 from kfac_sua.preconditioner.forms.cost import SideCost
+from kfac_sua.preconditioner.forms.rates import rates_of
 from kfac_sua.preconditioner.geometry import BlockLayout, LayerGeometry
 from kfac_sua.preconditioner.kronecker import (
     BOTH_SIDES,
@@ -26,7 +27,6 @@ from kfac_sua.preconditioner.model.discovery import foreign_forward
 from kfac_sua.preconditioner.model.used_gradient import GradientWatch, is_preconditioned
 from kfac_sua.preconditioner.phases import PhaseSource
 from kfac_sua.preconditioner.precision import at_least_float32, fits, has_fast_products
-from kfac_sua.preconditioner.rates import rates_of
 from kfac_sua.preconditioner.settings import Application, KroneckerSettings, Products, WeightSharing
 from kfac_sua.preconditioner.statistics import LayerStatistics
 

@@ -6,31 +6,31 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kfac_sua.preconditioner import damping
-from kfac_sua.preconditioner.distributed.inversion import SharedInversion
+from kfac_sua.preconditioner import damping, invert
 from kfac_sua.preconditioner.factors import LayerFactors
 from kfac_sua.preconditioner.forms import Factor
 from kfac_sua.preconditioner.forms.cost import SideCost
 from kfac_sua.preconditioner.forms.form import traces_of
 from kfac_sua.preconditioner.geometry import BlockLayout
-from kfac_sua.preconditioner.invert import Outcome, eigendecompose_factors, invert_factors
+from kfac_sua.preconditioner.invert import Inverter, Outcome
 from kfac_sua.preconditioner.kronecker import KroneckerEigenbasis, KroneckerInverse, LayerInverse
 from kfac_sua.preconditioner.settings import DampingRule, KroneckerSettings
 
 FLOAT64_BELOW = 1e-3
-"""Exact damping, as a share of a block's trace, below which factors are decomposed in float64. An eigenvalue in float32
-is off by about 1e-7 of the largest one: at a share of 1e-3 that is 1e-4 of the damping, beside which it stands."""
+"""Exact damping, as a share of a block's trace, below which factors are decomposed in float64. Eigenvalues in float32
+are off by about 1e-7 of the largest one; the damping is added to them, and at a share of 1e-3 the error is 1e-4 of it.
+"""
 
 SMALL_DAMPING = {DampingRule.factored: 1e-7, DampingRule.factored_pi: 1e-7, DampingRule.exact: 1e-6}
 """Damping, as a share of a block's trace, below which preconditioned gradients in float32 may be off by 1 % and more,
 measured against float64 (``tests/preconditioner/test_small_damping.py``)."""
 
 SMALL_ON_A_SIDE = 1e-6
-"""The same for √(ε/scale) as a share of one factor's trace, where it is added to both alike: inputs whose mean is far
-from zero make one factor large and leave the other."""
+"""The same for √(ε/scale) as a share of one factor's trace, under the rule that adds it to both factors alike: inputs
+whose mean is far from zero make one factor large and leave the other as it is."""
 
 Refreshed = Outcome[LayerInverse | None]
-"""A layer's fresh inverse, and what became of its blocks; ``None`` where they have no eigenbasis."""
+"""A layer's new inverse, ``None`` if its blocks have no eigenbasis, and how many blocks failed or were repaired."""
 
 
 def refresh_layers(
@@ -38,7 +38,7 @@ def refresh_layers(
     layouts: Sequence[BlockLayout],
     costs: Sequence[tuple[SideCost, SideCost]],
     settings: KroneckerSettings,
-    shared: SharedInversion | None = None,
+    inverter: Inverter = invert,
 ) -> list[Refreshed]:
     """Invert the damped block of every layer.
 
@@ -47,7 +47,7 @@ def refresh_layers(
         layouts: The layers' block layouts.
         costs: Work on the activation and on the gradient side of each, by which their inverses' forms are chosen.
         settings: Damping and its rule.
-        shared: Inverts together with other processes; ``None`` for this process alone.
+        inverter: Inverts the damped factors, by itself or together with other processes.
 
     Returns:
         One outcome per layer, in order.
@@ -55,19 +55,18 @@ def refresh_layers(
     if not layers:
         return []
     if settings.damping_rule is DampingRule.exact:
-        return _eigenbases(layers, settings, shared)
-    return _inverses(layers, layouts, costs, settings, shared)
+        return _eigenbases(layers, settings, inverter)
+    return _inverses(layers, layouts, costs, settings, inverter)
 
 
-def _eigenbases(
-    layers: Sequence[LayerFactors], settings: KroneckerSettings, shared: SharedInversion | None
-) -> list[Refreshed]:
+def _eigenbases(layers: Sequence[LayerFactors], settings: KroneckerSettings, inverter: Inverter) -> list[Refreshed]:
+    """Return the eigenbases of every layer, for exact damping."""
     are_small = damping_shares(layers, settings).prod(0) < FLOAT64_BELOW
     factors: list[Factor] = []
     for layer, is_small in zip(layers, are_small.tolist(), strict=True):
         sides = (layer.activation, layer.gradient)
         factors += [side.with_values(side.values.double()) for side in sides] if is_small else sides
-    bases = shared.eigendecompose_factors(factors) if shared else eigendecompose_factors(factors)
+    bases = inverter.eigendecompose_factors(factors)
     refreshed = []
     for layer, activation, gradient in zip(layers, bases[::2], bases[1::2], strict=True):
         if activation is None or gradient is None:
@@ -82,16 +81,12 @@ def _eigenbases(
 def damping_shares(layers: Sequence[LayerFactors], settings: KroneckerSettings) -> Tensor:
     """Return √(ε/scale) as a share of the trace of each layer's factors, ``[2, layers]``, on the device.
 
-    The product of both shares is that of the damping in the trace of the layer's Fisher block. A trace is at least the
-    largest eigenvalue, so that a share is at most the share of that.
+    The product of a layer's two shares is the share of ε in the trace of its Fisher block. A trace is at least as large
+    as the largest eigenvalue, so that √(ε/scale) is at least as large a share of that eigenvalue.
     """
     roots = [layer.scale**0.5 for layer in layers]
-    traces = torch.stack(
-        [
-            traces_of([layer.activation for layer in layers], roots),
-            traces_of([layer.gradient for layer in layers], roots),
-        ]
-    )
+    sides = [layer.activation for layer in layers], [layer.gradient for layer in layers]
+    traces = torch.stack([traces_of(factors, roots) for factors in sides])  # [2, layers]
     return settings.damping**0.5 / traces.clamp(min=torch.finfo(traces.dtype).tiny)
 
 
@@ -114,7 +109,7 @@ def _inverses(
     layouts: Sequence[BlockLayout],
     costs: Sequence[tuple[SideCost, SideCost]],
     settings: KroneckerSettings,
-    shared: SharedInversion | None,
+    inverter: Inverter,
 ) -> list[Refreshed]:
     factors, dampings, bias_dampings = [], [], []
     filled = lru_cache(maxsize=None)(_filled)  # many layers have the same number of locations
@@ -125,7 +120,7 @@ def _inverses(
         dampings.append(_of_blocks(for_gradient, layout.gradient.count))
         bias_dampings.append(for_activation)
     bias_scales = torch._foreach_reciprocal(torch._foreach_add(bias_dampings, 1))
-    results = shared.invert_factors(factors, dampings) if shared else invert_factors(factors, dampings)
+    results = inverter.invert_factors(factors, dampings)
     torch._foreach_mul_([one.inverse.scaled for one in results[1::2]], [1 / layer.scale for layer in layers])
     refreshed = []
     for activation, gradient, bias_scale, (of_activation, of_gradient) in zip(

@@ -8,7 +8,7 @@ from kfac_sua.bench import device_rates
 from kfac_sua.config import ConfigError
 from kfac_sua.device import rates_as_configured
 from kfac_sua.preconditioner import DeviceRates
-from kfac_sua.preconditioner.rates import CPU, CUDA, NEVER, rates_of
+from kfac_sua.preconditioner.forms.rates import CPU, CUDA, NEVER, rates_of
 from kfac_sua.training.loop import run
 
 

@@ -13,7 +13,7 @@ from kfac_sua.bench.contender import Batch, Contender
 from kfac_sua.bench.operations import OperationCounter, count_operations
 from kfac_sua.bench.settings import compose_settings, parse_items
 from kfac_sua.preconditioner import KroneckerPreconditioner
-from kfac_sua.preconditioner.rates import CUDA, rates_in_force
+from kfac_sua.preconditioner.forms.rates import CUDA, rates_in_force
 
 STRUCTURES = ["kfac", "sua", "grouped", "sua_grouped"]
 WEIGHT = "application=weight"

@@ -12,7 +12,7 @@ from identical import assert_identical
 from torch import Tensor, nn
 
 from kfac_sua.preconditioner import KroneckerPreconditioner, KroneckerSettings
-from kfac_sua.preconditioner.checkpoint.versions import written_over
+from kfac_sua.preconditioner.checkpoint.in_place import written_over
 from kfac_sua.preconditioner.forms import DenseInverse, EigenBasis, LowRankInverse, PatchInverse
 
 LR = 0.05

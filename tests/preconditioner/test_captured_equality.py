@@ -12,7 +12,7 @@ from torch import nn
 from kfac_sua.models import PreActResNet50, VisionTransformer
 from kfac_sua.preconditioner import KroneckerSettings, exponential_damping
 from kfac_sua.preconditioner.captured.step import WARM_UP_STEPS
-from kfac_sua.preconditioner.rates import CUDA, rates_in_force
+from kfac_sua.preconditioner.forms.rates import CUDA, rates_in_force
 
 NUM_STEPS = 60  # three refreshes
 

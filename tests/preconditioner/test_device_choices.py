@@ -16,7 +16,7 @@ from kfac_sua.preconditioner import layer as layer_module
 from kfac_sua.preconditioner.forms import DenseInverse, LowRankInverse, PatchInverse, SplitInverse, SplitLowRankInverse
 from kfac_sua.preconditioner.forms.cost import SideCost
 from kfac_sua.preconditioner.forms.dense import FEWEST_CHUNK_ROWS, gram, inverted_triangles, row_chunks
-from kfac_sua.preconditioner.rates import CPU, CUDA, Flops, rates_in_force, rates_of, use_rates
+from kfac_sua.preconditioner.forms.rates import CPU, CUDA, Flops, rates_in_force, rates_of, use_rates
 
 STRUCTURES: dict[str, dict[str, Any]] = {
     "kfac": {"structure": "kfac"},

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kfac_sua.preconditioner.checkpoint.checks import MOST_STEPS, is_number, is_whole, outlined, sentence
-from kfac_sua.preconditioner.checkpoint.versions import PARTS
+from kfac_sua.preconditioner.checkpoint.in_place import PARTS
 from kfac_sua.preconditioner.forms import INVERSE_FORMS, ROW_FORMS, SUM_FORMS, EigenBasis, PatchFactor
 from kfac_sua.preconditioner.forms.form import Shape, is_made_of_pixels, is_made_of_rows
 from kfac_sua.preconditioner.forms.patch_rows import can_be_patch_rows

@@ -1,40 +1,35 @@
-"""Checkpoints of a preconditioner: nested dicts of tensors and numbers, loadable with ``weights_only=True``.
+"""Versions of a preconditioner's state, which is nested dicts of tensors and numbers.
 
-What a layer, a factor or an inverse keeps stands beside it; here is what concerns all of them.
+What a layer, a factor or an inverse keeps is decided in its own file; here is what concerns all of them.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from kfac_sua.preconditioner.settings import KroneckerSettings
 
 State = dict[str, Any]
 
-PARTS = "parts"
-"""What names of tensors end with that are bfloat16 parts of others (see ``forms/split.py``)."""
-
 STATE_VERSION = 5
-"""Of a preconditioner's whole state: a number for each change of what it holds."""
+"""Version of a preconditioner's state; each change of what it holds raises it."""
 
 OLDEST_VERSION = 2
-"""The first that can be read."""
+"""The oldest version that can be read."""
 
 
 def up_to_date(state: Mapping[str, Any], settings: KroneckerSettings) -> Mapping[str, Any]:
-    """Return a preconditioner's state in today's version, if it is of one of the three versions before.
+    """Return a preconditioner's state in today's version, if it is of a version that can be read.
 
-    Version 2 had neither a damping that could change nor settings that came with it, and counted examples per process.
-    Version 3 had Python numbers where exact damping has 0-d tensors today. Version 4 had no inverses in parts, and no
-    setting ``products``.
+    Version 2 had no damping that could change and fewer settings, and counted examples per process. Version 3 had
+    Python numbers for the 0-d tensors of exact damping. Version 4 had no setting ``products`` and no inverses in
+    bfloat16 parts.
 
     Args:
-        state: What ``KroneckerPreconditioner.state_dict`` returned, in any release; ``state_checks.check_outline`` has
-            let it pass.
-        settings: Those of the preconditioner that shall continue.
+        state: What ``KroneckerPreconditioner.state_dict`` returned, in any release; ``checks.check_outline`` has
+            accepted it.
+        settings: Settings of the preconditioner that continues from it.
     """
     if state["version"] == 2:
         state = _from_version_2(state, settings)
@@ -66,7 +61,7 @@ def _from_version_3(state: Mapping[str, Any]) -> State:
 
 
 def _is_float(value: object) -> bool:
-    """Whether it is a number that float64 holds; what is none is refused later, with all that is of no use."""
+    """Whether a value is a number that float64 holds; other values are refused later, with all other findings."""
     return isinstance(value, float) or (type(value) is int and value.bit_length() < 1000)
 
 
@@ -80,7 +75,7 @@ def check_state(state: Mapping[str, Any], settings: KroneckerSettings, layers: s
 
     Args:
         state: What ``KroneckerPreconditioner.state_dict`` returned.
-        settings: Those of the one that shall continue.
+        settings: Settings of the preconditioner that continues from it.
         layers: Names of its layers.
         passed_over: Settings that may differ.
 
@@ -109,50 +104,3 @@ def check_state(state: Mapping[str, Any], settings: KroneckerSettings, layers: s
             f"Preconditioner state belongs to another model; layers that differ: {names}; make the preconditioner for "
             f"the model that the state was saved from, or start without the state."
         )
-
-
-def written_over(kept: Any, new: Any, like: Tensor | None = None) -> Any:
-    """Return nested dicts with the numbers of ``new``, in the tensors of ``kept`` where these have the same shapes.
-
-    So what is read by address, as by a captured step, is found where it was. Where there is no such tensor, it is a
-    copy of the new one: nothing that is written over later is somebody else's. Many tensors are copied in one call.
-
-    Args:
-        kept: Nested dicts of tensors, numbers and ``None``, such as a layer's ``state_dict``.
-        new: The same, with other numbers; keys and shapes may be others.
-        like: A tensor of the device and the dtype that the tensors shall have, but for bfloat16 parts, which stay that
-            and are known by their names; ``None`` for those of ``new``.
-    """
-    result, write = to_be_written_over(kept, new, like)
-    write()
-    return result
-
-
-def to_be_written_over(kept: Any, new: Any, like: Tensor | None = None) -> tuple[Any, Callable[[], None]]:
-    """Return what :func:`written_over` does, and what still has to be called for the numbers in it to be the new ones.
-
-    Until then nothing has changed, and all memory that it takes is at hand.
-    """
-    pairs: dict[Any, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-    result = _paired("", kept, new, like, pairs)
-
-    def write() -> None:
-        for alike in pairs.values():
-            torch._foreach_copy_([one for one, _ in alike], [other for _, other in alike])
-
-    return result, write
-
-
-def _paired(name: str, kept: Any, new: Any, like: Tensor | None, pairs: dict[Any, list[tuple[Tensor, Tensor]]]) -> Any:
-    """Return what :func:`written_over` does, and note which tensors are still to be copied into which."""
-    if isinstance(new, Mapping):
-        kept = kept if isinstance(kept, Mapping) else {}
-        return {key: _paired(key, kept.get(key), value, like, pairs) for key, value in new.items()}
-    if not isinstance(new, Tensor):
-        return new
-    device = new.device if like is None else like.device
-    dtype = new.dtype if like is None or name.endswith(PARTS) else like.dtype
-    if isinstance(kept, Tensor) and (kept.shape, kept.dtype, kept.device) == (new.shape, dtype, device):
-        pairs[dtype, new.dtype, device, new.device].append((kept, new))
-        return kept
-    return new.to(device, dtype, copy=True)

@@ -19,8 +19,8 @@ from kfac_sua.preconditioner.forms import (
 )
 from kfac_sua.preconditioner.forms.correlations import can_correlate, is_worth_correlating, patch_moment
 from kfac_sua.preconditioner.forms.patch_rows import PatchRows, can_be_patch_rows
+from kfac_sua.preconditioner.forms.rates import rates_of
 from kfac_sua.preconditioner.geometry import BlockLayout, LayerGeometry
-from kfac_sua.preconditioner.rates import rates_of
 
 
 @dataclass

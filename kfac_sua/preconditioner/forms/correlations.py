@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from kfac_sua.preconditioner.forms.dense import gram
+from kfac_sua.preconditioner.forms.rates import DeviceRates
 from kfac_sua.preconditioner.forms.unfold import pad, split_channels
 from kfac_sua.preconditioner.geometry import BiasBlock, BlockLayout, LayerGeometry
-from kfac_sua.preconditioner.rates import DeviceRates
 
 
 def can_correlate(geometry: LayerGeometry, layout: BlockLayout) -> bool:

@@ -11,10 +11,10 @@ from kfac_sua.preconditioner.forms.eigen import EigenBasis
 from kfac_sua.preconditioner.forms.form import Inverse, MadeInverse
 from kfac_sua.preconditioner.forms.patch_rows import can_be_patch_rows, product_width
 from kfac_sua.preconditioner.forms.patches import PatchInverse
+from kfac_sua.preconditioner.forms.rates import CPU, DeviceRates, Flops
 from kfac_sua.preconditioner.forms.rows import LowRankInverse
 from kfac_sua.preconditioner.forms.split import PART_BYTES, SPLIT_OPERATIONS
 from kfac_sua.preconditioner.geometry import BiasBlock, BlockLayout, LayerGeometry
-from kfac_sua.preconditioner.rates import CPU, DeviceRates, Flops
 from kfac_sua.preconditioner.settings import InverseMethod, KroneckerSettings, Products, WeightSharing
 
 ANY_ROWS = 2**62

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from kfac_sua.preconditioner.forms.form import BlockMessage, Factor, Inverse, MadeInverse, Shape, SumFactor, TraceSource
 from kfac_sua.preconditioner.forms.patch_rows import PatchRows
+from kfac_sua.preconditioner.forms.rates import DeviceRates, Flops, rates_of
 from kfac_sua.preconditioner.forms.split import SplitInverse, matrix_parts
 from kfac_sua.preconditioner.forms.triangles import mirrored_, triangle_numbers, triangle_pieces, unpack_
 from kfac_sua.preconditioner.geometry import ChannelGroups, LayerGeometry
-from kfac_sua.preconditioner.rates import DeviceRates, Flops, rates_of
 
 TILE = 64
 """Columns of a product that a multiprocessor of a GPU takes on at once, about: wide blocks keep all of them busy."""

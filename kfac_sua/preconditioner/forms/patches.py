@@ -14,10 +14,10 @@ from torch import Tensor
 from kfac_sua.preconditioner.forms.dense import DenseFactor
 from kfac_sua.preconditioner.forms.form import BlockMessage, Factor, Inverse, MadeInverse, RowFactor, Shape, TraceSource
 from kfac_sua.preconditioner.forms.patch_rows import PatchRows, joined, product_width
+from kfac_sua.preconditioner.forms.rates import Flops
 from kfac_sua.preconditioner.forms.rows import LowRankInverse
 from kfac_sua.preconditioner.forms.unfold import output_size
 from kfac_sua.preconditioner.geometry import ChannelGroups, LayerGeometry
-from kfac_sua.preconditioner.rates import Flops
 
 
 @dataclass

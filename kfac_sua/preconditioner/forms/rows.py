@@ -13,9 +13,9 @@ from torch import Tensor
 
 from kfac_sua.preconditioner.forms.dense import DenseFactor, gram
 from kfac_sua.preconditioner.forms.form import BlockMessage, Factor, Inverse, MadeInverse, RowFactor, Shape, TraceSource
+from kfac_sua.preconditioner.forms.rates import Flops
 from kfac_sua.preconditioner.forms.split import SplitLowRankInverse, matrix_parts
 from kfac_sua.preconditioner.geometry import LayerGeometry
-from kfac_sua.preconditioner.rates import Flops
 
 
 @dataclass
