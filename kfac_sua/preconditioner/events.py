@@ -1,6 +1,7 @@
-"""What goes wrong without stopping the training, what follows for the layer, and what is said where nothing can follow.
+"""Events: what goes wrong without stopping the training, what follows for the layer, and how it is reported.
 
-Nothing is left out in silence: events are counted always, and logged once per kind and layer.
+Every event is counted; the first one of its kind in each layer is logged. What does stop the training is an error,
+whose text is here too.
 """
 
 import logging
@@ -23,7 +24,7 @@ logger = logging.getLogger("kfac_sua.preconditioner.events")  # named for what i
 
 
 class EventLog:
-    """Counts of events, under ``kind:layer``."""
+    """Counts of events under ``kind:layer``."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -43,9 +44,10 @@ class EventLog:
 
 
 def report_other_examples(layers: Iterable[PreconditionedLayer], events: EventLog) -> None:
-    """Name layers whose inputs have another first dimension than the model's: it counts as examples.
+    """Report layers whose inputs have another first dimension, which counts the examples, than the model's inputs.
 
-    Where the model's is not known, or no layer has it, as when the batch is its second dimension, that of most layers.
+    If the model's is not known, or no layer has it, as when the batch is the second dimension of its inputs, layers are
+    compared with the first dimension that most of them have.
     """
     counts = {layer.name: layer.statistics.num_examples for layer in layers if layer.statistics.num_counted}
     of_model = {layer.name: layer.statistics.num_model_examples for layer in layers}
@@ -63,12 +65,12 @@ def report_other_examples(layers: Iterable[PreconditionedLayer], events: EventLo
 
 
 def report_missing(layer: PreconditionedLayer, events: EventLog, *, is_gone: bool, was_empty: bool) -> None:
-    """Say why a layer has no statistics of a mini-batch, and what follows.
+    """Report why a layer has no statistics of a mini-batch, and what follows.
 
     Args:
         layer: The layer.
-        events: Where to say it.
-        is_gone: Whether it had, of a gradient that was thrown away before the step.
+        events: The log.
+        is_gone: Whether it had statistics, but their gradient was thrown away before the step.
         was_empty: Whether it was called with no examples.
     """
     if is_frozen(layer.module):
@@ -93,7 +95,7 @@ def report_missing(layer: PreconditionedLayer, events: EventLog, *, is_gone: boo
 
 
 class GradientEvent(Enum):
-    """What may be odd about a layer's gradient, in the order of ``capture.Settled.flags``: event and consequence."""
+    """Events of a layer's gradient, in the order of ``capture.Settled.flags``: the kind and its consequence."""
 
     UNEXPLAINED = (
         "gradient_not_explained",
@@ -114,33 +116,33 @@ class GradientEvent(Enum):
     )
 
     def report(self, layer_name: str, events: EventLog) -> None:
-        """Say it of a layer."""
+        """Report the event for a layer."""
         kind, consequence = self.value
         events.report(kind, layer_name, consequence)
 
 
 def report_gradient_events(layer_names: Sequence[str], flags: Sequence[bool], events: EventLog) -> None:
-    """Say what is odd about the gradients of layers.
+    """Report the events of the layers' gradients.
 
     Args:
         layer_names: All layers.
-        flags: Of each kind of :class:`GradientEvent` and then of each layer, whether it is.
-        events: Where to say it.
+        flags: Whether the event occurred, for each :class:`GradientEvent` and then for each layer.
+        events: The log.
     """
-    for (odd, name), is_odd in zip(product(GradientEvent, layer_names), flags, strict=True):
-        if is_odd:
-            odd.report(name, events)
+    for (event, name), has_occurred in zip(product(GradientEvent, layer_names), flags, strict=True):
+        if has_occurred:
+            event.report(name, events)
 
 
 def layers_to_precondition(layers: Iterable[PreconditionedLayer], events: EventLog) -> list[PreconditionedLayer]:
-    """Return the layers whose gradient is there, and has not been preconditioned before.
+    """Return the layers that have a gradient which has not been preconditioned before.
 
     Args:
         layers: All layers.
-        events: Where a gradient that is not there, or used up, is reported.
+        events: The log, for gradients that are missing or have been preconditioned.
 
     Raises:
-        RuntimeError: If all that there are have been preconditioned before.
+        RuntimeError: If all gradients have been preconditioned before.
     """
     trainable = [layer for layer in layers if not is_frozen(layer.module)]
     present = [layer for layer in trainable if layer.weight.grad is not None]
@@ -158,7 +160,7 @@ def layers_to_precondition(layers: Iterable[PreconditionedLayer], events: EventL
             f"another preconditioner of the model: call step() of one of them, once after each loss.backward(); a "
             f"gradient of your own is to be assigned to .grad, not written into it."
         )
-    used = [layer for layer in used if is_unchanged(layer.weight)]  # others were zeroed, or written anew
+    used = [layer for layer in used if is_unchanged(layer.weight)]  # the others were zeroed, or written anew
     for layer in used:
         consequence = (
             "its gradient is still that of the step before, already preconditioned, and is left as it is: call "
@@ -170,12 +172,12 @@ def layers_to_precondition(layers: Iterable[PreconditionedLayer], events: EventL
 
 
 def report_frozen(layer: PreconditionedLayer, events: EventLog) -> None:
-    """Say what happens to a layer whose weight has been frozen since the preconditioner was made."""
+    """Report a layer whose weight has been frozen since the preconditioner was made."""
     events.report("frozen", layer.name, "it is left alone, and a trainable bias gets the plain gradient")
 
 
 def drop_statistics(layer: PreconditionedLayer, events: EventLog) -> None:
-    """Report that the statistics of a mini-batch were not finite; the layer keeps what it has."""
+    """Report that a layer's statistics of a mini-batch were not finite; it keeps its average and its inverse."""
     meanwhile = "the plain gradient, until its first good refresh" if layer.inverse is None else "its last inverse"
     events.report("non_finite_statistics", layer.name, f"they are dropped and the layer goes on with {meanwhile}")
 
@@ -188,11 +190,11 @@ def usable_inverse(
     Args:
         layer: The layer.
         result: What a refresh made for it.
-        settings: Those of the refresh.
-        events: Where a failure, or a damping that had to be raised, is reported.
+        settings: Settings of the refresh.
+        events: The log, for a failure or a damping that had to be raised.
 
     Raises:
-        RuntimeError: If it failed and the layer has none.
+        RuntimeError: If it failed and the layer has no earlier one.
     """
     if result.num_failed and layer.inverse is None:
         raise RuntimeError(_first_inverse_failed(layer.name, result.num_failed, settings))
@@ -206,7 +208,7 @@ def usable_inverse(
 
 
 def report_small_damping(layer_name: str, events: EventLog, settings: KroneckerSettings) -> None:
-    """Say that a damping is smaller than float32 resolves beside the eigenvalues of a layer."""
+    """Report a damping that is too small beside a layer's eigenvalues for float32 to resolve."""
     consequence = (
         f"damping {settings.damping:g} is so small beside the trace of its Fisher block, or of one of its factors, "
         f"that its preconditioned gradient may be off by 1 % and more in float32: raise the damping, centre and scale "
@@ -216,7 +218,7 @@ def report_small_damping(layer_name: str, events: EventLog, settings: KroneckerS
 
 
 def nothing_recorded(fisher_type: FisherType) -> str:
-    """Return why a step that needs statistics has none, in one sentence."""
+    """Return the error of a step that needs statistics and has none."""
     if fisher_type is FisherType.empirical:
         return (
             "step() needs statistics of this mini-batch, but no backward pass through the model was recorded whose "
@@ -232,14 +234,14 @@ def nothing_recorded(fisher_type: FisherType) -> str:
 
 
 def checked_loss_factor(name: str, value: object) -> float:
-    """Return what the loss was multiplied with, as Python's own number.
+    """Return a factor of the loss as a Python number.
 
     Args:
         name: ``loss_scale`` or ``loss_weight``.
-        value: What was given for it.
+        value: The value given for it.
 
     Raises:
-        ValueError: If it cannot be divided out again.
+        ValueError: If gradients cannot be divided by it.
     """
     number = plain_number(value)
     if number is None or not 0 < number <= sys.float_info.max:

@@ -65,16 +65,16 @@ _COPY_CURE = "make one for the other model and give it load_state_dict(precondit
 
 
 class GradientObserver(Protocol):
-    """Is shown the plain gradients of some steps."""
+    """Observes the plain gradients of the steps that it wants."""
 
     def wants(self, step: int) -> bool:
-        """Whether to be shown those of this step, counted from 0."""
+        """Return whether it wants the gradients of this step, counted from 0."""
 
     def observe(self) -> None:
         """Called when every ``.grad`` is the plain gradient, after a refresh that is due."""
 
     def forget(self) -> None:
-        """Called when what was observed does not count any more."""
+        """Called when what was observed no longer counts."""
 
 
 class KroneckerPreconditioner:
@@ -92,9 +92,9 @@ class KroneckerPreconditioner:
     With ``fisher_type="mc"`` or ``"exact"`` call ``preconditioner.fisher_backward(outputs)`` between the forward pass
     and ``loss.backward()``. Parameters of all other layers keep the plain gradient; :meth:`describe` names them.
 
-    On mini-batches whose statistics are due, a pass counts if its weight gradients are in ``.grad`` at :meth:`step`:
-    others leave no trace, and those whose gradients are there but shall not count belong inside :meth:`paused`. A
-    gradient is preconditioned once. With a ``GradScaler``::
+    On mini-batches whose statistics are due, a pass counts if its weight gradients are in ``.grad`` at :meth:`step`;
+    other passes leave no trace. Put passes whose gradients are in ``.grad`` but must not count inside :meth:`paused`.
+    A gradient is preconditioned once. With a ``GradScaler``::
 
         scaler.scale(loss_function(model(inputs), labels)).backward()
         scaler.unscale_(optimizer)
@@ -102,19 +102,19 @@ class KroneckerPreconditioner:
         scaler.step(optimizer)
         scaler.update()
 
-    Numerical faults are contained, per layer, counted in :attr:`events` and logged once. Statistics with a NaN or an
-    infinity in them are dropped, so that running average and inverse stay as they were; a layer that has no inverse yet
-    keeps the plain gradient until its first good refresh. A block that cannot be inverted, in float64 neither, gets
-    up to 1000 times the damping; where that does not help the layer keeps its last good inverse. Only a layer's *first*
-    inverse must succeed: if finite statistics cannot be inverted, the damping is too small.
+    Numerical faults stay within their layer, are counted in :attr:`events` and logged once. Statistics with a NaN or an
+    infinity are dropped, and running average and inverse stay as they were; a layer without an inverse keeps the plain
+    gradient until its first good refresh. A block that cannot be inverted is tried again in float64 and then with up to
+    1000 times the damping; if that fails too, the layer keeps its last good inverse. Only a layer's *first* inverse
+    must succeed: if finite statistics cannot be inverted, the damping is too small.
 
-    The model may be wrapped in ``DistributedDataParallel`` or ``torch.compile``: give what is called in the loop; names
-    are those of the bare model. A compiled model runs uncompiled on mini-batches with statistics, and as compiled on
-    all others. It may be moved to another device or precision between steps, and layers may be frozen; layers that
-    become trainable, are replaced or added later need a new preconditioner. Clip gradients after :meth:`step`, which
-    bounds what the optimizer gets; under ``application="weight"`` clipping before it scales that alike. An optimizer
-    that evaluates a closure several times (``LBFGS``) takes several steps of the preconditioner, and finds directions
-    where it expects gradients of its loss: leave the preconditioner out there.
+    The model may be wrapped in ``DistributedDataParallel`` or ``torch.compile``: give the object that the loop calls;
+    layers have their names in the bare model. A compiled model runs uncompiled on mini-batches with statistics, and
+    compiled on all others. The model may be moved to another device or precision between steps, and layers may be
+    frozen; layers that become trainable, are replaced or added later need a new preconditioner. Clip gradients after
+    :meth:`step`, which bounds what the optimizer gets; under ``application="weight"`` clipping before it has the same
+    effect. Do not use it with an optimizer that evaluates a closure several times (``LBFGS``): that one needs gradients
+    of its loss and would get preconditioned directions.
 
     The per-example loss is averaged (``loss_reduction="mean"``) or summed over the first dimension of the layers'
     inputs. With gradient accumulation, the accumulated gradient must be that of the mean over all micro-batches.
@@ -195,17 +195,17 @@ class KroneckerPreconditioner:
 
     @property
     def events(self) -> Counter[str]:
-        """How often what happened to which layer, under ``kind:layer``: failed inverses, dropped statistics, …."""
+        """Number of events, under ``kind:layer``: failed inverses, dropped statistics, …."""
         return self._events.counts
 
     @property
     def damping(self) -> float:
-        """Tikhonov ε of the next refresh. It can be set, to take effect then; until then the inverses at hand stay.
+        """Tikhonov ε of the next refresh. A new value takes effect then; until then the inverses at hand stay.
 
-        ``settings.damping`` stays what training started with.
+        ``settings.damping`` remains the value that training started with.
 
         Raises:
-            ValueError: If it is set to anything but a number > 0, or although it is a function of the step.
+            ValueError: If it is set to anything but a number > 0, or if it is a function of the step.
         """
         function = self._damping_function
         return self._damping if function is None else checked_damping(function(self.num_steps))
@@ -230,7 +230,7 @@ class KroneckerPreconditioner:
 
     @property
     def kl_scale(self) -> Tensor | None:
-        """What ``kl_clip`` multiplied the last step with, a 0-d tensor on the device; ``None`` before the first.
+        """Factor by which ``kl_clip`` scaled the last step, a 0-d tensor on the device; ``None`` before the first step.
 
         The next step writes over it.
         """
@@ -286,22 +286,22 @@ class KroneckerPreconditioner:
     # --- verbs ------------------------------------------------------------------------------------------------------
 
     def capture(self) -> AbstractContextManager[None]:
-        """Record statistics of the passes inside, due or not; for those who call the verbs one by one."""
+        """Record statistics of the passes inside, due or not, for loops that do not call :meth:`step`."""
         self._check_in_use()
         return self._recording(True)
 
     def paused(self) -> AbstractContextManager[None]:
-        """Neither record nor precondition inside: for passes that are not the training step's.
+        """Neither record nor precondition inside: for passes that are not part of the training step.
 
-        Those that do not change any ``.grad``, such as adversarial ones or for logging, need it not. Gradients of
-        forward passes made inside are plain, unless they are added to ones preconditioned in the backward pass.
+        Passes that change no ``.grad``, such as those of an attack or for logging, do not need it. Gradients of forward
+        passes made inside are plain, unless they are added to gradients preconditioned in the backward pass.
         """
         return self._paused()
 
     def observe_gradients(self, observer: GradientObserver) -> None:
-        """Show an observer the plain gradients of the steps that it wants, and keep the factors of refreshes for it.
+        """Let an observer see the plain gradients of the steps that it wants, and keep the factors of refreshes.
 
-        It is referred to weakly, and takes the place of another.
+        It replaces an earlier observer. The preconditioner holds only a weak reference to it.
         """
         self._observer = weakref.ref(observer)
         for layer in self._layers.values():
@@ -309,21 +309,21 @@ class KroneckerPreconditioner:
         self._begin_step()
 
     def discard(self) -> None:
-        """Forget the passes since the last step, as when a mini-batch is abandoned after its backward.
+        """Forget the passes since the last step, for a mini-batch that is abandoned after its backward pass.
 
-        Its gradients are yours to zero.
+        Zero its gradients yourself.
         """
         self._forget_passes()
         for layer in self._layers.values():
             layer.discard_gradient()
 
     def go_to_step(self, num_steps: int) -> None:
-        """Let the coming step be the one that is taken after so many. Call it between two steps.
+        """Set the number of steps taken, for steps made without :meth:`step`, such as replays of a captured one.
 
-        For those that happen without :meth:`step`, such as the replay of a captured one.
+        Call it between two steps.
 
         Args:
-            num_steps: Steps taken before it, ≥ 0.
+            num_steps: Steps taken before the coming one, ≥ 0.
         """
         self.num_steps = checked_integer("num_steps", num_steps)
         self._begin_step()
@@ -362,23 +362,22 @@ class KroneckerPreconditioner:
         ``GradScaler`` between ``scaler.unscale_(optimizer)`` and ``scaler.step(optimizer)``.
 
         Args:
-            loss_scale: What the loss was multiplied with, a ``GradScaler``'s ``get_scale()``, > 0. If it is given, a
-                mini-batch with a gradient of the model that is not finite is skipped whole, as the scaler does; to see
-                that waits for the device once.
-            loss_weight: What else the loss was multiplied with, > 0: where processes have parts of different sizes of a
-                mini-batch, ``num_processes · part / whole``, so that averaging the gradients over processes is right.
-            lr: Learning rate that the optimizer will use for the preconditioned layers, ≥ 0. ``kl_clip`` needs it;
-                nothing else reads it.
+            loss_scale: Factor > 0 by which the loss was multiplied, a ``GradScaler``'s ``get_scale()``. If it is given,
+                a mini-batch in which a gradient of the model is not finite is skipped whole, as the scaler does; that
+                check waits for the device once.
+            loss_weight: Another factor > 0 by which the loss was multiplied: if processes have parts of a mini-batch of
+                different sizes, ``num_processes · part / whole`` makes the average of their gradients right.
+            lr: Learning rate ≥ 0 that the optimizer will use for the preconditioned layers. Only ``kl_clip`` reads it.
 
         Returns:
-            False if the mini-batch was skipped: then it leaves no trace, and the next one takes its place.
+            False if the mini-batch was skipped. It then leaves no trace, and the next one takes its place.
 
         Raises:
             ValueError: If ``loss_scale`` or ``loss_weight`` is not a finite number > 0, or ``lr`` is missing where
                 ``kl_clip`` is on.
             RuntimeError: If statistics are due but none were recorded, all gradients have been preconditioned before,
-                an inverse fails that has no predecessor, the model's layers have changed since the preconditioner was
-                made or are still on device meta, or its hooks were removed.
+                the first inverse of a layer fails, the model's layers have changed since the preconditioner was made or
+                are still on device meta, or its hooks were removed.
         """
         self._check_in_use()
         clip = self._make_clip(lr)
@@ -392,9 +391,9 @@ class KroneckerPreconditioner:
         if self.statistics_due:
             scale = 1.0 if loss_scale is None else loss_scale
             self._measure(scale, loss_weight, is_judged=not self._inversion_judges, needs_gradients=True)
-        else:  # which looks at gradients more closely
+        else:  # measuring checks the gradients itself
             for layer in layers:
-                if layer.adds_to_used:
+                if layer.adds_to_preconditioned:
                     GradientEvent.ADDED_TO_USED.report(layer.name, self._events)
         if self.inverses_due:
             self.update_inverses()
@@ -413,11 +412,11 @@ class KroneckerPreconditioner:
 
         Args:
             loss_scale: As in :meth:`step`; the output gradients of the training loss are divided by it.
-            loss_weight: As in :meth:`step`; the same.
+            loss_weight: As in :meth:`step`; they are divided by it too.
 
         Raises:
             ValueError: If ``loss_scale`` or ``loss_weight`` is not a finite number > 0.
-            RuntimeError: If nothing was recorded, or not all of it can be used.
+            RuntimeError: If nothing was recorded, or a part of it cannot be used.
         """
         self._check_in_use()
         self._measure(loss_scale, loss_weight, is_judged=True, needs_gradients=False)
@@ -425,13 +424,13 @@ class KroneckerPreconditioner:
 
     @torch.no_grad()
     def _measure(self, loss_scale: float, loss_weight: float, *, is_judged: bool, needs_gradients: bool) -> None:
-        """Do what :meth:`update_factors` does.
+        """Turn what was recorded into factors; see :meth:`update_factors`.
 
         Args:
-            loss_scale: As there.
-            loss_weight: As there.
-            is_judged: Look at once, which waits for the device, whether factors are finite.
-            needs_gradients: Leave out layers whose gradients are not there any more.
+            loss_scale: As in :meth:`step`.
+            loss_weight: As in :meth:`step`.
+            is_judged: Check at once whether factors are finite, which waits for the device.
+            needs_gradients: Leave out layers whose gradients are not in ``.grad`` any more.
         """
         loss_scale = checked_loss_factor("loss_scale", loss_scale)
         loss_weight = checked_loss_factor("loss_weight", loss_weight)
@@ -469,19 +468,19 @@ class KroneckerPreconditioner:
             finite = finite_layers(list(present.values())) if is_judged else [True] * len(present)
             for (name, factors), is_finite in zip(present.items(), finite, strict=True):
                 if is_finite:
-                    self._layers[name].measured(factors)
+                    self._layers[name].add_measurement(factors)
                 else:
                     drop_statistics(self._layers[name], self._events)
 
     @torch.no_grad()
     def update_inverses(self) -> None:
-        """Invert the damped factors of every layer that has new ones, all equal-sized blocks in one call.
+        """Invert the damped factors of every layer that has new ones, blocks of equal size in one call.
 
         Raises:
             RuntimeError: If a layer's first inverse fails.
         """
         layers = [layer for layer in self._layers.values() if layer.is_fresh]
-        costs = [layer.costs_now() for layer in layers]
+        costs = [layer.current_costs() for layer in layers]
         with self._phases.phase("inversion"), factor_precision():
             factors = [layer.average.corrected() for layer in layers]
             layouts = [layer.layout for layer in layers]
@@ -498,8 +497,8 @@ class KroneckerPreconditioner:
                     inverse = usable_inverse(layer, result, settings, self._events)
                     if inverse is not None:
                         new.append((layer, inverse))
-                    layer.refreshed(factors_used)
-            finally:  # layers before one that has no inverse at all keep theirs
+                    layer.finish_refresh(factors_used)
+            finally:  # where the first inverse of a layer fails, the layers before it keep their new ones
                 take_inverses(new)
             if are_small is not None:
                 taken = {layer.name for layer, _ in new}
@@ -520,9 +519,9 @@ class KroneckerPreconditioner:
         self._precondition_(self._make_clip(lr), layers_to_precondition(self._layers.values(), self._events))
 
     def describe(self) -> LayerTable:
-        """Return a row per layer: structure, blocks, sizes, memory, FLOPs and forms, or why it is left alone.
+        """Return a row per layer: structure, blocks, sizes, memory, FLOPs and forms, or why it keeps its gradient.
 
-        With several processes also what each of them inverts and sends.
+        With several processes the table also says what each of them inverts and sends.
         """
         table = layer_table(self._discovered, self._layers, self.settings)
         if self._shared_inversion is None:
@@ -533,7 +532,7 @@ class KroneckerPreconditioner:
         return dataclasses.replace(table, sharing=sharing)
 
     def remove_hooks(self) -> None:
-        """Give the model back as it was; the preconditioner cannot be used afterwards."""
+        """Restore the model as it was; the preconditioner cannot be used afterwards."""
         self._release()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
@@ -547,11 +546,11 @@ class KroneckerPreconditioner:
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything a bit-exact continuation needs, keyed by layer name.
+        """Return the state that a bit-exact continuation needs, keyed by layer name.
 
         Nested dicts of tensors, numbers and strings, loadable with ``torch.load(..., weights_only=True)``. Take it
-        between two steps. As with PyTorch's own, the tensors are those in use, which later steps write over:
-        ``copy.deepcopy`` what shall stay as it is.
+        between two steps. As in PyTorch's own state dicts the tensors are those in use, and later steps write over
+        them: keep a ``copy.deepcopy``.
         """
         return {
             "version": STATE_VERSION,
@@ -566,17 +565,17 @@ class KroneckerPreconditioner:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict` of a preconditioner of the same model and settings.
 
-        The damping continues as it was last set, or as the function says that the preconditioner was made with. The
+        The damping continues with its last value, or with the function that the preconditioner was made with. The
         state's tensors are copied.
 
         Raises:
             ValueError: If the state has another version, other settings or other layers, or an entry that no such
-                preconditioner can have come to; the message names it. Everything is then as it was.
+                preconditioner can have; the message names it, and nothing is changed.
         """
         state = self._checked_state(state)
-        taking_over = [layer.taking_over(state["layers"][name]) for name, layer in self._layers.items()]
-        for take_over in taking_over:
-            take_over()
+        prepared = [layer.prepare_state(state["layers"][name]) for name, layer in self._layers.items()]
+        for take in prepared:  # nothing can fail any more
+            take()
         self.num_steps, self.seed = state["num_steps"], state["seed"]
         self._damping = float(state["damping"])
         self._events.counts = Counter(state["events"])
@@ -587,10 +586,10 @@ class KroneckerPreconditioner:
         self._begin_step()
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raise what :meth:`load_state_dict` would of a state, and change nothing.
+        """Raise what :meth:`load_state_dict` would raise for a state, and change nothing.
 
         Raises:
-            ValueError: As there.
+            ValueError: As :meth:`load_state_dict`.
         """
         self._checked_state(state)
 
@@ -598,7 +597,7 @@ class KroneckerPreconditioner:
 
     @torch.no_grad()
     def _checked_state(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return a state in today's version, all of which can be gone on from."""
+        """Return a state in today's version, after checking all of it."""
         check_outline(state)
         state = up_to_date(state, self.settings)
         passed_over = {"damping"} if self._damping_function else set()
@@ -633,7 +632,7 @@ class KroneckerPreconditioner:
                 layer.pause(was_paused)
 
     def _begin_step(self) -> None:
-        """Record statistics if they are due; otherwise let layers apply their inverses in the backward pass."""
+        """Record statistics from now on if they are due; else let layers apply inverses in the backward pass."""
         if self._capture.was_compiled:  # the model was compiled after this was made
             self._run_uncompiled([self._model])
         self._capture.enabled = self.statistics_due
@@ -642,7 +641,7 @@ class KroneckerPreconditioner:
             layer.begin_step(plain_gradient=plain_gradient)
 
     def _interested_observer(self) -> GradientObserver | None:
-        """Return the observer if it wants to be shown the gradients of the coming step."""
+        """Return the observer if it wants the gradients of the coming step."""
         observer = None if self._observer is None else self._observer()
         return observer if observer is not None and observer.wants(self.num_steps) else None
 
@@ -651,9 +650,9 @@ class KroneckerPreconditioner:
 
     @torch.no_grad()
     def _precondition_(self, clip: KLClip | None, layers: Sequence[PreconditionedLayer]) -> None:
-        """Precondition the gradients of these layers, and report those that are frozen."""
+        """Precondition the gradients of some layers, and report all that are frozen."""
         with self._phases.phase("application"), application_precision():
-            missing = {layer.name: layer.take_missing_sides() for layer in self._layers.values()}  # may raise: first
+            missing = {layer.name: layer.take_missing_sides() for layer in self._layers.values()}  # may raise, so first
             for layer in layers:
                 with nullcontext() if clip is None else clip.measuring(layer.preconditioned_grads):
                     layer.precondition_(missing[layer.name])
@@ -667,13 +666,13 @@ class KroneckerPreconditioner:
                 report_frozen(layer, self._events)
 
     def _report_gradient_events(self) -> None:
-        """Name the layers whose gradient was found not to be that of their recorded calls alone."""
+        """Report the layers whose gradient is not that of their recorded calls alone."""
         if self._gradient_flags is not None:
             report_gradient_events(list(self._layers), self._gradient_flags.read_flags(), self._events)
             self._gradient_flags = None
 
     def _check_in_use(self) -> None:
-        """Refuse to be used after the hooks were removed: what comes then would be right for no model."""
+        """Refuse every use after the hooks were removed."""
         if not self._release.alive:
             raise RuntimeError(
                 "The hooks of this preconditioner were removed, so that it cannot be used any more: make a new one, "
@@ -681,15 +680,16 @@ class KroneckerPreconditioner:
             )
 
     def _run_uncompiled(self, modules: Iterable[nn.Module]) -> None:
-        """Leave compiled modules uncompiled while statistics are recorded."""
+        """Let compiled modules run uncompiled while statistics are recorded."""
         self._capture.was_compiled = False
         self._replaced += [UncompiledWhileRecording(module, self._capture) for module in modules]
 
     @property
     def _inversion_judges(self) -> bool:
-        """Whether the coming inversion shows which of the coming statistics are not finite, at no cost.
+        """Whether the coming inversion tells which of the coming statistics are not finite, at no cost.
 
-        No matrix that is not finite can be factorised. But decompositions of such raise, and an average would keep it.
+        A matrix that is not finite has no Cholesky factorisation. Eigendecompositions would raise instead, and a
+        running average would keep the numbers.
         """
         return self.inverses_due and not self.settings.needs_dense_factors
 
@@ -698,12 +698,12 @@ class KroneckerPreconditioner:
         self._fisher_passes = 0
 
     def _has_finite_gradients(self) -> bool:
-        """Whether the gradient of every parameter of the model is finite; waits for the device once."""
+        """Return whether the gradients of all parameters are finite; waits for the device once."""
         grads = [parameter.grad for parameter in self._model.parameters() if parameter.grad is not None]
         return bool(nn.utils.get_total_norm(grads, norm_type=math.inf).isfinite())
 
     def _follow_model(self) -> None:
-        """Follow the model to another device or precision; refuse other trainable layers than there were."""
+        """Follow the model to another device or precision; refuse a model whose trainable layers have changed."""
         self._watch.check(thoroughly=self.statistics_due)
         for layer in self._layers.values():
             layer.follow_weight()

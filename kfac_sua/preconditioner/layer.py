@@ -41,15 +41,15 @@ class PreconditionedLayer:
         layout: Its block layout.
         statistics: What its hooks feed.
         average: Running average of its factors.
-        settings: Those of the preconditioner.
+        settings: Settings of the preconditioner.
         costs: Work on the activation and on the gradient side, by the rates of the weight's device.
-        backward_application: Its replaced forward, where its inverse may be applied in the backward pass.
+        backward_application: Its replaced forward, if its inverse may be applied in the backward pass.
         inverse: Inverse of its damped block; ``None`` before the first refresh.
         is_fresh: Whether factors have been measured since the last refresh.
-        num_examples: Of the last measurement, over all processes; ``None`` before the first.
+        num_examples: Examples of the last measurement, over all processes; ``None`` before the first.
         num_processes: Processes that share a mini-batch.
-        keeps_factors: Whether the factors of the last refresh stay at hand.
-        factors: These.
+        keeps_factors: Whether to keep the factors of the last refresh.
+        factors: The factors of the last refresh, if they are kept.
     """
 
     name: str
@@ -93,7 +93,7 @@ class PreconditionedLayer:
         )
         average = RunningAverage(settings.ema_decay)
         layer = cls(name, module, layout, statistics, average, settings, costs, num_processes=num_processes)
-        is_plain = foreign_forward(module) is None  # its own forward takes the place of none that does more
+        is_plain = foreign_forward(module) is None  # a foreign forward, which may do more, is not replaced
         if settings.application is Application.auto and is_plain and can_apply_in_backward(module, geometry):
             assert isinstance(module, nn.Conv2d)
             layer.backward_application = BackwardApplication(name, module, geometry, layout, costs, phases)
@@ -101,7 +101,7 @@ class PreconditionedLayer:
 
     @property
     def shared(self) -> SharedLayer:
-        """What other processes must know of the layer."""
+        """What the other processes know of the layer too."""
         statistics = self.statistics
         return SharedLayer(
             self.layout, statistics.geometry, statistics.max_rows, at_least_float32(self.weight.detach())
@@ -121,32 +121,32 @@ class PreconditionedLayer:
         return bias if isinstance(bias, nn.Parameter) else None
 
     def begin_step(self, *, plain_gradient: bool) -> None:
-        """Let the coming backward pass apply the inverse, unless it shall leave the plain gradient."""
+        """Let the coming backward pass apply the inverse, unless the step needs the plain gradient."""
         if self.backward_application is not None:
             self.backward_application.inverse = (
                 None if plain_gradient or self.inverse is None else self.inverse.by_sides
             )
-            # Alone, a layer goes by the mini-batch at hand.
+            # A process alone chooses by the mini-batch at hand.
             is_shared = self.num_processes > 1
             self.backward_application.num_examples = (
                 math.ceil((self.num_examples or 0) / self.num_processes) if is_shared else None
             )
 
     def pause(self, is_paused: bool) -> bool:
-        """Leave the gradients of coming forward passes plain, or no more; return whether they were left so."""
+        """Set whether the gradients of coming forward passes stay plain; return whether they did before."""
         if self.backward_application is None:
             return False
         was_paused, self.backward_application.is_paused = self.backward_application.is_paused, is_paused
         return was_paused
 
-    def measured(self, factors: LayerFactors) -> None:
-        """Take in the factors of a mini-batch."""
+    def add_measurement(self, factors: LayerFactors) -> None:
+        """Add the factors of a mini-batch to the running average."""
         self.average.update(factors)
         self.num_examples = round(factors.num_rows / factors.scale)
         self.is_fresh = True
 
     def follow_weight(self) -> None:
-        """Move inverse and running average to where the weight is now, in the precision that goes with it."""
+        """Move inverse and running average to the weight's device and precision, if these have changed."""
         weight, kept = self.module.weight, self._kept_tensor()
         if isinstance(weight, Tensor) and self.costs[0].rates is not rates_of(weight.device):
             self.costs = side_costs(self.statistics.geometry, self.layout, self.settings, weight.device)
@@ -155,10 +155,10 @@ class PreconditionedLayer:
             if self.backward_application is not None:
                 self.backward_application.costs = self.costs
         if kept is not None and isinstance(weight, Tensor) and not fits(kept, weight):
-            self.taking_over(self.state_dict())()
+            self.prepare_state(self.state_dict())()
 
-    def costs_now(self) -> tuple[SideCost, SideCost]:
-        """Return the work on both sides if inverses are made now: the caller's switches of precision count."""
+    def current_costs(self) -> tuple[SideCost, SideCost]:
+        """Return the work on both sides under the precision switches that the caller has set now."""
         products = self.settings.products
         if products is Products.auto and not has_fast_products(at_least_float32(self.weight.detach())):
             products = Products.ieee
@@ -167,14 +167,17 @@ class PreconditionedLayer:
 
     @property
     def read_tensors(self) -> list[Tensor]:
-        """What a plain step reads of the layer, its parameters apart."""
+        """The tensors that a plain step reads of the layer, apart from its parameters."""
         return [] if self.inverse is None else self.inverse.tensors()
 
-    def refreshed(self, factors: LayerFactors) -> None:
-        """Drop what the refresh that has just been made, of these factors, does not leave to the next one.
+    def finish_refresh(self, factors: LayerFactors) -> None:
+        """Drop what the next refresh does not need of the refresh that has just been made.
 
-        Factors that stay are written over those of the refresh before: beside a captured step, new tensors would lie in
-        memory that its next replay overwrites.
+        Factors that are kept are written over those of the refresh before: new tensors would lie in memory that the
+        next replay of a captured step overwrites.
+
+        Args:
+            factors: The factors that were inverted.
         """
         self.is_fresh = False
         kept = factors.to_state() if self.keeps_factors else {}
@@ -184,12 +187,12 @@ class PreconditionedLayer:
             self.average = RunningAverage(0.0)
 
     def forget_measurement(self) -> None:
-        """Drop the factors that wait for a refresh, as they turned out not to be finite."""
+        """Drop the factors that wait for a refresh, which are not finite."""
         self.is_fresh = False
         self.average = RunningAverage(self.average.decay)
 
     def discard_gradient(self) -> None:
-        """Forget which sides the gradient carries: it is thrown away."""
+        """Forget which sides the gradient carries, as it is thrown away."""
         if self.backward_application is not None:
             self.backward_application.forget_backward()
 
@@ -198,17 +201,17 @@ class PreconditionedLayer:
         return self.backward_application.take_applied_sides().complement() if self.backward_application else BOTH_SIDES
 
     def has_gradient(self) -> bool:
-        """Whether its weight has a gradient that is not zero; waits for the device."""
+        """Return whether its weight has a gradient that is not zero; waits for the device."""
         grad = self.weight.grad
         return grad is not None and bool(grad.any())
 
     @property
     def is_preconditioned(self) -> bool:
-        """Whether its gradient has been preconditioned before, and nothing was added to it since."""
+        """Whether its gradient has been preconditioned, and nothing was added to it since."""
         return is_preconditioned(self.weight)
 
     def mark_preconditioned(self) -> None:
-        """Remember that its gradient is preconditioned, until autograd adds to it."""
+        """Note that its gradient is preconditioned, until autograd adds to it."""
         weight = self.weight
         if self.inverse is None or weight.grad is None:
             return
@@ -218,8 +221,8 @@ class PreconditionedLayer:
         self._watched[1].mark(weight)
 
     @property
-    def adds_to_used(self) -> bool:
-        """Whether its gradients were added to those of its last step, with nothing in between."""
+    def adds_to_preconditioned(self) -> bool:
+        """Whether the step's gradients were added to those of the step before, which had been preconditioned."""
         return self._watched is not None and self._watched[1].was_added_to
 
     @property
@@ -230,12 +233,12 @@ class PreconditionedLayer:
         return [grad for grad in grads if grad is not None] if is_changed else []
 
     def precondition_(self, sides: Sides) -> None:
-        """Replace the gradients in place, by the given sides."""
+        """Multiply the gradients in place by the given sides of the inverse."""
         if self.inverse is not None and self.weight.grad is not None:
             precondition_(self.weight.grad, _trainable_grad(self.bias), self.layout, self.inverse, sides)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a continuation needs, as tensors and numbers."""
+        """Return the layer's state, as tensors and numbers."""
         return {
             "average": self.average.to_state(),
             "is_fresh": self.is_fresh,
@@ -247,26 +250,26 @@ class PreconditionedLayer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Undo :meth:`state_dict`, on the weight's device and in the precision that goes with it.
 
-        In place wherever shapes agree; the state's tensors stay the caller's.
+        Tensors are written in place where shapes agree; those of the state are copied.
 
         Raises:
             ValueError: If it is not the state of such a layer; the layer is then as it was.
         """
         check_findings(self.state_findings(state))
-        self.taking_over(state)()
+        self.prepare_state(state)()
 
     def state_findings(self, state: object) -> Iterator[Finding]:
-        """Look at a state that the layer shall continue from; see ``state_checks.layer_findings``."""
+        """Check a state that the layer is to continue from; see ``checkpoint.layer_checks.layer_findings``."""
         like = at_least_float32(self.weight.detach())
         yield from layer_findings(
             state, StateHolder(self.name, self.statistics.geometry, self.layout, self.settings, like)
         )
 
-    def taking_over(self, state: Mapping[str, Any]) -> Callable[[], None]:
-        """Make all that the layer will hold, and return what lets it: until that is called the layer is as it was.
+    def prepare_state(self, state: Mapping[str, Any]) -> Callable[[], None]:
+        """Prepare a state, and return the function that makes the layer take it; until then the layer is unchanged.
 
         Args:
-            state: What :meth:`state_findings` has nothing against.
+            state: A state with which :meth:`state_findings` has found nothing wrong.
         """
         with torch.no_grad():
             state, write = to_be_written_over(self.state_dict(), state, at_least_float32(self.weight.detach()))
@@ -284,7 +287,7 @@ class PreconditionedLayer:
         return take_over
 
     def _kept_tensor(self) -> Tensor | None:
-        """Return a tensor that is kept from step to step, if there is any."""
+        """Return one of the tensors that are kept from step to step, if there is any."""
         if self.inverse is not None:
             return self.inverse.like
         return None if self.average.value is None else self.average.value.gradient.values
@@ -312,8 +315,8 @@ def side_costs(
 def take_inverses(taken: Sequence[tuple[PreconditionedLayer, LayerInverse]]) -> None:
     """Replace the inverses of layers, in place wherever the new one's tensors have the shapes of those at hand.
 
-    Plain steps read the inverse, and a captured one reads it by its address. It is a copy: the new one may share pixels
-    with the factors that it was made of, and memory with other layers' inverses. All are copied in one call.
+    Captured steps read inverses by address. The new ones are copied, in one call, as they may share pixels with the
+    factors that they were made of and memory with inverses of other layers.
 
     Args:
         taken: Each layer with its new inverse.
@@ -325,7 +328,7 @@ def take_inverses(taken: Sequence[tuple[PreconditionedLayer, LayerInverse]]) -> 
 
 
 def _state_of(kept: LayerInverse | LayerFactors | None) -> dict[str, Any]:
-    """Return what a checkpoint keeps of it; empty where there is nothing yet."""
+    """Return what a checkpoint keeps of an inverse or of factors; empty for ``None``."""
     return {} if kept is None else kept.to_state()
 
 

@@ -188,7 +188,7 @@ def report_sharing(
 
 
 def _report(layer: PreconditionedLayer, settings: KroneckerSettings) -> LayerReport:
-    layout, costs = layer.layout, layer.costs_now()
+    layout, costs = layer.layout, layer.current_costs()
     is_exact = settings.damping_rule is DampingRule.exact
     splits = [not is_exact and cost.dense_application().is_split for cost in costs]
     # Of a number: what its inverse is kept as, and its running average.

@@ -97,7 +97,7 @@ def refresh_with_a_bad_block(eigenvalue: float, rank: int, size: int, *, num_ste
         layer = preconditioner._layers["4"]
         blocks = [torch.eye(27) * (eigenvalue if index == 1 else 1.0) for index in range(3)]
         factors = [DenseFactor(torch.stack(blocks).double()), DenseFactor(torch.eye(3).repeat(24, 1, 1).double())]
-        layer.measured(LayerFactors(*factors, scale=4.0))
+        layer.add_measurement(LayerFactors(*factors, scale=4.0))
         message = ""
         try:
             preconditioner.update_inverses()

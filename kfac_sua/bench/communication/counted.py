@@ -184,11 +184,11 @@ class ShapeModel:
         sides = []
         for layer, factors in zip(self.layers, joined, strict=True):
             if factors is not None:
-                layer.measured(factors)
+                layer.add_measurement(factors)
                 corrected = layer.average.corrected()
                 sides += [corrected.activation, corrected.gradient]
                 layer.inverse = _inverse(corrected, layer.layout, is_exact)
-                layer.refreshed(corrected)
+                layer.finish_refresh(corrected)
         return sides
 
     def measured(self, num_examples: int) -> list[LayerFactors | None]:

@@ -1,4 +1,4 @@
-"""What can be asked of autograd while a backward pass runs. All of PyTorch that is not public lies here."""
+"""Questions to autograd while a backward pass runs. Autograd's private functions are called here only."""
 
 from enum import Enum
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
 NO_TASK = -1
-"""Number of the backward pass outside of any."""
+"""What :func:`current_task` returns outside of any backward pass."""
 
 
 class GradUse(Enum):
@@ -32,7 +32,7 @@ def num_nodes_made() -> int:
 
 
 def node_at_work() -> int:
-    """Return when the node was made that the running backward pass is at, as :func:`num_nodes_made` counts."""
+    """Return the number, in the count of :func:`num_nodes_made`, of the node that the backward pass is at."""
     return torch._C._current_autograd_node()._sequence_nr()
 
 

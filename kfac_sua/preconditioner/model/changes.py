@@ -1,7 +1,8 @@
-"""Changes of the model that a preconditioner made before them cannot follow: each ends with a sentence, not in silence.
+"""Changes of a model that its preconditioner cannot follow: each is an error with a cure.
 
-Layers frozen later are left alone; whatever becomes trainable, is replaced, added or parametrised later is an error. So
-that it is one at the next step, every step reads the model's structure, and looks closer where that has changed.
+Layers may be frozen later, and are then left alone. A layer that becomes trainable, or is replaced, added or
+parametrised later is an error at the next step: every step reads the model's structure, and checks all layers if the
+structure has changed.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ CURE = "make the preconditioner anew after the change (remove_hooks() takes the 
 class ModelWatch:
     """Checks at every step that the model still has the layers that are preconditioned.
 
-    Modules may be replaced, and parameters by others of the same shape, as long as :func:`check_layers` finds nothing.
+    Modules may be replaced, and parameters by others of the same shape, if :func:`check_layers` finds nothing wrong.
 
     Args:
         model: The model.
@@ -37,11 +38,11 @@ class ModelWatch:
         """Check the model.
 
         Args:
-            thoroughly: Look at every layer though the structure be that of the last check: strides and the like are
-                not part of it.
+            thoroughly: Check every layer even if the structure is that of the last check, as strides and the like are
+                not part of the structure.
 
         Raises:
-            RuntimeError: If layers have changed, have become trainable, or have no numbers yet.
+            RuntimeError: If layers have changed, have become trainable, or are still on device meta.
         """
         check_trainable(self._layers)
         structure = _structure(self._model)
@@ -58,7 +59,7 @@ def check_trainable(layers: Sequence[DiscoveredLayer]) -> None:
         layers: What was discovered at construction.
 
     Raises:
-        RuntimeError: If one has: it would silently get the plain gradient.
+        RuntimeError: If one has, as it would silently get the plain gradient.
     """
     for layer in layers:
         if layer.reason == FROZEN and _is_trainable(layer.module, "weight"):
@@ -74,7 +75,7 @@ def check_trainable(layers: Sequence[DiscoveredLayer]) -> None:
 
 
 def check_layers(model: nn.Module, layers: Sequence[DiscoveredLayer], skip: Sequence[str]) -> None:
-    """Check that the model still has the layers that are preconditioned, as they were, and no others.
+    """Check that the model has the layers that are preconditioned, unchanged, and no others.
 
     Args:
         model: The model.
@@ -96,13 +97,13 @@ def check_layers(model: nn.Module, layers: Sequence[DiscoveredLayer], skip: Sequ
 
 
 def check_numbers(layers: Sequence[DiscoveredLayer]) -> None:
-    """Check that no layer that is preconditioned is on device meta, whose tensors have shapes but no numbers.
+    """Check that no preconditioned layer is on device meta, whose tensors have shapes but no numbers.
 
     Args:
         layers: What was discovered at construction.
 
     Raises:
-        RuntimeError: If one is: then all that can be had of it is :meth:`KroneckerPreconditioner.describe`.
+        RuntimeError: If one is; only :meth:`KroneckerPreconditioner.describe` works there.
     """
     for layer in layers:
         if layer.geometry is not None and isinstance(weight := layer.module.weight, nn.Parameter) and weight.is_meta:
@@ -143,10 +144,10 @@ def _differences(before: LayerGeometry, now: LayerGeometry) -> str:
 
 
 def _structure(model: nn.Module) -> list[Any]:
-    """Return what tells whether a model's layers may have changed: modules, forwards, parameters and their shapes.
+    """Return what changes whenever the layers of a model may have changed: modules, forwards, parameters, shapes.
 
-    Read in every step, so it costs little. An address may come to hold another object, but none that matters: layers
-    that were discovered are kept alive, and a parameter may be any other of its shape.
+    Every step reads it, so it must be cheap. Objects are told apart by their addresses. An address can be used again,
+    but not that of a discovered layer, which is kept alive; and a parameter may be replaced by any other of its shape.
     """
     found: list[Any] = []
     stack, seen = [model], {id(model)}

@@ -1,9 +1,9 @@
 """Compiled models: mini-batches with statistics run uncompiled, all others as one graph without a break.
 
-A graph cannot hold the hooks: what they record lives in Python. Were they called from within one, it would be broken at
-every layer, and stay broken on the mini-batches without statistics. Nor would a model that has been called before see
-hooks added since. So the ``forward`` of a compiled module asks first, in a frame of its own, whether anything is
-recorded; graphs depend on the answer.
+A graph cannot contain the hooks, which record into Python objects. If a graph called them, it would be broken at every
+layer, also on mini-batches without statistics. And a model that was called before it was hooked would not see the
+hooks. So the ``forward`` of a compiled module asks first, in a frame of its own, whether anything is recorded, and
+graphs depend on the answer.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,17 +19,17 @@ REASON = "kfac_sua records statistics of this mini-batch, which no graph can hol
 
 
 never_traced = torch._disable_dynamo
-"""Keeps a function out of graphs, without loading the compiler where nothing is compiled."""
+"""Decorator that keeps a function out of graphs. It does not load the compiler if nothing is compiled."""
 
 
 class Recorder(Protocol):
-    """What knows whether statistics are being recorded."""
+    """Knows whether statistics are recorded."""
 
     enabled: bool
 
 
 def compiled_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the modules that ``torch.compile`` has been told to compile: the model, or parts of it."""
+    """Yield the modules that ``torch.compile`` compiles: the model, or parts of it."""
     for module in model.modules():
         if (inside := inside_of_compiled(module)) is not None:
             yield inside
@@ -38,11 +38,11 @@ def compiled_modules(model: nn.Module) -> Iterator[nn.Module]:
 
 
 class UncompiledWhileRecording(ReplacedForward):
-    """Stands in for the ``forward`` of one compiled module.
+    """Replaces the ``forward`` of one compiled module.
 
     Args:
         module: The module.
-        recorder: Knows whether statistics are being recorded.
+        recorder: Knows whether statistics are recorded.
     """
 
     def __init__(self, module: nn.Module, recorder: Recorder) -> None:

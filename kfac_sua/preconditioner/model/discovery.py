@@ -1,6 +1,7 @@
-"""Which modules can be preconditioned, and their geometry.
+"""Which modules are preconditioned, and why the others are not.
 
-Discovery names every parameter-holding module once: preconditioned, or left to the plain gradient with a reason.
+Discovery lists every module that holds parameters once: with its geometry if it is preconditioned, or with the reason
+why it keeps the plain gradient.
 """
 
 import fnmatch
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 SKIPPED, NORMALISED, FROZEN = "listed in skip", "normalisation layer", "frozen"
 EXPECTED_REASONS = {SKIPPED, NORMALISED, FROZEN}
-"""Reasons that surprise nobody; the others are worth a warning."""
+"""Reasons that a user expects; all others are logged as warnings."""
 
 NORMALISATION = (
     nn.modules.batchnorm._NormBase,
@@ -34,10 +35,10 @@ NORMALISATION = (
 )
 
 _MOVING_HOOKS = {"ModelHook", "AlignDevicesHook"}
-"""Hooks of accelerate that move tensors to devices and change no number."""
+"""Hooks of accelerate that only move tensors between devices."""
 
 _MOST_NAMES = 256
-"""Names of one module that are looked at: modules nested in modules that are shared have a power of as many."""
+"""Names of one module that are considered: the number of names multiplies with each level of shared modules."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,9 @@ class DiscoveredLayer:
     Args:
         name: Dotted name in the model; ``""`` for the model itself.
         module: The module.
-        geometry: Its geometry, or ``None`` where it is left to the plain gradient.
-        reason: Why it is left to the plain gradient; empty where it is preconditioned.
-        other_names: Under which it is reachable too, as a module that is registered twice; where ``skip`` is given.
+        geometry: Its geometry; ``None`` if it is left to the plain gradient.
+        reason: Why it is left to the plain gradient; empty if it is preconditioned.
+        other_names: Its other names, if it is registered several times; filled in only if ``skip`` is given.
     """
 
     name: str
@@ -65,7 +66,7 @@ class DiscoveredLayer:
 
 @dataclass(frozen=True)
 class _Surroundings:
-    """What a verdict depends on beyond the module: parameters that are shared, and where parameters lie."""
+    """What the decision on a module depends on beside the module: shared parameters, and devices."""
 
     shared: set[int]
     is_offloading: bool
@@ -77,7 +78,7 @@ def discover_layers(model: nn.Module, skip: Sequence[str] = ()) -> list[Discover
 
     Args:
         model: Any module.
-        skip: Layer names to leave out, with shell-style wildcards. A module that has several names has all of them.
+        skip: Layer names to leave out, with shell-style wildcards. Any name of a module that has several will do.
 
     Raises:
         ValueError: If an entry of ``skip`` matches no layer, or no layer can be preconditioned.
@@ -94,7 +95,7 @@ def discover_layers(model: nn.Module, skip: Sequence[str] = ()) -> list[Discover
 
 
 def classify_layers(model: nn.Module, skip: Sequence[str]) -> list[DiscoveredLayer]:
-    """Return what :func:`discover_layers` does, whatever there is."""
+    """Return what :func:`discover_layers` returns, without its errors."""
     candidates = list(_parameter_holders(model))
     surroundings = _surroundings(model, candidates)
     names = _names(model) if skip else {}
@@ -102,14 +103,14 @@ def classify_layers(model: nn.Module, skip: Sequence[str]) -> list[DiscoveredLay
 
 
 def log_plain_layers(layers: Sequence[DiscoveredLayer]) -> None:
-    """Name the layers that are left to the plain gradient, once: as a warning where one would not expect it."""
+    """Log the layers that are left to the plain gradient: as a warning unless the reason is an expected one."""
     for reason, names in names_by_reason((layer.name, layer.reason) for layer in layers).items():
         level = logging.INFO if reason in EXPECTED_REASONS else logging.WARNING
         logger.log(level, "Left to the plain gradient (%s): %s.", reason, ", ".join(names))
 
 
 def names_by_reason(layers: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    """Group the names of (name, reason) pairs by reason, without the pairs whose reason is empty."""
+    """Group the names of (name, reason) pairs by reason; pairs without a reason are left out."""
     names: dict[str, list[str]] = {}
     for name, reason in layers:
         if reason:
@@ -147,7 +148,7 @@ def hook_of(module: nn.Module) -> object | None:
 
 
 def foreign_forward(module: nn.Module) -> object | None:
-    """Return what runs in place of the forward of a module's class; ``None`` if that runs, perhaps through ours."""
+    """Return what runs in place of the forward of a module's class, apart from our own replacement; or ``None``."""
     forward = module.__dict__.get("forward")
     while isinstance(forward, ReplacedForward):
         forward = forward.replaced
@@ -155,14 +156,14 @@ def foreign_forward(module: nn.Module) -> object | None:
 
 
 def _is_own(module: nn.Module, forward: object) -> bool:
-    """Whether this is the forward of a module's class, as in a copy of a preconditioned model, or stands in for it."""
+    """Whether a forward is that of the module's class, perhaps of a copied model, or our replacement of it."""
     if isinstance(forward, ReplacedForward):
         return forward.replaced is None or _is_own(module, forward.replaced)
     return getattr(forward, "__func__", None) is type(module).forward
 
 
 def _origin(forward: Any) -> str:
-    """Return where what has replaced a forward comes from, by its code: its name may be that of what it wraps."""
+    """Return the module and name of the code that replaces a forward; ``__name__`` may be that of what it wraps."""
     while isinstance(forward, functools.partial):
         forward = forward.func
     function = getattr(forward, "__func__", forward)
@@ -181,7 +182,7 @@ def _not_supported(module: nn.Module) -> str:
 
 
 def _overridden(module: nn.Linear | nn.Conv2d) -> str:
-    """Return what makes a linear layer or convolution compute something else; empty if nothing does."""
+    """Return why a linear layer or convolution computes something else; empty if it does not."""
     kind = type(module)
     if kind.forward not in (nn.Linear.forward, nn.Conv2d.forward):
         return f"{kind.__name__} overrides forward"
@@ -194,7 +195,7 @@ def _overridden(module: nn.Linear | nn.Conv2d) -> str:
 
 
 def _reason_of_hook(module: nn.Module, surroundings: _Surroundings) -> str:
-    """Return what a hook of accelerate, which runs around the layer's own forward, does to it; empty if nothing."""
+    """Return why a hook of accelerate around the layer's forward stands in the way; empty if none does."""
     hook = hook_of(module)
     if hook is None:
         return ""
@@ -232,7 +233,7 @@ def _reason_of_parameters(module: nn.Linear | nn.Conv2d, surroundings: _Surround
 
 
 def _parameter_holders(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield names and modules with parameters of their own; those of a parametrisation belong to what it computes."""
+    """Yield name and module of every module with parameters of its own, which include those of parametrisations."""
     inside: set[int] = set()
     for name, module in model.named_modules():
         parametrizations = getattr(module, "parametrizations", None)
@@ -251,7 +252,7 @@ def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
 
 
 def _names(model: nn.Module) -> dict[int, tuple[str, ...]]:
-    """Return the names under which each module is reachable, by its ``id``: several where it is registered twice."""
+    """Return the names of each module, by its ``id``: several if it is registered several times."""
     names: dict[int, list[str]] = {}
     stack: list[tuple[nn.Module, str, frozenset[int]]] = [(model, "", frozenset())]
     while stack:

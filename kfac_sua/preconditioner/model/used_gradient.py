@@ -1,7 +1,8 @@
-"""Gradients that have been preconditioned, by whichever preconditioner: none is to be preconditioned twice.
+"""Marks gradients that have been preconditioned, by whichever preconditioner, so that none is preconditioned twice.
 
-A gradient is used up from then on until autograd adds to it, which a hook on its parameter sees, or another tensor
-takes its place. Changes in place, such as clipping, leave it used up; one may also have zeroed it, or written it anew.
+The mark lasts until autograd adds to the gradient, which a hook on its parameter sees, or until another tensor takes
+the gradient's place. Changes in place, such as clipping, leave the mark; so does zeroing the gradient or writing a new
+one into it.
 """
 
 from torch import Tensor
@@ -11,11 +12,11 @@ _MARK = "_kfac_sua_is_preconditioned"
 
 
 class GradientWatch:
-    """A hook on a parameter, shared by the preconditioners of its layer, that knows what has become of its gradient.
+    """A hook on a parameter that follows its gradient; all preconditioners of the layer share it.
 
     Attributes:
-        version: Of the gradient when it was marked; ``None`` if something has been added to it since.
-        was_added_to: Whether that was something, and nothing else had happened to the gradient.
+        version: Version of the gradient when it was marked; ``None`` if autograd has added to it since.
+        was_added_to: Whether autograd has added to the marked gradient, and nothing else had changed it before.
     """
 
     def __init__(self) -> None:
@@ -32,7 +33,7 @@ class GradientWatch:
 
     @classmethod
     def join(cls, parameter: Tensor) -> "GradientWatch":
-        """Return the watch on a parameter, made if there is none, for one user more."""
+        """Return the watch on a parameter for one more user; it is made if there is none."""
         watch = cls.on(parameter)
         if watch is None:
             watch = cls()
@@ -50,7 +51,7 @@ class GradientWatch:
         """Note that autograd has added to the gradient."""
         grad = parameter.grad
         if self.version is not None and grad is not None and hasattr(grad, _MARK):
-            self.was_added_to = grad._version == self.version + 1  # zeroes would have changed it once more
+            self.was_added_to = grad._version == self.version + 1  # zeroing it would have raised the version once more
         self.version = None
 
     def mark(self, parameter: Tensor) -> None:
@@ -61,21 +62,21 @@ class GradientWatch:
 
 
 def is_preconditioned(parameter: Tensor) -> bool:
-    """Whether a parameter's gradient has been preconditioned and nothing has been added to it since."""
+    """Return whether a parameter's gradient has been preconditioned, and autograd has not added to it since."""
     watch = GradientWatch.on(parameter)
     return watch is not None and watch.version is not None and hasattr(parameter.grad, _MARK)
 
 
 def is_unchanged(parameter: Tensor) -> bool:
-    """Whether a gradient that is used up has not been changed in place either, such as zeroed."""
+    """Return whether a preconditioned gradient has not been changed in place either, such as zeroed."""
     watch = GradientWatch.on(parameter)
     return watch is not None and parameter.grad is not None and watch.version == parameter.grad._version
 
 
 def old_grad(parameter: Tensor) -> Tensor | bool:
-    """Return whether a parameter has a gradient that is used up, and that others are about to be added to.
+    """Return whether a parameter has a preconditioned gradient, to which autograd is about to add.
 
-    Where it has been changed in place, it may have been zeroed: then the answer is a 0-d tensor on the device.
+    A gradient that has been changed in place may have been zeroed: then the answer is a 0-d tensor on the device.
     """
     if not is_preconditioned(parameter):
         return False

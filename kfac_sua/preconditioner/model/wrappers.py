@@ -1,4 +1,4 @@
-"""Models in wrappers: the bare model inside, so that layer names and checkpoints are those of the bare model."""
+"""The model inside wrappers, whose layer names are used everywhere, as in checkpoints."""
 
 import sys
 
@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 WRAPPER_ATTRIBUTES = {"_orig_mod", "_checkpoint_wrapped_module"}
-"""What torch.compile and activation checkpointing call the module they wrap."""
+"""Names under which torch.compile and activation checkpointing hold the module that they wrap."""
 
 
 def bare_model(model: nn.Module) -> nn.Module:
@@ -32,7 +32,7 @@ def bare_model(model: nn.Module) -> nn.Module:
 
 
 def bare_name(name: str) -> str:
-    """Return a dotted module name without the parts that wrappers inside the model add to it."""
+    """Return a dotted module name without the parts that wrappers inside the model add."""
     return ".".join(part for part in name.split(".") if part not in WRAPPER_ATTRIBUTES)
 
 
