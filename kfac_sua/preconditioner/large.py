@@ -1,7 +1,7 @@
-"""Layers whose dense factors are large on their device: said once at construction, before the hours or the memory go.
+"""Warns at construction of layers whose dense factors are large for their device.
 
-Where low-rank inverses are allowed, only mini-batches tell how much a layer needs; so this concerns settings that make
-factors dense for certain.
+If low-rank inverses are allowed, the memory of a layer depends on its mini-batches; so the warning is only for settings
+that make factors dense for certain.
 """
 
 import logging
@@ -18,23 +18,23 @@ from kfac_sua.preconditioner.settings import DampingRule, InverseMethod, Kroneck
 logger = logging.getLogger(__name__)
 
 LARGE_SHARE = 0.1
-"""Share of the device's memory. A refresh holds new factors, inverses and workspace beside what is kept, so that few
-such layers fill it; the widest one of the paper's networks keeps 0.16 GiB.
+"""Share of the device's memory that makes a layer large. A refresh holds new factors, inverses and workspace beside
+what is kept, so that a few such layers fill it; the widest layer of the paper's networks keeps 0.16 GiB.
 """
 
 LARGE_TOTAL_SHARE = 0.5
-"""The same for all layers of a device together: a refresh makes new inverses beside those at hand."""
+"""Share that makes all layers of a device together large: a refresh makes new inverses beside those at hand."""
 
 LARGE_INVERSION_S = 100.0
-"""Seconds of one layer's inversions in a refresh, by the device's rates. The widest of the paper's takes a core 3."""
+"""Seconds of inversions in a refresh that make a layer large; the widest layer of the paper takes a core 3 seconds."""
 
 
 def large_layers(layers: Iterable[tuple[PreconditionedLayer, int, int]], settings: KroneckerSettings) -> str:
-    """Return which layers keep much of their device's memory or take long to invert, and the cure; empty if none does.
+    """Return which layers take much memory of their device or long to invert, with the cure; empty if none does.
 
     Args:
         layers: Each with the bytes that it keeps and the FLOPs of its inversions in a refresh, if dense.
-        settings: Those of the preconditioner.
+        settings: Settings of the preconditioner.
     """
     cause, layers = _dense_because(settings), list(layers)
     found = [told for layer, kept, flops in layers if cause and (told := _size(layer, kept, flops))]
@@ -49,13 +49,13 @@ def large_layers(layers: Iterable[tuple[PreconditionedLayer, int, int]], setting
 
 
 def warn_of_large_layers(told: str) -> None:
-    """Log what :func:`large_layers` has returned as a warning, if it is anything."""
+    """Log the result of :func:`large_layers` as a warning, unless it is empty."""
     if told:
         logger.warning("Large: %s", told)
 
 
 def device_memory(device: torch.device) -> int | None:
-    """Return the bytes of a device's memory; ``None`` where nothing says."""
+    """Return the bytes of a device's memory; ``None`` if they are not known."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     if device.type != "cpu":
@@ -67,7 +67,7 @@ def device_memory(device: torch.device) -> int | None:
 
 
 def _dense_because(settings: KroneckerSettings) -> str:
-    """Return the setting that makes factors dense for certain; empty if none does."""
+    """Return the setting that makes all factors dense; empty if none does."""
     if settings.ema_decay > 0:
         return f"ema_decay={settings.ema_decay:g}"
     if settings.damping_rule is DampingRule.exact:
@@ -76,7 +76,7 @@ def _dense_because(settings: KroneckerSettings) -> str:
 
 
 def _totals(layers: Sequence[tuple[PreconditionedLayer, int, int]]) -> Iterator[str]:
-    """Yield, of each device of which all layers together keep much, how much that is."""
+    """Yield a clause for each device on which all layers together take much memory."""
     totals: Counter[torch.device] = Counter()
     for layer, kept, _ in layers:
         totals[layer.weight.device] += kept

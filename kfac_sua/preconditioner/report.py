@@ -1,4 +1,4 @@
-"""What is preconditioned, how, and what it costs: the table a user reads before a long run."""
+"""Which layers are preconditioned, how, and at what cost: the table that a user reads before a long run."""
 
 import math
 import textwrap
@@ -36,8 +36,8 @@ class LayerReport:
         inverse_flops: FLOPs of a refresh's inversions, if dense.
         apply_flops: FLOPs of one application, if dense.
         low_rank_rows: Rows up to which the activation and the gradient factor are inverted by the Woodbury identity.
-        forms: In which the inverses of both are applied; before the first refresh, in which they would be if dense.
-        backward_rows: Rows of a mini-batch below which either is applied in the backward pass; 0 for never.
+        forms: The forms in which the inverses of both are applied; before the first refresh, those of dense factors.
+        backward_rows: Rows of a mini-batch below which each is applied in the backward pass; 0 for never.
         reason: Why the layer is left to the plain gradient; empty otherwise.
     """
 
@@ -57,17 +57,17 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class SharingReport:
-    """Choice and cost of sharing out inverses.
+    """How inverses are shared out among processes, and the cost.
 
     Args:
         num_processes: Processes that share a mini-batch.
-        is_estimate: Whether dense factors are counted, as before the first refresh, instead of what was carried out.
+        is_estimate: Whether the figures are those of dense factors, as before the first refresh.
         num_shared: Blocks that one process inverts for all.
         num_everywhere: Blocks that every process inverts.
-        flops: FLOPs of a refresh's inversions, of the process with most of them.
-        flops_alone: The same of a single process.
+        flops: FLOPs of a refresh's inversions on the process with the most.
+        flops_alone: FLOPs of a single process that inverts everything.
         refresh_bytes: Bytes that each process hands to the network at a refresh: its inverses.
-        statistics_bytes: The same per measurement of the statistics.
+        statistics_bytes: Bytes that each process hands to the network per measurement of the statistics.
     """
 
     num_processes: int
@@ -96,9 +96,9 @@ class LayerTable:
 
     Args:
         layers: One row per layer.
-        chosen_by: By which rates forms are chosen.
-        sharing: What is shared with other processes; ``None`` without any.
-        large: Which layers are large for their device, and the cure; empty if none is (see ``large.py``).
+        chosen_by: The rates by which forms are chosen.
+        sharing: What the processes share; ``None`` for a single process.
+        large: Warning of layers that are large for their device (see ``large.py``); empty if none is.
     """
 
     layers: tuple[LayerReport, ...]
@@ -107,7 +107,7 @@ class LayerTable:
     large: str = ""
 
     def summary(self) -> str:
-        """Return the table in three lines: how many layers of which structure, their cost, and what is left out."""
+        """Return three lines: the number of layers of each structure, their cost, and what is left out."""
         treated = [row for row in self.layers if not row.reason]
         structures = Counter(row.structure for row in treated)
         left = names_by_reason((row.name, row.reason) for row in self.layers)
@@ -156,7 +156,7 @@ def layer_table(
 def report_sharing(
     shared: SharedInversion, layouts: Sequence[BlockLayout], settings: KroneckerSettings, like: Tensor
 ) -> SharingReport:
-    """Return what was carried out at the last refresh, or before the first what dense factors would give.
+    """Return the figures of the last refresh; before the first, those of dense factors.
 
     Args:
         shared: The processes' inversion.
@@ -191,7 +191,7 @@ def _report(layer: PreconditionedLayer, settings: KroneckerSettings) -> LayerRep
     layout, costs = layer.layout, layer.current_costs()
     is_exact = settings.damping_rule is DampingRule.exact
     splits = [not is_exact and cost.dense_application().is_split for cost in costs]
-    # Of a number: what its inverse is kept as, and its running average.
+    # Bytes per number of a dense block: of its inverse, and of its running average.
     sizes = [(PART_BYTES if is_split else 4) + (4 if settings.ema_decay > 0 else 0) for is_split in splits]
     if_dense = EIGENBASIS, EIGENBASIS
     if not is_exact:
@@ -227,7 +227,7 @@ def _sides(row: LayerReport) -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 def _costs(rows: Sequence[LayerReport]) -> list[str]:
-    """Return memory, FLOPs of inversion and FLOPs of application of all rows together."""
+    """Return memory, FLOPs of inversion and FLOPs of application of some layers together."""
     inverse, apply = sum(row.inverse_flops for row in rows), sum(row.apply_flops for row in rows)
     return [_mib(sum(row.memory_bytes for row in rows)), _gflop(inverse), _gflop(apply)]
 
@@ -239,7 +239,7 @@ def _ways(row: LayerReport) -> list[str]:
 
 
 def _aligned(rows: Sequence[Sequence[str]], num_left: int) -> list[str]:
-    """Return the lines of a table, its head underlined: the first columns to the left, the others to the right."""
+    """Return the lines of a table with its head underlined; the first columns are aligned left, the others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     head, *lines = [
         "  ".join(
@@ -252,7 +252,7 @@ def _aligned(rows: Sequence[Sequence[str]], num_left: int) -> list[str]:
 
 
 def _wrapped(line: str) -> str:
-    """Return a line with breaks between its words where it is too long for a terminal."""
+    """Return a line, broken between words if it is too long for a terminal."""
     if len(line) <= _WIDTH or line.startswith("-"):
         return line
     return textwrap.fill(line, _WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)

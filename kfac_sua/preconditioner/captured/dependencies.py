@@ -1,7 +1,7 @@
-"""What a captured step depends on beyond the numbers in its tensors: addresses, shapes, modes, hooks, switches.
+"""What a captured step depends on beside the numbers in its tensors: addresses, shapes, modes, hooks, switches.
 
-A replay runs no Python, and so none of the checks that a call would make. Instead all that they would look at is read
-before each replay, as plain numbers, and compared with what it was at capture.
+A replay runs no Python, and so none of the checks that a call makes. Instead everything that these checks look at is
+read before each replay, as plain numbers, and compared with its values at the capture.
 """
 
 from collections.abc import Iterator
@@ -15,17 +15,17 @@ from kfac_sua.preconditioner.captured.values import plain_attributes
 from kfac_sua.preconditioner.kfac import KroneckerPreconditioner
 
 Reading = dict[str, list[Any]]
-"""What was read, by kind, in a fixed order within each."""
+"""Values by kind, in a fixed order within each kind."""
 
 
 class Dependencies:
-    """Reads them.
+    """Reads what a captured step depends on.
 
     Args:
         model: The bare model.
-        optimizers: What updates its parameters.
-        preconditioner: What preconditions its gradients; ``None`` for nothing.
-        device: Where they are; the switches of others are not read.
+        optimizers: The optimizers of its parameters.
+        preconditioner: The preconditioner of its gradients, if there is one.
+        device: Their device; only its switches are read.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Dependencies:
         self._device = device
 
     def read(self) -> Reading:
-        """Return what they are now."""
+        """Return the values of now."""
         modules = list(_modules(self._model))
         return {
             "module": [_module(module) for module in modules],
@@ -61,7 +61,7 @@ class Dependencies:
         }
 
     def tensors(self) -> list[Tensor]:
-        """Return what is read by its address, as it is now: what steps make once and then write in place."""
+        """Return the tensors read by address now, which steps make once and then write in place."""
         layers = () if self._preconditioner is None else self._preconditioner.layers
         inverses = (tensor for layer in layers for tensor in layer.read_tensors)
         scale = None if self._preconditioner is None else self._preconditioner.kl_scale
@@ -69,7 +69,7 @@ class Dependencies:
         return found if scale is None else [*found, scale]
 
     def changed(self, before: Reading) -> str:
-        """Return what has changed since, in a few words; empty if nothing has."""
+        """Return what has changed since a reading, in a few words; empty if nothing has."""
         now = self.read()
         for kind, values in now.items():
             if values != before[kind]:
@@ -90,7 +90,7 @@ class Dependencies:
         return [*places, None if scale is None else scale.data_ptr()]
 
     def _names(self, kind: str) -> list[str]:
-        """Return the names of what is read of a kind, where it has names, in its order."""
+        """Return the names of the values of a kind, in order; empty if they have none."""
         names = {module: name for name, module in self._model.named_modules()}
         named = [(names[module], module) for module in _modules(self._model)]
         if kind == "module":
@@ -110,7 +110,7 @@ def parameters_device(model: nn.Module) -> torch.device:
 
 
 def _modules(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield a model and all modules in it, once each; ``model.modules()`` takes longer, as it makes up their names."""
+    """Yield a model and all modules in it, once each, faster than ``model.modules()``, which builds their names."""
     stack, seen = [model], {id(model)}
     while stack:
         module = stack.pop()
@@ -122,7 +122,7 @@ def _modules(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _module(module: nn.Module) -> tuple[Any, ...]:
-    """Return what a call of a module depends on: hooks by their numbers, which are never used again, and attributes."""
+    """Return what a call of a module depends on: the numbers of its hooks, which are never reused, and attributes."""
     return (
         id(module),
         *module._forward_hooks,

@@ -1,9 +1,9 @@
-"""What captures a step and replays it: the protocol, and CUDA graphs.
+"""Capture and replay of a step: the protocol, and CUDA graphs.
 
-A graph records kernels with the addresses that they read and write. Its intermediate results lie in a pool of memory of
-their own, which is idle between two replays. So an eager step (a refresh, which needs the same activations again) is
-run in that pool too: otherwise a captured training would hold most of its memory twice. The next replay overwrites what
-such a step leaves in the pool. ``has_left`` tells whether there is anything, and its caller must ask.
+A graph records kernels with the addresses that they read and write. Its intermediate results lie in a memory pool of
+their own, which is idle between two replays. An eager step, such as a refresh, needs memory for the same activations,
+so it runs in that pool too: otherwise captured training would take most of its memory twice. The next replay overwrites
+what such a step leaves in the pool. ``has_left`` tells whether it has left anything, and its caller must ask.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -17,10 +17,10 @@ T = TypeVar("T")
 
 
 class StepGraph(Protocol):
-    """Captures what a function does on a device, and does it again. It holds one capture at a time."""
+    """Captures what a function does on a device, and replays it. It holds one capture at a time."""
 
     def run(self, function: Callable[[], T], *, is_shared: bool) -> T:
-        """Run a function eagerly, in the memory of the capture if there is one and it shall be shared."""
+        """Run a function eagerly, in the memory of the capture if there is one and ``is_shared``."""
 
     def has_left(self, kept: Iterable[Tensor]) -> bool:
         """Whether the last :meth:`run` has left tensors in the memory of the capture other than these."""
@@ -33,10 +33,10 @@ class StepGraph(Protocol):
         """
 
     def replay(self) -> None:
-        """Do what was captured."""
+        """Carry out what was captured."""
 
     def release(self) -> None:
-        """Forget what was captured, and let go of its memory."""
+        """Forget the capture, and free its memory."""
 
 
 class CudaStepGraph:
@@ -55,7 +55,7 @@ class CudaStepGraph:
         self._in_use_before: set[int] | None = None
 
     def run(self, function: Callable[[], T], *, is_shared: bool) -> T:
-        """Run a function eagerly, in the memory of the capture if there is one and it shall be shared."""
+        """Run a function eagerly, in the memory of the capture if there is one and ``is_shared``."""
         with self._on_stream():
             self._in_use_before = None
             if self._pool is None or not is_shared:
@@ -89,12 +89,12 @@ class CudaStepGraph:
                 raise
 
     def replay(self) -> None:
-        """Do what was captured, on the caller's stream."""
+        """Carry out what was captured, on the caller's stream."""
         assert self._graph is not None
         self._graph.replay()
 
     def release(self) -> None:
-        """Forget what was captured, and let go of its memory."""
+        """Forget the capture, and free its memory."""
         graph, self._graph = self._graph, None
         try:
             if graph is not None:
@@ -110,13 +110,13 @@ class CudaStepGraph:
             try:
                 with torch.cuda.stream(self._stream):
                     yield
-            finally:  # after Ctrl-C too: a checkpoint must not read what is still being written
+            finally:  # after Ctrl-C too, as a checkpoint must not read what is still being written
                 callers.wait_stream(self._stream)
 
     def _recover(self, pool: Any) -> None:
-        """Undo what a capture that fails leaves of itself in PyTorch."""
+        """Undo what a failed capture leaves in PyTorch's state."""
         index = torch.cuda.current_device()
-        # Each raises where the capture, or the line before, has come to its own end of it.
+        # Each call raises if the capture, or the call before, has undone its part already.
         with suppress(RuntimeError):
             self.release()
         with suppress(RuntimeError):
@@ -126,7 +126,7 @@ class CudaStepGraph:
         generator.graphsafe_set_state(generator.clone_state())  # the clone does not count offsets for a graph
 
     def _blocks_in_use(self) -> set[int]:
-        """Return the addresses of the pool's blocks that somebody holds."""
+        """Return the addresses of the pool's blocks that are in use."""
         assert self._pool is not None
         segments: list[dict[str, Any]] = torch.cuda.memory_snapshot(self._pool.id)
         blocks = [block for segment in segments for block in segment["blocks"]]

@@ -11,13 +11,13 @@ from kfac_sua.preconditioner.kfac import KroneckerPreconditioner
 
 
 class HostState:
-    """What the Python of a step changes on the host, as it is now; a capture that fails must leave no trace of it.
+    """What the Python code of a step changes on the host, saved, so that a capture that fails can be undone.
 
     Args:
         model: The bare model.
-        parameters: Those of the model and of the optimizers.
-        optimizers: What updates them.
-        preconditioner: What preconditions their gradients.
+        parameters: The parameters of the model and of the optimizers.
+        optimizers: Their optimizers.
+        preconditioner: The preconditioner of their gradients.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class HostState:
         self._events = Counter() if preconditioner is None else preconditioner.events.copy()
 
     def kept_grads(self) -> list[Tensor]:
-        """Return the gradients that were there before and still are: a step has written into them in place."""
+        """Return the gradients that are still the same tensors, as the step has written into them in place."""
         pairs = zip(self.grads, (parameter.grad for parameter in self._parameters), strict=True)
         return [after for before, after in pairs if before is not None and after is not None and is_at(before, after)]
 
@@ -55,7 +55,7 @@ class HostState:
         return Counter() if self._preconditioner is None else self._preconditioner.events - self._events
 
     def restore(self) -> None:
-        """Put it back."""
+        """Restore the saved state."""
         for parameter, grad in zip(self._parameters, self.grads, strict=True):
             parameter.grad = grad
         self._restore_optimizers()

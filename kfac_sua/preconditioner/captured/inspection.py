@@ -1,4 +1,4 @@
-"""What a step does that no capture can hold, seen while it runs: each operation as PyTorch dispatches it."""
+"""Finds what a step does that cannot be captured, by watching each operation that PyTorch dispatches."""
 
 import random
 import sys
@@ -22,20 +22,20 @@ COMMUNICATION = {"c10d", "_c10d_functional", "c10d_functional"}
 
 _aten = torch.ops.aten
 INDEXING = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default}
-"""Their result's size, or the number of values they need, depends on values for indices of bool alone."""
+"""Operations whose sizes depend on values only if an index is a mask of bool."""
 
 LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]), sysconfig.get_paths()["stdlib"])
-"""Where a line that is named to the user is not."""
+"""Paths of code that is not the user's, in which no line is named in a warning."""
 
 
 class StepInspection(TorchDispatchMode):
-    """Watches a step that runs inside.
+    """Watches the step that runs inside.
 
     Args:
-        device: Where the step's tensors should lie.
+        device: The device on which the step's tensors must be.
 
     Attributes:
-        refusals: What it did that a capture cannot hold, a clause each.
+        refusals: What the step did that cannot be captured, a clause each.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -61,27 +61,27 @@ class StepInspection(TorchDispatchMode):
             self.refusals.append("it draws random numbers of Python's or NumPy's, which a replay would not")
 
     def freed(self) -> list[str]:
-        """Describe the tensors that the step found, rather than made, and that are gone by now."""
+        """Describe the tensors that the step found, rather than made, and that have been freed since."""
         return [description for reference, description in self._found.values() if reference.expired()]
 
     def has_found(self, tensor: Tensor) -> bool:
-        """Whether the step has read or written a tensor that was there before."""
+        """Return whether the step has read or written a tensor that existed before it."""
         return _storage_key(tensor) in self._found
 
     def carried_from(self, step_before: "StepInspection", kept: Iterable[Tensor]) -> list[str]:
-        """Describe the tensors that the step before has made and this one has found, other than those kept in place."""
+        """Describe the tensors made by the step before and found by this one, apart from those written in place."""
         expected = set(map(_storage_key, kept))
         alive = {key for key, reference in step_before._made.items() if not reference.expired()}
         return [text for key, (_, text) in self._found.items() if key in alive - expected]
 
     def strangers(self, optimizers: Iterable[Optimizer]) -> list[Optimizer]:
-        """Return the optimizers that have taken a step and are not among these."""
+        """Return the optimizers that have taken a step and are not among the given ones."""
         return [one for one in self._optimizers if all(one is not other for other in optimizers)]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Look at one operation, and carry it out."""
+        """Inspect one operation, and carry it out."""
         del types
         kwargs = kwargs or {}
         inputs = list(tensors((*args, *kwargs.values())))
@@ -124,7 +124,7 @@ class StepInspection(TorchDispatchMode):
 
 
 def _host_randomness() -> list[Any]:
-    """Return what tells whether random numbers have been drawn on the host, of Python's or NumPy's own generators."""
+    """Return what changes if random numbers are drawn from Python's or NumPy's default generators."""
     numpy = sys.modules.get("numpy")
     state = numpy.random.get_state() if numpy is not None else ()
     return [random.getstate(), [str(part) for part in state]]
@@ -148,7 +148,7 @@ def _storage_key(tensor: Tensor) -> int:
 
 
 def _users_line() -> str:
-    """Return the innermost line that is neither PyTorch's nor this package's; empty where there is none."""
+    """Return the innermost line of code that is neither PyTorch's nor this package's; empty if there is none."""
     for frame in reversed(traceback.extract_stack()):
         if not frame.filename.startswith((*LIBRARIES, "<")):
             return f", {Path(frame.filename).name}:{frame.lineno}"

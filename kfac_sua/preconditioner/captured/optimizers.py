@@ -1,4 +1,4 @@
-"""The optimizers of a captured step: what of them a graph holds, and a learning rate that it reads from the device."""
+"""The optimizers of a captured step: the values that a graph keeps, and the learning rates that it reads anew."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,20 +24,20 @@ class _Rate:
 
     @property
     def is_number(self) -> bool:
-        """Whether the group holds a number: a tensor is the caller's, and the step reads that."""
+        """Whether the group holds a number. A tensor is the caller's, and the step reads that one."""
         return not isinstance(self.group["lr"], Tensor)
 
 
 class StepOptimizers:
     """All optimizers that a step may use.
 
-    In the fused optimizers, and in those made with ``capturable=True``, of the classes ``SGD``, ``Adam`` and ``AdamW``,
-    the learning rate is a tensor on the device while the step runs: a graph reads its value at each replay. All other
-    numbers are part of the graph.
+    For ``SGD``, ``Adam`` and ``AdamW`` that are fused or made with ``capturable=True``, the learning rate is a tensor
+    on the device while the step runs, so that a graph reads its value at each replay. All other numbers become part of
+    the graph.
 
     Args:
-        optimizers: Those that the caller knows; what they are made of, where one wraps others, is found.
-        device: Where the learning rates go.
+        optimizers: Those that the caller knows; optimizers that these wrap are found.
+        device: The device of the learning rates.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer], device: torch.device) -> None:
@@ -58,7 +58,7 @@ class StepOptimizers:
         return [*tensors([self._groups, states]), *(rate.tensor for rate in self._rates)]
 
     def refresh_rates(self) -> None:
-        """Bring the learning rates to the device, without waiting for it."""
+        """Copy changed learning rates to the device, without waiting for it."""
         self._follow_groups()
         for rate in self._rates:
             if rate.is_number and rate.group["lr"] != rate.number:
@@ -67,10 +67,10 @@ class StepOptimizers:
 
     @contextmanager
     def rates_on_device(self) -> Iterator[None]:
-        """Let the groups hold their learning rates as tensors on the device while a step runs inside.
+        """Make the groups hold their learning rates as tensors on the device while a step runs inside.
 
         Raises:
-            RuntimeError: If the step has changed one.
+            RuntimeError: If the step has changed a learning rate.
         """
         self.refresh_rates()
         rates = [rate for rate in self._rates if rate.is_number]
@@ -91,7 +91,7 @@ class StepOptimizers:
 
     @contextmanager
     def capturable(self) -> Iterator[None]:
-        """Let fused optimizers say that they can be captured: they keep their counts of steps on the device anyway."""
+        """Mark fused optimizers as capturable, which they are, as they count their steps on the device."""
         changed = [group for group in self._groups if group.get("fused") and group.get("capturable") is False]
         for group in changed:
             group["capturable"] = True
@@ -102,7 +102,7 @@ class StepOptimizers:
                 group["capturable"] = False
 
     def numbers(self) -> list[tuple[str, Any]]:
-        """Return the numbers and addresses of the optimizers that are part of a graph, each with what it is."""
+        """Return the numbers and addresses of the optimizers that are part of a graph, each with its description."""
         from_device = {id(rate.group) for rate in self._rates if rate.is_number}
         values: list[tuple[str, Any]] = [("learning rates", [rate.tensor.data_ptr() for rate in self._rates])]
         for one in self.all:
@@ -125,7 +125,7 @@ class StepOptimizers:
         ]
 
     def save(self) -> Callable[[], None]:
-        """Note which numbers and tensors groups and state hold now; return what puts them back."""
+        """Save the numbers and tensors in groups and state; return the function that restores them."""
         groups = [(group, {key: value for key, value in group.items() if key != "params"}) for group in self._groups]
         attributes = [(one, _attributes(one)) for one in self.all]
         states = [(one, {key: dict(value) for key, value in one.state.items()}) for one in self.all]
@@ -146,7 +146,7 @@ class StepOptimizers:
         return [group for one in self.all for group in one.param_groups]
 
     def _follow_groups(self) -> None:
-        """Have a learning rate on the device for each group of today: loading a state replaces them all."""
+        """Make a learning rate on the device for each group; loading a state replaces all groups."""
         groups = [group for one in self.all for group in one.param_groups if _reads_rate_from_device(one, group)]
         if [id(group) for group in groups] != [id(rate.group) for rate in self._rates]:
             # In float32, which the fused kernels read.
@@ -164,5 +164,5 @@ def _reads_rate_from_device(optimizer: Optimizer, group: Group) -> bool:
 
 
 def _attributes(optimizer: Optimizer) -> dict[str, Any]:
-    """Return the plain values that an optimizer counts or decides by; those of PyTorch's base class begin with _."""
+    """Return an optimizer's own plain attributes; those of PyTorch's base class begin with ``_``."""
     return {key: value for key, value in plain_attributes(optimizer).items() if key[0] != "_"}

@@ -1,4 +1,4 @@
-"""One captured step: what it reads and fills, and the gradients around it."""
+"""One captured step: the tensors that it reads and fills, and the gradients before and after it."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -31,10 +31,10 @@ class Grad:
         self._kept = before if before is not None and after is not None and is_at(before, after) else None
 
     def fits(self) -> bool:
-        """Whether the gradient at hand is what a replay would find.
+        """Return whether the gradient at hand is one that a replay can start from.
 
-        If the step works on the gradient that was there, in place, it must be that one. If it drops what is there
-        unread, anything will do. If there was none, there must be none, as it would be added to.
+        If the captured step works in place on the gradient before it, the gradient at hand must be that tensor. If it
+        drops the gradient unread, any will do. If there was none, there must be none, as a replay would not add to it.
         """
         grad = self.parameter.grad
         if self._was_missing:
@@ -44,7 +44,7 @@ class Grad:
         return not self._is_read
 
     def put(self) -> None:
-        """Let the parameter's gradient be what a replay has filled."""
+        """Set the parameter's gradient to the tensor that a replay has filled."""
         if self.parameter.grad is not self.after:
             self.parameter.grad = self.after
 
@@ -54,13 +54,13 @@ class Recording(Generic[T]):
     """A captured step.
 
     Args:
-        inputs: The tensors that it reads a mini-batch from.
-        result: What the function returned: tensors that replays fill.
+        inputs: The tensors from which it reads a mini-batch.
+        result: The result of the function, whose tensors replays fill.
         grads: Every parameter's gradient.
-        reading: What it depends on.
-        found: Knows the tensors that it found rather than made.
-        events: What a step reports of the preconditioner's layers, such as frozen ones.
-        num_replays: How often it was replayed.
+        reading: The values that it depends on.
+        found: The inspection that knows which tensors the step found rather than made.
+        events: Events that a step counts, such as layers that are frozen.
+        num_replays: Number of replays.
     """
 
     inputs: tuple[Tensor, ...]

@@ -1,4 +1,4 @@
-"""Why a step cannot be captured: clauses for the warning, from what is seen of an eager step or raised by a capture."""
+"""Why a step cannot be captured, as a clause for the warning, from an inspected eager step or a capture that failed."""
 
 from collections.abc import Iterable
 
@@ -17,7 +17,7 @@ _CURE = "as where a variable is replaced in every step; write into one tensor in
 
 
 def of_model(model: nn.Module, preconditioner: KroneckerPreconditioner | None) -> str:
-    """Return why no step of a model can be captured, whatever it does; empty if one may be.
+    """Return why no step of a model can be captured; empty if that depends on the step.
 
     Args:
         model: The model, wrapped or not.
@@ -40,11 +40,11 @@ def of_step(
     """Return why a step cannot be captured; empty if it can.
 
     Args:
-        inspection: What has watched the step.
+        inspection: The inspection of the step.
         before: The host's state before it.
         model: The bare model.
-        optimizers: Those that were given.
-        preconditioner: What was given.
+        optimizers: The optimizers given to the captured step.
+        preconditioner: The preconditioner given to it.
     """
     if inspection.refusals:
         return inspection.refusals[0]
@@ -60,11 +60,11 @@ def of_step(
 
 
 def of_step_after(inspection: StepInspection, step_before: StepInspection, kept: Iterable[Tensor]) -> str:
-    """Return why a step cannot be replayed, as it goes on from what another step has made; empty if it can.
+    """Return why a step cannot be replayed because it reads what the step before has made; empty if it can.
 
     Args:
-        inspection: What has watched the step.
-        step_before: What has watched a step before it.
+        inspection: The inspection of the step.
+        step_before: The inspection of the step before it.
         kept: Tensors that steps make once and then write in place: momentum, and gradients that are added to.
     """
     carried = inspection.carried_from(step_before, kept)
@@ -72,15 +72,15 @@ def of_step_after(inspection: StepInspection, step_before: StepInspection, kept:
 
 
 def of_failure(error: RuntimeError) -> str:
-    """Return why a capture has failed, from what its end has raised; never empty.
+    """Return why a capture has failed, from the error that it raised; never empty.
 
-    CUDA ends a capture that was broken off by an error of its own, behind which lies what broke it off.
+    If an error breaks off a capture, CUDA raises another one when the capture ends; the first is its context.
 
     Args:
-        error: What it has raised.
+        error: The error raised.
 
     Raises:
-        BaseException: If that is Ctrl-C and the like.
+        BaseException: The cause, if it is no ``Exception``, such as Ctrl-C.
     """
     cause = error.__context__
     if cause is not None and not isinstance(cause, Exception):

@@ -1,7 +1,7 @@
-"""A training step that is captured once and replayed: which steps may be, and what the host still does at each.
+"""A training step that is captured once and replayed: when it may be, and what the host still does at each replay.
 
-Plain steps, which only apply the inverses at hand, are all alike: the same operations on the same tensors. On a GPU
-launching these one by one from Python takes longer than carrying them out. Captured, a step is one launch.
+Plain steps, which only apply the inverses at hand, carry out the same operations on the same tensors. On a GPU it takes
+longer to launch these one by one from Python than to carry them out. A captured step is one launch.
 """
 
 import logging
@@ -29,16 +29,16 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 WARM_UP_STEPS = 3
-"""Plain steps taken eagerly before a capture: the first makes what is made once (momentum), two are compared."""
+"""Plain steps taken eagerly before a capture: the first creates momentum and the like, the next two are compared."""
 
 FEWEST_REPLAYS = 5
-"""Replays that make up for a capture, which costs the host about as much as so many eager steps."""
+"""Replays that pay for a capture, which costs the host about as much as five eager steps."""
 
 MOST_FUTILE_CAPTURES = 5
-"""Captures in a row that are given up after fewer replays, after which all steps stay eager."""
+"""Captures in a row, each given up before it has paid, after which all steps stay eager."""
 
 MOST_LEFTOVERS = 3
-"""Eager steps that leave tensors in the graph's memory, after which they get memory of their own."""
+"""Eager steps that left tensors in the graph's memory, after which eager steps get memory of their own."""
 
 
 class CapturedStep(Generic[T]):
@@ -58,38 +58,39 @@ class CapturedStep(Generic[T]):
         for inputs, labels in batches:
             loss = step(inputs, labels)
 
-    Steps with statistics or a refresh, and those that an observer is shown, call the function; so do all steps on the
-    CPU. Of the others the first three call it, the fourth captures it, and from then on a step copies the mini-batch
-    into the graph's inputs and replays it. Function and results are those of an ordinary loop. Python does not run at a
-    replay: the function must not count in Python, nor draw random numbers in Python or NumPy.
+    Steps with statistics or a refresh call the function, and so do steps that an observer sees and all steps on the
+    CPU. Among the others the first three call the function and the fourth captures it; each later step copies the
+    mini-batch into the graph's inputs and replays it. The function and its results are those of an ordinary loop.
+    Python does not run at a replay: the function must not count in Python, nor draw random numbers in Python or NumPy.
 
-    What the function returns, every ``.grad`` and ``preconditioner.kl_scale`` are the graph's tensors after a replay.
-    The next step writes over them, as it may over those of an eager step: clone what you keep. Clip and log inside the
-    function, on tensors.
+    After a replay the results of the function, every ``.grad`` and ``preconditioner.kl_scale`` are tensors of the
+    graph. The next step writes over them, as it may write over those of an eager step: clone what you keep. Clip and
+    log inside the function, on tensors.
 
-    The learning rate may change at any time, outside the function. It is read from the device in ``SGD``, ``Adam`` and
-    ``AdamW`` made with ``fused=True`` (in float32). In others, and for every other number in the optimizer's groups, a
-    change captures the step anew, as does whatever else a call would notice: parameters, buffers or inverses that lie
-    elsewhere, other shapes, frozen layers, modes, hooks, switches of precision. A mini-batch of another shape is taken
-    eagerly, and captured if the next one has that shape too. What cannot be captured stays eager, with a warning that
-    says why: see :attr:`why_eager` and the table in the documentation.
+    The learning rate may change at any time, outside the function. ``SGD``, ``Adam`` and ``AdamW`` made with
+    ``fused=True`` read it from the device (in float32). With other optimizers a change of the learning rate captures
+    the step anew. So does, with all optimizers, a change of any other number in their groups, or of anything else that
+    a call would notice: addresses of parameters, buffers or inverses, shapes, frozen layers, modes, hooks, switches of
+    precision. A mini-batch of another shape is taken eagerly, and captured if the next one has that shape too. A step
+    that cannot be captured stays eager, with a warning that says why: see :attr:`why_eager` and the table in the
+    documentation.
 
     Args:
-        function: Takes one step, with one call of ``preconditioner.step()`` in it. Its arguments are tensors; it may
-            have none, and read its mini-batch by a position on the device that it advances in place. Other tensors that
-            it reads or writes must stay where they are, as parameters do.
-        model: The model, wrapped or not. If the function calls several, a module that holds them all.
-        optimizer: What the function calls ``step()`` of; several in a sequence.
-        preconditioner: What the function calls ``step()`` of, of the model or a part of it; ``None`` if nothing is
-            preconditioned.
-        graph: What captures and replays; by default CUDA graphs for a model on a CUDA device, and nothing elsewhere.
+        function: Takes one step, and calls ``preconditioner.step()`` once. Its arguments are tensors; a function
+            without arguments reads its mini-batch at a position on the device, which it advances in place. Other
+            tensors that it reads or writes must keep their addresses, as parameters do.
+        model: The model, wrapped or not. If the function calls several models, a module that holds them all.
+        optimizer: The optimizer that the function steps, or a sequence of several.
+        preconditioner: The preconditioner that the function steps, made for the model or a part of it; ``None`` if
+            nothing is preconditioned.
+        graph: Captures and replays; by default CUDA graphs for a model on a CUDA device, and nothing elsewhere.
 
     Raises:
-        ValueError: If the preconditioner is neither that of the model nor of a part of it.
+        ValueError: If the preconditioner belongs neither to the model nor to a part of it.
 
     Attributes:
-        num_captures: How often a step was captured.
-        num_replays: How many steps were replays.
+        num_captures: Number of captures.
+        num_replays: Number of steps that were replays.
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class CapturedStep(Generic[T]):
 
     @property
     def why_eager(self) -> str:
-        """Why no step is captured; empty if plain ones are, or will be."""
+        """Why no step is captured; empty if plain steps are, or will be."""
         device = parameters_device(self._model)
         if self._given_graph is None and device.type != "cuda":
             return f"the model is on {device}, and steps are captured on CUDA devices"
@@ -129,17 +130,17 @@ class CapturedStep(Generic[T]):
 
     @property
     def is_captured(self) -> bool:
-        """Whether a step is captured now, and will be replayed unless what it depends on changes."""
+        """Whether a step is captured now. It is replayed until something that it depends on changes."""
         return self._recording is not None
 
     def __call__(self, *inputs: Tensor) -> T:
         """Take one step on a mini-batch.
 
         Args:
-            inputs: What the function takes, if anything; tensors on the model's device.
+            inputs: The function's arguments, if it has any: tensors on the model's device.
 
         Returns:
-            What the function returns; the next step may write over its tensors.
+            The result of the function; the next step may write over its tensors.
 
         Raises:
             TypeError: If an input is no tensor.
@@ -167,19 +168,19 @@ class CapturedStep(Generic[T]):
     # --- how a step is taken ----------------------------------------------------------------------------------------
 
     def _call(self, inputs: Sequence[Tensor]) -> T:
-        """Call the function, with learning rates where a graph reads them."""
+        """Call the function, with learning rates on the device where a graph reads them."""
         with self._optimizers.rates_on_device():
             return self._function(*inputs)
 
     def _run(self, function: Callable[[], T]) -> T:
-        """Take a step eagerly, in the graph's memory if that can be."""
+        """Take a step eagerly, in the graph's memory if possible."""
         is_to_be_captured = self._recording is None and self._num_warm >= WARM_UP_STEPS - 1
         inspection = StepInspection(parameters_device(self._model)) if is_to_be_captured else None
         try:
             with inspection or nullcontext():
                 result = self._graph.run(function, is_shared=self._num_leftovers < MOST_LEFTOVERS)
         except BaseException:
-            self._let_go()  # nobody knows what the step has left in the graph's memory
+            self._let_go()  # what the step has left in the graph's memory is not known
             raise
         if inspection is not None:
             self._last_eager = inspection
@@ -205,7 +206,7 @@ class CapturedStep(Generic[T]):
         return self._run(lambda: self._call(inputs)) if self._recording is None else self._recording.result
 
     def _run_judged(self, inputs: tuple[Tensor, ...]) -> T:
-        """Take a step eagerly, and judge by it and the step before whether it can be captured."""
+        """Take a step eagerly, and decide from it and the step before whether the step can be captured."""
         step_before, numbers = self._last_eager, self._last_numbers
         state, reading, versions = self._host_state(), self._dependencies.read(), [one._version for one in inputs]
         result = self._run(lambda: self._call(inputs))
@@ -227,8 +228,8 @@ class CapturedStep(Generic[T]):
         return result
 
     def _captured(self, inputs: tuple[Tensor, ...]) -> Recording[T] | None:
-        """Capture the coming step and take it, by a first replay; ``None`` if that fails, without a trace."""
-        self._optimizers.refresh_rates()  # now, or writing them would be captured
+        """Capture the coming step and take it by a first replay; ``None``, and nothing changed, if that fails."""
+        self._optimizers.refresh_rates()  # now, as writing them would be captured otherwise
         inspection, state = StepInspection(parameters_device(self._model)), self._host_state()
         reading, parameters = self._dependencies.read(), self._parameters()
 
@@ -239,7 +240,7 @@ class CapturedStep(Generic[T]):
 
         reason, change, recording = "", "", None
         try:
-            torch.clear_autocast_cache()  # of a region around the step: what it holds was cast eagerly
+            torch.clear_autocast_cache()  # an autocast region around the step has filled it with eager casts
             with self._optimizers.capturable():
                 result, grads = self._graph.capture(inspected)
             reason = self._why_not(inspection, state)
@@ -255,7 +256,7 @@ class CapturedStep(Generic[T]):
             reason = refusals.of_failure(error)
             recording = None
         finally:
-            torch.clear_autocast_cache()  # casts that were captured, and perhaps never carried out
+            torch.clear_autocast_cache()  # of casts that were captured, and perhaps never carried out
             if recording is None or not recording.num_replays:
                 state.restore()
                 self._let_go()
@@ -270,7 +271,7 @@ class CapturedStep(Generic[T]):
         return None
 
     def _replay(self, recording: Recording[T], inputs: tuple[Tensor, ...]) -> T:
-        """Replay the captured step, and do what its Python would have done."""
+        """Replay the captured step, and do on the host what its Python would have done."""
         _fill(recording.inputs, inputs)
         self._optimizers.refresh_rates()
         self._launch(recording)
@@ -291,7 +292,7 @@ class CapturedStep(Generic[T]):
     # --- whether it may be captured, and replayed -------------------------------------------------------------------
 
     def _has_usual_shapes(self, inputs: Sequence[Tensor]) -> bool:
-        """Whether a mini-batch has the shapes to be captured: those of the first, or of two others in a row."""
+        """Return whether a mini-batch has the captured shapes: those of the first, or of two others in a row."""
         shapes = [(value.shape, value.dtype, value.device) for value in inputs]
         if self._shapes is None or shapes == self._shapes:
             self._shapes, self._other_shapes = shapes, None
@@ -305,7 +306,7 @@ class CapturedStep(Generic[T]):
         return True
 
     def _change(self, recording: Recording[T]) -> str:
-        """Return what a capture depends on that has changed since; empty if nothing has."""
+        """Return what a captured step depends on and has changed since; empty if nothing has."""
         if change := self._dependencies.changed(recording.reading):
             return change
         if not all(grad.fits() for grad in recording.grads):
@@ -318,7 +319,7 @@ class CapturedStep(Generic[T]):
         return refusals.of_step(inspection, before, self._model, self._optimizers, self._preconditioner)
 
     def _give_up(self, change: str) -> None:
-        """Let go of the captured step, to capture it anew."""
+        """Release the captured step, so that it is captured anew."""
         logger.info("The step is to be captured anew; what has changed is %s.", change)
         is_futile = self._recording is not None and self._recording.num_replays < FEWEST_REPLAYS
         self._let_go()
@@ -326,7 +327,7 @@ class CapturedStep(Generic[T]):
             self._count_futile(change)
 
     def _count_futile(self, change: str) -> None:
-        """Count a capture that was of no use, and leave it at eager steps after some."""
+        """Count a capture that did not pay; after several, keep to eager steps."""
         self._num_futile += 1
         if self._num_futile == MOST_FUTILE_CAPTURES:
             self._refuse(
@@ -335,7 +336,7 @@ class CapturedStep(Generic[T]):
             )
 
     def _refuse(self, reason: str) -> None:
-        """Leave it at eager steps, and say so."""
+        """Keep to eager steps, with a warning."""
         logger.warning("The training step is not captured: %s.", reason)
         self._refusal = reason
         self._let_go()
@@ -349,12 +350,12 @@ class CapturedStep(Generic[T]):
     # --- what it works on -------------------------------------------------------------------------------------------
 
     def _follow_device(self) -> None:
-        """Make what belongs to a device, at the first step and where the model has been moved to another one."""
+        """Set up the parts that belong to a device, at the first step and after the model has been moved."""
         device = parameters_device(self._model)
         if device == self._device:
             return
         if self._device is not None:
-            self._let_go()  # the steps before say nothing of another device
+            self._let_go()  # the steps taken so far say nothing about another device
         self._device = device
         self._graph: StepGraph = self._given_graph or CudaStepGraph(device)
         self._optimizers = StepOptimizers(self._optimizer_list, device)

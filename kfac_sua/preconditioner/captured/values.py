@@ -1,6 +1,6 @@
-"""Nested values, as functions return them and optimizers keep them: what they hold, and whether it is still the same.
+"""Nested values, such as the results of functions and the states of optimizers: their leaves and their identity.
 
-Values are nested in lists, tuples, dicts and dataclasses; anything else is a leaf.
+Values nest in lists, tuples, mappings and dataclasses; anything else is a leaf.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 PLAIN = (int, float, str)
-"""Types of plain values, which a graph holds as they were; ``bool`` is an ``int``, and each type more takes time."""
+"""Types of plain values, which a graph keeps as they were. ``bool`` is an ``int``; each further type takes time."""
 
 _USUAL_LEAVES = (Tensor, *PLAIN, type(None))
 
@@ -31,7 +31,7 @@ def plain_attributes(owner: object) -> dict[str, Any]:
 
 
 def identity(value: Any) -> Any:
-    """Return what tells whether a graph that holds a value still holds the right one: an address, or the value."""
+    """Return what changes if a value that a graph holds is replaced: the address of a tensor, or the value itself."""
     if isinstance(value, Tensor):
         return value.data_ptr(), value.dtype
     items = _items(value)
@@ -53,9 +53,9 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def _items(value: Any) -> Iterable[tuple[Any, Any]] | None:
-    """Return what a value nests, each with its key; ``None`` for a leaf.
+    """Return the items that a value nests, with their keys; ``None`` for a leaf.
 
-    What there is most of is told first, as this is asked for all of an optimizer's state before each replay.
+    The most frequent types are tested first, as every value of an optimizer's state is tested before each replay.
     """
     if isinstance(value, _USUAL_LEAVES):
         return None

@@ -1,7 +1,7 @@
-"""What a preconditioner's state must be to be gone on from: all of it is looked at before anything is changed.
+"""Checks of a preconditioner's state: all of it is checked before anything is changed.
 
-A state comes out of a file, which may be of another model, cut short or made by hand. Here is what concerns the whole;
-``layer_checks`` looks at the layers.
+A state comes from a file, which may belong to another model, be cut short or made by hand. Here is what concerns the
+whole state; ``layer_checks`` checks the layers.
 """
 
 import math
@@ -18,17 +18,17 @@ CURE = (
 )
 
 RESTART = "give what its state_dict() returned, or start without a state"
-"""The cure of states of what is no preconditioner."""
+"""The cure for the states of other objects than preconditioners."""
 
 MOST_STEPS = 2**40
-"""More than any training takes; far below what a sampled label's seed, or a message, can hold."""
+"""More steps than any training takes, and far below the limits of seeds and messages."""
 
 
 def check_outline(state: object) -> None:
-    """Refuse what is not the state of a preconditioner of any version.
+    """Refuse an object that is not the state of a preconditioner of any version.
 
     Raises:
-        ValueError: If it is no mapping, lacks an entry that every version has, or one of these has another type.
+        ValueError: If it is no mapping, lacks an entry that every version has, or has one of another type.
     """
     if not isinstance(state, Mapping):
         _refuse("it", outlined(state), "what state_dict() of a preconditioner returned")
@@ -47,10 +47,10 @@ def check_numbers(state: Mapping[str, Any]) -> None:
     """Refuse a state in today's version in which something besides the layers is out of range.
 
     Args:
-        state: What :func:`check_outline` lets pass.
+        state: A state that :func:`check_outline` has accepted.
 
     Raises:
-        ValueError: If an entry is missing, or has another type or a value that no training comes to.
+        ValueError: If an entry is missing, or has another type or a value that no training reaches.
     """
     num_steps, seed = _entry(state, "num_steps"), _entry(state, "seed")
     if not is_count(num_steps) or num_steps > MOST_STEPS:
@@ -65,27 +65,27 @@ def check_numbers(state: Mapping[str, Any]) -> None:
 
 
 def is_whole(value: object) -> TypeGuard[int]:
-    """Whether it is a Python integer; to Python a bool is one too."""
+    """Return whether a value is a Python integer, and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_count(value: object) -> TypeGuard[int]:
-    """Whether it is a Python integer ≥ 0."""
+    """Return whether a value is a Python integer ≥ 0."""
     return is_whole(value) and value >= 0
 
 
 def is_damping(value: object) -> TypeGuard[int | float]:
-    """Whether it can be a damping; see ``checked_damping``."""
+    """Return whether a value can be a damping; see ``settings.checked_damping``."""
     return is_number(value) and 1e-37 <= value <= 1e37
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
-    """Whether it is a finite Python number."""
+    """Return whether a value is a finite Python number."""
     return is_whole(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def outlined(value: object) -> str:
-    """Return a value as a message tells it: on one line, and not at length."""
+    """Return a value as shown in a message: on one line, cut to a readable length."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {list(value.shape)}"
     try:
@@ -105,12 +105,12 @@ def checked_entries(state: object, names: Sequence[str], owner: str) -> list[Any
     """Return the entries of a small state, by name.
 
     Args:
-        state: What is to be a mapping of these names.
-        names: All of its names.
-        owner: Whose state it is, for the message.
+        state: The state.
+        names: All names that it must have.
+        owner: The object whose state it is, for the message.
 
     Raises:
-        ValueError: If it is no mapping, or one lacks.
+        ValueError: If it is no mapping, or a name is missing.
     """
     if not isinstance(state, Mapping) or not set(names) <= set(state):
         raise ValueError(f"{owner} state must be a mapping of {', '.join(names)}, got {outlined(state)}; {RESTART}.")
@@ -118,7 +118,7 @@ def checked_entries(state: object, names: Sequence[str], owner: str) -> list[Any
 
 
 def _is_plain(value: object) -> bool:
-    """Whether it can be a setting, and written out."""
+    """Return whether a value can be a setting."""
     if isinstance(value, list | tuple):
         return all(isinstance(one, str) for one in value)
     return value is None or isinstance(value, str | float) or (isinstance(value, int) and value.bit_length() < 64)

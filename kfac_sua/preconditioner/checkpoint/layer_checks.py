@@ -1,7 +1,7 @@
-"""What a layer's state must be to be gone on from: entries by name and type, tensors by shape, dtype and numbers.
+"""Checks of a layer's state: entries by name and type, tensors by shape, dtype and numbers.
 
-What the host sees is refused at once. Whether the numbers in tensors can be used the device says, for those of all
-layers in one answer: until then a look at a tensor is a :data:`Finding`.
+What the host can see is refused at once. The numbers in tensors are checked on the device, and the results of all
+layers are read in one copy: until then the check of a tensor is a :data:`Finding`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,19 +30,19 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _ROUNDING = 1e-9
 
 Finding = tuple[Tensor, str]
-"""A 0-d bool tensor on the device, and what is to be said if it is false."""
+"""A 0-d bool tensor on the device, and the message of the error if it is false."""
 
 
 @dataclass(frozen=True)
 class StateHolder:
-    """A layer that shall hold a state.
+    """A layer that is to load a state.
 
     Args:
         name: Its name.
         geometry: Its geometry.
         layout: Its block layout.
-        settings: Those of the preconditioner.
-        like: A tensor of the device and the dtype in which it keeps what it holds.
+        settings: Settings of the preconditioner.
+        like: A tensor of the device and the dtype of the tensors that it keeps.
     """
 
     name: str
@@ -53,7 +53,7 @@ class StateHolder:
 
     @property
     def needs_moments(self) -> bool:
-        """Whether the settings never leave a factor as rows."""
+        """Whether the settings never keep a factor as rows."""
         return self.settings.needs_dense_factors or self.settings.inverse_method is InverseMethod.cholesky
 
     def refuse(self, entry: str, got: str, expected: str) -> NoReturn:
@@ -61,19 +61,19 @@ class StateHolder:
         raise ValueError(self.sentence(entry, got, expected))
 
     def sentence(self, entry: str, got: str, expected: str) -> str:
-        """Return what is wrong with an entry, and what to do."""
+        """Return the message that an entry is wrong, with the cure."""
         return sentence(f"{entry} of layer {self.name!r}", got, expected)
 
 
 def layer_findings(state: object, holder: StateHolder) -> Iterator[Finding]:
-    """Look at all that a layer's state holds.
+    """Check everything in a layer's state.
 
     Args:
-        state: What ``PreconditionedLayer.state_dict`` is to have returned.
+        state: What should be a result of ``PreconditionedLayer.state_dict``.
         holder: The layer.
 
     Yields:
-        What the device has to say of the numbers.
+        The checks of numbers, which the device carries out.
 
     Raises:
         ValueError: If an entry is missing or unknown, has another type, or a tensor another shape or dtype than the
@@ -99,7 +99,7 @@ def layer_findings(state: object, holder: StateHolder) -> Iterator[Finding]:
 
 
 def check_findings(findings: Iterable[Finding]) -> None:
-    """Raise what the first finding that is not good says; waits for the device once."""
+    """Raise the error of the first check that failed; waits for the device once."""
     found = list(findings)
     flags = torch.stack(on_one_device([flag for flag, _ in found])).tolist() if found else []
     for is_good, (_, told) in zip(flags, found, strict=True):
@@ -143,7 +143,7 @@ def _inverse_findings(state: Mapping[str, Any], holder: StateHolder) -> Iterator
 
 
 def _inverse_forms(holder: StateHolder) -> list[Any]:
-    """Return the forms that the settings leave to an inverse."""
+    """Return the forms that an inverse can have under the settings."""
     forms = [form for form in INVERSE_FORMS if not (holder.needs_moments and is_made_of_rows(form))]
     if holder.settings.products is Products.ieee:
         forms = [form for form in forms if not any(name.endswith(PARTS) for name in form.names)]
@@ -153,7 +153,7 @@ def _inverse_forms(holder: StateHolder) -> list[Any]:
 def _form_findings(
     entry: str, state: object, forms: Sequence[Any], side: str, holder: StateHolder
 ) -> Iterator[Finding]:
-    """Look at the tensors of a factor, an inverse or an eigenbasis, which is in one of these forms."""
+    """Check the tensors of a factor, an inverse or an eigenbasis in one of the given forms."""
     is_activation = side == "activation"
     if not (is_activation and can_be_patch_rows(holder.geometry, holder.layout)):
         forms = [form for form in forms if not is_made_of_pixels(form.names)]
@@ -180,7 +180,7 @@ def _form_findings(
 
 
 def _num_patches(entry: str, pixels: Tensor, holder: StateHolder) -> int:
-    """Return how many patches a layer reads from pixels ``[h, w, n, channels]``."""
+    """Return the number of patches that a layer reads from pixels ``[h, w, n, channels]``."""
     sizes = list(pixels.shape)
     if min(output_size(holder.geometry, sizes[0], sizes[1])) < 1:
         holder.refuse(entry, f"an image of {sizes[0]} x {sizes[1]} pixels", "one that the kernel fits into")
@@ -198,7 +198,7 @@ def _tensor_findings(
     is_not_negative: bool = False,
     is_triangle: bool = False,
 ) -> Iterator[Finding]:
-    """Look at a tensor, and note the sizes of it that nothing has decided yet."""
+    """Check a tensor, and note in ``sizes`` those that no tensor before it has fixed."""
     wanted = f"[{', '.join(str(sizes.get(str(size), size)) for size in shape)}]"
     if not isinstance(tensor, Tensor) or not _fits(tensor, shape, sizes):
         holder.refuse(entry, outlined(tensor), f"a tensor of shape {wanted}")
@@ -206,9 +206,9 @@ def _tensor_findings(
     if tensor.dtype not in dtypes or tensor.layout is not torch.strided or tensor.is_meta:
         kind = f"{tensor.dtype} ({tensor.layout}, {tensor.device})"
         holder.refuse(entry, kind, f"numbers in {' or '.join(str(dtype) for dtype in dtypes)}")
-    # As they will be kept: what float64 holds may be infinite in float32.
+    # In the dtype in which they will be kept: a number of float64 may be infinite in float32.
     largest = min(torch.finfo(tensor.dtype).max, torch.finfo(holder.like.dtype).max)
-    read = tensor.tril() if is_triangle else tensor  # nobody reads what is above it
+    read = tensor.tril() if is_triangle else tensor  # nothing reads the other triangle
     yield (read.abs() <= largest).all(), holder.sentence(entry, "not finite everywhere", "finite numbers")
     if is_triangle:
         tensor, is_positive = tensor.diagonal(dim1=-2, dim2=-1), True
@@ -220,7 +220,7 @@ def _tensor_findings(
 
 
 def _fits(tensor: Tensor, shape: Shape, sizes: dict[str, int]) -> bool:
-    """Whether a tensor has a shape; sizes that are open are taken from it if they are ≥ 1."""
+    """Return whether a tensor has a shape; open sizes are taken from it if they are ≥ 1."""
     if tensor.ndim != len(shape) or tensor.is_nested:
         return False
     for got, size in zip(tensor.shape, shape, strict=True):

@@ -1,9 +1,9 @@
-"""Which process inverts which blocks of a refresh: counted beforehand, the same on all of them.
+"""Assignment of the blocks of a refresh to the processes that invert them, computed alike on all of them.
 
 The blocks of a factor are alike, so all of them are shared out or none is. Sharing a block out saves each of N
 processes (1 − 1/N) of its FLOPs on average and costs the bytes of its inverse on the network; a machine balance in
-FLOPs per byte compares the two. Shared blocks go, dearest first, to the process that has least to do so far (longest
-processing time first: at most 4/3 of the shortest possible time; Graham 1969).
+FLOPs per byte compares the two. Shared blocks go, in the order of falling FLOPs, to the process with the least work so
+far (longest processing time first: at most 4/3 of the shortest possible time; Graham 1969).
 """
 
 import heapq
@@ -25,7 +25,7 @@ delivers 1.2 GB/s between processes of one machine, as would 10 Gb/s Ethernet. C
 """
 
 NUM_COUNTS = 3
-"""Numbers sent with the blocks that a process inverts of a factor: failed, raised, and by how much."""
+"""Numbers sent with the blocks of a factor: how many failed, how many needed more damping, and how much more."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Work:
     Args:
         num_blocks: Its blocks, all alike.
         flops: FLOPs per block.
-        form: What a block's inverse is sent as.
-        dtype: Precision it is kept and sent in.
+        form: The message of a block's inverse.
+        dtype: Precision in which it is kept and sent.
     """
 
     num_blocks: int
@@ -46,12 +46,12 @@ class Work:
 
     @classmethod
     def of(cls, factor: Factor, *, is_eigenbasis: bool) -> "Work":
-        """Count the work on a factor: on its inverse in the form that it is in, or on its eigenbasis."""
+        """Count the work on a factor: on its inverse, in the form that the factor has, or on its eigenbasis."""
         return cls.making(EigenBasis if is_eigenbasis else factor.inverse_form, factor)
 
     @classmethod
     def making(cls, kind: type[Prepared], factor: Factor) -> "Work":
-        """Count the work of making an inverse, or an eigenbasis, of a factor."""
+        """Count the work on an inverse, or an eigenbasis, of a factor."""
         return cls(factor.num_blocks, kind.flops_of(factor), kind.message_of(factor), factor.values.dtype)
 
     @classmethod
@@ -69,12 +69,12 @@ class Work:
 
 @dataclass(frozen=True)
 class Assignment:
-    """Who inverts what.
+    """The assignment of a refresh.
 
     Args:
         works: The factors.
-        shares: For each, how many of its blocks each process inverts, in the order of the processes; ``None`` where
-            every process inverts all of them.
+        shares: For each factor, the number of its blocks that each process inverts, by rank; ``None`` if every process
+            inverts all of them.
         num_processes: N.
     """
 
@@ -83,7 +83,7 @@ class Assignment:
     num_processes: int
 
     def blocks_of(self, factor: int, rank: int) -> slice:
-        """Return which blocks of a shared factor a process inverts."""
+        """Return the blocks of a shared factor that a process inverts."""
         shares = self.shares[factor]
         assert shares is not None
         start = sum(shares[:rank])
@@ -95,21 +95,21 @@ class Assignment:
 
     @property
     def dtypes(self) -> list[torch.dtype]:
-        """Return the precisions of shared factors, one message each."""
+        """Precisions of the shared factors; there is one message for each."""
         return list(dict.fromkeys(work.dtype for work, shares in zip(self.works, self.shares, strict=True) if shares))
 
     def parts(self, dtype: torch.dtype) -> list[int]:
-        """Return how many numbers each process has to send."""
+        """Return the numbers that each process sends, by rank."""
         return [
             sum(NUM_COUNTS + self._share(i, rank) * self.works[i].form.numbers for i in self.factors_of(rank, dtype))
             for rank in range(self.num_processes)
         ]
 
     def is_summed(self, dtype: torch.dtype) -> bool:
-        """Whether the parts travel side by side in one sum over all processes, each adding zeros to the others'.
+        """Return whether messages are exchanged by an all-reduce, in which each process adds zeros to the others'.
 
-        That moves them twice, but a gather moves every part as if it were the longest: too much where few processes
-        have most to send, as where a model has fewer wide blocks than there are processes.
+        An all-reduce moves every number twice. An all-gather moves every message as if it were the longest, which is
+        more if few processes have most to send, as for a model with fewer wide blocks than processes.
         """
         parts = self.parts(dtype)
         return self.num_processes * max(parts) > 2 * sum(parts)
@@ -125,7 +125,7 @@ class Assignment:
 
     @property
     def received_bytes(self) -> float:
-        """Bytes that each process receives, if collectives go around a ring."""
+        """Bytes that each process receives, if collectives are carried out in a ring."""
         others, total = self.num_processes - 1, 0.0
         for dtype in self.dtypes:
             parts = self.parts(dtype)
@@ -144,7 +144,7 @@ class Assignment:
 
     @property
     def most_flops(self) -> int:
-        """FLOPs of the process that has most to do."""
+        """FLOPs of the process with the most work."""
         return max(self.flops_of(rank) for rank in range(self.num_processes))
 
     @property
@@ -163,7 +163,7 @@ class Assignment:
 
 
 def checked_flops_per_byte(flops_per_byte: object) -> float | None:
-    """Return it as Python's own number, or ``None``.
+    """Return a machine balance as a Python number, or ``None``.
 
     Raises:
         ValueError: Unless it is ``None``, a number ≥ 0 or infinite.
@@ -180,10 +180,10 @@ def checked_flops_per_byte(flops_per_byte: object) -> float | None:
 
 
 def machine_balance(device: torch.device, flops_per_byte: float | None) -> float:
-    """Return the FLOPs per byte to plan with: those given, or those of the device's type.
+    """Return the machine balance to plan with: the given one, or that of the device's type.
 
     Raises:
-        ValueError: If none are given and none are known.
+        ValueError: If none is given and none is known.
     """
     if flops_per_byte is not None:
         return flops_per_byte
@@ -204,8 +204,8 @@ def plan_assignment(works: Sequence[Work], num_processes: int, flops_per_byte: f
         flops_per_byte: Machine balance, ≥ 0: 0 shares out everything, infinity nothing.
 
     Returns:
-        The plan, which depends on nothing else. It shares nothing out if all in all that would be no cheaper, as where
-        one block is most of the work.
+        The assignment, which depends on nothing else. It shares nothing out if that would not be cheaper on the whole,
+        as when one block is most of the work.
     """
     nothing = Assignment(tuple(works), (None,) * len(works), num_processes)
     worthwhile = [i for i, work in enumerate(works) if _is_worth_sharing(work, num_processes, flops_per_byte)]
@@ -224,7 +224,7 @@ def _is_worth_sharing(work: Work, num_processes: int, flops_per_byte: float) -> 
 
 
 def _assigned(works: Sequence[Work], chosen: Sequence[int], num_processes: int) -> dict[int, tuple[int, ...]]:
-    """Give each block, dearest first, to the process with the least FLOPs so far; return blocks per process."""
+    """Assign each block, by falling FLOPs, to the process with the fewest so far; return counts by rank."""
     loads = [(0, rank) for rank in range(num_processes)]  # a heap: among equals, the lowest rank
     shares = {}
     for i in sorted(chosen, key=lambda i: (-works[i].flops, i)):

@@ -1,7 +1,7 @@
-"""The inverses of a refresh, each process making its share of them (see ``sharing``) and getting all others'.
+"""The inversions of a refresh, shared out among processes (see ``assignment``): each makes some and gets all.
 
-One message per precision: what became of the blocks, and then their inverses, symmetric ones as about one triangle. A
-process takes its own blocks out of the messages too, so that all processes have the same bits.
+A process sends one message per precision: counts of failed and repaired blocks, then the inverses, symmetric ones as
+about one triangle. It reads its own blocks from the messages too, so that all processes have the same bits.
 """
 
 from collections import defaultdict
@@ -29,21 +29,21 @@ P = TypeVar("P", bound=Prepared)
 
 
 Kind = Callable[[Factor], type[P]]
-"""Returns the class of what is made of a factor: its inverse, or its eigenbasis."""
+"""Returns the class of what a factor becomes: an inverse, or an eigenbasis."""
 
 Make = Callable[[Sequence[tuple[int, slice]]], Sequence[Outcome[P]]]
-"""Makes it of some blocks of some factors, given which."""
+"""Inverts or decomposes some blocks of some factors: (index of the factor, its blocks) each."""
 
 
 class SharedInversion:
-    """Inverts factors that all processes have; the results are alike on all of them, to the bit.
+    """Inverts factors that all processes have; the results have the same bits on all of them.
 
     Args:
         processes: The processes.
         flops_per_byte: Machine balance; ``None`` for that of the device.
 
     Attributes:
-        plan: Who inverted what at the last refresh; ``None`` before the first.
+        plan: The assignment of the last refresh; ``None`` before the first.
     """
 
     def __init__(self, processes: Processes, flops_per_byte: float | None = None) -> None:
@@ -52,7 +52,7 @@ class SharedInversion:
         self.plan: Assignment | None = None
 
     def invert_factors(self, factors: Sequence[Factor], dampings: Sequence[Tensor]) -> list[Outcome[MadeInverse]]:
-        """Do what ``invert.invert_factors`` does, all processes together.
+        """Invert factors as ``invert.invert_factors`` does, all processes together.
 
         Args:
             factors: Factors to invert, the same on all processes.
@@ -70,7 +70,7 @@ class SharedInversion:
         return self._make_all(factors, lambda factor: factor.inverse_form, make)
 
     def eigendecompose_factors(self, factors: Sequence[Factor]) -> list[EigenBasis | None]:
-        """Do what ``invert.eigendecompose_factors`` does, all processes together."""
+        """Decompose factors as ``invert.eigendecompose_factors`` does, all processes together."""
 
         def make(parts: Sequence[tuple[int, slice]]) -> list[Outcome[EigenBasis]]:
             return _decompose([factors[i].part(blocks) for i, blocks in parts])
@@ -83,7 +83,7 @@ class SharedInversion:
         works = [Work.making(kind(factor), factor) for factor in factors]
         plan = plan_assignment(works, self.processes.size, machine_balance(device, self.flops_per_byte))
         self.plan = plan
-        # Not in one call with this process's share: what else is in a batch can change the last bits of a result.
+        # Not in one call with this process's share: the other blocks in a batch can change the last bits of a result.
         everywhere = [i for i, shares in enumerate(plan.shares) if shares is None]
         made = make([(i, slice(None)) for i in everywhere])
         results = dict(zip(everywhere, made, strict=True))
@@ -112,11 +112,11 @@ class SharedInversion:
 
 
 def to_message(made: Sequence[Outcome[P]], forms: Sequence[BlockMessage], like: Tensor) -> Tensor:
-    """Return what became of the blocks and then their inverses, ``[numbers]``.
+    """Return the counts of failed and repaired blocks and then the inverses, ``[numbers]``.
 
     Args:
-        made: What a process made, of some blocks of one factor each.
-        forms: What a block of each is sent as.
+        made: What a process made of some blocks of one factor each.
+        forms: The message of a block, for each.
         like: A tensor of the device and the precision.
     """
     counts = [[one.num_failed, one.num_raised, one.raised_by] for one in made]
@@ -127,16 +127,16 @@ def to_message(made: Sequence[Outcome[P]], forms: Sequence[BlockMessage], like: 
 def read_messages(
     messages: Sequence[Tensor], plan: Assignment, factors: Sequence[Factor], kind: Kind[P]
 ) -> dict[int, Outcome[P]]:
-    """Return what all processes have made, by factor.
+    """Return what all processes have made, by the index of the factor.
 
     Args:
-        messages: What :func:`to_message` gave on each process, perhaps with more behind it.
-        plan: Who made what.
+        messages: The result of :func:`to_message` on each process, perhaps padded.
+        plan: The assignment.
         factors: All factors of the plan.
         kind: Returns the class of what was made of a factor.
 
     Returns:
-        The factors whose inverses have the messages' precision. Waits for the device once.
+        The results for the factors whose inverses have the messages' precision. Waits for the device once.
     """
     dtype = messages[0].dtype
     owned = [plan.factors_of(rank, dtype) for rank in range(plan.num_processes)]
@@ -150,7 +150,7 @@ def read_messages(
             makers[i].append((plan.blocks_of(i, rank), reader))
             fates[i].append(Outcome(None, *map(int, next(counts))))
     results = {}
-    for i in sorted(makers):  # the order in which each process wrote them
+    for i in sorted(makers):  # the order in which every process wrote its message
         inverse = read_inverse(factors[i], kind(factors[i]), makers[i])
         results[i] = Outcome.joined(inverse, fates[i])
     return results
@@ -168,12 +168,12 @@ class _Reader:
 
 
 def read_inverse(factor: Factor, kind: type[P], parts: Sequence[tuple[slice, _Reader]]) -> P:
-    """Put the inverse or the eigenbasis of a factor together from the blocks that each process sent.
+    """Assemble the inverse or the eigenbasis of a factor from the blocks that each process sent.
 
     Args:
         factor: The factor.
-        kind: What was made of it.
-        parts: Which blocks to read from which message; zeros stand for all others.
+        kind: The class of what was made of it.
+        parts: Blocks, and the message to read them from; all other blocks are zero.
     """
     values, form = factor.values, kind.message_of(factor)
     matrices = values.new_zeros(factor.num_blocks, form.height, form.width)  # [num_blocks, height, width]
@@ -191,14 +191,14 @@ def read_inverse(factor: Factor, kind: type[P], parts: Sequence[tuple[slice, _Re
 
 
 def _numbers(inverse: Prepared, form: BlockMessage) -> Iterator[Tensor]:
-    """Yield what an inverse is sent as."""
+    """Yield the numbers that are sent of an inverse."""
     matrices, extra = inverse.to_message()
     yield packed(matrices) if form.is_triangle else matrices.flatten()  # [numbers]
     yield extra.flatten()  # [numbers]
 
 
 def _decompose(factors: list[Factor]) -> list[Outcome[EigenBasis]]:
-    """Decompose factors; where that fails, zeros stand in for the eigenbasis."""
+    """Decompose factors; an eigenbasis that fails is sent as zeros."""
     return [
         Outcome(basis or EigenBasis.nothing(factor), num_failed=int(basis is None))
         for factor, basis in zip(factors, alone.eigendecompose_factors(factors), strict=True)
