@@ -26,6 +26,7 @@ from kfac_sua.config import (
     SGDConfig,
     StepScheduleConfig,
 )
+from kfac_sua.data.sizes import SIZES
 from kfac_sua.explain import shown
 from kfac_sua.preconditioner.settings import FisherType, Likelihood, LossReduction, Structure
 
@@ -47,8 +48,6 @@ OPTIMIZER_TYPES = {
     OptimizerName.adamw: AdamWConfig,
     OptimizerName.muon: MuonConfig,
 }
-
-NUM_CLASSES = {DatasetName.cifar10: 10, DatasetName.cifar100: 100, DatasetName.digits: 10}
 
 
 def _at_least_one(value: int) -> bool:
@@ -210,7 +209,7 @@ def _kronecker_problems(preconditioner: KroneckerConfig, dataset: DatasetName) -
         yield (
             f"preconditioner.loss_reduction must be mean, as the training loss is, got {preconditioner.loss_reduction}."
         )
-    num_classes = NUM_CLASSES[dataset]
+    num_classes = SIZES[dataset].classes
     is_expensive = preconditioner.fisher_type is FisherType.exact and num_classes > MAX_EXACT_FISHER_CLASSES
     if is_expensive and not preconditioner.allow_exact_fisher:
         yield (

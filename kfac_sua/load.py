@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from kfac_sua.build import build_model
-from kfac_sua.checks import NUM_CLASSES
 from kfac_sua.compose import compose_config
 from kfac_sua.config import Config
+from kfac_sua.data.sizes import SIZES
 from kfac_sua.rerun import overrides_of
 from kfac_sua.runs.directory import RunDirectory
 from kfac_sua.runs.openers import read_regular
@@ -75,7 +75,7 @@ def load_run(
     config = compose_config(overrides_of(info.config | {"start_from": None}, place.info))
     config = dataclasses.replace(config, start_from=info.config.get("start_from"))
     state, epoch, batch = _state(place, info, weights, records)
-    network = build_model(config, NUM_CLASSES[config.dataset.name], torch.device("cpu"))
+    network = build_model(config, SIZES[config.dataset.name].classes, torch.device("cpu"))
     try:
         network.load_state_dict(state)
     except RuntimeError as error:

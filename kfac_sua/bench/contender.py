@@ -12,12 +12,13 @@ from kfac_sua.bench.clock import seconds_now
 from kfac_sua.bench.step_kinds import StepKind, make_due, steps_per_period
 from kfac_sua.build import build_model, build_optimizer, build_preconditioner, memory_format
 from kfac_sua.config import Config
+from kfac_sua.data.sizes import IMAGE_SHAPE, SIZES
 from kfac_sua.preconditioner import CapturedStep, StepGraph
 from kfac_sua.training import capturing
 from kfac_sua.training.precision import compute_logits
 from kfac_sua.training.timing import Stopwatch
 
-NUM_CLASSES = 10
+NUM_CLASSES = SIZES["cifar10"].classes
 PHASES = ("forward_backward", "statistics", "inversion", "application", "optimizer")
 """Parts of a step. The stopwatch may know others, such as the making of mini-batches, which has no part here."""
 CAPTURED = "captured"
@@ -68,7 +69,7 @@ class Batch:
     def random(cls, size: int, arithmetic: Arithmetic) -> "Batch":
         """Draw images from a normal distribution; what a step costs does not depend on what they show."""
         generator = torch.Generator().manual_seed(0)
-        inputs = torch.randn(size, 3, 32, 32, generator=generator).to(arithmetic.dtype)
+        inputs = torch.randn(size, *IMAGE_SHAPE, generator=generator).to(arithmetic.dtype)
         labels = torch.randint(NUM_CLASSES, (size,), generator=generator)
         return cls(inputs.to(arithmetic.device), labels.to(arithmetic.device))
 

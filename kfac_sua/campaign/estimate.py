@@ -6,14 +6,9 @@ from pathlib import Path
 
 from kfac_sua.campaign.cell import Cell, CellState, Stage, sound_records
 from kfac_sua.campaign.first_steps import FirstSteps, StageKey
-from kfac_sua.config import Config, DatasetName
+from kfac_sua.config import Config
+from kfac_sua.data.sizes import SIZES
 
-# Images of a whole data set's training and test split.
-NUM_IMAGES = {
-    DatasetName.cifar10: (50_000, 10_000),
-    DatasetName.cifar100: (50_000, 10_000),
-    DatasetName.digits: (1_500, 297),
-}
 # A forward pass is about a third of a training step on the same images.
 EVALUATION_PER_STEP = 1 / 3
 
@@ -88,11 +83,10 @@ class Estimator:
 
 def num_steps(config: Config) -> float:
     """Return the work of a run in training steps, evaluation included."""
-    num_train, num_test = NUM_IMAGES[config.dataset.name]
-    num_val = config.dataset.validation_size
-    num_train = min(config.dataset.train_size or num_train, num_train - num_val)
+    size, num_val = SIZES[config.dataset.name], config.dataset.validation_size
+    num_train = min(config.dataset.train_size or size.train, size.train - num_val)
     num_train_eval = min(config.dataset.train_eval_size or num_train, num_train)
-    evaluated = (config.epochs + 1) * (num_val + num_train_eval) + num_test
+    evaluated = (config.epochs + 1) * (num_val + num_train_eval) + size.test
     batch_size = min(config.batch_size, num_train)
     return config.epochs * (num_train // batch_size) + EVALUATION_PER_STEP * evaluated / batch_size
 

@@ -20,6 +20,7 @@ from numpy.lib.format import MAGIC_PREFIX, read_array_header_1_0, read_array_hea
 from numpy.typing import NDArray
 
 from kfac_sua.data.cifar import CIFAR_SOURCES, FETCH_COMMANDS, make_archive, one_line, read_torchvision, where_else
+from kfac_sua.data.sizes import IMAGE_SHAPE, SIZES
 from kfac_sua.data.splits import DataError, ImageSet
 from kfac_sua.preconditioner.large import device_memory
 from kfac_sua.runs.openers import regular_file
@@ -67,8 +68,8 @@ def load_archive(
 
     Reference: Laurent et al. (2018), Sec. 3 (CIFAR-10) and 3.2 (CIFAR-100).
     """
-    source, path = CIFAR_SOURCES.get(name), archive_path(name, data_dir)
-    num_classes = source.num_classes if source else None
+    path, size = archive_path(name, data_dir), SIZES.get(name)
+    num_classes = size.classes if size else None
     if is_at_hand(name, data_dir) and not path.exists():
         arrays = read_torchvision(name, path)
         _check_kinds(path, arrays, num_classes)
@@ -218,10 +219,12 @@ def _check_kinds(path: Path, arrays: dict[str, Array], num_classes: int | None) 
         raise _damaged(path, f"must hold classes as two or more strings, got {_described(classes)}")
     if num_classes is not None and len(classes) != num_classes:
         raise _damaged(path, f"must hold {num_classes} classes, got {len(classes)}")
+    channels, height, width = IMAGE_SHAPE
     for split in ("train", "test"):
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
-        if not _is_array(images, np.uint8) or images.shape[1:] != (32, 32, 3) or len(images) == 0:
-            raise _damaged(path, f"must hold {split}_images as uint8 [num_images, 32, 32, 3], got {_described(images)}")
+        if not _is_array(images, np.uint8) or images.shape[1:] != (height, width, channels) or len(images) == 0:
+            shape = f"[num_images, {height}, {width}, {channels}]"
+            raise _damaged(path, f"must hold {split}_images as uint8 {shape}, got {_described(images)}")
         if not _is_array(labels, np.integer) or labels.shape != images.shape[:1]:
             raise _damaged(path, f"must hold {split}_labels as integers [{len(images)}], got {_described(labels)}")
 

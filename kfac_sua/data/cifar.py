@@ -48,12 +48,11 @@ _READ_ERRORS = (
 
 @dataclass(frozen=True)
 class _TorchvisionSource:
-    """How torchvision calls a data set: its class, its extracted folder, its download; and the number of classes."""
+    """How torchvision calls a data set: its class, its extracted folder and its download."""
 
     class_name: str
     folder: str
     download: str
-    num_classes: int
 
     def is_in(self, data_dir: Path) -> bool:
         """Whether something of torchvision's lies in a folder, whole or not."""
@@ -61,8 +60,8 @@ class _TorchvisionSource:
 
 
 CIFAR_SOURCES = {
-    "cifar10": _TorchvisionSource("CIFAR10", "cifar-10-batches-py", "cifar-10-python.tar.gz", 10),
-    "cifar100": _TorchvisionSource("CIFAR100", "cifar-100-python", "cifar-100-python.tar.gz", 100),
+    "cifar10": _TorchvisionSource("CIFAR10", "cifar-10-batches-py", "cifar-10-python.tar.gz"),
+    "cifar100": _TorchvisionSource("CIFAR100", "cifar-100-python", "cifar-100-python.tar.gz"),
 }
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from kfac_sua.data.sizes import IMAGE_SHAPE, SIZES
 from kfac_sua.data.splits import ImageSet, draw_balanced
 
-TEST_SIZE = 297  # leaves 1,500 of the 1,797 images for training and validation
 TEST_SEED = 0
 
 
@@ -27,12 +27,12 @@ def load_digits() -> tuple[ImageSet, ImageSet, list[str]]:
 
     bunch = load_digits_bunch()
     small = torch.from_numpy(bunch.images).float()[:, None] * (255 / 16)  # [1797, 1, 8, 8]
-    large = F.interpolate(small, size=(32, 32), mode="bilinear", align_corners=False)
+    large = F.interpolate(small, size=IMAGE_SHAPE[1:], mode="bilinear", align_corners=False)
     images = large.round().to(torch.uint8).repeat(1, 3, 1, 1)  # [1797, 3, 32, 32]
     everything = ImageSet(images, torch.from_numpy(bunch.target).long())
 
-    generator = torch.Generator().manual_seed(TEST_SEED)
-    test_indices = draw_balanced(everything.labels, TEST_SIZE, 10, generator, size_key="TEST_SIZE")
+    size, generator = SIZES["digits"], torch.Generator().manual_seed(TEST_SEED)
+    test_indices = draw_balanced(everything.labels, size.test, size.classes, generator, size_key="SIZES")
     is_training = torch.ones(len(everything), dtype=torch.bool)
     is_training[test_indices] = False
     train = everything.select(is_training.nonzero().flatten())

@@ -15,6 +15,7 @@ from torch import Tensor
 from kfac_sua.bench.contender import NUM_CLASSES
 from kfac_sua.build import build_model
 from kfac_sua.config import Config, ConfigError, KroneckerConfig
+from kfac_sua.data.sizes import IMAGE_SHAPE
 from kfac_sua.preconditioner import FisherType, KroneckerPreconditioner
 from kfac_sua.preconditioner.distributed.assignment import Work, plan_assignment
 from kfac_sua.preconditioner.distributed.averaging import average_factors, description
@@ -175,7 +176,7 @@ class ShapeModel:
 
     def run(self, num_examples: int) -> None:
         """Take the forward and the backward pass of a mini-batch."""
-        inputs = torch.empty(num_examples, 3, 32, 32, device=META)
+        inputs = torch.empty(num_examples, *IMAGE_SHAPE, device=META)
         F.cross_entropy(self.model(inputs), torch.empty(num_examples, dtype=torch.long, device=META)).backward()
 
     def refresh(self, joined: Sequence[LayerFactors | None]) -> list[Factor]:

@@ -10,14 +10,12 @@ import pandas as pd
 from kfac_sua.campaign.definition import Campaign
 from kfac_sua.campaign.report.panels import curve_rows, method_label
 from kfac_sua.campaign.report.text import bullets, count, escape, join, listed, table
+from kfac_sua.data.sizes import SIZES
 from kfac_sua.runs.record import RunInfo
 
 CITATION = "Laurent, George, Bouthillier, Ballas and Vincent (2018)"
 TITLE = "An Evaluation of Fisher Approximations Beyond Kronecker Factorization"
 URL = "https://openreview.net/forum?id=ryVC6tkwG"
-
-# Images of the training sets before any are held out; the configuration leaves them to the data set.
-_TRAINING_IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "digits": 1_500}
 
 Curve = tuple[str, str]
 Config = Mapping[str, Any]
@@ -242,9 +240,9 @@ def _from(key: str) -> Callable[[RunInfo], str | None]:
 
 
 def _available_images(info: RunInfo) -> int | None:
-    total = _TRAINING_IMAGES.get(str(_value(info.config, "dataset.name")))
+    size = SIZES.get(str(_value(info.config, "dataset.name")))
     held_out = _value(info.config, "dataset.validation_size")
-    return None if total is None or held_out is None else total - int(held_out)
+    return None if size is None or held_out is None else size.train - int(held_out)
 
 
 def training_images(info: RunInfo) -> str | None:
