@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from kfac_sua import tuned
+from kfac_sua.campaign.definition import load_campaign
+from kfac_sua.campaign.report.panels import method_label
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "outputs" / "reference"
@@ -67,14 +69,13 @@ def without_roles(html: str) -> str:
     return html.replace("::</p>", ":</p>")
 
 
-METHODS = {"kfac": "K-FAC", "grouped": "K-FAC, groups of 32", "sua": "SUA", "sua_grouped": "SUA, groups of 32"}
-
-
 def best_lr_by_damping() -> str:
     """Return, per structure and damping, the best learning rate by training loss and by validation error."""
     with (REFERENCE / "fig1-small-cpu" / "grid.csv").open(newline="", encoding="utf-8") as file:
         cells = [row for row in csv.DictReader(file) if row["damping"]]
     dampings = sorted({float(row["damping"]) for row in cells})
+    campaign = load_campaign("fig1")
+    labels = {name: method_label(campaign, name) for name in campaign.methods()}
     lines = [
         "| lowest | structure | " + " | ".join(f"damping {damping:g}" for damping in dampings) + " |",
         "|---|---|" + "---|" * len(dampings),
@@ -83,11 +84,11 @@ def best_lr_by_damping() -> str:
         ("train_loss", "training loss", "{:.3f}"),
         ("val_error_percent", "validation error", "{:.1f} %"),
     ):
-        for method, label in METHODS.items():
+        for method in dict.fromkeys(cell["method"] for cell in cells):
             row = [
                 f"lr {best[0]:g} ({style.format(best[1])})" if best else "–" for best in _best(cells, method, column)
             ]
-            lines.append(f"| {said} | {label} | " + " | ".join(row) + " |")
+            lines.append(f"| {said} | {labels[method]} | " + " | ".join(row) + " |")
     return "\n".join(lines)
 
 

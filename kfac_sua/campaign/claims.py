@@ -16,7 +16,6 @@ import pandas as pd
 
 from kfac_sua.campaign.bootstrap import RESAMPLES, interval
 from kfac_sua.campaign.targets import (
-    BASELINE,
     BEST_ERROR,
     FINAL_LOSS,
     HALFWAY_ERROR,
@@ -25,6 +24,7 @@ from kfac_sua.campaign.targets import (
     mean_curve,
     resampled_curves,
 )
+from kfac_sua.figures.style import BASELINE, METHODS
 from kfac_sua.runs.collect import require_one_precision
 
 if TYPE_CHECKING:
@@ -43,14 +43,6 @@ FAR_CHEAPER = 1.5
 SAME_ERROR_POINTS = 0.5
 # "Catches up": the baseline ends less than a point behind, two such standard errors.
 CAUGHT_UP_POINTS = 1.0
-
-_LABELS = {
-    BASELINE: "baseline",
-    "kfac": "K-FAC",
-    "sua": "SUA",
-    "grouped": "K-FAC in groups",
-    "sua_grouped": "SUA in groups",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +128,7 @@ class Criterion:
     def text(self) -> str:
         """What is compared, such as ``Final training loss, SUA / baseline``."""
         sign = "/" if self.measure.comparison == "ratio" else "−"
-        return f"{self.measure.words}, {_LABELS[self.first]} {sign} {_LABELS[self.second]}"
+        return f"{self.measure.words}, {METHODS[self.first].name} {sign} {METHODS[self.second].name}"
 
     @property
     def methods(self) -> tuple[str, ...]:

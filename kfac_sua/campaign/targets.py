@@ -12,13 +12,13 @@ import numpy as np
 import pandas as pd
 
 from kfac_sua.campaign.bootstrap import RESAMPLES, interval, resampled_seeds
+from kfac_sua.figures.style import BASELINE
 from kfac_sua.runs.collect import CollectError, require_one_precision
 from kfac_sua.runs.comparable import CIRCUMSTANCES, circumstances_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-BASELINE = "baseline"
 TABLE_COLUMNS = (
     *("panel", "method", "target", "target_value"),
     *("epochs", "epochs_low", "epochs_high", "seconds", "seconds_low", "seconds_high", "seeds", "precision"),
