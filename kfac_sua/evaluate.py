@@ -15,6 +15,7 @@ from kfac_sua.config import ConfigError, Device
 from kfac_sua.data import BatchLoader, DataError
 from kfac_sua.device import choose_device, choose_precision
 from kfac_sua.load import LoadedRun, load_run
+from kfac_sua.runs.openers import cannot_use
 from kfac_sua.runs.record import RecordError
 from kfac_sua.startup import run_command
 from kfac_sua.training.checkpoint import CheckpointError
@@ -77,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, DataError, RecordError, CheckpointError) as error:
         return say(error, BAD_INPUT)
     except OSError as error:
-        return say(f"Cannot use {error.filename or 'a file'}: {error.strerror or error}.", BAD_INPUT)
+        return say(cannot_use(error), BAD_INPUT)
     whose = f"{options.weights} weights, epoch {run.epoch}"
     whose += f" and {run.batch} mini-batches of the next" if run.batch else ""
     print(f"{options.split} error {result.error:.2%}, loss {result.loss:.4f}: {whose}")

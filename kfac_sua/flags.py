@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kfac_sua.config import CONFIG_DIR, CONFIG_NAME, ConfigError
-from kfac_sua.runs.openers import refuse_special
+from kfac_sua.runs.openers import cannot_use, refuse_special
 
 DEBUG = "--debug"  # the same as HYDRA_FULL_ERROR=1
 # Hydra's flags that show something instead of running: those without a value, and those with one of these.
@@ -140,5 +140,5 @@ def _checked_directory(path: Path) -> Path:
         try:  # Hydra opens them by itself, and would wait for a named pipe
             refuse_special(file)
         except OSError as error:
-            raise ConfigError(f"Cannot use {file}: {error.strerror}.") from error
+            raise ConfigError(cannot_use(error)) from error
     return path.absolute()

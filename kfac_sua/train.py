@@ -33,6 +33,7 @@ from kfac_sua.objective import objective_value
 from kfac_sua.rerun import saved_overrides
 from kfac_sua.runs.directory import run_directory
 from kfac_sua.runs.lock import RunBusyError
+from kfac_sua.runs.openers import cannot_use
 from kfac_sua.runs.record import RecordError, read_records
 from kfac_sua.startup import run_command
 from kfac_sua.streams import guard_streams, output_is_recorded
@@ -262,7 +263,7 @@ def _sentence(error: BaseException) -> str:
     if isinstance(error, HydraException | OmegaConfBaseException):
         return explain(error)
     if isinstance(error, OSError):
-        return f"Cannot use {error.filename or 'a file'}: {error.strerror or error}."
+        return cannot_use(error)
     text = f"{_one_line(error)}."
     # RecordError and CheckpointError are not RuntimeErrors, and their sentences need no traceback.
     return f"{text} (--debug shows where.)" if isinstance(error, RuntimeError) else text

@@ -41,6 +41,7 @@ from kfac_sua.command_line import BAD_INPUT, FAILED, INTERRUPTED, as_number, cou
 from kfac_sua.config import Config, ConfigError, KroneckerConfig, Precision
 from kfac_sua.device import choose_device, choose_precision
 from kfac_sua.preconditioner import FisherType
+from kfac_sua.runs.openers import cannot_use
 from kfac_sua.runs.record import RecordError
 from kfac_sua.startup import run_command
 from kfac_sua.training.capturing import why_no_graphs
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, RecordError) as error:
         return say(str(error), BAD_INPUT)
     except OSError as error:
-        return say(f"Cannot use {error.filename or 'a file'}: {error.strerror or error}.", BAD_INPUT)
+        return say(cannot_use(error), BAD_INPUT)
     except (RuntimeError, MemoryError) as error:
         return say(" ".join(str(error).split()) or "MemoryError.", FAILED)
     except KeyboardInterrupt:

@@ -31,6 +31,7 @@ from kfac_sua.preconditioner.forms.dense import gram, inverses_of_triangles
 from kfac_sua.preconditioner.forms.rates import NEVER, DeviceRates, rates_in_force, rates_of
 from kfac_sua.runs.atomic import written_beside
 from kfac_sua.runs.environment import environment
+from kfac_sua.runs.openers import cannot_use
 from kfac_sua.startup import run_command
 from kfac_sua.training.precision import computing_in
 
@@ -190,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         return say(error, BAD_INPUT)
     except OSError as error:
-        return say(f"Cannot use {error.filename or options.out}: {error.strerror or error}.", FAILED)
+        return say(cannot_use(error, options.out), FAILED)
     except RuntimeError as error:
         return say(" ".join(str(error).split()), FAILED)
     except KeyboardInterrupt:

@@ -33,6 +33,7 @@ from kfac_sua.preconditioner.forms import DenseInverse, Inverse
 from kfac_sua.preconditioner.kronecker import KroneckerInverse
 from kfac_sua.preconditioner.layer import PreconditionedLayer
 from kfac_sua.runs.atomic import write_atomically
+from kfac_sua.runs.openers import cannot_use
 from kfac_sua.startup import run_command
 from kfac_sua.training.loop import train_epoch
 from kfac_sua.training.progress import Progress
@@ -233,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         return say(str(error), FAILED)
     except OSError as error:
-        return say(f"Cannot use {error.filename or 'a file'}: {error.strerror or error}.", BAD_INPUT)
+        return say(cannot_use(error), BAD_INPUT)
     except KeyboardInterrupt:
         return say("interrupted; nothing was written.", INTERRUPTED)
     return 0

@@ -26,7 +26,7 @@ from kfac_sua.figures.files import PAGE_WIDTH, write_figure
 from kfac_sua.figures.lines import draw_legend
 from kfac_sua.figures.panels import method_names, panel_titles
 from kfac_sua.figures.style import BASELINE, METHODS, MethodStyle
-from kfac_sua.runs.openers import read_regular
+from kfac_sua.runs.openers import cannot_use, read_regular
 from kfac_sua.startup import run_command
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FigureError as error:
         return say(error, BAD_INPUT)
     except OSError as error:
-        return say(f"Cannot use {error.filename or options.out}: {error.strerror or error}.", BAD_INPUT)
+        return say(cannot_use(error, options.out), BAD_INPUT)
     print(f"Wrote {', '.join(map(str, paths))}.")
     return 0
 

@@ -103,6 +103,16 @@ def refuse_special(path: Path | str) -> None:
     _refuse_kind(path, found)
 
 
+def cannot_use(error: OSError, path: Path | str = "a file") -> str:
+    """Return the one sentence in which every command says that a file cannot be used.
+
+    Args:
+        error: What the system, or this module, says of it.
+        path: What to name where the error names no file.
+    """
+    return f"Cannot use {error.filename or path}: {error.strerror or ' '.join(str(error).split()) or 'no details'}."
+
+
 def _refuse_kind(path: Path | str, found: os.stat_result) -> None:
     if not stat.S_ISREG(found.st_mode):
         kind = next((text for is_kind, text in _KINDS if is_kind(found.st_mode)), "something else")

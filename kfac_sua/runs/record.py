@@ -18,7 +18,7 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from kfac_sua.runs.atomic import named_in_errors, write_atomically
-from kfac_sua.runs.openers import own_file, read_regular
+from kfac_sua.runs.openers import cannot_use, own_file, read_regular
 
 Status = Literal["running", "finished", "diverged", "failed"]
 # Of these nothing is left to do; a run of any other status goes on by the same command.
@@ -385,7 +385,7 @@ def failure_reason(error: BaseException) -> str:
         wanted = re.search(r"(?:[Tt]ried|[Uu]nable) to allocate ([\d.]+ \w+)", text)
         return f"Out of memory{f' (asked for {wanted[1]})' if wanted else ''}; lower batch_size or model.width."
     if isinstance(error, OSError):
-        return f"Cannot use {error.filename or 'a file'}: {error.strerror or text}."
+        return cannot_use(error)
     return text if type(error).__module__.startswith("kfac_sua.") else f"{type(error).__name__}: {text}"
 
 

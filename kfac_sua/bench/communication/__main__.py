@@ -26,6 +26,7 @@ from kfac_sua.config import ConfigError
 from kfac_sua.preconditioner.distributed.assignment import FLOPS_PER_BYTE
 from kfac_sua.runs.atomic import write_atomically
 from kfac_sua.runs.environment import environment
+from kfac_sua.runs.openers import cannot_use
 from kfac_sua.startup import run_command
 
 _PROGRAM = "python -m kfac_sua.bench.communication"
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         return say(error, BAD_INPUT)
     except OSError as error:
-        return say(f"Cannot use {error.filename or options.out}: {error.strerror or error}.", BAD_INPUT)
+        return say(cannot_use(error, options.out), BAD_INPUT)
     except (RuntimeError, MemoryError) as error:
         return say(" ".join(str(error).split()) or "MemoryError.", FAILED)
     except KeyboardInterrupt:

@@ -25,6 +25,7 @@ from kfac_sua.command_line import BAD_INPUT, FAILED, as_number, count, say
 from kfac_sua.config import ConfigError
 from kfac_sua.figures.scaling_out import draw_scaling_out
 from kfac_sua.runs.atomic import write_atomically
+from kfac_sua.runs.openers import cannot_use
 from kfac_sua.startup import run_command
 
 _PROGRAM = "python -m kfac_sua.bench.communication.scaling_out"
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         return say(error, BAD_INPUT)
     except OSError as error:
-        return say(f"Cannot use {error.filename or options.out}: {error.strerror or error}.", FAILED)
+        return say(cannot_use(error, options.out), FAILED)
     print(text)
     print(f"Wrote {', '.join(map(str, [*paths, markdown]))}.")
     return 0

@@ -32,6 +32,7 @@ from kfac_sua.figures.scaling import draw_scaling
 from kfac_sua.runs.atomic import write_atomically
 from kfac_sua.runs.environment import environment
 from kfac_sua.runs.lock import RunBusyError, exclusive
+from kfac_sua.runs.openers import cannot_use
 from kfac_sua.runs.record import failure_reason
 from kfac_sua.startup import run_command
 
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (RuntimeError, MemoryError) as error:  # on a CPU, PyTorch's allocator raises a plain RuntimeError
         return say(f"{failure_reason(error)} (Lower --memory-limit-gib or --largest-width?)", FAILED)
     except OSError as error:
-        return say(f"Cannot use {error.filename or options.out}: {error.strerror or error}.", BAD_INPUT)
+        return say(cannot_use(error, options.out), BAD_INPUT)
     except KeyboardInterrupt:
         return say("interrupted; the same command goes on where this one stopped.", INTERRUPTED)
     return 0
