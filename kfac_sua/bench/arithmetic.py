@@ -1,12 +1,15 @@
 """In what a measurement computes: a precision of training, or float64, which only the benchmark knows."""
 
+import contextlib
 import dataclasses
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 
 import torch
 
-from kfac_sua.config import Precision
+from kfac_sua.config import Config, Precision
+from kfac_sua.device import rates_as_configured
 from kfac_sua.preconditioner import Products
+from kfac_sua.training.determinism import determinism
 from kfac_sua.training.precision import computing_in
 
 FLOAT64 = "float64"
@@ -47,6 +50,19 @@ class Arithmetic:
         in_parts = self.device.type == "cuda" and self.precision is not Precision.float32
         return BF16X3 if in_parts and phase == "application" else "float32"
 
-    def computing(self) -> AbstractContextManager[None]:
-        """Return the context of the whole measurement, which is that of a whole training."""
-        return computing_in(self.precision, self.device)
+    @contextlib.contextmanager
+    def computing(self, config: Config) -> Iterator[None]:
+        """Compute inside as a training does from its start to its end.
+
+        Args:
+            config: Whether kernels are deterministic, and by which rates the preconditioner chooses.
+
+        Raises:
+            ConfigError: If either cannot be had.
+        """
+        with (
+            determinism(config.deterministic, self.device),
+            computing_in(self.precision, self.device),
+            rates_as_configured(config.device_rates, self.device),
+        ):
+            yield

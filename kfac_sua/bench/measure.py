@@ -17,9 +17,7 @@ from kfac_sua.bench.rates import measure_rates
 from kfac_sua.bench.record import Arguments, BenchRecord, Cost, Memory
 from kfac_sua.bench.settings import Setting
 from kfac_sua.bench.step_kinds import StepKind
-from kfac_sua.device import rates_as_configured
 from kfac_sua.runs.environment import environment
-from kfac_sua.training.determinism import determinism
 
 # The first step of a setting refreshes; the second refresh, with inverses at hand, is the one that needs most.
 MEMORY_STEPS = (StepKind.refresh, StepKind.plain, StepKind.plain, StepKind.refresh, StepKind.plain)
@@ -61,12 +59,7 @@ def carry_out(plan: Plan) -> BenchRecord:
         RuntimeError: If a setting cannot be carried out, as when memory runs out.
     """
     torch.set_num_threads(plan.arguments.num_threads)
-    config, device = plan.settings[0].config, plan.arithmetic.device  # keys that all settings share
-    with (
-        determinism(config.deterministic, device),
-        plan.arithmetic.computing(),
-        rates_as_configured(config.device_rates, device),
-    ):
+    with plan.arithmetic.computing(plan.settings[0].config):  # all settings share what it says of this
         return _measure(plan, Announcer())
 
 

@@ -19,10 +19,9 @@ from kfac_sua.campaign.plan import CurveKey
 from kfac_sua.campaign.starting import start
 from kfac_sua.config import Config, ConfigError
 from kfac_sua.data import DataError
-from kfac_sua.device import choose_device, choose_precision, device_type, rates_as_configured
+from kfac_sua.device import choose_device, choose_precision, device_type
 from kfac_sua.runs.directory import resolved
 from kfac_sua.runs.record import failure_reason
-from kfac_sua.training.determinism import determinism
 
 # A stage and one of its curves.
 StageKey = tuple[Stage, CurveKey]
@@ -123,8 +122,7 @@ def _taken(config: Config) -> FirstSteps:
     device = choose_device(config.device)
     config = dataclasses.replace(config, precision=choose_precision(config.precision, device.type))
     arithmetic = Arithmetic(config.precision, device)
-    rates = rates_as_configured(config.device_rates, device)
-    with determinism(config.deterministic, device), arithmetic.computing(), rates:
+    with arithmetic.computing(config):
         with contextlib.suppress(DataError):  # what is missing will be fetched, or asked for, before the first run
             build_splits(dataclasses.replace(config.dataset, download=False))
         contender = Contender(config, arithmetic, Batch.random(config.batch_size, arithmetic))
