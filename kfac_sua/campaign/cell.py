@@ -5,7 +5,7 @@ import copy
 import dataclasses
 import functools
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from pathlib import Path
 
@@ -120,6 +120,11 @@ def make_cell(
     check(config)
     directory = run_directory(config, device_type(config.device))
     return Cell(stage, *curve, overrides, config, directory)
+
+
+def each_once(cells: Iterable[Cell]) -> list[Cell]:
+    """Return runs without repetitions: curves whose settings agree share a run, and so its directory."""
+    return list({cell.directory.path: cell for cell in cells}.values())
 
 
 def read_state(cell: Cell) -> CellState:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from kfac_sua.campaign.cell import Cell, log_path, mark_failed, read_state
+from kfac_sua.campaign.cell import Cell, each_once, log_path, mark_failed, read_state
 from kfac_sua.campaign.engine import Engine
 from kfac_sua.campaign.estimate import Estimator, shown_seconds
 from kfac_sua.campaign.first_steps import FirstSteps, StageKey
@@ -113,7 +113,7 @@ def _run(
     like: Sequence[Cell] = (),
 ) -> None:
     """Carry out what has not ended of some runs; others like them tell how long that will take."""
-    unique = list({cell.directory.path: cell for cell in cells}.values())  # two curves may share a run
+    unique = each_once(cells)
     to_do = [(cell, state) for cell in unique if not (state := read_state(cell)).has_ended]
     if not to_do:
         print(f"{title}: all {len(unique)} runs are done", flush=True)

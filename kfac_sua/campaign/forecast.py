@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kfac_sua.build import build_splits
-from kfac_sua.campaign.cell import Cell, CellState, read_state
+from kfac_sua.campaign.cell import Cell, CellState, each_once, read_state
 from kfac_sua.campaign.conduct import settled
 from kfac_sua.campaign.engine import Engine
 from kfac_sua.campaign.estimate import Estimator, shown_seconds
@@ -108,8 +108,8 @@ def _check_data(cells: Sequence[Cell]) -> None:
 
 
 def _states(cells: Sequence[Cell]) -> CellStates:
-    """Return what is on disk of runs, each of them once: two curves may share one."""
-    return [(cell, read_state(cell)) for cell in {cell.directory.path: cell for cell in cells}.values()]
+    """Return what is on disk of runs, each of them once."""
+    return [(cell, read_state(cell)) for cell in each_once(cells)]
 
 
 def _growth_s(plan: Plan, grids: Mapping[CurveKey, Grid], estimator: Estimator, jobs: int) -> float | None:

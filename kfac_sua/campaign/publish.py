@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from kfac_sua.campaign.cell import Cell, read_cell_info
+from kfac_sua.campaign.cell import Cell, each_once, read_cell_info
 from kfac_sua.campaign.claims import CLAIMS, judge
 from kfac_sua.campaign.conduct import Results
 from kfac_sua.campaign.definition import Campaign
@@ -81,7 +81,7 @@ def publish(plan: Plan, *, scale: str, device: str, rule: Rule, results: Results
 
 def _infos(cells: Sequence[Cell]) -> list[RunInfo]:
     """Return run.json of every run, once where curves share it."""
-    return [read_cell_info(cell) for cell in {cell.directory.path: cell for cell in cells}.values()]
+    return [read_cell_info(cell) for cell in each_once(cells)]
 
 
 def _decidable(campaign: Campaign) -> list[str]:
