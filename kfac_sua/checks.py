@@ -25,9 +25,9 @@ from kfac_sua.config import (
     ScheduleName,
     SGDConfig,
     StepScheduleConfig,
+    shown,
 )
 from kfac_sua.data.sizes import SIZES
-from kfac_sua.explain import shown
 from kfac_sua.preconditioner.settings import FisherType, Likelihood, LossReduction, Structure
 
 # An exact Fisher costs one backward pass per class; this many are taken without being asked twice.

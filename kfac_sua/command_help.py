@@ -8,8 +8,8 @@ from pathlib import Path
 
 from kfac_sua import __version__
 from kfac_sua.compose import group_options
+from kfac_sua.compose.explain import all_keys
 from kfac_sua.config import CONFIG_DIR, CONFIG_NAME
-from kfac_sua.explain import all_keys
 
 _WIDTH = 100  # columns, as of all tables
 

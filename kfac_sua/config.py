@@ -295,6 +295,13 @@ def to_plain(config: Any) -> Any:
     return config.value if isinstance(config, Enum) else config
 
 
+def shown(value: object) -> str:
+    """Return a value as a user would write it, text in quotes."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else f"'{value}'" if isinstance(value, str) else str(value)
+
+
 def settings_error(error: ValueError) -> ConfigError:
     """Return an error of the preconditioner package with the key as the command line spells it.
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from kfac_sua.build import build_model
 from kfac_sua.compose import compose_config
+from kfac_sua.compose.saved import overrides_of
 from kfac_sua.config import Config
 from kfac_sua.data.sizes import SIZES
-from kfac_sua.rerun import overrides_of
 from kfac_sua.runs.directory import RunDirectory
 from kfac_sua.runs.openers import read_regular
 from kfac_sua.runs.record import EpochRecord, RecordError, RunInfo, best_epoch, read_ended_records, read_run_info

@@ -34,11 +34,11 @@ from kfac_sua.campaign.publish import publish
 from kfac_sua.campaign.selection import RULE_SENTENCES, Rule, SelectionError
 from kfac_sua.command_line import BAD_INPUT, FAILED, count, keep_command, say
 from kfac_sua.compose import compose_config
+from kfac_sua.compose.launchers import launcher_overrides
 from kfac_sua.config import ConfigError
 from kfac_sua.data import DataError
 from kfac_sua.device import choose_device, device_type, knowing
 from kfac_sua.figures.curves import FigureError
-from kfac_sua.launchers import launcher_overrides
 from kfac_sua.runs.collect import CollectError
 from kfac_sua.runs.lock import RunBusyError, exclusive
 from kfac_sua.runs.record import RecordError, failure_reason

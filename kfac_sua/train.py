@@ -24,13 +24,13 @@ from kfac_sua.checks import check_environment
 from kfac_sua.command_help import help_text, version_text
 from kfac_sua.command_line import BAD_INPUT, FAILED, keep_command, say
 from kfac_sua.compose import Cells, check_overrides, compose_cells, quoted, to_config
+from kfac_sua.compose.explain import explain
+from kfac_sua.compose.launchers import killed_sentence, was_killed
+from kfac_sua.compose.saved import saved_overrides
 from kfac_sua.config import CONFIG_DIR, CONFIG_NAME, VERSION_BASE, ConfigError
 from kfac_sua.data import DataError
-from kfac_sua.explain import explain
 from kfac_sua.flags import DEBUG, CommandLine, read_command_line
-from kfac_sua.launchers import killed_sentence, was_killed
 from kfac_sua.objective import objective_value
-from kfac_sua.rerun import saved_overrides
 from kfac_sua.runs.directory import run_directory
 from kfac_sua.runs.lock import RunBusyError
 from kfac_sua.runs.openers import cannot_use

@@ -21,8 +21,8 @@ from kfac_sua.config import (
     OptimizerName,
     PlainNetConfig,
     PreconditionerName,
+    shown,
 )
-from kfac_sua.explain import shown
 
 
 @dataclasses.dataclass(frozen=True)

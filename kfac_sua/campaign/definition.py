@@ -11,8 +11,8 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from kfac_sua.compose.explain import explain
 from kfac_sua.config import CONFIG_DIR, ConfigError
-from kfac_sua.explain import explain
 
 _CAMPAIGNS = CONFIG_DIR / "campaign"
 

@@ -31,8 +31,8 @@ from kfac_sua.campaign.launcher import JOBLIB, SLURM, SUBMITIT_LOCAL, Launcher
 from kfac_sua.campaign.starting import LEAVING_TIME_S
 from kfac_sua.campaign.worker import Task, run_into_log
 from kfac_sua.compose import composed_hydra, quoted, to_config
+from kfac_sua.compose.launchers import was_killed
 from kfac_sua.device import choose_device
-from kfac_sua.launchers import was_killed
 from kfac_sua.runs.directory import run_directory
 from kfac_sua.runs.record import failure_reason
 from kfac_sua.training.signals import Interrupted, StopRequest

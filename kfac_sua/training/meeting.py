@@ -15,8 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from kfac_sua.config import Config, ConfigError
-from kfac_sua.explain import shown
+from kfac_sua.config import Config, ConfigError, shown
 from kfac_sua.runs.directory import deciding_values, flat
 from kfac_sua.runs.environment import source_digest
 from kfac_sua.runs.record import failure_reason

@@ -7,9 +7,8 @@ from pathlib import Path
 import torch
 
 from kfac_sua.compose import compose_config
-from kfac_sua.config import Config, ConfigError, KroneckerConfig, ScheduleName
-from kfac_sua.explain import shown
-from kfac_sua.rerun import overrides_of
+from kfac_sua.compose.saved import overrides_of
+from kfac_sua.config import Config, ConfigError, KroneckerConfig, ScheduleName, shown
 from kfac_sua.runs.directory import RunDirectory, deciding_values, fingerprint, flat, resolved
 from kfac_sua.runs.record import EpochRecord, RunInfo, read_ended_records, read_run_info
 from kfac_sua.training.checkpoint import Checkpoint, load_checkpoint, present_name

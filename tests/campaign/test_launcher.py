@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from kfac_sua import launchers
 from kfac_sua.campaign.launcher import Launcher, load_launcher, require_cluster, with_device
+from kfac_sua.compose import launchers
 from kfac_sua.config import ConfigError
 from kfac_sua.reproduce import main
 from kfac_sua.train import main as train

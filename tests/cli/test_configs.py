@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kfac_sua import compose
 from kfac_sua.checks import RANGES, check
-from kfac_sua.compose import compose_cells, compose_config
+from kfac_sua.compose import cells, compose_cells, compose_config
 from kfac_sua.config import (
     CONFIG_DIR,
     ConfigError,
@@ -117,7 +116,7 @@ def test_a_long_sweep_says_that_it_is_being_checked(monkeypatch, capsys):
     """Checking every cell takes a while before the first run; a short sweep says nothing."""
     compose_cells(["seed=0,1,2"], multirun=True)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(compose, "_MANY_CELLS", 2)
+    monkeypatch.setattr(cells, "_MANY_CELLS", 2)
     compose_cells(["seed=0,1,2"], multirun=True)
     assert capsys.readouterr().err == "checking the configurations of 3 runs\n"
 

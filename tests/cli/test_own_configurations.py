@@ -10,8 +10,8 @@ from hydra.core.global_hydra import GlobalHydra
 
 from kfac_sua import train
 from kfac_sua.compose import compose_cells, compose_config
+from kfac_sua.compose.saved import saved_overrides
 from kfac_sua.config import Config, ConfigError, to_plain
-from kfac_sua.rerun import saved_overrides
 from kfac_sua.runs.directory import fingerprint, resolved
 from kfac_sua.training.attempt import write_config
 

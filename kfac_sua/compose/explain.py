@@ -11,6 +11,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, ValidationError
 
+from kfac_sua.compose.launchers import missing_plugin
 from kfac_sua.config import (
     AdamWConfig,
     Config,
@@ -23,8 +24,8 @@ from kfac_sua.config import (
     ScheduleConfig,
     SGDConfig,
     StepScheduleConfig,
+    shown,
 )
-from kfac_sua.launchers import missing_plugin
 
 # Options of one group that differ in their keys: the type of the node -> what the user typed to get it.
 OPTION_OF_TYPE: dict[type, str] = {
@@ -156,10 +157,3 @@ def _in_words(hint: Any) -> str:
         texts = (str(member.value if isinstance(member.value, str) else member.name) for member in hint)
         return f"one of {', '.join(texts)}"
     return _IN_WORDS.get(hint, f"the keys of {getattr(hint, '__name__', hint)}")
-
-
-def shown(value: object) -> str:
-    """Return a value as a user would write it, text in quotes."""
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else f"'{value}'" if isinstance(value, str) else str(value)

@@ -10,8 +10,7 @@ from typing import Any
 from hydra.core.config_store import ConfigNode, ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from kfac_sua.config import ConfigError
-from kfac_sua.explain import shown
+from kfac_sua.config import ConfigError, shown
 
 # The key by which Hydra takes a value for the name of something to call.
 CODE = "_target_"

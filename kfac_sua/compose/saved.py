@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from kfac_sua.compose import ONE_OPTION, quoted
+from kfac_sua.compose.overrides import ONE_OPTION, quoted
 from kfac_sua.config import ConfigError
 from kfac_sua.runs.directory import ADDED_LATER
 
