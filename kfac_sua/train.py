@@ -21,23 +21,27 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from kfac_sua.checks import check_environment
-from kfac_sua.command_help import help_text, version_text
+from kfac_sua.cli.options import DEBUG, CommandLine, read_command_line
+from kfac_sua.cli.sweep import (
+    begin_in_sweep,
+    objective_value,
+    place_in_sweep,
+    refuse_links,
+    say_summary,
+    sweep_overrides,
+)
 from kfac_sua.command_line import BAD_INPUT, FAILED, keep_command, say
-from kfac_sua.compose import Cells, check_overrides, compose_cells, quoted, to_config
+from kfac_sua.compose import Cells, check_overrides, compose_cells, to_config
 from kfac_sua.compose.explain import explain
 from kfac_sua.compose.launchers import killed_sentence, was_killed
-from kfac_sua.compose.saved import saved_overrides
 from kfac_sua.config import CONFIG_DIR, CONFIG_NAME, VERSION_BASE, ConfigError
 from kfac_sua.data import DataError
-from kfac_sua.flags import DEBUG, CommandLine, read_command_line
-from kfac_sua.objective import objective_value
 from kfac_sua.runs.directory import run_directory
 from kfac_sua.runs.lock import RunBusyError
 from kfac_sua.runs.openers import cannot_use
 from kfac_sua.runs.record import RecordError, read_records
 from kfac_sua.startup import run_command
 from kfac_sua.streams import guard_streams, output_is_recorded
-from kfac_sua.sweep import begin_in_sweep, place_in_sweep, refuse_links, say_summary, sweep_overrides
 from kfac_sua.training.checkpoint import CheckpointError
 from kfac_sua.training.contact import LostContactError
 from kfac_sua.training.launch import Launch, read_launch
@@ -87,7 +91,6 @@ def main() -> int:
     """
     keep_command("kfac_sua.train", sys.argv[1:])
     is_debug = DEBUG in sys.argv or os.environ.get("HYDRA_FULL_ERROR") == "1"
-    sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != DEBUG]
     with _raised_errors():
         try:
             return _debug() if is_debug else _carry_out()
@@ -136,8 +139,8 @@ def _carry_out() -> int:
 def _with_hydra(task: TaskFunction) -> int:
     """Check the command line, before Hydra writes anything, and have Hydra carry it out."""
     line = read_command_line(sys.argv[1:])
-    if line.is_help or line.is_version:
-        print(help_text(line.config_dir) if line.is_help else version_text(), flush=True)
+    if line.answer is not None:
+        print(line.answer(line), flush=True)
         return 0
     check_environment(os.environ)
     overrides, cells = _checked(line)
@@ -157,12 +160,8 @@ def _checked(line: CommandLine) -> tuple[list[str], Cells | None]:
     Returns:
         The overrides, with what runs are told of their sweep; and all runs, ``None`` where something is only shown.
     """
-    saved = line.rerun if line.start_from is None else line.start_from
-    given = list(line.overrides)
-    if line.start_from is not None:
-        given.insert(0, f"start_from={quoted(str(line.start_from.absolute()))}")
-    overrides = given if saved is None else saved_overrides(saved, given)
-    if line.shows:
+    overrides = line.all_overrides()
+    if line.for_hydra_alone:
         if not line.is_completion:  # which goes by what is typed so far
             check_overrides(overrides, line.config_dir)
         return overrides, None

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from kfac_sua import train
+from kfac_sua.cli.sweep import objective_value
 from kfac_sua.config import Objective
-from kfac_sua.objective import objective_value
 from kfac_sua.runs.record import EpochRecord, RunInfo, read_records, read_run_info
 
 TINY = ("model=tiny", "dataset=digits", "device=cpu")

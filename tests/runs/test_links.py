@@ -10,6 +10,7 @@ from synthetic_runs import epoch_record
 from tiny_runs import directory_of, tiny_config
 
 from kfac_sua.bench.record import read_record
+from kfac_sua.cli.sweep import refuse_links
 from kfac_sua.config import ConfigError
 from kfac_sua.data.turn import turn
 from kfac_sua.runs.atomic import write_atomically
@@ -17,7 +18,6 @@ from kfac_sua.runs.lock import exclusive
 from kfac_sua.runs.openers import own_file, read_regular
 from kfac_sua.runs.record import RecordError, append_record, read_records, read_run_info
 from kfac_sua.runs.tensorboard import StepLog
-from kfac_sua.sweep import refuse_links
 from kfac_sua.training.loop import run
 
 PRECIOUS = "somebody else's"

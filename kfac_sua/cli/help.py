@@ -19,22 +19,12 @@ Several, one after the other:       python -m kfac_sua.train -m preconditioner=k
 A published curve:                  python -m kfac_sua.train experiment=quickstart_sua
 The same command again resumes what was interrupted and skips what has finished."""
 
-_FLAGS = """\
--m, --multirun       run every combination of values that are given with commas
---rerun RUN          begin from the configuration saved in the directory of a run; overrides come on top
---start-from RUN     train a finished run on, with epochs= more than it has (schedule=constant)
---config-dir DIR     look for configurations of your own there, such as DIR/experiment/mine.yaml: experiment=mine
---cfg job            show the composed configuration instead of running it (also: hydra, all)
---info               show how it is composed
---debug              a traceback instead of a sentence
---shell-completion   how the shell completes keys and values: --hydra-help
---version            versions of this package, PyTorch and Hydra"""
 
-
-def help_text(config_dir: Path | None = None) -> str:
+def help_text(flags: Mapping[str, str], config_dir: Path | None = None) -> str:
     """Return what ``--help`` prints.
 
     Args:
+        flags: What each option of the command line does, by how it is written.
         config_dir: Directory with configurations of the user's own, whose options are listed too.
 
     Raises:
@@ -50,12 +40,13 @@ def help_text(config_dir: Path | None = None) -> str:
         node, _, leaf = key.rpartition(".")
         keys.setdefault(node, []).append(leaf)
     nodes = {f"{node}.": ", ".join(dict.fromkeys(keys[node])) for node in keys if node and node in options}
+    width = max(map(len, flags)) + 3
     parts = [
         _INTRODUCTION,
         "Choices, group=option\n" + _listed(options),
         "Keys, key=value, and what they are unless given\n" + textwrap.indent(_top_level(), "  "),
         "Keys of the chosen options, such as optimizer.lr=0.1\n" + _listed(nodes),
-        "Flags\n" + textwrap.indent(_FLAGS, "  "),
+        "Flags\n" + "\n".join(f"  {usage:<{width}}{text}" for usage, text in flags.items()),
     ]
     return "\n\n".join(parts)
 

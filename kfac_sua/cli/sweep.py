@@ -13,11 +13,10 @@ from hydra.types import RunMode
 
 from kfac_sua.command_line import say
 from kfac_sua.compose import Cells
-from kfac_sua.config import Config, ConfigError, ProgressStyle
+from kfac_sua.config import Config, ConfigError, Objective, ProgressStyle
 from kfac_sua.device import device_type
-from kfac_sua.objective import objective_value
 from kfac_sua.runs.directory import run_directory
-from kfac_sua.runs.record import RecordError, read_records, read_run_info
+from kfac_sua.runs.record import EpochRecord, RecordError, RunInfo, read_records, read_run_info
 from kfac_sua.streams import output_is_recorded
 
 # How a run learns how many there are, in whatever process and on whatever machine a launcher carries it out.
@@ -82,6 +81,31 @@ def place_in_sweep(config: Config) -> str:
     number, num_runs = int(HydraConfig.get().job.num) + 1, int(os.environ.get(_NUM_RUNS, 0))
     # A sweeper that draws its own values may carry out other numbers of runs than the command line tells.
     return f"#{number} of {num_runs} " if number <= num_runs else f"#{number} "
+
+
+def objective_value(objective: Objective, info: RunInfo, records: Sequence[EpochRecord]) -> float:
+    """Return what a run is to be judged by; never the test set, which is measured once and chosen by nobody.
+
+    Args:
+        objective: Which quantity.
+        info: What run.json holds at the end.
+        records: The rows of metrics.csv, of which row 0 is the untrained network.
+
+    Returns:
+        An error in [0, 1] or a loss in nats; infinity if the run has diverged.
+    """
+    if info.status != "finished":
+        return math.inf
+    if objective is Objective.best_val_error:
+        return min(record.val_error for record in records[1:])
+    last = records[-1]
+    values = {
+        Objective.final_val_error: last.val_error,
+        Objective.final_val_loss: last.val_loss,
+        Objective.train_loss: last.train_loss,
+        Objective.train_eval_loss: last.train_eval_loss,
+    }
+    return values[objective]
 
 
 def say_summary(cells: Cells | None) -> None:
