@@ -43,7 +43,7 @@ class Panel:
     Attributes:
         name: What the panel is called in records, unique within the campaign.
         curves: What is trained.
-        title: Heading in figures and report, which comes from the records of the runs (``titles.py``).
+        title: Heading in figures and report, which comes from the records of the runs (``publish.py``).
     """
 
     name: str = MISSING
@@ -74,7 +74,7 @@ class Campaign:
 
     Attributes:
         name: File in ``configs/campaign``.
-        title: Heading of its figure and report, up to what the records of the runs say themselves (``titles.py``).
+        title: Heading of its figure and report, up to what the records of the runs say themselves (``publish.py``).
         figure: Which drawing: ``fig1`` (loss per epoch, error per second) or ``fig2`` (both errors per second).
         claims: Claims of the paper (``claims.py``) that it decides.
         differences: Sentences for the report: what is not as in the paper.

@@ -1,26 +1,27 @@
 """From the results of a campaign to its figures, tables and report in one directory."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from kfac_sua.campaign.cell import Cell, each_once, read_cell_info
-from kfac_sua.campaign.claims import CLAIMS, judge
+from kfac_sua.campaign.claims import CLAIMS
 from kfac_sua.campaign.conduct import Results
 from kfac_sua.campaign.definition import Campaign
+from kfac_sua.campaign.judge import judge, rule_table
 from kfac_sua.campaign.plan import Plan
 from kfac_sua.campaign.report import ReportInput, write_report
 from kfac_sua.campaign.selection import RULE_SENTENCES, Rule
-from kfac_sua.campaign.sensitivity import rule_table
 from kfac_sua.campaign.targets import target_table
-from kfac_sua.campaign.titles import titled
 from kfac_sua.figures.fig1 import draw_figure1
 from kfac_sua.figures.fig2 import draw_figure2
 from kfac_sua.figures.grid_map import draw_grid_map
 from kfac_sua.figures.style import MethodStyle, method_styles
 from kfac_sua.figures.time_split import draw_time_split
 from kfac_sua.figures.time_to_target import draw_time_to_target
+from kfac_sua.figures.titles import panel_subjects, subject
 from kfac_sua.runs.atomic import write_atomically
 from kfac_sua.runs.environment import source_commit
 from kfac_sua.runs.record import RunInfo
@@ -77,6 +78,18 @@ def publish(plan: Plan, *, scale: str, device: str, rule: Rule, results: Results
         overrides=plan.overrides,
     )
     return list(write_report(report, out_dir))
+
+
+def titled(campaign: Campaign, finals: pd.DataFrame) -> Campaign:
+    """Return a campaign whose titles name the network and the data set of its runs: another scale has other runs.
+
+    Args:
+        campaign: The campaign as defined, whose title says what records do not: which figure or ablation it is.
+        finals: Rows of ``collect_cells`` of its final runs.
+    """
+    titles = panel_subjects(finals)
+    panels = [dataclasses.replace(panel, title=titles[panel.name]) for panel in campaign.panels]
+    return dataclasses.replace(campaign, title=f"{campaign.title}: {subject(finals)}", panels=panels)
 
 
 def _infos(cells: Sequence[Cell]) -> list[RunInfo]:

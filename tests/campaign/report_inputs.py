@@ -10,8 +10,8 @@ from typing import Any
 
 import pandas as pd
 
-from kfac_sua.campaign.claims import judge
 from kfac_sua.campaign.definition import Campaign, Curve, Panel, Scale
+from kfac_sua.campaign.judge import judge
 from kfac_sua.campaign.report import ReportInput, write_report
 from kfac_sua.campaign.selection import Choice
 from kfac_sua.campaign.targets import target_table

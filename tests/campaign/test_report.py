@@ -18,7 +18,7 @@ from campaign.report_inputs import (
     written,
 )
 
-from kfac_sua.campaign.claims import Part, Verdict
+from kfac_sua.campaign.judge import Part, Verdict
 from kfac_sua.campaign.report import write_report
 from kfac_sua.campaign.report.text import number
 from kfac_sua.runs.collect import CollectError

@@ -15,7 +15,7 @@ from campaign.report_inputs import (
     written,
 )
 
-from kfac_sua.campaign.claims import Part, Verdict
+from kfac_sua.campaign.judge import Part, Verdict
 from kfac_sua.campaign.report import write_report
 from kfac_sua.campaign.report.html import render_html
 from kfac_sua.campaign.report.text import code, code_block, escape, number, percent_spread, spread

@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from kfac_sua.campaign.judge import rule_table
 from kfac_sua.campaign.selection import Rule
-from kfac_sua.campaign.sensitivity import rule_table
 
 EPOCHS = np.arange(5)
 

@@ -4,8 +4,8 @@ import pandas as pd
 from campaign.report_inputs import campaign, final_frame, report_input, written
 
 from kfac_sua.campaign.definition import campaign_names, load_campaign
+from kfac_sua.campaign.publish import titled
 from kfac_sua.campaign.report.shared import shared_paragraph
-from kfac_sua.campaign.titles import titled
 
 METHODS = ["baseline", "sua"]
 

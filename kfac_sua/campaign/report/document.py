@@ -8,8 +8,8 @@ from urllib.parse import quote
 
 import pandas as pd
 
-from kfac_sua.campaign.claims import Verdict
 from kfac_sua.campaign.definition import Campaign, Scale
+from kfac_sua.campaign.judge import Verdict
 from kfac_sua.campaign.report.html import render_html
 from kfac_sua.campaign.report.paper import CITATION, TITLE, URL, difference_section, limit_section
 from kfac_sua.campaign.report.provenance import command_section, dirty_warning, environment_section, timing_warning

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from kfac_sua.campaign.claims import Part, Verdict
+from kfac_sua.campaign.judge import Part, Verdict
 from kfac_sua.campaign.report.text import NOTHING, bounds, code, escape, join, listed, number, table
 
 _DIGITS, _DECIMALS = 3, 3  # of ratios and differences in percentage points, which a few seeds give no better
