@@ -29,9 +29,9 @@ __version__ = "0.1.0"  # the only place: the build reads it here
 
 
 def __getattr__(name: str) -> Any:
-    """Import the preconditioner or what loads runs, and with it PyTorch, when it is first asked for.
+    """Import a public name, and with it PyTorch, when it is first asked for.
 
-    A command imports this file before its own first line, and has to be able to take Ctrl-C from then on.
+    Python imports this file before the first line of a command, which must react to Ctrl-C from then on.
     """
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

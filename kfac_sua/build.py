@@ -1,4 +1,4 @@
-"""From configuration to objects: plain look-ups by name, the only place where both are known."""
+"""From configuration to objects, by plain look-ups of names; no other file knows both."""
 
 import torch
 from torch import nn
@@ -30,7 +30,7 @@ OTHER_NETS = {ModelName.preact_resnet50: PreActResNet50, ModelName.transformer: 
 
 
 def has_images(config: DatasetConfig) -> bool:
-    """Return whether nothing has to be fetched before a data set can be loaded.
+    """Return whether a data set can be loaded without fetching anything.
 
     Args:
         config: Which data set.
@@ -39,7 +39,7 @@ def has_images(config: DatasetConfig) -> bool:
 
 
 def fetch_images(config: DatasetConfig) -> None:
-    """Fetch what a data set still needs, which may take long.
+    """Fetch a data set that is missing, which may take long.
 
     Args:
         config: Which data set, and whether it may be downloaded.
@@ -52,7 +52,7 @@ def fetch_images(config: DatasetConfig) -> None:
 
 
 def build_splits(config: DatasetConfig) -> Splits:
-    """Load a data set, fetched first where it is missing, and split it.
+    """Load a data set, after fetching it if it is missing, and split it.
 
     Args:
         config: Which data set, and how to split it.
@@ -78,12 +78,12 @@ def build_splits(config: DatasetConfig) -> Splits:
 
 
 def build_model(config: Config, num_classes: int, device: torch.device) -> nn.Module:
-    """Return the network, initialised on the CPU so that a seed gives the same weights on every device.
+    """Return the network. It is initialised on the CPU, so that a seed gives the same weights on every device.
 
     Args:
         config: Which network, and the memory layout of its convolutions.
         num_classes: Number of outputs.
-        device: Where it goes.
+        device: The device it is moved to.
 
     Returns:
         The network, in training mode.
@@ -143,14 +143,14 @@ def build_preconditioner(
 def build_adaptive_damping(
     config: PreconditionerConfig, preconditioner: KroneckerPreconditioner | None
 ) -> AdaptiveDamping | None:
-    """Return what adapts the damping, or None where it stays.
+    """Return the object that adapts the damping, or None if the damping does not adapt.
 
     Args:
         config: Its settings.
         preconditioner: The preconditioner, if there is one.
 
     Raises:
-        ConfigError: If the damping is out of the range that can be adapted.
+        ConfigError: If the damping lies outside of the range that can be adapted.
     """
     if preconditioner is None or not isinstance(config, KroneckerConfig) or config.adaptive_damping is None:
         return None

@@ -30,13 +30,13 @@ from kfac_sua.config import (
 from kfac_sua.data.sizes import SIZES
 from kfac_sua.preconditioner.settings import FisherType, Likelihood, LossReduction, Structure
 
-# An exact Fisher costs one backward pass per class; this many are taken without being asked twice.
+# An exact Fisher costs one backward pass per class. More classes than this need preconditioner.allow_exact_fisher.
 MAX_EXACT_FISHER_CLASSES = 10
 
-# Training is in float32: beyond its range a number is 0 or infinite there.
+# Training computes in float32, in which a number outside of this range becomes 0 or infinite.
 LEAST_FLOAT, LARGEST_FLOAT = 1e-37, 1e37
 
-# The node's type that comes with each name; a YAML file that changes the name alone would keep another's keys.
+# The type of the node that has each name. A YAML file that changes the name alone would keep the keys of another type.
 MODEL_TYPES = {
     ModelName.vgg11: PlainNetConfig,
     ModelName.preact_resnet50: ModelConfig,
@@ -73,8 +73,8 @@ def _betas(values: list[float]) -> bool:
 FLOAT_ABOVE_0 = "a number > 0 within the range of float32"
 TWO_BETAS = "two numbers in [0, 1) such as [0.9,0.99]"
 
-# Key -> (what must hold, the same in words); keys of an option that is not chosen are passed over. The
-# preconditioner's own settings check themselves.
+# Key -> (what must hold, the same in words). Keys that the chosen options do not have are skipped. The preconditioner's
+# own settings check themselves.
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda seed: 0 <= seed < 2**32, "between 0 and 4294967295"),
     "epochs": (lambda epochs: 1 <= epochs <= 10**6, "≥ 1 and at most 1000000"),
@@ -136,7 +136,7 @@ def check(config: Config) -> None:
 
 
 def check_environment(variables: Mapping[str, str]) -> None:
-    """Refuse environment variables that libraries would pass over with a warning, and time something else.
+    """Refuse environment variables that libraries would ignore with a warning: a run would be timed with other threads.
 
     Args:
         variables: The process's environment.
@@ -174,7 +174,7 @@ def _optimizer_problems(config: Config) -> Iterator[str]:
         yield "optimizer.nesterov=true needs optimizer.momentum > 0, got 0.0."
     if isinstance(optimizer, MuonConfig) and not hasattr(torch.optim, "Muon"):
         yield f"optimizer=muon needs torch.optim.Muon, which PyTorch {torch.__version__} lacks; install torch>=2.9."
-    # Both rescale what they are given (AdamW each entry, Muon each singular value), and so undo a preconditioner.
+    # Both rescale the gradient (AdamW each entry, Muon each singular value), which undoes a preconditioner.
     if not isinstance(optimizer, SGDConfig) and isinstance(preconditioner, KroneckerConfig):
         yield (
             f"optimizer={optimizer.name} scales the gradient by itself and cannot be combined with "
@@ -202,7 +202,7 @@ def _kronecker_problems(preconditioner: KroneckerConfig, dataset: DatasetName) -
             f"{shown(preconditioner.group_size)} is called {expected} in records and figures, not "
             f"{preconditioner.name}; give preconditioner={expected}."
         )
-    # The loss of the training loop is the mean cross-entropy; these two keys serve users of the package.
+    # The training loop minimises the mean cross-entropy. These two keys are there for users of the package.
     if preconditioner.likelihood is not Likelihood.categorical:
         yield f"preconditioner.likelihood must be categorical for classification, got {preconditioner.likelihood}."
     if preconditioner.loss_reduction is not LossReduction.mean:

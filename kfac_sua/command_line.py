@@ -30,9 +30,9 @@ def say(sentence: object, code: int = FAILED) -> int:
 
 
 def keep_command(module: str, arguments: Sequence[str]) -> None:
-    """Keep a command line for the records of its runs, in whichever process they are carried out.
+    """Keep a command line in the environment, from which the records of its runs take it in any process.
 
-    The password of an address, such as that of a sweeper's data base, is kept as ``***``: others read the records.
+    A password in an address, such as that of a sweeper's data base, is kept as ``***``, since others read the records.
 
     Args:
         module: What was started, by ``python -m``.
@@ -74,13 +74,13 @@ def count(text: str) -> int:
 
 
 def refuse_unwritable(path: Path) -> None:
-    """Raise now rather than after minutes of measuring, if a file cannot be written.
+    """Raise if a file cannot be written, before the minutes of measuring for it.
 
     Args:
-        path: The file; it is left as it was.
+        path: The file. It is not changed.
 
     Raises:
-        OSError: If it cannot, or is no regular file: a new one takes its place.
+        OSError: If it cannot be written, or is no regular file, since a new file would replace it.
     """
     refuse_special(path)
     with written_beside(path) as temporary:

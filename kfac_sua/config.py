@@ -21,8 +21,8 @@ VERSION_BASE = "1.3"
 
 # What stands in a configuration for "a number that suits the network" (tuned.py).
 AUTO = "auto"
-# Files and command lines may hold the word; a ``Config`` holds the number. Any, since OmegaConf 2.3 cannot merge a node
-# with a union in it.
+# Files and command lines may hold the word; a ``Config`` holds the number. The annotation is Any because OmegaConf 2.3
+# cannot merge a node that has a union.
 if TYPE_CHECKING:
     AutoFloat = float
 else:
@@ -33,7 +33,7 @@ class ConfigError(Exception):
     """A configuration that cannot be run; the message is one sentence naming key, value and cure.
 
     Args:
-        sentence: The message, put on one line: what it quotes of a user's may hold several.
+        sentence: The message. It is put on one line, as what it quotes of a user may hold several.
     """
 
     def __init__(self, sentence: str) -> None:
@@ -100,9 +100,9 @@ class OptimizerName(Choice):
 
 
 class Precision(Choice):
-    """In what convolutions and matrix products compute, of the network and of the preconditioner's application.
+    """How convolutions and matrix products compute, in the network and where the preconditioner is applied.
 
-    Parameters are float32 always; so are factors and the forming of inverses, in IEEE arithmetic.
+    Parameters are always float32. Factors and inverses are always made in IEEE float32.
     """
 
     auto = "auto"
@@ -119,7 +119,7 @@ class NonFinite(Choice):
 
 
 class Objective(Choice):
-    """What a sweeper that optimises is told of a run; as in ``python -m kfac_sua.runs.collect --best-by``."""
+    """The number by which an optimising sweeper judges a run; as in ``python -m kfac_sua.runs.collect --best-by``."""
 
     best_val_error = "best_val_error"
     final_val_error = "final_val_error"
@@ -138,7 +138,7 @@ class ScheduleName(Choice):
 
 @dataclasses.dataclass(kw_only=True)
 class ModelConfig:
-    """Which network, its normalisation given: ``preact_resnet50`` and ``transformer``; see ``configs/model``."""
+    """Which network, with its own normalisation: ``preact_resnet50`` and ``transformer``; see ``configs/model``."""
 
     name: ModelName
     width: float
@@ -306,8 +306,8 @@ def settings_error(error: ValueError) -> ConfigError:
     """Return an error of the preconditioner package with the key as the command line spells it.
 
     Args:
-        error: Raised by the package, which does not know in which node its settings stand; its message begins with
-            the name of the setting at fault, if there is one.
+        error: What the package raised. Its message begins with the name of the setting at fault, if there is one,
+            without the node of the configuration, which the package does not know.
     """
     message = str(error)
     names = {field.name for field in dataclasses.fields(KroneckerSettings)}

@@ -1,7 +1,7 @@
 """The installed commands: ``kfac-sua-train`` is ``python -m kfac_sua.train``, and so on.
 
-Hydra completes in the shell by the name of a program, which ``python -m`` does not have. Imports nothing heavy itself,
-so that Ctrl-C ends a command with one line while it imports its packages.
+Completion in the shell goes by the name of a program, which ``python -m`` does not have. This file imports nothing
+heavy, so that Ctrl-C ends a command with one line while it imports its packages.
 """
 
 import importlib

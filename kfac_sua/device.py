@@ -1,4 +1,4 @@
-"""What ``auto`` comes to on this machine: the device, the precision of its products, and what choices go by."""
+"""What ``auto`` means on this machine: the device, its precision, and the rates by which the preconditioner chooses."""
 
 import math
 from collections.abc import Iterator
@@ -14,11 +14,11 @@ from kfac_sua.runs.openers import refuse_special
 
 @dataclass(frozen=True)
 class CudaDevice:
-    """What of a CUDA device decides in which precisions it computes.
+    """A CUDA device, as far as it decides about precisions and runs at the same time.
 
     Attributes:
-        name: As its maker calls it.
-        precisions: Those that it has, bfloat16 only if it is not emulated.
+        name: The maker's name for it.
+        precisions: Those that it has; bfloat16 only if it is not emulated.
         memory_gib: Its memory.
     """
 
@@ -28,7 +28,7 @@ class CudaDevice:
 
     @classmethod
     def current(cls) -> "CudaDevice":
-        """Return that of this process, which has used CUDA from then on."""
+        """Return the device of this process. From then on the process has used CUDA."""
         precisions = (Precision.float32, Precision.tf32, Precision.bfloat16)
         memory_gib = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
         return cls(torch.cuda.get_device_name(), frozenset(filter(_current_has, precisions)), memory_gib)
@@ -39,7 +39,7 @@ _known: list[CudaDevice] = []
 
 @contextmanager
 def knowing(device: CudaDevice) -> Iterator[None]:
-    """Choose inside by what another process has found out, so that this one need not use CUDA."""
+    """Choose precisions inside by a device that another process has found, so that this one need not use CUDA."""
     _known.append(device)
     try:
         yield
@@ -66,7 +66,7 @@ def choose_device(device: Device) -> torch.device:
 
 
 def device_type(device: Device) -> str:
-    """Return ``cpu`` or ``cuda``: what ``auto`` comes to here, or what is asked for, be it of another machine.
+    """Return ``cpu`` or ``cuda``: for ``auto`` what this machine has, otherwise what is asked for.
 
     Args:
         device: As configured.
@@ -79,14 +79,14 @@ def choose_precision(precision: Precision, device: str) -> Precision:
 
     Args:
         precision: As configured; ``auto`` takes TF32 on CUDA devices that have it, and float32 elsewhere.
-        device: ``cpu`` or ``cuda``. A CUDA device of another machine counts as one that has TF32 and bfloat16, as all
-            since 2020 do.
+        device: ``cpu`` or ``cuda``. Without CUDA here, it is a device of another machine, and counts as one that has
+            TF32 and bfloat16, as all devices since 2020 do.
 
     Returns:
         Any but ``auto``.
 
     Raises:
-        ConfigError: If the device has none of the precision that is asked for.
+        ConfigError: If the device does not have the precision that is asked for.
     """
     if precision is Precision.auto:
         return Precision.tf32 if _has(Precision.tf32, device) else Precision.float32
@@ -99,11 +99,11 @@ def choose_precision(precision: Precision, device: str) -> Precision:
 
 
 def rates_as_configured(path: str | None, device: torch.device) -> AbstractContextManager[None]:
-    """Return a context in which the preconditioner goes by other rates.
+    """Return a context in which the preconditioner chooses by other rates.
 
     Args:
-        path: As configured: a file, or ``cpu`` or ``cuda`` for the project's own; ``None`` leaves those in force.
-        device: The device that they are of.
+        path: As configured: a file, or ``cpu`` or ``cuda`` for the project's own; ``None`` changes nothing.
+        device: The device whose rates they are.
 
     Raises:
         ConfigError: If the file cannot be read or holds no such rates.
@@ -124,7 +124,7 @@ def rates_as_configured(path: str | None, device: torch.device) -> AbstractConte
 
 def _has(precision: Precision, device: str) -> bool:
     if device != "cuda":
-        return precision is not Precision.tf32  # bfloat16 is autocast, be it emulated
+        return precision is not Precision.tf32  # autocast emulates bfloat16 where it must
     if not torch.cuda.is_available():
         return True
     return precision in _known[-1].precisions if _known else _current_has(precision)

@@ -1,4 +1,4 @@
-"""A run that was trained, as something to use: its network with weights, its configuration and its rows."""
+"""A trained run, loaded to be used: its network with weights, its configuration and its rows."""
 
 import dataclasses
 import io
@@ -24,17 +24,17 @@ Weights = Literal["best", "last"]
 
 @dataclasses.dataclass(frozen=True)
 class LoadedRun:
-    """What :func:`load_run` returns.
+    """A trained run, as :func:`load_run` returns it.
 
     Attributes:
         network: The network with the weights, in evaluation mode. It takes images ``[batch, 3, 32, 32]`` in float32,
             normalised per channel with the mean and deviation of the training images (``build_splits(config.dataset)``
             has both as ``mean`` and ``std``), and returns logits ``[batch, classes]``.
         config: The run's configuration.
-        records: A row of metrics.csv per epoch, of which the first is the untrained network.
+        records: A row of metrics.csv per epoch; the first row is the untrained network.
         info: What run.json holds: status, test error, versions, machines.
-        epoch: The epoch that the weights are of.
-        batch: Mini-batches of the epoch after it that they have seen too, of a run that is on its way.
+        epoch: The epoch after which the weights were taken.
+        batch: Mini-batches of the next epoch that the weights have seen too, if the run has not ended.
     """
 
     network: nn.Module
@@ -48,22 +48,22 @@ class LoadedRun:
 def load_run(
     directory: str | os.PathLike[str], weights: Weights = "best", device: str | torch.device = "cpu"
 ) -> LoadedRun:
-    """Return what a run has trained.
+    """Load a trained run.
 
     Args:
         directory: The run's directory, which has its run.json.
         weights: ``best``, of the epoch with the lowest validation error (the first of equals), or ``last``. While a run
             has not ended, those of its last checkpoint.
-        device: Where the network goes.
+        device: The device that the network is moved to.
 
     Returns:
         Network, configuration and rows.
 
     Raises:
         ValueError: If ``weights`` is neither.
-        RecordError: If the directory is not that of a run, its files are damaged, or it has no such weights: of a run
-            without a complete epoch, and the last of one that has diverged.
-        CheckpointError: If the weights have to come from a checkpoint, which is damaged.
+        RecordError: If the directory is not that of a run, its files are damaged, or it has no such weights: a run
+            without a complete epoch has none, and a diverged run has no last ones.
+        CheckpointError: If the weights must come from a checkpoint and that is damaged.
     """
     if weights not in ("best", "last"):
         raise ValueError(f"weights must be 'best' or 'last', got {weights!r}.")
@@ -71,7 +71,7 @@ def load_run(
     info = read_run_info(path / "run.json")
     place = RunDirectory(path, info.fingerprint, info.seed)
     records = read_ended_records(place.metrics, info)
-    # Where a run was trained on from need not be there any more.
+    # The run from which this one was trained on may be gone.
     config = compose_config(overrides_of(info.config | {"start_from": None}, place.info))
     config = dataclasses.replace(config, start_from=info.config.get("start_from"))
     state, epoch, batch = _state(place, info, weights, records)
@@ -86,7 +86,7 @@ def load_run(
 def _state(
     place: RunDirectory, info: RunInfo, weights: Weights, records: list[EpochRecord]
 ) -> tuple[dict[str, Tensor], int, int]:
-    """Return parameters and buffers, the epoch that they are of, and the mini-batches after it."""
+    """Return parameters and buffers, the epoch after which they were taken, and the mini-batches since then."""
     path = place.weights[weights]
     if path.exists() and info.status in ("finished", "diverged"):
         try:

@@ -59,7 +59,7 @@ _INTERRUPTED = "interrupted; the same command goes on where this one stopped."
 def main(arguments: Sequence[str] | None = None) -> int:
     """Carry out the command line and return the exit code.
 
-    What a user can cause ends with one sentence on stderr; with ``--debug`` with a traceback.
+    An error that a user can cause ends with one sentence on stderr; with ``--debug``, with a traceback.
 
     Args:
         arguments: Command line without the program's name; None reads it from the process.
@@ -116,7 +116,7 @@ def _carry_out(options: argparse.Namespace, command: str) -> None:
 
 
 def _say_time(forecast: Forecast, scale: str, device: str) -> None:
-    """Say how long what is left will take, and which scale is made for this machine if it is not this one."""
+    """Print how long the rest will take, and, for the full scale on a CPU, which scale is made for it."""
     lines = forecast.lines()
     if lines and scale == "full" and device == "cpu":
         lines.append(_SMALLER)
@@ -143,13 +143,13 @@ def _interrupted_by_sigterm() -> Iterator[None]:
 
 
 def _resources(options: argparse.Namespace) -> tuple[str, list[str], Launcher | None]:
-    """Return the device, the overrides of every run, and the launcher if it is not this command itself."""
+    """Return the device, the overrides of every run, and the launcher; None if this command launches the runs."""
     of_launcher, overrides = launcher_overrides(options.overrides)
     if options.launcher == LOCAL:
         if of_launcher:
             raise ConfigError(f"{of_launcher[0]} means nothing to --launcher local; give {' or '.join(LAUNCHERS)}.")
         return _device(overrides), overrides, None
-    if options.launcher == SLURM:  # whose machines this one knows nothing about
+    if options.launcher == SLURM:  # this machine knows nothing about its machines
         launcher = load_launcher(SLURM, of_launcher, options.jobs)
     else:
         launcher = load_launcher(options.launcher, of_launcher, options.jobs, _default_jobs(_device(overrides)))
@@ -171,7 +171,7 @@ def _device_overrides(overrides: Sequence[str]) -> list[str]:
 
 @contextlib.contextmanager
 def _only_one(root: Path) -> Iterator[None]:
-    """Hold the campaign's directory, or say that another process does."""
+    """Hold the campaign's directory, or raise if another process holds it."""
     try:
         with exclusive(root):
             yield

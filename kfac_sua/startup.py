@@ -1,6 +1,6 @@
-"""How every command begins and ends: Ctrl-C while its packages are imported, which takes seconds, and its streams.
+"""How every command begins and ends: its streams, and Ctrl-C during the seconds in which it imports its packages.
 
-Imports nothing heavy itself, so that it can come first.
+This file imports nothing heavy, so that it can come first.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ def run_command(command: Callable[[], int | None]) -> NoReturn:
         command: The command's ``main``.
 
     Raises:
-        SystemExit: Always; with code 1 instead of 0 if output was lost, as on a full disk, that nothing else holds.
+        SystemExit: Always. The code is 1 instead of 0 if output was lost, as on a full disk, and no file holds it.
     """
     if signal.getsignal(signal.SIGINT) is _leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -40,6 +40,6 @@ def run_command(command: Callable[[], int | None]) -> NoReturn:
 def _leave(number: int, frame: FrameType | None) -> None:
     """Leave at once: an exception within the import of an extension module may end anywhere."""
     del frame
-    with contextlib.suppress(OSError):  # of a stderr that nobody reads
+    with contextlib.suppress(OSError):  # nobody may read stderr
         os.write(2, b"interrupted.\n")
     os._exit(128 + number)

@@ -1,7 +1,7 @@
-"""The standard streams of a command, made so that nothing that happens to them stops its work.
+"""The standard streams of a command, guarded so that no fault of theirs stops its work.
 
-A character that a stream cannot encode is replaced, a reader that has gone is not missed, and what a full device
-refuses is said once, on stderr. Imports nothing heavy itself, so that it can come first.
+A character that a stream cannot encode is replaced. A reader that has gone is no error. What a full device refuses is
+reported once, on stderr. This file imports nothing heavy, so that it can come first.
 """
 
 import codecs
@@ -18,8 +18,7 @@ _STDOUT, _STDERR = 1, 2
 _LOST, _INTERRUPTED = 1, 130  # exit codes
 
 _ERRORS = "kfac_sua.readable"
-# How to read what the commands print where a stream is ASCII or Latin-1. The width of a character is kept where one
-# of ASCII looks like it.
+# What to print where a stream is ASCII or Latin-1: characters that read alike, of the same width where there is one.
 _READABLE = {
     **{"±": "+-", "×": "x", "·": "*", "√": "sqrt", "²": "^2", "³": "^3", "ε": "eps", "µ": "u", "′": "'"},
     **{"≥": ">=", "≤": "<=", "≠": "!=", "→": "->", "–": "-", "−": "-", "…": "...", "•": "*"},
@@ -28,14 +27,14 @@ _READABLE = {
 
 
 def guard_streams() -> None:
-    """Let no output fail, of stdout and stderr and of all that is printed to them: call it before anything is.
+    """Keep all output to stdout and stderr from failing. Call this before anything is printed.
 
-    - A descriptor that was closed before the start (``>&-``) is /dev/null, or the next file to be opened would get its
-      number, and with it all that libraries print.
-    - What a stream cannot encode is replaced, by what reads alike or else by its code.
-    - What cannot be written is dropped. Of stdout that is said once on stderr, unless its reader has gone.
+    - A descriptor that was closed before the start (``>&-``) becomes /dev/null. Otherwise the next file to be opened
+      would get its number, and with it all that libraries print.
+    - A character that a stream cannot encode is replaced by one that reads alike, or else by its code.
+    - What cannot be written is dropped. For stdout, stderr says so once, unless the reader of stdout has gone.
 
-    A stream that someone else has put in the place of the process's own is left alone.
+    A stream that someone else has put in the place of the process's own is not changed.
     """
     _occupy_descriptors()
     codecs.register_error(_ERRORS, _replacement)
@@ -46,7 +45,7 @@ def guard_streams() -> None:
 
 
 def output_is_recorded() -> None:
-    """Say that files hold what this command comes to, so that output that is lost makes no failure of it."""
+    """Note that files hold the results of this command, so that lost output does not make it fail."""
     _writer(_STDOUT).is_recorded = True
 
 
@@ -57,13 +56,13 @@ def leave_with(command: Callable[[], int | None]) -> NoReturn:
         command: Returns its exit code, or None for 0; or raises ``SystemExit``.
 
     Raises:
-        SystemExit: Always; with code 1 instead of 0 if output was lost that nothing else holds, 130 after Ctrl-C.
+        SystemExit: Always. The code is 1 instead of 0 if output was lost that no file holds, and 130 after Ctrl-C.
     """
     try:
         code: object = command()
     except SystemExit as leaving:
         code = leaving.code
-    except KeyboardInterrupt:  # of a command that has nothing to say of its own
+    except KeyboardInterrupt:  # the command has no sentence of its own for it
         print("interrupted.", file=sys.stderr, flush=True)
         code = _INTERRUPTED
     sys.stdout.flush()
@@ -72,11 +71,11 @@ def leave_with(command: Callable[[], int | None]) -> NoReturn:
 
 
 class _Writer(io.FileIO):
-    """Writes to a descriptor what can be written there.
+    """Writes to a descriptor, and drops what cannot be written.
 
     Attributes:
-        is_lost: Whether something could not be, and not because its reader has gone.
-        is_recorded: Whether that is of no consequence.
+        is_lost: Whether something was dropped for another reason than that its reader has gone.
+        is_recorded: Whether files hold what was dropped.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -84,7 +83,7 @@ class _Writer(io.FileIO):
         self.is_lost = self.is_recorded = False
 
     def write(self, data: Any, /) -> int:
-        """Write all of it, and return how much that was; what is refused counts as written."""
+        """Write data and return its length; what the system refuses counts as written."""
         content = memoryview(data).cast("B")
         left = content
         while left:
@@ -93,7 +92,7 @@ class _Writer(io.FileIO):
             except OSError as error:
                 self._lose(error)
                 break
-            if written is None:  # the descriptor does not block, as some terminals leave it
+            if written is None:  # the descriptor does not block, as after some terminals
                 select.select([], [self], [])
             else:
                 left = left[written:]
@@ -113,7 +112,7 @@ def _writer(descriptor: int) -> _Writer:
 
 
 def _guarded(stream: TextIO | None, descriptor: int) -> TextIO:
-    """Return what writes to a descriptor as a stream does, but never fails."""
+    """Return a stream that writes to a descriptor like another one, but never fails."""
     raw = _writer(descriptor)
     is_unbuffered = isinstance(stream, io.TextIOWrapper) and stream.write_through
     return io.TextIOWrapper(
@@ -140,6 +139,6 @@ def _replacement(error: UnicodeError) -> tuple[str | bytes, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
     character, end = error.object[error.start], error.start + 1
-    if "\udc80" <= character <= "\udcff":  # a byte of a file's name that is no text in this encoding
+    if "\udc80" <= character <= "\udcff":  # Python's stand-in for a byte of a file name that is no valid text
         return bytes([ord(character) - 0xDC00]), end
     return _READABLE.get(character) or character.encode("ascii", "backslashreplace").decode("ascii"), end

@@ -49,8 +49,8 @@ from kfac_sua.training.loop import run
 from kfac_sua.training.world import OtherProcessError
 from kfac_sua.tuned import auto_keys
 
-# What a user can cause. PyTorch and the preconditioner raise RuntimeError for what cannot be done (out of memory, a
-# factor that is not positive definite); any other exception is a bug and keeps its traceback.
+# Errors that a user can cause. PyTorch and the preconditioner raise RuntimeError where something cannot be done (out of
+# memory, a factor that is not positive definite). Any other exception is a bug and keeps its traceback.
 INPUT_ERRORS = (ConfigError, DataError, HydraException, OmegaConfBaseException)
 RUN_ERRORS = (
     *(RecordError, CheckpointError, RunBusyError, LostContactError, OtherProcessError),
@@ -82,12 +82,12 @@ class SweepCellError(Exception):
 def main() -> int:
     """Carry out the command line and return the exit code.
 
-    What a user can cause ends with one sentence on stderr; with ``--debug``, or ``HYDRA_FULL_ERROR=1`` in the
+    An error that a user can cause ends with one sentence on stderr; with ``--debug``, or ``HYDRA_FULL_ERROR=1`` in the
     environment, with a traceback.
 
     Returns:
         0 if every run finished or is recorded as diverged, 1 if one failed, 2 for bad input, 130 after Ctrl-C, 143
-        after SIGTERM. What is printed and gets lost, as on a full disk, is no failure of a run.
+        after SIGTERM. Output that gets lost, as on a full disk, is no failure of a run.
     """
     keep_command("kfac_sua.train", sys.argv[1:])
     is_debug = DEBUG in sys.argv or os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -113,12 +113,12 @@ def _raised_errors() -> Iterator[None]:
 
 
 def _debug() -> int:
-    """Carry out the command line, whose errors all come through."""
+    """Carry out the command line without handling its errors."""
     return _with_hydra(train)
 
 
 def _carry_out() -> int:
-    """Carry out the command line, say in one sentence what a user can cause, and return the exit code."""
+    """Carry out the command line, print one sentence for an error of a user's, and return the exit code."""
     try:
         return _with_hydra(train_and_report)
     except SweepCellError as error:
@@ -158,7 +158,7 @@ def _checked(line: CommandLine) -> tuple[list[str], Cells | None]:
     """Refuse bad configurations of any of the runs.
 
     Returns:
-        The overrides, with what runs are told of their sweep; and all runs, ``None`` where something is only shown.
+        The overrides, with those that a sweep adds; and all runs, or ``None`` where something is only shown.
     """
     overrides = line.all_overrides()
     if line.for_hydra_alone:
@@ -183,9 +183,9 @@ def train(raw: DictConfig) -> float | None:
         raw: The composed configuration.
 
     Returns:
-        What a sweeper that optimises minimises, from the process that speaks for the run.
+        The number that an optimising sweeper minimises, from the main process of the run; None from the others.
     """
-    guard_streams()  # of a launcher's process, which has begun otherwise
+    guard_streams()  # a launcher's process has not begun with this file
     output_is_recorded()
     config, launch = to_config(raw), read_launch(os.environ)
     begin_in_sweep(config)
@@ -226,12 +226,12 @@ def train_and_report(raw: DictConfig) -> float | None:
 
 
 def _is_from_run(error: BaseException) -> bool:
-    """Tell a run's own exception from those that Hydra raises on its way there, which are of any type."""
+    """Return whether a run raised an exception itself, and not Hydra before it, whose exceptions have any type."""
     return any(frame.f_code is train_and_report.__code__ for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def _say_why(error: BaseException) -> int:
-    """Say in one sentence why a run fails, if no other of its processes says the same, and return the exit code."""
+    """Print why a run fails, unless another of its processes prints that, and return the exit code."""
     code, launch = _exit_code(error), _launch()
     if isinstance(error, OtherProcessError):
         return code
@@ -240,7 +240,7 @@ def _say_why(error: BaseException) -> int:
 
 
 def _say_of_command(error: BaseException) -> int:
-    """Say what is wrong with the command line, which is the same for all processes, and return the exit code."""
+    """Print what is wrong with the command line, which all processes share, in one of them; return the exit code."""
     code = _exit_code(error)
     return code if _launch().rank else say(_sentence(error), code)
 
@@ -250,7 +250,7 @@ def _exit_code(error: BaseException) -> int:
 
 
 def _launch() -> Launch:
-    """Return this process's place among those of the run; alone if the environment makes no sense."""
+    """Return this process's place among those of the run; a process alone if the environment makes no sense."""
     try:
         return read_launch(os.environ)
     except ConfigError:

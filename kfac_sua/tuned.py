@@ -1,9 +1,9 @@
 """What ``optimizer.lr=auto`` and ``preconditioner.damping=auto`` stand for: one table of settings that were tried.
 
-No single learning rate is good for every structure, network and width: the curvature that a damping is added to grows
-and shrinks with them. The table is a start, not an optimum: with it each structure trains stably from the first epoch,
-and its training loss is below that of the baseline's own default epoch by epoch. ``sweep=lr_damping`` and ``make
-reproduce-fig1`` search further.
+No single learning rate is good for every structure, network and width, as the curvature to which the damping is added
+changes with them. The table is a start, not an optimum. With it each structure trains stably from the first epoch, and
+in every epoch its training loss is below that of the baseline with the baseline's default.
+``sweep=lr_damping`` and ``make reproduce-fig1`` search further.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ class Tuned:
     Attributes:
         lr: Learning rate.
         damping: Tikhonov ε; None for the baseline, which has none.
-        evidence: Where it was tried, in words; ``provisional`` stands there where it was not tried at this place.
+        evidence: Where it was tried, in words; with the word ``provisional`` where that was not here.
     """
 
     lr: float
@@ -60,7 +60,7 @@ class Row:
 def _settings(
     baseline_lr: float, lr: float, damping: float, **apart: tuple[float, float]
 ) -> dict[PreconditionerName, tuple[float, float | None]]:
-    """Return one pair for all structures but those named apart, and a learning rate for the baseline."""
+    """Return one pair for all structures, except for those named apart, and a learning rate for the baseline."""
     pairs: dict[PreconditionerName, tuple[float, float | None]] = dict.fromkeys(PreconditionerName, (lr, damping))
     pairs[PreconditionerName.baseline] = (baseline_lr, None)
     return pairs | {PreconditionerName(name): pair for name, pair in apart.items()}
@@ -98,9 +98,9 @@ TABLE = (
         _settings(0.1, lr=0.03, damping=0.1),
     ),
 )
-# Where auto may stand: node and key.
+# Keys that may hold auto: node and key.
 _KEYS = (("optimizer", "lr"), ("preconditioner", "damping"))
-# On the plain gradient, of any network: the defaults of PyTorch and of Muon's author.
+# Learning rates for the plain gradient and any network: the defaults of PyTorch and of Muon's author.
 _COMPARATORS = {OptimizerName.adamw: 0.001, OptimizerName.muon: 0.02}
 
 
@@ -149,11 +149,11 @@ def resolve_auto(raw: DictConfig) -> None:
 
 
 def opening_line(config: Config, auto: Sequence[str]) -> str:
-    """Return learning rate and damping of a run in words, and of what ``auto`` stood for where it was tried.
+    """Return learning rate and damping of a run in words, and where the values for ``auto`` were tried.
 
     Args:
         config: The configuration, with numbers.
-        auto: What :func:`auto_keys` returned before there were numbers.
+        auto: The keys that held ``auto`` (:func:`auto_keys`).
     """
     values = f"lr {config.optimizer.lr:g}"
     if isinstance(config.preconditioner, KroneckerConfig):

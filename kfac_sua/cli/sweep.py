@@ -1,4 +1,4 @@
-"""A sweep, ``python -m kfac_sua.train -m …``: which of its runs this one is, and what all of them came to."""
+"""A sweep, ``python -m kfac_sua.train -m …``: the number of a run in it, what it returns, and the table of all runs."""
 
 import math
 import os
@@ -19,7 +19,7 @@ from kfac_sua.runs.directory import run_directory
 from kfac_sua.runs.record import EpochRecord, RecordError, RunInfo, read_records, read_run_info
 from kfac_sua.streams import output_is_recorded
 
-# How a run learns how many there are, in whatever process and on whatever machine a launcher carries it out.
+# The variable from which a run learns how many there are, in any process and on any machine of a launcher.
 _NUM_RUNS = "KFAC_SUA_SWEEP_RUNS"
 
 
@@ -28,7 +28,7 @@ _carried_out: list[Config] = []
 
 
 def begin_in_sweep(config: Config) -> None:
-    """Note a run of this process's sweep: which runs there are, a sweeper that optimises decides on the way.
+    """Note a run of this process's sweep, since an optimising sweeper decides only on the way which runs there are.
 
     Args:
         config: The run's configuration.
@@ -38,10 +38,10 @@ def begin_in_sweep(config: Config) -> None:
 
 
 def sweep_overrides(overrides: Sequence[str], num_runs: int | None) -> list[str]:
-    """Return what Hydra is told of a sweep on top: how many runs there are, for each to say.
+    """Return overrides that a sweep adds: the number of its runs, and how much Hydra prints.
 
-    Runs that this process carries out one after the other say which they are, so that Hydra's own lines, which count
-    from 0, are left out; a launcher's jobs say nothing here, and its lines stay.
+    Runs that this process carries out one after the other print their own number, and replace Hydra's lines, which
+    count from 0. The jobs of a launcher print nothing here, and its lines stay.
 
     Args:
         overrides: Those of the command line.
@@ -55,7 +55,7 @@ def sweep_overrides(overrides: Sequence[str], num_runs: int | None) -> list[str]
 
 
 def refuse_links(cells: Sequence[Config]) -> None:
-    """Refuse links where Hydra and its sweepers would write through them, into something else.
+    """Refuse links through which Hydra and its sweepers would write somewhere else.
 
     Args:
         cells: The configurations of all runs.
@@ -84,12 +84,12 @@ def place_in_sweep(config: Config) -> str:
 
 
 def objective_value(objective: Objective, info: RunInfo, records: Sequence[EpochRecord]) -> float:
-    """Return what a run is to be judged by; never the test set, which is measured once and chosen by nobody.
+    """Return the number by which a run is judged. The test set has no part in it.
 
     Args:
         objective: Which quantity.
         info: What run.json holds at the end.
-        records: The rows of metrics.csv, of which row 0 is the untrained network.
+        records: The rows of metrics.csv; row 0 is the untrained network.
 
     Returns:
         An error in [0, 1] or a loss in nats; infinity if the run has diverged.
@@ -112,11 +112,11 @@ def say_summary(cells: Cells | None) -> None:
     """Print the table of a sweep's runs, how many have failed or diverged, and the commands that show more.
 
     Args:
-        cells: All its runs; nothing is said of a single one, which has said how it ended, and of none.
+        cells: All its runs. For a single run, which has said itself how it ended, and for none, nothing is printed.
     """
     if cells is None or cells.num_runs == 1 or all(cell.progress is ProgressStyle.none for cell in cells.configs):
         return
-    output_is_recorded()  # also of runs that a launcher has carried out elsewhere
+    output_is_recorded()  # also where a launcher has carried out the runs elsewhere
     by_place: dict[str, list[Config]] = {}
     for cell in cells.configs if cells.are_all else _carried_out:
         by_place.setdefault(cell.output_dir, []).append(cell)
@@ -127,7 +127,7 @@ def say_summary(cells: Cells | None) -> None:
 
 
 def _say_runs(root: Path, cells: Sequence[Config], *, shows_best: bool) -> None:
-    """Print the table of some runs below one directory, and what shows more of it."""
+    """Print the table of some runs below one directory, and the commands that show more."""
     from kfac_sua.runs.collect import CollectError, collect_directories, table_text  # pandas takes a second
 
     found = {run_directory(cell, device_type(cell.device)).path.absolute(): cell for cell in cells}
@@ -151,13 +151,13 @@ def _say_runs(root: Path, cells: Sequence[Config], *, shows_best: bool) -> None:
 
 
 def _value(path: Path, config: Config) -> float:
-    """Return what a run of a sweeper that optimises was judged by."""
+    """Return the number by which an optimising sweeper has judged a run."""
     info = read_run_info(path / "run.json")
     return objective_value(config.objective, info, read_records(path / "metrics.csv"))
 
 
 def _say_commands(root: Path) -> None:
-    python = _called("python", _shown(sys.executable))  # that of `make` lies below the working directory
+    python = _called("python", _shown(sys.executable))  # with `make` it lies below the working directory
     print(f"This table of all runs there: {python} -m kfac_sua.runs.collect {_shown(str(root))}")
     tensorboard = _called("tensorboard", f"{python} -m tensorboard.main")
     print(f"Their curves: {tensorboard} --logdir {_shown(str(root))}", flush=True)
@@ -170,5 +170,5 @@ def _called(name: str, otherwise: str) -> str:
 
 
 def _shown(path: str) -> str:
-    """Return a path as it is typed, from the working directory if it lies below that."""
+    """Return a path as one types it: relative to the working directory if it lies below that."""
     return shlex.quote(os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else path)

@@ -34,8 +34,8 @@ class Cells:
 
     Attributes:
         configs: Their checked configurations, in Hydra's order; one for a single run.
-        are_all: Whether these are the runs. A sweeper that optimises chooses values itself: ``configs`` then hold every
-            combination of those that it chooses from, and of both ends of intervals.
+        are_all: Whether ``configs`` are exactly the runs. An optimising sweeper chooses values itself; ``configs`` then
+            hold every combination of the values that it can choose, with both ends of each interval.
         num_runs: How many runs there will be, where that is known.
     """
 
@@ -47,8 +47,8 @@ class Cells:
 def compose_cells(overrides: Sequence[str], *, multirun: bool = False, config_dir: Path | None = None) -> Cells:
     """Return the checked configurations of all runs that a command line asks for.
 
-    Hydra checks a sweep cell by cell, each when its turn comes, and writes files before the first; going through all
-    of them beforehand means that a sweep with one bad cell does not start.
+    Hydra checks each cell of a sweep only when its turn comes, and writes files before the first. Here all cells are
+    checked beforehand, so that a sweep with one bad cell does not start.
 
     Args:
         overrides: Arguments, with several values (``optimizer.lr=0.1,0.03``) where they are swept over.
@@ -84,14 +84,14 @@ def compose_cells(overrides: Sequence[str], *, multirun: bool = False, config_di
 
 
 def check_overrides(overrides: Sequence[str], config_dir: Path | None = None) -> None:
-    """Refuse what :func:`compose_cells` refuses before it composes anything: what a flag shows must be what would run.
+    """Refuse the overrides that :func:`compose_cells` refuses, for options that only show what would run.
 
     Args:
         overrides: Arguments.
         config_dir: Directory with configurations of the user's own.
 
     Raises:
-        ConfigError: If one cannot be read, or is none of a setting.
+        ConfigError: If one cannot be read, or its key is not that of a setting.
     """
     with initialized_hydra(config_dir):
         parse(overrides)
@@ -108,7 +108,7 @@ def _cells(overrides: Sequence[Override]) -> list[list[str]]:
             axes[key_of(override)] = values
             if not values:
                 raise ConfigError(f"{override.input_line} matches nothing, so there is no run to start.")
-        else:  # an interval, of which a sweeper draws: both ends must be such that a run can have them
+        else:  # an interval, from which a sweeper draws: a run must be possible at both of its ends
             ends = cast(IntervalSweep, override.value())
             axes[key_of(override)] = [f"{override.get_key_element()}={end}" for end in (ends.start, ends.end)]
     if math.prod(map(len, axes.values())) > MAX_CELLS:
@@ -117,7 +117,7 @@ def _cells(overrides: Sequence[Override]) -> list[list[str]]:
 
 
 def _swept_values(override: Override) -> list[str]:
-    """Return all values of an axis, which Hydra would otherwise go through however many there are."""
+    """Return all values of an axis, but refuse a range that is too long: Hydra would list all of its values."""
     sweep = override.value()
     if isinstance(sweep, RangeSweep):
         start, stop, step = (float(value or 0) for value in (sweep.start, sweep.stop, sweep.step))

@@ -60,10 +60,10 @@ def composed_hydra(overrides: Sequence[str], own: Sequence[str] = ()) -> Iterato
 
     Args:
         overrides: Arguments such as ``"hydra/launcher=slurm"`` and ``"hydra.launcher.partition=gpu"``.
-        own: What this package adds, which may set any of Hydra's keys.
+        own: Overrides that this package adds; they may set any of Hydra's keys.
 
     Yields:
-        The configuration, and what composes others from the same files, as a launcher does.
+        The configuration, and the loader with which a launcher composes others from the same files.
 
     Raises:
         ConfigError: If it cannot be composed, names code to run, or needs a plugin that is not installed.
@@ -74,7 +74,7 @@ def composed_hydra(overrides: Sequence[str], own: Sequence[str] = ()) -> Iterato
 
 
 def to_config(raw: DictConfig) -> Config:
-    """Convert a composed configuration to checked dataclasses, below which nothing sees a ``DictConfig``.
+    """Convert a composed configuration to checked dataclasses; no other code sees a ``DictConfig``.
 
     Args:
         raw: What Hydra composed, without its own ``hydra`` node.
@@ -140,7 +140,7 @@ def compose_raw(overrides: Sequence[str], *, with_hydra: bool = False) -> DictCo
 
 
 def _files_of_other_encodings() -> Iterator[str]:
-    """Yield the YAML files that cannot be read as UTF-8, which the error itself does not name."""
+    """Yield the YAML files that cannot be read as UTF-8; the error itself does not name them."""
     for element in GlobalHydra.instance().config_loader().get_search_path().get_path():
         scheme, _, place = str(element.path).partition("://")
         for path in sorted(Path(place).rglob("*.yaml")) if scheme == "file" else ():

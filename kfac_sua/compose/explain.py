@@ -38,7 +38,7 @@ OPTION_OF_TYPE: dict[type, str] = {
     ScheduleConfig: "schedule=constant or cosine",
     StepScheduleConfig: "schedule=step",
 }
-# All types that a node of a group may have, for suggestions: a key may belong to another option.
+# Type of a group -> the types that its node may have. Suggestions look at all of them: a key may be another option's.
 TYPES_OF_GROUP: dict[type, tuple[type, ...]] = {
     ModelConfig: (PlainNetConfig,),
     PreconditionerConfig: (KroneckerConfig,),
@@ -62,7 +62,7 @@ def explain(error: BaseException) -> str:
         sentence = _explain_one(cause)
         if sentence:
             return sentence
-    # OmegaConf appends types, Hydra its search path: of use to no one who typed a command.
+    # OmegaConf appends types, and Hydra its search path, which do not help a user.
     texts = [re.split(r"\n *full_key:|\nConfig search path:", str(cause))[0] for cause in _causes(error)]
     return f"The configuration cannot be composed: {' '.join(' '.join(texts).split()).rstrip('.')}."
 
@@ -126,7 +126,7 @@ def _nearest_key(full_key: str) -> str | None:
     """Return the existing key that was probably meant: the same last part elsewhere, or a similar spelling."""
     keys = all_keys()
     if full_key in keys:
-        return None  # it exists, with another option of its group
+        return None  # the key exists, but another option of its group has it
     parent, _, leaf = full_key.rpartition(".")
     for key in keys:
         if key.rpartition(".")[2] == leaf:

@@ -1,7 +1,7 @@
 """Which of Hydra's own settings may change: its launcher and its sweeper, which spread runs and choose their values.
 
 Hydra's node of a configuration names classes to instantiate, files to write and directories to change to. The command
-has answers of its own for all of these, so that any other of its settings is refused, on the command line and in files.
+decides all of these itself. So it refuses every other setting of Hydra, on the command line and in files.
 """
 
 from collections.abc import Iterator
@@ -12,16 +12,16 @@ from omegaconf import DictConfig, OmegaConf
 
 from kfac_sua.config import ConfigError, shown
 
-# The key by which Hydra takes a value for the name of something to call.
+# Hydra calls what the value of this key names.
 CODE = "_target_"
 # Other keys of plugins that name something to call.
 _NAMES_OF_CODE = ("custom_search_space", "constraints_func")
 _ADMITTED = ("launcher", "sweeper", "mode", "verbose")
-# Set by Hydra itself, each time anew.
+# Hydra sets these itself, anew for each run.
 _OF_THE_MOMENT = ("runtime", "overrides", "job.name", "job.override_dirname", "job.id", "job.num", "job.config_name")
-# Resolvers that make a node of a text, in which something to call would be found only when it is called.
+# Resolvers that make a node of a text. A check of the node would not see what such a text calls.
 _HIDE_CODE = ("${oc.decode", "${oc.create")
-# First part of a key, or the whole -> what serves instead.
+# A key without hydra., or its first part -> what to use instead.
 _INSTEAD = {
     "run": "the directory of a run follows from its configuration; give output_dir=DIR for where all lie",
     "sweep": "a sweep's own files lie in output_dir/.sweep; give output_dir=DIR",
@@ -35,7 +35,7 @@ _INSTEAD = {
 
 
 def refuse_key(key: str, text: str) -> None:
-    """Refuse an override of Hydra's settings but for those of its launcher and its sweeper.
+    """Refuse an override of Hydra's settings, except those of its launcher and its sweeper.
 
     Args:
         key: The key of an override, such as ``hydra.launcher.partition`` or ``optimizer.lr``.
@@ -60,11 +60,11 @@ def check_node(node: DictConfig, plain: DictConfig | None = None) -> None:
 
     Args:
         node: Hydra's node of a composed configuration.
-        plain: The same composed of the package's files alone; ``None`` where no others took part.
+        plain: The same node, composed from the package's files alone; ``None`` if there are no other files.
 
     Raises:
-        ConfigError: If a class is to be called that no launcher or sweeper brings, one of the two has been removed, or
-            another setting is changed.
+        ConfigError: If it calls a class that is no launcher's or sweeper's, lacks one of the two, or changes another
+            setting.
     """
     known = set(_targets(ConfigStore.instance().repo.get("hydra", {})))
     for name in ("launcher", "sweeper"):

@@ -14,7 +14,7 @@ PLUGINS = {
     "submitit_local": "hydra_plugins.hydra_submitit_launcher",
     "joblib": "hydra_plugins.hydra_joblib_launcher",
 }
-# Exceptions of submitit and joblib by name, since neither need be installed, and what they mean.
+# What exceptions of submitit and joblib mean. They are named by text, as neither package need be installed.
 _KILLED = {
     "UncompletedJobError": "A job of the sweep was killed or did not complete; the others go on by themselves",
     "FailedJobError": "A job of the sweep could not be submitted, or failed outside of its run",
@@ -39,20 +39,20 @@ def missing_plugin(option: str) -> str | None:
 def _is_installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # of the package that it lies in
+    except ModuleNotFoundError:  # the package that holds it is missing
         return False
 
 
 def was_killed(error: BaseException) -> bool:
-    """Say whether an exception is a launcher's, about a job that ended without a word."""
+    """Return whether an exception is a launcher's, about a job that was killed."""
     return type(error).__name__ in _KILLED
 
 
 def killed_sentence(error: BaseException) -> str:
-    """Return one sentence for a sweep of which a job was killed.
+    """Return one sentence for a sweep that lost a job.
 
     Args:
-        error: One of which :func:`was_killed` is true.
+        error: An exception for which :func:`was_killed` is true.
     """
     first_line = str(error).strip().partition("\n")[0].rstrip(".:")
     return f"{_KILLED[type(error).__name__]} ({first_line}); the same command starts what is missing."

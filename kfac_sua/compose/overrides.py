@@ -13,16 +13,16 @@ from kfac_sua.compose.hydra_settings import refuse_key
 from kfac_sua.compose.launchers import missing_plugin
 from kfac_sua.config import ConfigError, shown
 
-# Groups whose option fills a node of the configuration.
+# Groups whose chosen option becomes a node of the configuration, so that there can be only one.
 ONE_OPTION = ("model", "dataset", "preconditioner", "optimizer", "schedule")
-# All that a command line chooses from.
+# All groups that a command line chooses an option of.
 GROUPS = (*ONE_OPTION, "experiment", "scale", "sweep", "hydra/launcher", "hydra/sweeper")
-# Texts that Hydra reads as something else.
+# Hydra reads these texts as other values.
 _WORDS = ("null", "true", "false", "nan", "inf")
 
 
 def quoted(text: str) -> str:
-    """Return a text as it stands in an override, so that Hydra reads it back whatever characters it has.
+    """Return a text as it must be written in an override for Hydra to read it back, whatever its characters.
 
     Args:
         text: Such as a path.
@@ -59,7 +59,7 @@ def key_of(override: Override) -> str:
 
 
 def _refuse_key(override: Override) -> None:
-    """Refuse what is not the key of a setting."""
+    """Refuse an override whose key is no setting's."""
     key = key_of(override)
     if not key:
         raise ConfigError(f"{override.input_line} names no key; give key=value.")
@@ -76,9 +76,9 @@ def _refuse_key(override: Override) -> None:
 
 
 def _refuse_option(override: Override, options: Sequence[str]) -> None:
-    """Refuse what is not one option of a group, where the key is that of a group."""
+    """Refuse an override that chooses no option, or several, where its key is a group."""
     key = key_of(override)
-    # Hydra adds with + what the primary configuration leaves out; here it has every group and every key.
+    # In Hydra + adds what the primary configuration lacks. This one lacks no group and no key.
     if (override.is_add() and (options or key in all_keys())) or (override.is_force_add() and options):
         bare = str(override.input_line).lstrip("+")
         raise ConfigError(f"{override.input_line} adds what is there already; leave out the +: {bare}.")
@@ -88,7 +88,7 @@ def _refuse_option(override: Override, options: Sequence[str]) -> None:
         raise ConfigError(f"{override.input_line} names several grids; run them one after the other.")
     if not options or override.is_sweep_override():
         return
-    # Hydra merges a list of options; of an experiment that makes sense, of a network or an optimizer it does not.
+    # Hydra merges a list of options. Experiments can be merged; networks or optimizers cannot.
     admitted: tuple[type, ...] = (str,) if key in ONE_OPTION else (str, list)
     if not isinstance(override.value(), admitted) and not override.is_delete():
         raise ConfigError(f"{key} must be one of {', '.join(options)}, got {shown(override.value())}.")

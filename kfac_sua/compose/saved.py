@@ -17,8 +17,8 @@ from kfac_sua.runs.directory import ADDED_LATER
 def saved_overrides(directory: Path, given: Sequence[str] = ()) -> list[str]:
     """Return the overrides that compose the configuration in a run's ``config.yaml``, with others on top.
 
-    A key that came after the run has the value that says what the run did. Another option of a group, such as
-    ``preconditioner=kfac``, comes with its own keys instead of the saved ones.
+    A key that is newer than the run gets the value under which the run was made. Where the others choose an option of
+    a group, such as ``preconditioner=kfac``, the keys are those of the option and not the saved ones.
 
     Args:
         directory: The run's directory.
@@ -28,8 +28,8 @@ def saved_overrides(directory: Path, given: Sequence[str] = ()) -> list[str]:
         All of them, the given ones last.
 
     Raises:
-        ConfigError: If there is no such file, it is not the configuration of a run, or one of the others would be
-            passed over, as the saved keys win over what files say.
+        ConfigError: If there is no such file, it is not the configuration of a run, or one of the others names a file
+            of keys, over which the saved keys would win.
     """
     keys = {override.lstrip("+~").partition("=")[0]: override for override in given}
     for group in ("experiment", "scale", "sweep"):
@@ -57,7 +57,7 @@ def overrides_of(values: Any, source: object) -> list[str]:
 
     Args:
         values: As in config.yaml and run.json.
-        source: From where they come, for a message.
+        source: Where they come from, for messages.
 
     Raises:
         ConfigError: If it is not the configuration of a run.
