@@ -17,8 +17,8 @@ def resampled_seeds(num_seeds: int, resamples: int, key: str) -> "NDArray[np.int
     Args:
         num_seeds: Seeds to draw from, and per resample.
         resamples: Number of resamples.
-        key: Whose seeds they are. It alone seeds the generator: different keys are drawn independently, and the same
-            key always alike, so that a number does not depend on which others are computed beside it.
+        key: Whose seeds they are. It alone seeds the generator: draws of different keys are independent, and those of
+            one key are always the same, so that a number does not depend on which others are computed.
 
     Returns:
         Positions of the drawn seeds, ``[resamples, num_seeds]``, sorted within a resample: equal draws then have
@@ -31,14 +31,14 @@ def resampled_seeds(num_seeds: int, resamples: int, key: str) -> "NDArray[np.int
 def interval(values: "NDArray[np.float64]") -> tuple[float, float]:
     """Return the percentile interval of a statistic over resamples.
 
-    Both ends are attained values, the outer ones where a quantile falls between two: nothing is interpolated towards
-    infinity. A percentile interval over few seeds is narrower than its nominal coverage: with three it cannot leave
-    the range of what three seeds gave.
+    Both ends are values of the statistic; where a quantile falls between two values, the outer one is taken, so that
+    nothing is interpolated towards infinity. A percentile interval over few seeds is narrower than its nominal coverage
+    says: over three seeds it cannot leave the range of their values.
 
     Args:
-        values: The statistic, ``[resamples]``: finite differences, or ratios, which may be infinite. NaN is the ratio
-            of two infinities or zeros, which could be any from 0 to infinity, so it counts as 0 for the lower end and
-            as infinity for the upper.
+        values: The statistic, ``[resamples]``: finite differences, or ratios, which may be infinite. A NaN is the ratio
+            of two infinities or zeros and could be any number from 0 to infinity; it counts as 0 for the lower end and
+            as infinity for the upper one.
 
     Returns:
         Lower and upper end of the central 95 %.

@@ -130,8 +130,8 @@ def each_once(cells: Iterable[Cell]) -> list[Cell]:
 def read_state(cell: Cell) -> CellState:
     """Return what is on disk of a run.
 
-    Records that are damaged, or incomplete although the run has finished, make it a failed one: it is tried again,
-    which says what to do about them, and the other runs of the campaign go on.
+    A run whose records are damaged, or incomplete although it has finished, counts as failed. It is tried again, which
+    says what to do about them, and the other runs of the campaign go on.
     """
     if not cell.directory.info.exists():
         return CellState("missing", 0)
@@ -159,9 +159,9 @@ def sound_records(cell: Cell) -> list[EpochRecord]:
 
 
 def mark_failed(cell: Cell, reason: str) -> None:
-    """Write into run.json that a run has failed, if it has not ended and no process holds it.
+    """Write into run.json that a run has failed, unless it has ended or a process holds it.
 
-    Where that cannot be written, as on a full disk, the campaign's own output has the reason.
+    Where run.json cannot be written, as on a full disk, the campaign's own output has the reason.
 
     Args:
         cell: The run, maybe one that has never started.
@@ -186,7 +186,7 @@ def log_path(cell: Cell) -> Path:
 
 
 def run_log(directory: RunDirectory) -> Path:
-    """Return the same for the run of a directory."""
+    """Return the file that holds what the run of a directory printed."""
     return directory.path / "log.txt"
 
 
@@ -196,7 +196,7 @@ def _records(cell: Cell) -> list[EpochRecord]:
 
 @functools.cache
 def _composed(base: tuple[str, ...]) -> Config:
-    """Compose once per curve: Hydra takes a tenth of a second, and the cells of a grid differ in two numbers."""
+    """Compose once per curve, as Hydra takes a tenth of a second and the cells of a grid differ in two numbers."""
     return compose_config(base)
 
 

@@ -21,12 +21,12 @@ Curves = Mapping[str, MeanCurve]
 # "Almost as well", "slightly worse": at most a quarter more epochs, which is little against a preconditioner that
 # halves them.
 ALMOST = 1.25
-# "Far cheaper": half as much again is beyond noise, and yet little against the operations saved (inverting a factor 9
-# times as wide takes 9³ = 729 times as many), because the network's own forward and backward pass costs all the same.
+# "Far cheaper": a ratio of 1.5 is beyond noise. It is small beside the operations saved (inverting a factor that is 9
+# times as wide takes 9³ = 729 times as many), because both methods pay for the forward and backward pass.
 FAR_CHEAPER = 1.5
 # "The same or better" validation error: half a point, the standard error of an error of 15 % on 5,000 held-out images.
 SAME_ERROR_POINTS = 0.5
-# "Catches up": the baseline ends less than a point behind, two such standard errors.
+# "Catches up": the baseline ends less than a point, two such standard errors, behind.
 CAUGHT_UP_POINTS = 1.0
 
 
@@ -36,9 +36,9 @@ class Measure:
 
     Attributes:
         words: What is measured.
-        of: A method's and the baseline's curves, ``[..., points]``, to the number, ``[...]``.
+        of: Maps the curves of a method and of the baseline, ``[..., points]``, to the number, ``[...]``.
         comparison: ``ratio``, or ``points`` for the difference of two errors in percentage points.
-        is_timed: Whether it needs seconds that can be compared, those of runs alone on the device.
+        is_timed: Whether it needs seconds that can be compared, from runs that are alone on their device.
     """
 
     words: str
@@ -54,7 +54,7 @@ class Criterion:
     Attributes:
         measure: What is compared.
         first: Name of a method.
-        second: Name of the method that it is divided by or that is subtracted from it.
+        second: Name of the method by which it is divided, or which is subtracted from it.
         side: Where the comparison has to lie: ``<`` or ``>`` the threshold.
         threshold: A ratio, or percentage points.
     """

@@ -16,7 +16,7 @@ from kfac_sua.campaign.plan import CurveKey, Plan
 from kfac_sua.campaign.progress import CampaignProgress
 from kfac_sua.campaign.selection import Choice, Rule, select
 
-# Failures whose reason is given in the last sentence; the log of each run holds its own.
+# The last sentence gives the reasons of this many failures; the log of each run holds its own.
 MAX_REASONS = 3
 
 
@@ -26,7 +26,7 @@ class CampaignError(Exception):
 
 @dataclass(frozen=True)
 class Results:
-    """What the runs of a campaign have given.
+    """The results of a campaign's runs.
 
     Attributes:
         grid_cells: All runs of the grids.
@@ -44,13 +44,13 @@ class Results:
 
 
 def conduct(plan: Plan, rule: Rule, engine: Engine, first: Mapping[StageKey, FirstSteps]) -> Results:
-    """Carry out everything of a campaign that has not been carried out yet; its images are there, see ``foretell``.
+    """Carry out all runs of a campaign that have not ended. ``foretell`` has fetched the images before.
 
     Args:
         plan: The campaign.
         rule: How the best cell of a grid is chosen.
         engine: Who carries out the runs.
-        first: What first steps took, by stage and curve, where no run has completed an epoch.
+        first: Seconds of first steps, by stage and curve, where no run has completed an epoch.
 
     Raises:
         CampaignError: If runs failed; the others have been carried out.
@@ -74,7 +74,7 @@ def conduct(plan: Plan, rule: Rule, engine: Engine, first: Mapping[StageKey, Fir
 
 
 def settled(plan: Plan, rule: Rule) -> tuple[dict[CurveKey, Grid], list[Choice] | None]:
-    """Return the grids as far as they have grown by what is on disk, and the choice from each.
+    """Return the grids, grown as far as the runs on disk allow, and the cell chosen from each.
 
     A grid whose best cell lies on an edge grows by one step beyond it, as often as the scale allows.
 
@@ -83,7 +83,7 @@ def settled(plan: Plan, rule: Rule) -> tuple[dict[CurveKey, Grid], list[Choice] 
         rule: How the best cell of a grid is chosen.
 
     Returns:
-        Grids per curve, and the chosen cells; None instead of these while some runs of the grids are to be done.
+        Grids per curve, and the chosen cells; None instead of the cells while runs of the grids are missing.
     """
     firsts = plan.grids()
     grids = dict(firsts)
@@ -112,7 +112,7 @@ def _run(
     is_final: bool = False,
     like: Sequence[Cell] = (),
 ) -> None:
-    """Carry out what has not ended of some runs; others like them tell how long that will take."""
+    """Carry out those runs that have not ended; ``like`` are further runs from which to estimate the time."""
     unique = each_once(cells)
     to_do = [(cell, state) for cell in unique if not (state := read_state(cell)).has_ended]
     if not to_do:
@@ -145,13 +145,13 @@ def _run(
 
 
 def _why_not_ended(cell: Cell) -> str | None:
-    """Return what is wrong with a run that came to its end, if something is: without that it would run for ever."""
+    """Return why a run has not ended although its process came to an end; otherwise it would be tried for ever."""
     state = read_state(cell)
     return None if state.has_ended else state.failure or f"{cell.directory.info} does not say how the run ended."
 
 
 def _failure_sentence(failures: Mapping[str, str], num_runs: int, num_left: int) -> str:
-    """Name every run that failed, and say of the first few why, and how many were not begun."""
+    """Name every run that failed, with the reasons of the first few, and the number of runs not begun."""
     reasons = [f"{name}: {reason}" for name, reason in list(failures.items())[:MAX_REASONS]]
     others = ", ".join(list(failures)[MAX_REASONS:])
     also = f"; and {others}" if others else ""

@@ -1,7 +1,7 @@
 """What a campaign consists of: ``configs/campaign/*.yaml`` as dataclasses.
 
-A campaign is a figure of the paper, or an ablation: panels, each with one curve per method, and per curve the grid over
-which it is tuned. How large all this is, a scale says (``configs/campaign/scale``).
+A campaign is a figure of the paper, or an ablation. It has panels, each with one curve per method, and each curve has
+the grid that tunes it. A scale says how large all this is (``configs/campaign/scale``).
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ class Curve:
     """One curve of one panel.
 
     Attributes:
-        method: What the curve is called in records and figures, unique within its panel.
-        overrides: What makes the run, as for ``python -m kfac_sua.train``; usually ``experiment=<name>``.
+        method: Name of the curve in records and figures, unique within its panel.
+        overrides: Arguments of ``python -m kfac_sua.train`` for its runs; usually ``experiment=<name>``.
         tuning: Which of the scale's grids tunes it, such as ``lr`` or ``lr_damping``.
-        label: Name in legends and tables; None takes that of ``figures/style.py``.
-        optional: Trained only when asked for by name: a comparator that the paper does not have.
+        label: Name in legends and tables; None takes the one in ``figures/style.py``.
+        optional: Whether it is trained only if asked for by name, as a comparator that the paper does not have.
     """
 
     method: str = MISSING
@@ -41,9 +41,9 @@ class Panel:
     """Curves that are compared with each other: one network, one data set, one schedule.
 
     Attributes:
-        name: What the panel is called in records, unique within the campaign.
-        curves: What is trained.
-        title: Heading in figures and report, which comes from the records of the runs (``publish.py``).
+        name: Name of the panel in records, unique within the campaign.
+        curves: Its curves.
+        title: Heading in figures and report. ``publish.py`` makes it from the records of the runs.
     """
 
     name: str = MISSING
@@ -74,12 +74,12 @@ class Campaign:
 
     Attributes:
         name: File in ``configs/campaign``.
-        title: Heading of its figure and report, up to what the records of the runs say themselves (``publish.py``).
+        title: Heading of its figure and report, to which ``publish.py`` adds network and data set of the runs.
         figure: Which drawing: ``fig1`` (loss per epoch, error per second) or ``fig2`` (both errors per second).
         claims: Claims of the paper (``claims.py``) that it decides.
-        differences: Sentences for the report: what is not as in the paper.
-        panels: What is trained.
-        scales: Per scale, what replaces or extends ``configs/campaign/scale``.
+        differences: Sentences for the report on what differs from the paper.
+        panels: Its panels.
+        scales: By scale, keys that replace those of ``configs/campaign/scale``.
     """
 
     name: str = MISSING
@@ -137,7 +137,7 @@ def load_scale(campaign: Campaign, name: str) -> Scale:
     """Return a scale as a campaign uses it.
 
     Args:
-        campaign: The campaign, whose own ``scales`` replace key by key what the file says.
+        campaign: The campaign. Keys of its own ``scales`` replace those of the file.
         name: File in ``configs/campaign/scale``, without its ending.
 
     Raises:
@@ -152,7 +152,7 @@ def load_scale(campaign: Campaign, name: str) -> Scale:
 
 
 def keep_methods(campaign: Campaign, methods: Sequence[str], extra: Sequence[str]) -> Campaign:
-    """Return a campaign with some of its curves.
+    """Return a campaign with only some of its curves.
 
     Args:
         campaign: The campaign as defined.
@@ -160,7 +160,7 @@ def keep_methods(campaign: Campaign, methods: Sequence[str], extra: Sequence[str
         extra: Optional methods to add.
 
     Raises:
-        ConfigError: If a method does not exist, or is not optional and named as such.
+        ConfigError: If a method does not exist, or one of ``extra`` is not optional.
     """
     known = campaign.methods()
     optional = list(

@@ -1,4 +1,4 @@
-"""What a campaign would do: its runs, their state, and the time they will take."""
+"""What a campaign would do: its runs, their states, and how long they will take."""
 
 from kfac_sua.campaign.cell import Cell, CellState
 from kfac_sua.campaign.engine import Engine
@@ -15,7 +15,7 @@ def describe(plan: Plan, rule: Rule, engine: Engine, forecast: Forecast) -> str:
         plan: The campaign.
         rule: How the best cell of a grid is chosen.
         engine: Who would carry out the runs.
-        forecast: What is to be done, and how long that will take.
+        forecast: The runs that are left, and how long they will take.
     """
     estimator, is_chosen = forecast.estimator, forecast.choices is not None
     lines = [

@@ -15,16 +15,16 @@ from kfac_sua.campaign.launcher import JOBLIB, SUBMITIT_LOCAL, Launcher
 from kfac_sua.campaign.pool import run_all
 from kfac_sua.campaign.worker import Task
 
-# An H200 took 44 runs of 3 epochs in 150 s from five processes: a run of this size leaves most of a GPU idle, and each
-# process also needs a core to launch its operations from.
+# Five processes on an H200 carried out 44 runs of 3 epochs in 150 s. A run of this size leaves most of a GPU idle, but
+# each process needs a CPU core that launches its operations.
 RUNS_PER_GPU = 5
-# GiB of a GPU that are left to each run: a network of the paper with its factors, its graphs and a CUDA context of its
-# own. Estimated, not measured: VGG11 at full width takes 0.4 GiB without the context.
+# GiB of a GPU for each run: a network of the paper with its factors, its graphs and a CUDA context. This is estimated,
+# not measured: VGG11 at full width takes 0.4 GiB without the context.
 MEMORY_PER_RUN_GIB = 8
 
 
 class Engine(Protocol):
-    """What a campaign needs of those who carry out its runs."""
+    """What a campaign needs to carry out its runs."""
 
     @property
     def jobs(self) -> int:
@@ -32,21 +32,21 @@ class Engine(Protocol):
 
     @property
     def final_jobs(self) -> int:
-        """Final runs at the same time, whose seconds are compared: one, unless each has a device to itself."""
+        """Final runs at the same time: one, unless each has a device to itself, since their seconds are compared."""
 
     @property
     def description(self) -> str:
-        """Who carries out the runs, and with what, in a line; empty if there is nothing to say."""
+        """A line on what carries out the runs; empty if there is nothing to say."""
 
     @property
     def runs_per_device(self) -> float:
-        """Runs of the grid on one device at the same time, each of which takes so much longer than alone."""
+        """Runs of the grid on one device at the same time; each takes so many times as long as alone."""
 
     def how(self, *, is_final: bool) -> str:
         """Return how many runs are carried out at the same time, in words, and what each has."""
 
     def first_steps(self, cells: Sequence[Cell]) -> Mapping[StageKey, FirstSteps]:
-        """Take a few steps of each of some runs where they will be carried out; none if that is not this machine."""
+        """Take a few steps of each run, or none if the runs will be carried out on another machine."""
 
     def carry_out(
         self,
@@ -61,7 +61,7 @@ class Engine(Protocol):
         Args:
             cells: The runs, none of which has ended.
             is_final: Whether their seconds are compared.
-            on_end: Called with each run that was begun, once it has ended, and, if it failed, the reason.
+            on_end: Called with each run that was begun, once it has ended, and with the reason if it failed.
             on_tick: Called now and then with the runs in progress.
         """
 
@@ -84,7 +84,7 @@ class Workers:
 
         Args:
             gpus: The GPUs.
-            jobs: Runs of the grid at the same time; None is as many as the device bears, with a core each at least.
+            jobs: Runs of the grid at the same time; None for as many as the device can take with a core each.
         """
         workers = cls(jobs or num_cores(), tuple(gpus))
         most = sum(_most_runs(gpu) for gpu in workers.grid_gpus)
@@ -92,12 +92,12 @@ class Workers:
 
     @property
     def grid_gpus(self) -> tuple[Gpu, ...]:
-        """Those with the precisions of the first, as these decide where the files of a run lie."""
+        """GPUs with the same precisions as the first: the precision decides in which directory a run lies."""
         return tuple(gpu for gpu in self.gpus if gpu.device.precisions == self.gpus[0].device.precisions)
 
     @property
     def final_gpus(self) -> tuple[Gpu, ...]:
-        """Those of the kind of the first, so that seconds can be compared."""
+        """GPUs of the same kind as the first, so that seconds can be compared."""
         return tuple(gpu for gpu in self.gpus if gpu.device == self.gpus[0].device)
 
     @property
@@ -107,7 +107,7 @@ class Workers:
 
     @property
     def description(self) -> str:
-        """The GPUs, what bounds the runs on them, and which are left out of what."""
+        """A line on the GPUs, on what limits the runs on them, and on which GPUs are left out."""
         if not self.gpus:
             return ""
         parts = [f"GPUs: {_kinds(self.gpus)}"]
@@ -123,11 +123,11 @@ class Workers:
 
     @property
     def runs_per_device(self) -> float:
-        """Runs of the grid on one GPU; those on a CPU have cores of their own."""
+        """Runs of the grid on one GPU; 1 on a CPU, where each run has cores of its own."""
         return max(1.0, self.jobs / len(self.grid_gpus)) if self.gpus else 1.0
 
     def first_steps(self, cells: Sequence[Cell]) -> Mapping[StageKey, FirstSteps]:
-        """Take a few steps of each of some runs, alone on the first GPU or with the cores of one run."""
+        """Take a few steps of each run, alone on the first GPU or with the cores of one run."""
         threads = {Stage.grid: _fair_threads(self.jobs), Stage.final: _fair_threads(self.final_jobs)}
         return take_first_steps(cells, threads, visible_alone(self.gpus[0].entry) if self.gpus else {})
 
@@ -149,7 +149,7 @@ class Workers:
         on_end: Callable[[Cell, str | None], None],
         on_tick: Callable[[list[Cell]], None],
     ) -> None:
-        """Carry out runs: final ones alone on their device, each in a process that finds no warm caches."""
+        """Carry out runs; final ones alone on their device, each in a new process, so that none finds warm caches."""
         jobs, gpus = (self.final_jobs, self.final_gpus) if is_final else (self.jobs, self.grid_gpus)
 
         def make_task(cell: Cell) -> Task:
@@ -183,16 +183,16 @@ class Jobs:
 
     @property
     def description(self) -> str:
-        """The launcher with what each run gets."""
+        """A line on the launcher and the resources of each run."""
         return f"Launcher: {self.launcher.describe()}"
 
     @property
     def runs_per_device(self) -> float:
-        """One: a launcher gives each run what it asks for."""
+        """1, since a launcher gives each run what it asks for."""
         return 1.0
 
     def first_steps(self, cells: Sequence[Cell]) -> Mapping[StageKey, FirstSteps]:
-        """Take a few steps of each of some runs, unless they will be carried out on other machines."""
+        """Take a few steps of each run, or none if the runs will be carried out on other machines."""
         if self.launcher.has_machines_of_its_own:
             return {}
         own = self.launcher.num_threads
@@ -246,5 +246,5 @@ def _kinds(gpus: Sequence[Gpu]) -> str:
 
 
 def _fair_threads(jobs: int) -> int | None:
-    """Share the cores among the runs at the same time, or they would wait for each other's threads."""
+    """Return an equal share of the cores for each run: with more, runs would wait for each other's threads."""
     return max(1, num_cores() // jobs) if jobs > 1 else None

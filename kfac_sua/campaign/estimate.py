@@ -18,8 +18,8 @@ class Estimator:
 
     Args:
         cells: Runs to learn from, whatever their state.
-        first: What first steps took, by stage and curve, where no run has completed an epoch.
-        sharing: Runs of the grid on one device at the same time, each of which takes so much longer than alone.
+        first: Seconds of first steps, by stage and curve, where no run has completed an epoch.
+        sharing: Runs of the grid on one device at the same time; each takes so many times as long as alone.
     """
 
     def __init__(self, cells: Iterable[Cell], first: Mapping[StageKey, FirstSteps], sharing: float = 1) -> None:
@@ -29,7 +29,7 @@ class Estimator:
             self.learn(cell)
 
     def learn(self, cell: Cell) -> None:
-        """Take the seconds per step of a run into account, if it has completed an epoch."""
+        """Remember the seconds per step of a run, if it has completed an epoch."""
         records = sound_records(cell)
         if records and records[-1].step:
             per_step = records[-1].train_time_s / records[-1].step
@@ -40,7 +40,7 @@ class Estimator:
         return (cell.stage, cell.curve) in self._measured
 
     def seconds(self, cell: Cell, state: CellState) -> float | None:
-        """Return the seconds that are left of a run; None if nothing is known about runs like it.
+        """Return the seconds until a run has ended; None if nothing is known about runs like it.
 
         Args:
             cell: The run.
@@ -53,7 +53,7 @@ class Estimator:
             return None
         first = self._first.get((cell.stage, cell.curve))
         setup_s = 0.0 if first is None else first.setup_s
-        if first is not None and cell.stage is Stage.final:  # in a process of its own
+        if first is not None and cell.stage is Stage.final:  # each final run starts a process of its own
             setup_s += first.start_s
         return setup_s + per_step * num_steps(cell.config) * (1 - state.epochs / cell.config.epochs)
 
@@ -68,7 +68,7 @@ class Estimator:
         known = [seconds for seconds in each if seconds is not None]
         if len(known) < len(each):
             return None
-        return max(sum(known) / jobs, max(known, default=0.0))  # a last long run has no one to share it with
+        return max(sum(known) / jobs, max(known, default=0.0))  # a last long run cannot be shared out
 
     def _per_step(self, cell: Cell) -> float | None:
         """Return the seconds per step of runs of the same stage and curve."""

@@ -1,4 +1,4 @@
-"""How long a step of each curve takes here: a few steps of each, in a process that ends before the first run."""
+"""How long a step of each curve takes here, from a few steps of each in a process that ends before the first run."""
 
 import contextlib
 import dataclasses
@@ -26,18 +26,18 @@ from kfac_sua.runs.record import failure_reason
 # A stage and one of its curves.
 StageKey = tuple[Stage, CurveKey]
 
-# Steps of each kind, of which the fastest counts: the first ones fill caches.
+# Steps of each kind. The fastest counts, as the first ones fill caches.
 REPETITIONS = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class FirstSteps:
-    """What the first steps of a curve took, alone on the device.
+    """Seconds of the first steps of a curve, alone on the device.
 
     Attributes:
-        step_s: Seconds of a step, refreshes in their proportion; None if none could be taken.
+        step_s: Mean seconds of a step over a refresh period; None if no step could be taken.
         setup_s: Seconds before the first step of a run: images, network, warm-up.
-        start_s: Seconds that a process takes for its first run on top: its start, and what is loaded once.
+        start_s: Seconds that the first run of a process takes on top: its start, and what is loaded once.
         problem: Why no step could be taken, in one sentence; the run itself will say the same.
     """
 
@@ -50,16 +50,15 @@ class FirstSteps:
 def take_first_steps(
     cells: Sequence[Cell], num_threads: Mapping[Stage, int | None], environment: Mapping[str, str]
 ) -> dict[StageKey, FirstSteps]:
-    """Take a few steps of some runs, one run after the other. Those that cost the same are taken once.
+    """Take a few steps of each run, one run after the other. Runs of the same cost are measured once.
 
     Args:
         cells: The runs, one per stage and curve.
-        num_threads: CPU threads of PyTorch by stage where a run's configuration is silent; None leaves PyTorch's
-            choice.
+        num_threads: By stage, CPU threads of PyTorch for runs with ``num_threads=null``; None leaves PyTorch's choice.
         environment: Variables of the process's own, such as which GPU it sees.
 
     Returns:
-        What they took, per stage and curve.
+        Their seconds, by stage and curve.
     """
     if not cells:
         return {}
@@ -69,7 +68,7 @@ def take_first_steps(
         threads = cell.config.num_threads or num_threads[cell.stage]
         works[cell.stage, cell.curve] = work = _work(cell.config, threads)
         requests.setdefault(work, (cell.config, threads))
-    start(Connection.close, environment)[0].join()  # what is copied is made once, and no part of a start
+    start(Connection.close, environment)[0].join()  # makes the process that is copied, which is no part of a start
     asked_at = time.monotonic()
     process, connection = start(_answer, environment)
     try:
@@ -88,7 +87,7 @@ def take_first_steps(
 
 
 def _work(config: Config, num_threads: int | None) -> str:
-    """Return what decides how long a step takes: all but images, schedule and the numbers that a grid varies."""
+    """Return the settings that decide how long a step takes: all but images, schedule and what a grid varies."""
     values: dict[str, Any] = resolved(config, device_type(config.device))
     for key in ("seed", "epochs", "output_dir", "progress", "schedule", "dataset"):
         del values[key]
@@ -98,7 +97,7 @@ def _work(config: Config, num_threads: int | None) -> str:
 
 
 def _answer(connection: Connection) -> None:
-    """Take first steps of the runs that are asked for, and send what they took."""
+    """Take first steps of the runs that the connection asks for, and send their seconds."""
     requests, asked_at = connection.recv()
     start_s = time.monotonic() - asked_at
     default = torch.get_num_threads()

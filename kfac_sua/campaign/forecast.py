@@ -1,4 +1,4 @@
-"""How long a campaign will take, told before it starts: from runs that are done here, or else from first steps."""
+"""How long a campaign will take, estimated before it starts: from runs that have ended, or else from first steps."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -20,17 +20,18 @@ CellStates = Sequence[tuple[Cell, CellState]]
 
 @dataclasses.dataclass(frozen=True)
 class Forecast:
-    """What is to be done of a campaign, and how long that will take.
+    """The runs of a campaign that are left, and how long they will take.
 
     Attributes:
         estimator: Knows how long runs take.
         first: First steps, by stage and curve, where no run has completed an epoch.
         grid: Runs of the grids as they stand, with their states.
-        finals: Final runs; until the grids are done each stands for the one that is chosen, which takes as long.
+        finals: Final runs with their states. Until the grids are done, each is of the first cell instead of the chosen
+            one, and takes as long.
         choices: The chosen cells; None until the grids are done.
-        grid_s: Seconds of what is left of the grids; None if not known.
-        growth_s: Seconds of what the grids may grow by, at most.
-        final_s: Seconds of what is left of the final runs.
+        grid_s: Seconds until the grids are done; None if not known.
+        growth_s: Most seconds that the growth of the grids may add.
+        final_s: Seconds until the final runs are done.
     """
 
     estimator: Estimator
@@ -43,7 +44,7 @@ class Forecast:
     final_s: float | None
 
     def lines(self) -> list[str]:
-        """Return how long everything takes that is left, and of which curves that is not known."""
+        """Return lines on how long the rest takes, and on the curves for which that is not known."""
         if not _to_do(self.grid) + _to_do(self.finals):
             return []
         runs = f"{_to_do(self.grid)} runs of the grid and {_to_do(self.finals)} final runs to do"
@@ -59,13 +60,13 @@ class Forecast:
 
 
 def foretell(plan: Plan, rule: Rule, engine: Engine, *, with_data: bool) -> Forecast:
-    """Return what is to be done of a campaign, and how long that will take here.
+    """Return the runs of a campaign that are left, and how long they will take here.
 
     Args:
         plan: The campaign.
         rule: How the best cell of a grid is chosen.
         engine: Who carries out the runs, and takes first steps where nothing is known.
-        with_data: Whether to load the images of the runs to do before, and to fetch what is missing.
+        with_data: Whether to load the images first, and to fetch them if they are missing.
 
     Raises:
         DataError: If images are missing and cannot be fetched, or are damaged.
@@ -82,7 +83,7 @@ def foretell(plan: Plan, rule: Rule, engine: Engine, *, with_data: bool) -> Fore
     if to_do:
         known = Estimator(cells, {})
         unknown = {(cell.stage, cell.curve): cell for cell in cells if not known.has_measured(cell)}
-        if unknown:  # of a network at full width on a CPU they take minutes
+        if unknown:  # at full width on a CPU these steps take minutes
             print("taking a few steps of every curve, which tell how long all of them take", flush=True)
         first = engine.first_steps(list(unknown.values()))
     estimator = Estimator(cells, first, engine.runs_per_device)
@@ -99,7 +100,7 @@ def foretell(plan: Plan, rule: Rule, engine: Engine, *, with_data: bool) -> Fore
 
 
 def _check_data(cells: Sequence[Cell]) -> None:
-    """Load every data set once, which fetches it: without it every single run would fail."""
+    """Load every data set once, which fetches it; if that fails, every single run would fail."""
     checked: list[DatasetConfig] = []
     for cell in cells:
         if cell.config.dataset not in checked:
@@ -113,7 +114,7 @@ def _states(cells: Sequence[Cell]) -> CellStates:
 
 
 def _growth_s(plan: Plan, grids: Mapping[CurveKey, Grid], estimator: Estimator, jobs: int) -> float | None:
-    """Return the seconds of the runs by which grids may still grow; those of curves that share runs count once."""
+    """Return the seconds of all runs by which grids may still grow; runs that curves share count once."""
     each: dict[frozenset[Path], float] = {}
     for key, first in plan.grids().items():
         cells = plan.grid_cells(key, first)

@@ -13,11 +13,11 @@ from kfac_sua.runs.record import COLUMNS
 def collect_cells(root: Path, cells: Sequence[Cell]) -> pd.DataFrame:
     """Return one row per epoch of every run, as ``collect_runs`` does, with its panel and method.
 
-    Unlike ``collect_runs`` it reads the runs that there should be, and not those that there are: what an earlier
-    campaign with other settings has left in the same directory does not take part.
+    Unlike ``collect_runs`` it reads given runs, and not all that lie in a directory: runs that an earlier campaign with
+    other settings has left there are not read.
 
     Args:
-        root: Directory to which the names of the runs are relative.
+        root: The names of the runs are their paths from this directory.
         cells: The runs.
 
     Returns:

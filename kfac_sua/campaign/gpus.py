@@ -1,6 +1,6 @@
-"""The GPUs of this machine that the user leaves to a campaign, and which of them a run gets.
+"""The GPUs of this machine that a campaign may use, and which of them a run gets.
 
-CUDA is asked in processes of their own: one that has used it may hold memory of a GPU, and sees no others any more.
+Processes of their own ask CUDA. A process that has used CUDA may hold memory of a GPU, and can be given no other GPUs.
 """
 
 import os
@@ -24,8 +24,8 @@ class Gpu:
     """A GPU.
 
     Attributes:
-        entry: What ``CUDA_VISIBLE_DEVICES`` holds in a process that sees it alone.
-        device: What it is.
+        entry: Value of ``CUDA_VISIBLE_DEVICES`` in a process that sees only this GPU.
+        device: Its name, memory and precisions.
     """
 
     entry: str
@@ -35,7 +35,7 @@ class Gpu:
 def find_gpus() -> tuple[Gpu, ...]:
     """Return the GPUs that CUDA shows here: those of the user's ``CUDA_VISIBLE_DEVICES`` in its order, or all.
 
-    Each entry, be it an index, a UUID or a part of a GPU (MIG), is tried alone, so that it means what CUDA says.
+    Each entry (an index, a UUID or a part of a GPU by MIG) is tried alone, so that CUDA decides what it means.
 
     Raises:
         ConfigError: If there is none, or CUDA cannot be asked.
@@ -46,7 +46,7 @@ def find_gpus() -> tuple[Gpu, ...]:
     gpus: list[Gpu] = []
     for entry, device in zip(unique, _asked(_look, [visible_alone(entry) for entry in unique]), strict=True):
         if device is None:
-            break  # CUDA, too, takes no entry after one that is no GPU
+            break  # CUDA also ignores all entries after one that is no GPU
         gpus.append(Gpu(entry, device))
     if not gpus:
         raise ConfigError(f"No GPU can be used by itself here ({VARIABLE}={listed or ''}); use device=cpu.")
@@ -54,15 +54,15 @@ def find_gpus() -> tuple[Gpu, ...]:
 
 
 def visible_alone(entry: str | None) -> dict[str, str]:
-    """Return the environment of a process that sees one GPU; without one, nothing that changes its own."""
+    """Return the variables for a process that sees one GPU; for None, no variables."""
     return {} if entry is None else {VARIABLE: entry}
 
 
 def least_busy(entries: Sequence[str], busy: Iterable[str | None]) -> str | None:
-    """Return the GPU for the next run: the first of those with the fewest runs.
+    """Return the GPU for the next run: the first of those with the fewest runs; None if there is no GPU.
 
     Args:
-        entries: All GPUs; without any, the answer is None.
+        entries: All GPUs.
         busy: The GPU of each run in progress.
     """
     runs = Counter(busy)
@@ -70,7 +70,7 @@ def least_busy(entries: Sequence[str], busy: Iterable[str | None]) -> str | None
 
 
 def _asked(question: Callable[[Connection], None], environments: Sequence[Mapping[str, str]]) -> list[Any]:
-    """Have processes answer at the same time, each in its environment."""
+    """Return the answers of processes that run at the same time, each in its environment."""
     asked = [start(question, environment) for environment in environments]
     answers = []
     for process, connection in asked:

@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 
 from kfac_sua.config import CONFIG_DIR, ConfigError
 
-# How far the ratio of two values may lead beside a third one, in steps of the grid: 3 stands for √10, and
-# 0.1 · 0.1/0.03 is 0.09 steps off 0.3; in a ladder 1, 2, 5 it is at most 0.25.
+# How far from a value of another decade the next value may lie to be rounded to it, in steps of the grid. A grid
+# 1, 3, 10 has 3 for √10, so that 0.1 · 0.1/0.03 is 0.09 steps off 0.3; in a grid 1, 2, 5, 10 it is at most 0.25 steps.
 SAME_RUNG = 0.3
 
 LR, DAMPING = "optimizer.lr", "preconditioner.damping"
@@ -34,16 +34,16 @@ class Grid:
         yield from itertools.product(self.lr, self.damping or (None,))
 
     def edges(self, lr: float, damping: float | None) -> tuple[str, ...]:
-        """Say on which edges of the grid a cell lies, such as ``lr 0.003 is the lowest tried``.
+        """Return on which edges of the grid a cell lies, such as ``lr 0.003 is the lowest tried``.
 
-        An axis with a single value is a choice of whoever made the grid, and has no edge.
+        An axis with a single value has no edge, as the author of the grid has chosen that value.
         """
         return tuple(text for _, text in self._edges(lr, damping))
 
     def grown(self, lr: float, damping: float | None) -> "Grid":
-        """Return the grid with one more value beyond every edge on which a cell lies; itself if on none.
+        """Return the grid with one more value beyond every edge on which a cell lies; the same grid if it is on none.
 
-        The new value continues the ratio of the two outermost ones, on the digits that the grid has in other decades.
+        The new value continues the ratio of the two outermost ones, and takes digits of the grid's other decades.
         """
         axes = {LR: self.lr, DAMPING: self.damping}
         for (key, is_highest), _ in self._edges(lr, damping):
@@ -51,7 +51,7 @@ class Grid:
         return Grid(axes[LR] or (), axes[DAMPING])
 
     def most_grown(self, steps: int) -> int:
-        """Return how many cells so many steps of growth add at most: one value per step beyond an edge per axis."""
+        """Return the most cells that some steps of growth add: each adds at most one value to an axis."""
         axes = [len(axis) for axis in (self.lr, self.damping) if axis is not None]
         return math.prod(size + steps * (size > 1) for size in axes) - math.prod(axes)
 
@@ -102,7 +102,7 @@ def _extended(values: tuple[float, ...], is_highest: bool) -> tuple[float, ...]:
 
 
 def _next(value: float, ratio: float, values: tuple[float, ...]) -> float:
-    """Return the value after one of a grid, with the digits of another decade: after 0.03, 0.1 comes 0.3, not 0.33."""
+    """Return the value after the last of a grid, with digits of another decade: after 0.03, 0.1 it is 0.3, not 0.33."""
     exact = value * ratio
     rungs = (Decimal(repr(other)).scaleb(round(math.log10(exact / other))) for other in values)
     nearest = min(map(float, rungs), key=lambda rung: abs(math.log(rung / exact)))

@@ -1,13 +1,14 @@
 """Runs of a campaign as jobs of Hydra's launchers, handed over as a sweeper would.
 
-A job returns why its run failed instead of raising, so that the others go on. What happens to those that cannot:
+A job returns the reason why its run failed and does not raise, so that the others go on. A job may also end before it
+can return:
 
-- A killed job of submitit is named with its state and its own log, after all others have been waited for.
-- joblib ends all runs when one of its processes is killed: those that had begun are named, the others are left.
+- If a job of submitit is killed, the campaign waits for all others, and then names it with its state and its own log.
+- If a process of joblib is killed, joblib ends all runs. Those that had begun are named, the others are left.
 - Ctrl-C and SIGTERM cancel every job that was submitted. On Slurm a run saves at the SIGTERM that ``scancel`` sends
   first; on one machine submitit gives it a second; joblib kills its processes, which lose what came after their last
-  checkpoint. A command that is itself killed leaves its jobs at work, on which the next command waits and then says
-  so, by process and host.
+  checkpoint. If the command itself is killed, its jobs go on. The next command waits for them, and then names the
+  process and the host that hold a run.
 - A job that Slurm pre-empts, requeues or stops at its time limit goes on from its checkpoint (``training/signals.py``).
 """
 
@@ -44,12 +45,12 @@ _ENDED_BY_JOBLIB = "a process of joblib was killed (out of memory?), which ends 
 
 OnEnd = Callable[[Cell, str | None], None]
 OnTick = Callable[[list[Cell]], None]
-# A run, and in one sentence why it failed.
+# A run, and the reason in one sentence if it failed.
 Ended = tuple[Cell, str | None]
 
 
 class LaunchError(Exception):
-    """A launcher that did not take runs; the message is one sentence."""
+    """A launcher refused runs; the message is one sentence."""
 
 
 def run_as_jobs(
@@ -68,9 +69,9 @@ def run_as_jobs(
         cells: The runs.
         launcher: The launcher.
         root: Directory of the campaign, where the launcher keeps its own files.
-        jobs: Runs at the same time, for a launcher that knows no bound.
+        jobs: Runs at the same time, for a launcher without a limit of its own.
         num_threads: CPU threads of PyTorch where ``config.num_threads`` is null; None leaves PyTorch's choice.
-        on_end: Called with each run that was begun, once it has ended, and, if it failed, the reason in one sentence.
+        on_end: Called with each run that was begun, once it has ended, and with the reason, a sentence, if it failed.
         on_tick: Called every few seconds with the runs in progress.
 
     Raises:
@@ -86,7 +87,7 @@ def run_as_jobs(
 
 
 def carry_out(raw: DictConfig, num_threads: int | None) -> str | None:
-    """Carry out one run in a job, and return None, or in one sentence why it failed.
+    """Carry out one run in a job, and return None, or the reason in one sentence if it failed.
 
     Args:
         raw: The composed configuration.
@@ -106,7 +107,7 @@ def carry_out(raw: DictConfig, num_threads: int | None) -> str | None:
 def _launch(
     cells: Sequence[Cell], launcher: Launcher, root: Path, task: Callable[[DictConfig], str | None]
 ) -> list[Ended]:
-    """Carry out runs at the same time, and return those that were begun, with the reason if they failed."""
+    """Carry out runs at the same time, and return those that were begun, each with the reason if it failed."""
     sweep_dir = _new_directory(root / ".jobs")
     own = [f"hydra.sweep.dir={quoted(str(sweep_dir))}", "hydra/hydra_logging=none"]
     started_s = time.time()
@@ -123,14 +124,14 @@ def _launch(
         except Exception as error:
             ends = _ends(launcher, cells, jobs, error, started_s)
     if len(ends) == len(cells) and not any(reason for _, reason in ends):
-        shutil.rmtree(sweep_dir, ignore_errors=True)  # where all went well, these logs say nothing that others do not
+        shutil.rmtree(sweep_dir, ignore_errors=True)  # without a failure, these logs hold nothing that others do not
     return ends
 
 
 def _ends(
     launcher: Launcher, cells: Sequence[Cell], jobs: list[Any], error: Exception, started_s: float
 ) -> list[Ended]:
-    """Return how the runs ended of which a launcher says no more than that one went wrong."""
+    """Return how each run ended after a launcher has raised, which says only that some run went wrong."""
     if jobs:  # of submitit, where the others go on
         try:
             return [(cell, _outcome(cell, job)) for cell, job in zip(cells, jobs, strict=True)]
@@ -160,7 +161,7 @@ def _has_begun(cell: Cell, started_s: float) -> bool:
 
 @contextlib.contextmanager
 def _submitted_jobs(launcher: Launcher) -> Iterator[list[Any]]:
-    """Yield a list that holds the jobs of submitit once there are some: Hydra's launcher keeps them to itself."""
+    """Yield a list that receives the jobs of submitit, which Hydra's launcher does not give out."""
     jobs: list[Any] = []
     if launcher.name not in (SLURM, SUBMITIT_LOCAL):
         yield jobs
@@ -171,7 +172,7 @@ def _submitted_jobs(launcher: Launcher) -> Iterator[list[Any]]:
     map_array = executors.map_array
 
     def recording(executor: Any, *arguments: Any) -> Any:
-        with StopRequest() as stop:  # an interrupt meanwhile would leave jobs that no one knows of
+        with StopRequest() as stop:  # an interrupt in between would leave jobs that no one knows of
             jobs.extend(map_array(executor, *arguments))
         if stop.signal_number is not None:
             raise Interrupted("interrupted.", stop.signal_number)
@@ -195,7 +196,7 @@ def _cancel(jobs: list[Any]) -> None:
 
 
 def _new_directory(parent: Path) -> Path:
-    """Make the next of a row of numbered directories."""
+    """Make the next numbered directory."""
     parent.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(len(list(parent.iterdir()))):
         path = parent / str(number)
@@ -206,7 +207,7 @@ def _new_directory(parent: Path) -> Path:
 
 
 class _Watch:
-    """Tells how runs end while a launcher waits for all of them, from what they write.
+    """Reports how each run ends, from its records, while a launcher waits for all of them.
 
     Args:
         cells: The runs.
@@ -229,7 +230,7 @@ class _Watch:
         self._thread.join()
 
     def settle(self, ends: Sequence[Ended]) -> None:
-        """Tell how runs have ended of which that has not been told yet."""
+        """Report the ends of runs that have not been reported yet."""
         with self._lock:
             for cell, reason in ends:
                 self._end(cell, reason)

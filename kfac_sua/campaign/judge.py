@@ -1,4 +1,4 @@
-"""Verdicts on the paper's claims from final runs, and how much they hang on the rule by which cells were chosen.
+"""Verdicts on the paper's claims from final runs, and how far they depend on the rule that chose the cells.
 
 One rule decides them all: the estimate and its whole 95 % bootstrap interval must lie strictly on one side of the
 threshold.
@@ -27,12 +27,12 @@ class Part:
 
     Attributes:
         text: What is compared.
-        value: The statistic of the mean curves: a ratio, or a difference in percentage points. Infinity if the first
-            method never reaches the target; NaN if neither does, or if a method has no finished run.
+        value: The statistic of the mean curves: a ratio, or a difference in percentage points. It is infinite if the
+            first method never reaches the target, and NaN if neither does or a method has no finished run.
         low: Lower end of its 95 % interval, NaN if one of the methods has a single seed.
         high: Upper end.
         threshold: What it has to be, such as ``< 1.25``.
-        outcome: Whether it is.
+        outcome: Whether the value meets the threshold.
     """
 
     text: str
@@ -45,15 +45,15 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What the runs say of a claim.
+    """What the runs say about a claim.
 
     Attributes:
         claim: Its identifier, such as ``C1``.
         statement: The claim in words.
-        outcome: ``holds`` if all parts hold, ``does not hold`` if one does not, otherwise or if a method is missing
-            ``undecided``.
+        outcome: ``holds`` if all parts hold, ``does not hold`` if one does not; ``undecided`` otherwise, and if a
+            method is missing.
         parts: The numbers that decide it.
-        seeds: Finished seeds of the method that has the fewest.
+        seeds: The fewest finished seeds of any method.
         note: Sentences on missing methods, seeds left out and parts without a value; empty if there is nothing to say.
     """
 
@@ -68,9 +68,9 @@ class Verdict:
 def judge(claim: str, finals: pd.DataFrame) -> Verdict:
     """Decide a claim from the final runs.
 
-    Seeds are resampled per method and independently, although equal seeds share their initial weights: without that
-    pairing the intervals are rather too wide, with few seeds rather too narrow (see ``bootstrap.interval``). Seeds
-    that diverged, failed or still run are left out of the means and counted in the note.
+    Seeds are resampled for each method by itself, although equal seeds share their initial weights. Ignoring these
+    pairs makes the intervals too wide; having few seeds makes them too narrow (see ``bootstrap.interval``). Seeds that
+    diverged, failed or still run are left out of the means and counted in the note.
 
     Args:
         claim: Its identifier, a key of ``CLAIMS``.
@@ -105,11 +105,11 @@ def judge(claim: str, finals: pd.DataFrame) -> Verdict:
 
 
 def rule_table(grid: pd.DataFrame, claims: Sequence[str], val_size: int) -> pd.DataFrame:
-    """Return the deciding numbers of the claims between the cells that each rule chooses, from the runs of the grid.
+    """Return the deciding numbers of the claims from the runs of the grid, for the cells that each rule chooses.
 
-    The grid has one seed and is often shorter than the final runs, so these numbers have no interval and decide
-    nothing; they show whether another rule would point the other way. Numbers that need seconds are left out, since
-    runs of the grid share the device.
+    The runs of the grid have one seed and are often shorter than the final runs. So these numbers have no interval and
+    decide nothing; they show whether another rule would point the other way. Numbers that need seconds are left out,
+    since runs of the grid share the device.
 
     Args:
         grid: Rows of ``collect_cells`` of all grids.
@@ -135,7 +135,7 @@ def rule_table(grid: pd.DataFrame, claims: Sequence[str], val_size: int) -> pd.D
 
 
 def _part(criterion: Criterion, means: Curves, resamples: Curves) -> Part:
-    """Return the number of a criterion, as far as its methods have finished runs, and its outcome."""
+    """Return a criterion's number, NaN where a method has no finished run, and its outcome."""
     value = low = high = math.nan
     if means.keys() >= set(criterion.methods):
         value = float(criterion.statistic(means))

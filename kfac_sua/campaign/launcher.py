@@ -14,10 +14,10 @@ from kfac_sua.config import ConfigError
 SLURM, SUBMITIT_LOCAL, JOBLIB = "slurm", "submitit_local", "joblib"
 LAUNCHERS = (SLURM, JOBLIB, SUBMITIT_LOCAL)
 
-# What bounds the runs at the same time, where the launcher itself does.
+# The key that limits the runs at the same time, of launchers that have one.
 _JOBS_KEYS = {SLURM: "array_parallelism", JOBLIB: "n_jobs"}
 _GPU_KEYS = ("gpus_per_node", "gpus_per_task", "gres")
-# Keys that say nothing about what a run gets.
+# Keys that have no part in the resources of a run.
 _NOT_SHOWN = ("submitit_folder", "name", "stderr_to_stdout", "nodes", "tasks_per_node")
 
 
@@ -27,7 +27,7 @@ class Launcher:
 
     Attributes:
         name: One of ``LAUNCHERS``, an option of Hydra's group ``hydra/launcher``.
-        overrides: What selects and sets it, as Hydra reads it.
+        overrides: Overrides of Hydra that select and set it.
         settings: Its node of the composed configuration.
         jobs: Runs at the same time.
     """
@@ -44,11 +44,11 @@ class Launcher:
 
     @property
     def num_threads(self) -> int | None:
-        """CPU threads of a run whose configuration is silent about them; None if the launcher's are."""
+        """CPU threads of a run with ``num_threads=null``; None if the launcher's settings do not say."""
         return self.settings.get("cpus_per_task")
 
     def describe(self) -> str:
-        """Return in a line what each run gets."""
+        """Return a line on the resources of each run."""
         told = {key: value for key, value in self.settings.items() if key not in _NOT_SHOWN and key[0] != "_"}
         shown = {key: value for key, value in told.items() if value not in (None, {})}
         return f"{self.name} ({', '.join(f'{key}={value}' for key, value in sorted(shown.items()))})"
@@ -60,11 +60,11 @@ def load_launcher(name: str, overrides: Sequence[str], jobs: int | None, default
     Args:
         name: One of ``LAUNCHERS``.
         overrides: Settings of it, such as ``hydra.launcher.partition=gpu``.
-        jobs: Runs at the same time, if the user has said so.
-        default_jobs: Runs at the same time on this machine if no one says so.
+        jobs: Runs at the same time, if the user gives them.
+        default_jobs: Runs at the same time on this machine otherwise.
 
     Raises:
-        ConfigError: If its plugin is missing, or a setting does not exist or cannot be.
+        ConfigError: If its plugin is missing, or a setting does not exist or has no such value.
     """
     key = _JOBS_KEYS.get(name)
     if jobs is None and name != SLURM:
@@ -77,10 +77,10 @@ def load_launcher(name: str, overrides: Sequence[str], jobs: int | None, default
 
 
 def with_device(launcher: Launcher, overrides: Sequence[str]) -> tuple[Launcher, list[str]]:
-    """Settle on which device runs are trained that this machine does not see.
+    """Decide on which device runs train, where they train on machines that this one does not see.
 
-    What they find decides in which directories they lie, and cannot be left to ``device=auto``: it is ``cuda`` where
-    the launcher gives each run a GPU. Who asks for ``device=cpu`` gets none.
+    The device is part of a run's directory and cannot be left to ``device=auto`` there. It is ``cuda`` if the launcher
+    gives each run a GPU. With ``device=cpu`` the launcher gives none.
 
     Args:
         launcher: The launcher.
@@ -134,7 +134,7 @@ def _settings(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _check(launcher: Launcher) -> None:
-    """Refuse settings under which runs would not be what a campaign takes them for."""
+    """Refuse settings under which a job would not be one run."""
     for key in ("nodes", "tasks_per_node"):
         if launcher.settings.get(key, 1) not in (1, None):
             raise ConfigError(f"hydra.launcher.{key} must be 1, as a run is one process, got {launcher.settings[key]}.")

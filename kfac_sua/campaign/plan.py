@@ -17,7 +17,7 @@ CurveKey = tuple[str, str]
 
 GRID_SEED = 0
 
-# What makes a curve, a cell or a directory of a campaign, and is therefore not the user's to give for all runs.
+# Keys that make a curve, a cell or a directory of a campaign, which a user can therefore not give for all runs.
 RESERVED = {
     **dict.fromkeys(("optimizer.lr", "preconditioner.damping"), "comes from the grids of configs/sweep"),
     **dict.fromkeys(("experiment", "preconditioner", "optimizer", "sweep"), "makes the curves (configs/campaign)"),
@@ -31,9 +31,9 @@ class Plan:
     """A campaign at one scale, in one directory.
 
     Attributes:
-        campaign: The campaign, without the curves that are not wanted.
-        scale: How large.
-        root: Directory of everything that belongs to it.
+        campaign: The campaign, with the wanted curves only.
+        scale: The scale.
+        root: Directory of all its files.
         seeds: Number of final runs per curve, with seeds 0, 1, ….
         overrides: Overrides of every run, after all others.
     """
@@ -126,5 +126,5 @@ class Plan:
 
 
 def _last_of_each(overrides: Sequence[str]) -> list[str]:
-    """Return the overrides with a key given twice only where it was given last, as Hydra would read them."""
+    """Return the overrides with the last value of each key, at the place of its first, as Hydra would read them."""
     return list({override.partition("=")[0]: override for override in overrides}.values())

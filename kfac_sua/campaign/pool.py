@@ -1,4 +1,4 @@
-"""Processes that carry out runs, several at a time, and go with the process that started them."""
+"""Processes that carry out runs, several at a time, and end with the process that started them."""
 
 import contextlib
 import signal
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kfac_sua.campaign.cell import Cell
 
 POLL_PERIOD_S = 1.0
-# What a process is said to have left with once the one that it was copied from, which alone learns that, is gone.
+# What multiprocessing reports as exit code of a worker once the process that it was copied from is gone.
 UNKNOWN_EXIT_CODE = 255
 
 
@@ -43,12 +43,12 @@ def run_all(
 
     Args:
         cells: The runs, in the order in which they are started.
-        make_task: What a worker needs to know of one.
+        make_task: Returns what a worker needs to know about a run.
         jobs: Runs at the same time.
-        reuse: Whether a worker takes one run after the other, which saves the imports; otherwise each run has a
+        reuse: Whether a worker takes one run after the other, which saves the imports. Otherwise each run has a
             process of its own, so that none finds warm caches that another lacks.
-        gpus: GPUs to share the runs out over, each of which sees but one; none leaves the processes to see all.
-        on_end: Called with each run that has ended and, if it failed, the reason in one sentence.
+        gpus: GPUs over which the runs are spread; each process sees one of them. Without any, each process sees all.
+        on_end: Called with each run that has ended, and with the reason in one sentence if it failed.
         on_tick: Called about once a second with the runs in progress.
 
     Raises:
@@ -83,7 +83,7 @@ def _workers() -> "Iterator[list[_Worker]]":
 
 
 def _idle(workers: list[_Worker], gpu: str | None) -> _Worker:
-    """Return a worker on a GPU that has no run, a new one if need be."""
+    """Return a worker on a GPU that has no run; a new one if there is none."""
     for worker in workers:
         if worker.cell is None and worker.gpu == gpu:
             return worker
@@ -98,7 +98,7 @@ def _give(worker: _Worker, cell: "Cell", make_task: "Callable[[Cell], Task]") ->
 
 
 def _receive(worker: _Worker) -> "tuple[Cell, str | None]":
-    """Return the run that a worker has ended, with the reason if it failed; a worker that is gone has failed."""
+    """Return the run that a worker has ended, and the reason if it failed; a run whose worker is gone has failed."""
     assert worker.cell is not None
     cell, worker.cell = worker.cell, None
     try:
@@ -110,7 +110,7 @@ def _receive(worker: _Worker) -> "tuple[Cell, str | None]":
 
 
 def _how_it_went(exit_code: int | None) -> str:
-    """Return in words how a process ended that should not have."""
+    """Return in words how a process ended that should have gone on."""
     if exit_code == 128 + signal.SIGTERM:
         return f"was stopped by signal {signal.SIGTERM:d}, after a checkpoint"
     if exit_code is not None and exit_code < 0:
@@ -123,7 +123,7 @@ def _how_it_went(exit_code: int | None) -> str:
 def _stop(workers: list[_Worker]) -> None:
     """Let workers without a run leave by themselves; stop those with a run.
 
-    These first write a checkpoint. Who does not leave in time is killed, and so are all on a second Ctrl-C.
+    A worker with a run first writes a checkpoint. One that does not leave in time is killed; a second Ctrl-C kills all.
     """
     try:
         for worker in workers:

@@ -1,4 +1,4 @@
-"""What a campaign says while it runs: one bar for all of its runs in a terminal, one line per run elsewhere."""
+"""What a campaign prints while it runs: one bar for all of its runs in a terminal, one line per run elsewhere."""
 
 import sys
 import time
@@ -17,9 +17,9 @@ class CampaignProgress:
     """Shows how far a set of runs is: done, running, diverged, failed, and the time left.
 
     Args:
-        title: Beginning of every line.
-        cells: All runs, those that have ended included.
-        estimator: Knows how long runs take, and learns.
+        title: Text of the bar.
+        cells: All runs, including those that have ended.
+        estimator: Estimates how long runs take, and learns from them.
         jobs: Runs at the same time.
     """
 
@@ -41,7 +41,7 @@ class CampaignProgress:
         self._show()
 
     def tick(self, running: list[Cell]) -> None:
-        """Look at the records of the runs in progress, if it is time to.
+        """Read the records of the runs in progress, if the last look is long enough ago.
 
         Args:
             running: The runs in progress.
@@ -101,7 +101,7 @@ class CampaignProgress:
 
 
 def _outcome(cell: Cell, state: CellState) -> str:
-    """Return in a few words what a run came to."""
+    """Return the result of a run in a few words."""
     records = sound_records(cell)
     if state.status == "diverged" or not records:
         return f"{state.status} after epoch {state.epochs}"

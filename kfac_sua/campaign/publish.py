@@ -37,20 +37,20 @@ def publish(plan: Plan, *, scale: str, device: str, rule: Rule, results: Results
         scale: Name of its scale.
         device: ``cpu`` or ``cuda``.
         rule: How the best cells were chosen.
-        results: What its runs have given.
-        command: The command that does all this, for the report.
+        results: The results of its runs.
+        command: The command of the campaign, for the report.
 
     Returns:
-        Paths of report.md and report.html; everything else lies beside them.
+        Paths of report.md and report.html; all other files lie beside them.
 
     Raises:
         FigureError: If a figure cannot be drawn from the runs.
-        CollectError: If the final runs are of several precisions; what an earlier call has written is left then.
+        CollectError: If the final runs have several precisions; the files of an earlier call are then left.
     """
     targets, claims = target_table(results.finals), _decidable(plan.campaign)
     out_dir = plan.root / "report"
     out_dir.mkdir(parents=True, exist_ok=True)
-    for path in out_dir.iterdir():  # what an earlier call with other curves has left would pass for this one's
+    for path in out_dir.iterdir():  # files of an earlier call with other curves would pass for this one's
         if path.suffix in _WRITTEN:
             path.unlink()
     for name, runs in (("grid_runs.csv", results.grid), ("final_runs.csv", results.finals)):
@@ -84,7 +84,7 @@ def titled(campaign: Campaign, finals: pd.DataFrame) -> Campaign:
     """Return a campaign whose titles name the network and the data set of its runs: another scale has other runs.
 
     Args:
-        campaign: The campaign as defined, whose title says what records do not: which figure or ablation it is.
+        campaign: The campaign as defined; its title says which figure or ablation it is.
         finals: Rows of ``collect_cells`` of its final runs.
     """
     titles = panel_subjects(finals)
@@ -93,12 +93,12 @@ def titled(campaign: Campaign, finals: pd.DataFrame) -> Campaign:
 
 
 def _infos(cells: Sequence[Cell]) -> list[RunInfo]:
-    """Return run.json of every run, once where curves share it."""
+    """Return run.json of every run, each once."""
     return [read_cell_info(cell) for cell in each_once(cells)]
 
 
 def _decidable(campaign: Campaign) -> list[str]:
-    """Return the claims whose curves are there: ``--only`` may have left some out."""
+    """Return the claims whose curves are all there, as ``--only`` may have left some out."""
     there = {(panel.name, curve.method) for panel in campaign.panels for curve in panel.curves}
     return [
         claim

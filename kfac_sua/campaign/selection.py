@@ -1,4 +1,4 @@
-"""Which cell of a grid is trained for the figure: rules on training and validation curves, never the test set."""
+"""Which cell of a grid is trained for the figure, by rules on training and validation curves, never the test set."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ from kfac_sua.campaign.grid import Grid
 
 
 class SelectionError(Exception):
-    """A grid without a cell that could be chosen; the message is one sentence."""
+    """A grid has no cell that could be chosen; the message is one sentence."""
 
 
 class Rule(StrEnum):
@@ -33,7 +33,7 @@ RULE_SENTENCES = {
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """The chosen cell of one curve, and what it was chosen from.
+    """The chosen cell of one curve, with the grid that it was chosen from.
 
     Attributes:
         panel: Name of the panel.
@@ -41,14 +41,14 @@ class Choice:
         lr: Learning rate of the chosen cell.
         damping: Its damping; None for a method without.
         fingerprint: Its setting, as in the grid's records.
-        num_cells: Cells tried, grown ones included.
+        num_cells: Cells tried, including those by which the grid has grown.
         num_diverged: Cells that diverged.
         num_grown: Cells that were added because an earlier choice lay on an edge.
         lr_range: Lowest and highest learning rate tried.
         damping_range: Lowest and highest damping tried; None for a method without.
         train_loss: Training loss of the chosen cell's last epoch, in nats.
         val_error: Lowest validation error of the chosen cell, in [0, 1].
-        edges: A sentence fragment per axis on whose edge the choice lies, such as "lr 0.003 is the lowest tried".
+        edges: A clause for each edge on which the choice lies, such as "lr 0.003 is the lowest tried".
     """
 
     panel: str
@@ -77,7 +77,7 @@ def select(runs: pd.DataFrame, curve: tuple[str, str], grids: tuple[Grid, Grid],
         val_size: Number of held-out images, for the standard error.
 
     Returns:
-        The chosen cell with what it was chosen from.
+        The chosen cell, with the grid that it was chosen from.
 
     Raises:
         SelectionError: If every cell diverged.

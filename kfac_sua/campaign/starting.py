@@ -1,6 +1,6 @@
-"""Processes that start at once: each is a copy of one that has imported what a run needs, and has never used CUDA.
+"""Processes that start without delay: copies of one process that has imported all that a run needs and never used CUDA.
 
-However the process that starts them ends, they end too, after a checkpoint, and so does the one that is copied.
+When the process that starts them ends, however it ends, they end too, after a checkpoint; so does the one copied.
 """
 
 import contextlib
@@ -15,12 +15,12 @@ from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
-# How long a process that is told to stop may take for its current step and its checkpoint.
+# Seconds that a process has for its current step and its checkpoint when it is told to stop.
 LEAVING_TIME_S = 30.0
 
-# What a run imports, some of it late, and what the command imports, which is its children's main module too: seconds
-# of work. None of it uses CUDA, which no copy could use any more, or leaves a thread that a copy would lack; those of
-# OpenBLAS end before each copy is made, and start again where they are needed.
+# What a run imports, some of it late, and what the command imports, which its children import as their main module too:
+# seconds of work. None of it uses CUDA, or no copy could use CUDA any more. None of it leaves a thread, which a copy
+# would lack; the threads of OpenBLAS end before each copy is made and start again where they are needed.
 PRELOADED = (
     "kfac_sua.training.loop",
     "kfac_sua.campaign.dry_run",
@@ -30,22 +30,22 @@ PRELOADED = (
     "torch.utils.tensorboard.summary",
 )
 
-# macOS, which has no CUDA, may end a copy of a process that has loaded its frameworks: CPython spawns there by default.
+# macOS may end a copy of a process that has loaded its frameworks, so that CPython spawns there by default.
 METHOD = "forkserver" if sys.platform == "linux" else "spawn"
 
-# Those that Ctrl-C and schedulers send to a whole group: what is copied must outlive its copies, or no one would learn
-# how they end, and between its first instruction and its first line of Python a process cannot ignore them by itself.
+# Signals that Ctrl-C and schedulers send to a whole group of processes. The process that is copied must outlive its
+# copies, or no one would learn how they end. Before its first line of Python a process cannot ignore them by itself.
 _HELD = {signal.SIGINT, signal.SIGTERM}
 
 
 def start(
     target: Callable[[Connection], None], environment: Mapping[str, str] | None = None
 ) -> tuple[BaseProcess, Connection]:
-    """Start a process. Its environment is that of this process now, and Ctrl-C does nothing to it.
+    """Start a process. It gets the present environment of this process, and ignores Ctrl-C.
 
     Args:
-        target: What it does, given its end of a pipe: a function of a module.
-        environment: Variables that are its own, set before anything can use CUDA.
+        target: The function that it calls with its end of a pipe; a function of a module.
+        environment: Further variables for it, set before anything can use CUDA.
 
     Returns:
         The process, and this end of the pipe, which ends with it.
@@ -69,7 +69,7 @@ def start(
 
 @contextlib.contextmanager
 def _held_signals() -> Iterator[None]:
-    """Hold signals back inside, from this thread and for as long as they like from the processes it starts."""
+    """Hold signals back inside, from this thread, and from the processes that it starts until they take them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
     try:
         yield
@@ -80,14 +80,14 @@ def _held_signals() -> Iterator[None]:
 def _begin(target: Callable[[Connection], None], connection: Connection, environment: Mapping[str, str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD)
-    os.environ.clear()  # what is copied has that of its own start
+    os.environ.clear()  # the process that is copied has the environment of its own start
     os.environ.update(environment)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     target(connection)
 
 
 def _leave_with_parent() -> None:
-    """End this process when its parent is gone, even by SIGKILL: no one would see the end of the run."""
+    """End this process when its parent is gone, even by SIGKILL, as no one would see the end of the run."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,7 +1,7 @@
-"""When a method reaches what the baseline reached: mean curves, their first crossing of a target, and a table of both.
+"""When a method reaches the level of the baseline: mean curves, their first crossing of a target, and a table of these.
 
-The curves are means over a method's finished seeds, per epoch and in seconds as in numbers. Between the ends of two
-epochs they are taken as straight, so that times to a target are not rounded to whole epochs.
+A curve is the mean over a method's finished seeds at each epoch, of the numbers and of the seconds alike. It is linear
+between the ends of epochs, so that times to a target are not rounded to whole epochs.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ TABLE_COLUMNS = (
     *CIRCUMSTANCES,
 )
 
-# A sum over seeds is rounded, and that must not decide between a target that is reached exactly and one that never is.
+# Relative tolerance: rounding in a sum over seeds must not decide whether a target is reached exactly or never.
 _ROUNDING = 1e-12
 
 
@@ -38,8 +38,8 @@ class MeanCurve:
         seconds: Training seconds since the start, ``[..., points]``.
         train_loss: Nats, ``[..., points]``.
         val_error: In [0, 1], ``[..., points]``.
-        best_val_error: The mean of each seed's own lowest, ``[...]``: the lowest point of the mean curve is another
-            number, and that of a resample is biased downwards.
+        best_val_error: Mean over seeds of each seed's lowest error, ``[...]``. This is not the lowest point of the mean
+            curve, which in a resample would be biased downwards.
     """
 
     epochs: "NDArray[np.float64]"
@@ -70,10 +70,11 @@ class Target:
         return _first_reach(curve.seconds, getattr(curve, self.quantity), self.value(baseline))
 
 
-# Of the baseline's mean curve, not the mean of its seeds' best points, a level that the mean curve never reaches.
+# The lowest point of the baseline's mean curve; the mean of its seeds' lowest errors would be a level that the mean
+# curve never reaches.
 BEST_ERROR = Target("val_error", lambda baseline: baseline.val_error.min(axis=-1))
 FINAL_LOSS = Target("train_loss", lambda baseline: baseline.train_loss[..., -1])
-# The best of the first half, not the value at half-time, which a single noisy epoch could set.
+# The best of the first half; a single noisy epoch could set the value at half-time.
 HALFWAY_ERROR = Target(
     "val_error", lambda baseline: baseline.val_error[..., baseline.epochs <= baseline.epochs[-1] / 2].min(axis=-1)
 )
@@ -230,11 +231,11 @@ def _first_reach(
 ) -> "NDArray[np.float64]":
     """Return ``first_reach`` of many curves: x ``[points]`` or as y, y ``[..., points]``, target ``[...]``."""
     is_reached = y <= (target + _ROUNDING * np.abs(target))[..., None]
-    after = is_reached.argmax(axis=-1, keepdims=True)  # the first point at or below; 0 also where there is none
+    after = is_reached.argmax(axis=-1, keepdims=True)  # the first point at or below the target; 0 also if there is none
     before = np.maximum(after - 1, 0)
     positions = np.broadcast_to(x, y.shape)
     x_before, x_after = (np.take_along_axis(positions, index, -1)[..., 0] for index in (before, after))
     y_before, y_after = (np.take_along_axis(y, index, -1)[..., 0] for index in (before, after))
-    drop = np.where(y_before > y_after, y_before - y_after, 1.0)  # both are one point if the first is below already
+    drop = np.where(y_before > y_after, y_before - y_after, 1.0)  # 1 if the curve begins below: both points are one
     fraction = np.clip((y_before - target) / drop, 0.0, 1.0)
     return np.where(is_reached.any(axis=-1), x_before + fraction * (x_after - x_before), np.inf)

@@ -1,4 +1,4 @@
-"""What a process does that carries out runs: each into its log, whatever happens, and then gives its memory back."""
+"""What a worker process does: it carries out runs, each with its output in a log, and frees the memory of each."""
 
 import contextlib
 import gc
@@ -18,18 +18,18 @@ from kfac_sua.runs.lock import RunBusyError, RunLostError
 from kfac_sua.runs.openers import own_file
 from kfac_sua.runs.record import failure_reason
 
-# How long a run may still be held by a worker whose parent was killed, which leaves in the same way.
+# Seconds for which a worker whose parent was killed may still hold a run, as it leaves after a checkpoint too.
 BUSY_TIME_S = LEAVING_TIME_S + 5.0
 BUSY_PERIOD_S = 0.5
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a worker is told: a run, where its output goes, and how many threads it has if its configuration is silent.
+    """A run for a worker.
 
     Attributes:
         config: The run.
-        log: File that what the run prints is appended to.
+        log: File to which the output of the run is appended.
         num_threads: CPU threads of PyTorch where ``config.num_threads`` is null; None leaves PyTorch's choice.
     """
 
@@ -39,10 +39,10 @@ class Task:
 
 
 def work(connection: Connection) -> None:
-    """Carry out runs as they come, until there is no one left to tell.
+    """Carry out runs as they come, until the other end of the connection is gone.
 
     Args:
-        connection: Where tasks come from, and where goes why each failed, or None.
+        connection: Brings tasks, and takes for each None, or the reason if it failed.
 
     Raises:
         SystemExit: If this process is told to stop.
@@ -63,9 +63,9 @@ def work(connection: Connection) -> None:
 
 
 def run_into_log(task: Task) -> str | None:
-    """Carry out a run and return None, or in one sentence why it failed; its log holds the rest.
+    """Carry out a run and return None, or the reason in one sentence if it failed; its log holds the rest.
 
-    One run that fails, for whatever reason, does not stop the others; the campaign ends with its name.
+    A run that fails, for whatever reason, does not stop the others. The campaign names it at its end.
 
     Args:
         task: The run.
@@ -117,7 +117,7 @@ def _run(task: Task) -> None:
         try:
             run(task.config)
             return
-        except RunLostError:  # no one holds it: its directory is gone, and the next command starts it anew
+        except RunLostError:  # no one holds it; its directory is gone, and the next command starts it anew
             raise
         except RunBusyError:
             if time.monotonic() > deadline:
@@ -126,7 +126,7 @@ def _run(task: Task) -> None:
 
 
 def _give_memory_back() -> None:
-    """Let go of what a run has left behind: this process may take others, and those beside it share its GPU."""
+    """Free the memory of a run: this process may carry out others, and other processes share its GPU."""
     import torch
 
     gc.collect()
