@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class FigureError(Exception):
-    """A table from which the figure cannot be drawn; the message is one sentence."""
+    """A figure cannot be drawn from a table; the message is one sentence."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +37,12 @@ class Curve:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What is drawn for one method.
+    """The curves of one method.
 
     Attributes:
         name: Name of the method.
-        counts: Number of runs per status, in the order finished, diverged, running, failed; none is zero.
-        setting: What the plotted runs have in common, for the CSV.
+        counts: Number of runs per status that occurs, in the order finished, diverged, running, failed.
+        setting: Columns that the plotted runs have in common, for the CSV.
         loss: Training loss in nats against epochs.
         val_error: Validation error in percent against training seconds.
         train_error: Training misclassification, likewise.
@@ -57,12 +57,12 @@ class Method:
 
     @property
     def has_finished(self) -> bool:
-        """Whether the curves come from finished runs; otherwise all that ended have diverged."""
+        """Whether the curves come from finished runs; otherwise all runs that ended have diverged."""
         return "finished" in self.counts
 
 
 def without_comparators(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the runs that the paper compares, and say which others are left out: a campaign's report draws them.
+    """Return the runs that the paper compares, and print which others are left out, which only a report draws.
 
     Args:
         frame: Rows of ``collect_runs``.
@@ -91,10 +91,10 @@ def loss_curve(runs: pd.DataFrame) -> Curve:
 def error_curve(runs: pd.DataFrame, column: str) -> Curve:
     """Return an error against training time.
 
-    Every seed is interpolated linearly between its epochs' ends, because the question is what error is
-    reached after so many seconds; averaging each epoch's time would average errors measured at different
-    times. The common grid is the union of all seeds' epoch ends, where the mean of the interpolated curves
-    has its corners, within the interval that all seeds cover: nothing is extrapolated.
+    The error of every seed is interpolated linearly between the ends of its epochs, so that a mean is one of errors at
+    the same time; a mean per epoch would mix errors of different times. The common grid is the union of the epoch
+    ends of all seeds, where the mean of the interpolated curves has its corners, within the interval that all seeds
+    cover. Nothing is extrapolated.
 
     Args:
         runs: Rows of ``collect_runs`` of one setting, finite, one run per seed.
@@ -115,7 +115,7 @@ def error_curve(runs: pd.DataFrame, column: str) -> Curve:
 
 
 def method_curves(name: str, rows: pd.DataFrame) -> Method:
-    """Return what is drawn for a method: its finished runs or, without one, the diverged.
+    """Return the curves of a method: of its finished runs or, if there are none, of the diverged ones.
 
     Args:
         name: Name of the method.

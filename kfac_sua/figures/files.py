@@ -49,7 +49,7 @@ def write_figure(
     out_dir.mkdir(parents=True, exist_ok=True)
     png, svg, csv = (out_dir / f"{name}.{suffix}" for suffix in ("png", "svg", "csv"))
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # the reader's own matplotlibrc must not change the figure
+        matplotlib.rcdefaults()  # a matplotlibrc of the user's must not change the figure
         apply_style()
         # Without pyplot: no window, no global state, and PNG is drawn by Agg whatever the backend.
         figure = Figure(figsize=size, layout=None if is_placed else "constrained")
@@ -69,7 +69,7 @@ def write_figure(
 
 
 def _write_at_foot(figure: "Figure", text: str) -> None:
-    """Write below everything what a reader must know before the numbers; the layout above it stays as it was."""
+    """Write a text below the figure, which grows by it; the layout above does not change."""
     width, height = figure.get_size_inches()
     foot = 0.06 + _FOOT_LINE * len(text.splitlines())
     share = foot / (height + foot)

@@ -1,4 +1,4 @@
-"""Curves with bands over seeds on axes, and the legend below them: what Figures 1 and 2 share."""
+"""Curves with bands over seeds, and the legend below them, for Figures 1 and 2."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

@@ -15,7 +15,7 @@ def with_names(frame: pd.DataFrame) -> pd.DataFrame:
         frame: Rows of ``collect_runs``, with these columns or without.
 
     Returns:
-        Where ``method`` was missing it is ``preconditioner``; where ``panel`` was, all rows are in one without name.
+        The table; a missing ``method`` is ``preconditioner``, and a missing ``panel`` is one panel without a name.
     """
     method = frame["method"] if "method" in frame else frame["preconditioner"]
     return frame.assign(method=method, panel=frame.get("panel", ""))
@@ -64,16 +64,16 @@ def panel_titles(table: pd.DataFrame, panels: Sequence[tuple[str, str]]) -> dict
 
 
 def check_uniform(frame: pd.DataFrame, place: str) -> None:
-    """Raise unless the runs of a panel can be compared with each other.
+    """Raise if the runs of a panel cannot be compared with each other.
 
     Args:
         frame: Rows of ``collect_runs``.
-        place: What holds them, for the message, such as ``Figure 1``.
+        place: The figure or panel, for the message, such as ``Figure 1``.
 
     Raises:
         FigureError: If there is not exactly one data set, one model and one width of it.
     """
-    for column in ("dataset", "model", *(["width"] if "width" in frame else [])):  # tables of before have no width
+    for column in ("dataset", "model", *(["width"] if "width" in frame else [])):  # older tables have no width
         values = sorted(f"{value:g}" if column == "width" else value for value in set(frame[column]))
         if len(values) != 1:
             found = ", ".join(values) or "none"

@@ -1,4 +1,4 @@
-"""One look per method, the same in every figure, and settings that make figures legible and reproducible."""
+"""Name and look of each method, the same everywhere, and settings that make figures legible and reproducible."""
 
 import dataclasses
 import itertools
@@ -35,7 +35,7 @@ class MethodStyle:
         return self.prose or self.label
 
 
-# The method that others are compared with.
+# The method with which all others are compared.
 BASELINE = "baseline"
 
 # Keyed by the name of the method, in the order of the legend: the paper's five curves (named as their preconditioner),
@@ -51,7 +51,7 @@ METHODS = {
     "sgd_no_bn": MethodStyle("SGD without batch norm", "#7F7F7F", (0, (1, 2.2)), "<"),
 }
 
-# Looks of all other methods. The colours are the "muted" ones of Tol (2021), none of which is a known method's.
+# Looks of all other methods. The colours are the "muted" ones of Tol (2021); no known method has one of these.
 _FREE_COLORS = ("#332288", "#44AA99", "#882255", "#DDCC77", "#117733", "#88CCEE", "#AA4499", "#999933", "#CC6677")
 _FREE_MARKERS = ("o", "s", "^", "D", "v", "P", "<", ">", "p", "d", "h", "8")
 _FREE_LINESTYLES: tuple[Dashes, ...] = (
@@ -63,13 +63,13 @@ _FREE_LINESTYLES: tuple[Dashes, ...] = (
 def method_styles(methods: Sequence[str], labels: Mapping[str, str] | None = None) -> dict[str, MethodStyle]:
     """Return a look for every method of a figure.
 
-    A name in ``METHODS`` has its look everywhere. Any other name, such as those of an ablation, gets a colour and a
-    marker that no other method of the list has, by its place in the list, and a line style of its own as long as there
-    are enough.
+    A name in ``METHODS`` has the same look everywhere. Any other name, such as those of an ablation, gets by its place
+    in the list a colour and a marker that no other method of the list has, and a line style of its own while there are
+    any left.
 
     Args:
         methods: Names, each once, in the order of the legend.
-        labels: Legend texts that replace those of ``METHODS``, or the name where it is not there.
+        labels: Labels that replace those of ``METHODS``; a name that is in neither is its own label.
 
     Returns:
         Looks by name, in the order given.
@@ -116,7 +116,7 @@ def apply_style() -> None:
 
     SVG files are made reproducible: the fixed salt keeps the identifiers in them from changing between calls.
     """
-    import matplotlib  # here, so that the names and colours of the methods cost no import of matplotlib
+    import matplotlib  # here, so that the table of methods does not import it
 
     matplotlib.rcParams.update(
         {

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Phase -> (legend, colour, hatching). Light to dark and hatched, to be told apart in grey.
+# Phase -> (legend, colour, hatching). Lightness and hatching distinguish them in grey.
 PHASES = {
     "forward_backward": ("Forward and backward", "#D9D9D9", ""),
     "statistics": ("Statistics", "#56B4E9", "////"),
@@ -30,7 +30,7 @@ PHASES = {
     "captured": ("Captured steps", "#7BCFB0", "----"),
     "other": ("Other", "#FFFFFF", "xxxx"),
 }
-_NEGLIGIBLE = 1e-3  # of an epoch; less is the clock's own cost and rounding
+_NEGLIGIBLE = 1e-3  # share of an epoch; less is rounding and the cost of the clock itself
 
 
 def draw_time_split(
@@ -104,7 +104,7 @@ def _mean_split(runs: pd.DataFrame) -> tuple[dict[str, float], int]:
     finished = runs[(runs["status"] == "finished") & (runs["epoch"] > 0)]
     last = finished.sort_values("epoch").groupby("run").last()
     measured = [phase for phase in PHASES if phase != "other"]
-    # Tables of before data_s was measured lack it; there, it is in forward_backward_s. captured_s came later still.
+    # Tables from before data_s was measured have it within forward_backward_s. captured_s was added later still.
     split = {phase: float((last.get(f"{phase}_s", 0.0 * last["epoch"]) / last["epoch"]).mean()) for phase in measured}
     total = float((last["train_time_s"] / last["epoch"]).mean())
     other = total - sum(split.values())

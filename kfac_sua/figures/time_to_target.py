@@ -1,4 +1,4 @@
-"""Epochs and training seconds that each method needs to reach what the baseline reached, as bars."""
+"""Epochs and training seconds that each method needs to reach the level of the baseline, as bars."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What runs are, in words from their records: the network, the data set, and what tells panels apart."""
+"""Titles from the records of runs: the network, the data set, and what distinguishes panels."""
 
 from typing import Any
 
@@ -16,13 +16,13 @@ def subject(rows: pd.DataFrame) -> str:
     """Return what was trained on what, such as ``VGG11 (width 0.25) on CIFAR-10``.
 
     Args:
-        rows: Rows of ``collect_runs``; those of before ``width`` and ``schedule`` were collected say less.
+        rows: Rows of ``collect_runs``; older tables lack ``width`` and ``schedule``, which are then left out.
     """
     return f"{_networks(rows)} on {_written(rows, 'dataset')}"
 
 
 def panel_subjects(frame: pd.DataFrame) -> dict[str, str]:
-    """Return a title per panel, from what the records say of it.
+    """Return a title per panel, from the records of its runs.
 
     Args:
         frame: Rows of ``collect_runs`` with ``panel``.

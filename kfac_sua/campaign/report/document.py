@@ -30,9 +30,9 @@ class ReportInput:
     Attributes:
         campaign: Panels and methods, with the curves that were trained.
         scale: Name of the scale.
-        scale_settings: What it consists of.
+        scale_settings: Its settings.
         device: ``cpu`` or ``cuda``.
-        seeds: Final runs wanted per curve.
+        seeds: Number of final runs wanted per curve.
         selection_rule: How the best cell is chosen, as a sentence.
         command: Command of the whole campaign.
         cell_commands: Per panel and method, the command of one final run.
@@ -44,9 +44,9 @@ class ReportInput:
         figures: PNG file per caption, in their order.
         infos: run.json of all runs.
         final_infos: run.json of the final runs.
-        overrides: What the user gave for all runs.
+        overrides: Overrides that the user gave for all runs.
         by_rule: Result of ``rule_table``.
-        source_commit: Commit of the source that makes the figures and the report, which may be later than the runs'.
+        source_commit: Commit of the source that makes figures and report; it may be later than that of the runs.
     """
 
     campaign: Campaign
@@ -119,7 +119,7 @@ def _document(report: ReportInput, addresses: Mapping[str, str]) -> str:
 
 
 def _opening(report: ReportInput) -> list[str]:
-    """Return what this is, and what a reader must know before any number."""
+    """Return the first paragraphs: what the report is about, and what a reader must know before any number."""
     curves = sum(len(panel.curves) for panel in report.campaign.panels)
     grid_runs, final_runs = (frame["run"].nunique() for frame in (report.grid, report.finals))
     about = (

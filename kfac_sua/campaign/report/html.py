@@ -1,4 +1,4 @@
-"""The Markdown report as one HTML file that needs no network and no other file."""
+"""The Markdown report as one HTML file, which needs neither a network nor another file."""
 
 import base64
 import html
@@ -73,10 +73,10 @@ _VERDICT = re.compile(r"<strong>(holds|does not hold|undecided)</strong>")
 
 
 def render_html(text: str, title: str, figures: Mapping[str, Path]) -> str:
-    """Return a page that looks like the Markdown it is made of.
+    """Return the Markdown report as a page.
 
     Args:
-        text: The report in Markdown, with a first heading after which the list of sections goes.
+        text: The report in Markdown; the list of sections goes after its first heading.
         title: Title of the page, as plain text.
         figures: From the address of an image in the Markdown to its PNG file, which is embedded.
 

@@ -1,4 +1,4 @@
-"""What the runs share with the paper and what they do not, as Markdown: its stated settings beside theirs."""
+"""Settings of the runs beside those that the paper states, as Markdown: which are the same and which differ."""
 
 import dataclasses
 import math
@@ -26,10 +26,10 @@ class Setting:
     """One setting of the runs, beside the paper's.
 
     Attributes:
-        name: What it is called.
-        here: A run's value as text; None where the run has no such setting.
-        paper: The first word of the same in the paper, per figure, or per figure and panel such as ``fig2/right``;
-            nothing if it states none.
+        name: Name of the setting.
+        here: Returns a run's value as text, or None if the run has no such setting.
+        paper: The paper's value by figure, or by figure and panel such as ``fig2/right``; its first word is compared
+            with the run's. Empty if the paper states none.
     """
 
     name: str
@@ -42,10 +42,10 @@ class Setting:
 
 
 def difference_section(campaign: Campaign, finals: pd.DataFrame, infos: Sequence[RunInfo]) -> str:
-    """Return what differs from the paper: computed from the runs' configurations, then what the campaign says itself.
+    """Return what differs from the paper, by the configurations of the runs and by the campaign's own sentences.
 
     Args:
-        campaign: Its figure says which experiment of the paper it is compared with.
+        campaign: The campaign; its figure says with which experiment of the paper it is compared.
         finals: Rows of ``collect_runs`` of the final runs, with ``panel`` and ``method``.
         infos: run.json of these runs.
     """
@@ -83,19 +83,19 @@ def difference_section(campaign: Campaign, finals: pd.DataFrame, infos: Sequence
 
 
 def _differs(stated: str | None, here: str) -> bool:
-    """Say whether a value is another than the paper's; what follows the first word explains it."""
+    """Return whether a value differs from the paper's; all words after the first only explain it."""
     return stated is not None and stated.split()[0] != here.split()[0]
 
 
 def run_sizes(frame: pd.DataFrame, infos: Sequence[RunInfo]) -> str:
-    """Return how long runs train and on how much, such as ``5 epochs on all 45,000 training images``.
+    """Return for how long and on how many images runs train, such as ``5 epochs on all 45,000 training images``.
 
     Args:
         frame: Rows of ``collect_runs`` of these runs.
         infos: run.json of all runs.
 
     Returns:
-        All there are, in a sentence; empty if none is recorded.
+        All that occur, joined by "or"; empty if none is recorded.
     """
     fingerprints = set(frame["fingerprint"])
     sizes = {
@@ -107,7 +107,7 @@ def run_sizes(frame: pd.DataFrame, infos: Sequence[RunInfo]) -> str:
 
 
 def limit_section(finals: pd.DataFrame, has_claims: bool) -> str:
-    """Return what these numbers cannot carry, given the number of seeds.
+    """Return what these numbers cannot show, given the number of seeds.
 
     Args:
         finals: Rows of ``collect_runs`` of the final runs, with ``panel`` and ``method``.
@@ -141,7 +141,7 @@ def _bootstrap_limits(seeds: int) -> str:
             "At least one method has a single finished seed: no standard deviation, no interval, and nothing that is"
             " compared with it can be decided."
         )
-    # Multisets of size n from n seeds: the only means a bootstrap of n seeds can draw.
+    # The number of multisets of n out of n seeds, which is the number of means that a bootstrap can draw.
     means = math.comb(2 * seeds - 1, seeds)
     if seeds < 10:
         return (
@@ -157,7 +157,7 @@ def _bootstrap_limits(seeds: int) -> str:
 
 
 def _curve_infos(campaign: Campaign, finals: pd.DataFrame, infos: Sequence[RunInfo]) -> dict[Curve, RunInfo]:
-    """Return one run's record per curve; its seeds share all that is compared here."""
+    """Return the record of one run per curve, as its seeds agree in all that is compared here."""
     by_fingerprint = {info.fingerprint: info for info in infos}
     curves = {}
     for panel in campaign.panels:
@@ -183,7 +183,7 @@ def _paragraph(departures: Sequence[str], open_choices: Sequence[str]) -> str:
 
 
 def _grouped(campaign: Campaign, curves: Mapping[Curve, RunInfo], values: Mapping[Curve, str | None]) -> str:
-    """Return the distinct values, the most common one first and, of the others, whose they are."""
+    """Return the distinct values: the most common first, and after each of the others the curves that have it."""
     groups: dict[str, list[Curve]] = {}
     for curve, value in values.items():
         groups.setdefault("not stated" if value is None else value, []).append(curve)
@@ -196,12 +196,12 @@ def _grouped(campaign: Campaign, curves: Mapping[Curve, RunInfo], values: Mappin
 
 
 def _whose(campaign: Campaign, some: Mapping[Curve, str], every: Mapping[Curve, str]) -> str:
-    """Return for which curves something is said, if not for all that have the setting."""
+    """Return the curves that differ, unless all with the setting do."""
     return "" if len(some) == len(every) else f" for {_names(campaign, list(some), every)}"
 
 
 def _names(campaign: Campaign, members: Sequence[Curve], every: Mapping[Curve, Any]) -> str:
-    """Name curves: by panel if they are all of it, by method if it is in all panels, else by both."""
+    """Name curves: by panel if they are all of its curves, by method if they are all of its, otherwise by both."""
     titles = {panel.name: escape(panel.title) for panel in campaign.panels}
     panels = dict.fromkeys(panel for panel, _ in members)
     if len(titles) > 1 and sum(panel in panels for panel, _ in every) == len(members):
@@ -246,7 +246,7 @@ def _available_images(info: RunInfo) -> int | None:
 
 
 def training_images(info: RunInfo) -> str | None:
-    """Return how many images a run trains on, of those not held out."""
+    """Return how many of the images that are not held out a run trains on."""
     available, used = _available_images(info), _value(info.config, "dataset.train_size")
     if available is None:
         return None if used is None else f"{used:,}"
@@ -265,7 +265,7 @@ def _decay(info: RunInfo) -> str | None:
         return None
     if not milestones:
         return str(name)
-    # Milestones are epochs, or fractions of all epochs.
+    # Older runs have milestones in epochs, later ones in fractions of all epochs.
     unit = "of the epochs" if max(milestones) < 1 else "epochs"
     return f"× {_value(info.config, 'schedule.gamma'):g} after {listed([f'{m:g}' for m in milestones])} {unit}"
 

@@ -1,4 +1,4 @@
-"""Where the numbers come from, as Markdown: hardware, versions, commits, and the commands that give them again."""
+"""Where the numbers come from, as Markdown: hardware, versions, commits, and the commands that reproduce them."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ _NOT_RECORDED = "not recorded"
 def environment_section(
     grid: pd.DataFrame, finals: pd.DataFrame, infos: Sequence[RunInfo], source_commit: str | None = None
 ) -> str:
-    """Return hardware, versions, commits and cost; where runs differ, all of what they say.
+    """Return hardware, versions, commits and cost; where runs differ, all of their values.
 
     Args:
         grid: Rows of ``collect_runs`` of all grid cells.
@@ -80,7 +80,7 @@ def command_section(
 
 
 def dirty_warning(infos: Sequence[RunInfo]) -> str:
-    """Say that runs were made with changes that no commit holds, or by several commits; empty if neither is so."""
+    """Return a caution if runs were made with uncommitted changes or by several commits; otherwise empty."""
     commits = {info.commit for info in infos}
     dirty = sum(bool(info.commit) and str(info.commit).endswith("+dirty") for info in infos)
     warnings = [f"{count(dirty, 'run was', 'runs were')} made with uncommitted changes"] if dirty else []
@@ -90,12 +90,12 @@ def dirty_warning(infos: Sequence[RunInfo]) -> str:
 
 
 def timing_warning(infos: Sequence[RunInfo]) -> str:
-    """Say that the final runs do not share their machine, threads, versions or ways of computing; empty if they do.
+    """Return a caution if the final runs differ in machine, threads, versions or ways of computing; otherwise empty.
 
-    Their precision is no matter of a caution: reports of several are refused (``require_one_precision``).
+    Their precisions are no part of it, as ``require_one_precision`` refuses reports of several.
 
     Args:
-        infos: run.json of the final runs. What they say of themselves counts, not where the report is made.
+        infos: run.json of the final runs, as the machine that makes the report may be another.
     """
     kinds: dict[str, set[Any]] = {
         **{each.plural: {value for info in infos for value in each.values(info)} for each in CIRCUMSTANCES.values()},
@@ -130,7 +130,7 @@ def _scale_items(campaign: Campaign, scale: Scale, by_user: Sequence[str]) -> li
 
 
 def _machines_item(infos: Sequence[RunInfo]) -> list[str]:
-    """Return where the runs were made, as far as they say so and there is more than one place."""
+    """Return the machines of the runs, if there are several."""
     machines = Counter(escape(" and then ".join(info.machines)) or _NOT_RECORDED for info in infos)
     return [f"Machines: {_with_counts(machines)}"] if len(machines) > 1 else []
 
@@ -160,9 +160,9 @@ def _minute(time: str) -> str:
 
 
 def _cost(stage: str, frame: pd.DataFrame) -> str:
-    """Return how many runs of a stage there are, how they ended, and the training seconds of all together.
+    """Return how many runs a stage has, how they ended, and the sum of their training time.
 
-    A run that curves share has cost once.
+    A run that curves share counts once.
     """
     runs = frame.groupby("run", sort=False).agg({"status": "last", "train_time_s": "max"})
     others = [f"{int((runs['status'] == name).sum())} {name}" for name in ("diverged", *UNENDED)]

@@ -1,4 +1,4 @@
-"""What the final runs reached, as Markdown: their numbers, and their times to the baseline's targets."""
+"""Results of the final runs, as Markdown: their numbers, and their times to the baseline's targets."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ from kfac_sua.figures.style import BASELINE
 from kfac_sua.runs.collect import QUANTITIES, CollectError, final_table, require_one_precision
 from kfac_sua.runs.record import UNENDED, RunInfo
 
-_DIGITS = 3  # of ratios and times, whose spread over seeds is seldom below a percent
+_DIGITS = 3  # of ratios and times; their spread over seeds is seldom below one percent
 
 _FINAL_COLUMNS = (
     ("Method", "left"),
@@ -74,7 +74,7 @@ def final_section(campaign: Campaign, finals: pd.DataFrame, seeds: int, infos: S
 
 
 def final_problems(campaign: Campaign, finals: pd.DataFrame, seeds: int) -> str:
-    """Return a sentence on how many final runs are not there, or have not finished; empty if all have."""
+    """Return a sentence on how many final runs are missing or have not finished; empty if all have."""
     wanted = seeds * sum(len(panel.curves) for panel in campaign.panels)
     statuses = finals.drop_duplicates(["panel", "method", "run"])["status"].value_counts()
     diverged, missing = int(statuses.get("diverged", 0)), wanted - int(statuses.sum())
@@ -170,7 +170,7 @@ def _run_notes(
 
 
 def _ending(run: "pd.Series[Any]", info: RunInfo | None) -> str:
-    """Return how a seed ended that has not finished."""
+    """Return how an unfinished seed ended."""
     seed = f"seed {run['seed']}"
     if run["status"] == "diverged":
         epoch = None if info is None else info.diverged_at_epoch

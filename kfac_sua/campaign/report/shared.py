@@ -1,4 +1,4 @@
-"""Which panels and curves of a campaign are one and the same, in words: a scale may leave nothing between them."""
+"""Which panels and curves of a campaign coincide, in words: at some scales nothing distinguishes them."""
 
 from collections.abc import Callable, Hashable, Sequence
 
@@ -12,7 +12,7 @@ _COMPUTED = ["seed", "epoch", "train_loss", "train_eval_loss", "val_loss", "val_
 
 
 def shared_paragraph(campaign: Campaign, finals: pd.DataFrame) -> str:
-    """Say which panels, or curves of a panel, are the same runs or have the same numbers; empty if none are.
+    """Return which panels, or curves of a panel, are the same runs or have the same numbers; empty if none are.
 
     Args:
         campaign: Panels and methods, in their order.

@@ -1,6 +1,6 @@
-"""Markdown from values: numbers as a reader wants them, escaped text, tables.
+"""Markdown from values: rounded numbers, escaped text, tables.
 
-The Markdown is the part that GitHub and Python-Markdown read alike, so that report.md and report.html say the same.
+It uses only the Markdown that GitHub and Python-Markdown read alike, so that report.md and report.html say the same.
 """
 
 import math
@@ -12,9 +12,9 @@ NEVER = "never"
 
 # Characters that both dialects take after a backslash. A pipe would end a table cell.
 _BACKSLASHED = re.compile(r"[\\`*_{}\[\]|]")
-# What would be a list, a heading or a quotation at the start of a block: the position before its mark.
+# The position before a mark that would make a list, a heading or a quotation at the start of a block.
 _BLOCK_START = re.compile(r"(?=[-+](\s|$|-))|(?=#)|(?=>)|(?<=\d)(?=[.)](\s|$))")
-# What only one dialect takes after a backslash: tags and entities, GitHub's strike-through and formulas.
+# Characters that only one dialect takes after a backslash: of tags, entities, strike-through and formulas.
 _ENTITIES = {"&": "&amp;", "<": "&lt;", "~": "&#126;", "$": "&#36;"}
 _SPECIAL = re.compile(r"&(?=#?\w+;)|<(?=[\w/!?])|[~$]")
 
@@ -76,12 +76,12 @@ def join(blocks: Sequence[str]) -> str:
 
 
 def number(value: float, digits: int = 4, most_decimals: int = 12) -> str:
-    """Return a number with so many significant digits, and integers whole.
+    """Return a number with as many decimals as its significant digits need; digits before the point all stand.
 
     Args:
         value: Any float.
-        digits: Significant digits, as far as decimals are concerned.
-        most_decimals: More are not shown, however small the number.
+        digits: Significant digits.
+        most_decimals: Most decimals, however small the number.
 
     Returns:
         ``never`` for infinity, a dash for NaN.
@@ -132,15 +132,15 @@ def listed(items: Sequence[str]) -> str:
 
 
 def _decimals(value: float, digits: int) -> int:
-    """Return how many decimals make so many significant digits, after rounding: 9.9996 is 10.00."""
+    """Return the decimals that show some significant digits, after rounding: 9.9996 is 10.00."""
     exponent = int(f"{abs(value):.{digits - 1}e}".partition("e")[2])
     return max(0, digits - 1 - exponent)
 
 
 def _deviation(std: float, decimals: int) -> str:
-    """Return a standard deviation, with one digit more than asked for rather than as zero."""
+    """Return a standard deviation; if it would be shown as zero, with one significant digit."""
     text = f"{std:,.{decimals}f}"
-    # What is left of equal numbers after rounding is no deviation.
+    # Rounding leaves such a deviation of equal numbers.
     return text if float(text.replace(",", "")) or std < 1e-12 else f"{std:.1g}"
 
 

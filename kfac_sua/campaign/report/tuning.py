@@ -1,4 +1,4 @@
-"""How the settings of the final runs were found, as Markdown: grids, budgets, choices."""
+"""How the settings of the final runs were chosen, as Markdown: grids, budgets, choices."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -54,11 +54,11 @@ def tuning_section(
 
 
 def budget_sentence(cells: Mapping[str, int], grown: Mapping[str, int]) -> str:
-    """Say whether all methods were tuned with the same number of runs.
+    """Return a sentence on whether all methods were tuned with the same number of runs.
 
     Args:
-        cells: Runs per method, grown cells included; keys are labels, already Markdown.
-        grown: Of these, the cells that were added beyond an edge.
+        cells: Runs per method, including cells by which a grid grew; keys are labels, already Markdown.
+        grown: How many of these were added beyond an edge.
     """
     if len(cells) < 2:
         return f"Tuning budget in runs: {_each(cells) or 'none'}."

@@ -1,4 +1,4 @@
-"""What the runs say of the paper's claims, as Markdown."""
+"""The verdicts on the paper's claims, as Markdown."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import pandas as pd
 from kfac_sua.campaign.judge import Part, Verdict
 from kfac_sua.campaign.report.text import NOTHING, bounds, code, escape, join, listed, number, table
 
-_DIGITS, _DECIMALS = 3, 3  # of ratios and differences in percentage points, which a few seeds give no better
+_DIGITS, _DECIMALS = 3, 3  # of ratios and of differences in percentage points; few seeds support no more
 
 
 def verdict_summary(verdicts: Sequence[Verdict]) -> str:
@@ -67,7 +67,7 @@ def rule_section(by_rule: pd.DataFrame) -> str:
 
 
 def _deciding(verdict: Verdict) -> str:
-    """Return the parts on which the verdict rests: those that share its outcome."""
+    """Return the parts that decide the verdict: those with its outcome."""
     parts = [part for part in verdict.parts if part.outcome == verdict.outcome] or list(verdict.parts)
     texts = [f"{escape(part.text)}: {_part_value(part)}, needed {escape(part.threshold)}" for part in parts]
     return "<br>".join(f"• {text}" for text in texts) if len(texts) > 1 else "".join(texts)
