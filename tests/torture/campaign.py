@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import logging
 import multiprocessing
 import os
 import shutil
@@ -38,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     torch.set_num_threads(1)  # a child forked from a process with several would wait for those forever
+    # Files of resumed runs repeat steps on purpose, of which its reader warns; `difference` compares what it returns.
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)
     effort = options.minutes / FULL_MINUTES
     all_cases = [case for name in options.campaign for case in CAMPAIGNS[name](effort)]
     unknown = set(options.only) - {case.full_name for case in all_cases}
