@@ -41,7 +41,7 @@ from kfac_sua.device import choose_device, device_type, knowing
 from kfac_sua.figures.curves import FigureError
 from kfac_sua.runs.collect import CollectError
 from kfac_sua.runs.lock import RunBusyError, exclusive
-from kfac_sua.runs.record import RecordError, failure_reason
+from kfac_sua.runs.run_info import RecordError, failure_reason
 from kfac_sua.startup import run_command
 from kfac_sua.streams import output_is_recorded
 from kfac_sua.training.signals import Interrupted

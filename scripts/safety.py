@@ -28,7 +28,8 @@ from kfac_sua.compose import compose_config
 from kfac_sua.config import Config, KroneckerConfig
 from kfac_sua.runs.atomic import write_atomically
 from kfac_sua.runs.directory import RunDirectory, run_directory
-from kfac_sua.runs.record import EpochRecord, read_ended_records, read_run_info
+from kfac_sua.runs.metrics import EpochRecord, read_ended_records
+from kfac_sua.runs.run_info import read_run_info
 from kfac_sua.startup import run_command
 from kfac_sua.training.checkpoint import load_checkpoint
 from kfac_sua.training.loop import run

@@ -6,7 +6,7 @@ from kfac_sua.compose import compose_config
 from kfac_sua.config import Config
 from kfac_sua.device import device_type
 from kfac_sua.runs.directory import RunDirectory, run_directory
-from kfac_sua.runs.record import EpochRecord, read_records
+from kfac_sua.runs.metrics import EpochRecord, read_records
 
 TINY = (
     "model=tiny",

@@ -7,7 +7,7 @@ from pathlib import Path
 from kfac_sua.bench.compiled import COMPILED
 from kfac_sua.bench.record import Arguments, BenchRecord, Cost
 from kfac_sua.bench.settings import BASELINE
-from kfac_sua.runs.record import RecordError
+from kfac_sua.runs.run_info import RecordError
 
 # Ratios under other conditions are other quantities.
 CONDITIONS = {

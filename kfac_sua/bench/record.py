@@ -13,7 +13,7 @@ from kfac_sua.bench.rates import Rate
 from kfac_sua.runs.atomic import write_atomically
 from kfac_sua.runs.environment import Environment
 from kfac_sua.runs.openers import read_regular
-from kfac_sua.runs.record import RecordError
+from kfac_sua.runs.run_info import RecordError
 
 FORMAT = 4
 OLDER_FORMATS = (2, 3)

@@ -21,7 +21,7 @@ from kfac_sua.config import Config, ConfigError
 from kfac_sua.data import DataError
 from kfac_sua.device import choose_device, choose_precision, device_type
 from kfac_sua.runs.directory import resolved
-from kfac_sua.runs.record import failure_reason
+from kfac_sua.runs.run_info import failure_reason
 
 # A stage and one of its curves.
 StageKey = tuple[Stage, CurveKey]

@@ -7,7 +7,7 @@ import pandas as pd
 
 from kfac_sua.campaign.cell import Cell, CellState, read_state
 from kfac_sua.runs.collect import RUN_COLUMNS, CollectError, run_rows
-from kfac_sua.runs.record import COLUMNS
+from kfac_sua.runs.metrics import COLUMNS
 
 
 def collect_cells(root: Path, cells: Sequence[Cell]) -> pd.DataFrame:

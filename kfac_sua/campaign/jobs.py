@@ -35,7 +35,7 @@ from kfac_sua.compose import composed_hydra, quoted, to_config
 from kfac_sua.compose.launchers import was_killed
 from kfac_sua.device import choose_device
 from kfac_sua.runs.directory import run_directory
-from kfac_sua.runs.record import failure_reason
+from kfac_sua.runs.run_info import failure_reason
 from kfac_sua.training.signals import Interrupted, StopRequest
 
 # Seconds between two looks at what the jobs have written.

@@ -24,7 +24,7 @@ from kfac_sua.figures.time_to_target import draw_time_to_target
 from kfac_sua.figures.titles import panel_subjects, subject
 from kfac_sua.runs.atomic import write_atomically
 from kfac_sua.runs.environment import source_commit
-from kfac_sua.runs.record import RunInfo
+from kfac_sua.runs.run_info import RunInfo
 
 _WRITTEN = (".csv", ".png", ".svg", ".md", ".html")
 

@@ -16,7 +16,7 @@ from kfac_sua.config import Config
 from kfac_sua.runs.atomic import named_in_errors
 from kfac_sua.runs.lock import RunBusyError, RunLostError
 from kfac_sua.runs.openers import own_file
-from kfac_sua.runs.record import failure_reason
+from kfac_sua.runs.run_info import failure_reason
 
 # Seconds for which a worker whose parent was killed may still hold a run, as it leaves after a checkpoint too.
 BUSY_TIME_S = LEAVING_TIME_S + 5.0

@@ -16,7 +16,8 @@ from kfac_sua.compose import Cells
 from kfac_sua.config import Config, ConfigError, Objective, ProgressStyle
 from kfac_sua.device import device_type
 from kfac_sua.runs.directory import run_directory
-from kfac_sua.runs.record import EpochRecord, RecordError, RunInfo, read_records, read_run_info
+from kfac_sua.runs.metrics import EpochRecord, read_records
+from kfac_sua.runs.run_info import RecordError, RunInfo, read_run_info
 from kfac_sua.streams import output_is_recorded
 
 # The variable from which a run learns how many there are, in any process and on any machine of a launcher.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from kfac_sua.runs.record import ENDED, UNENDED
+from kfac_sua.runs.run_info import ENDED, UNENDED
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -50,7 +50,7 @@ from kfac_sua.runs.collect import (
     select_best,
 )
 from kfac_sua.runs.comparable import seconds_cautions
-from kfac_sua.runs.record import RecordError
+from kfac_sua.runs.run_info import RecordError
 from kfac_sua.runs.summary import format_table
 from kfac_sua.startup import run_command
 

@@ -13,7 +13,7 @@ from kfac_sua.figures.files import write_figure
 from kfac_sua.figures.grid_layout import CELL_HEIGHT, MARGIN, GridMap, Page, Place, lay_out
 from kfac_sua.figures.panels import method_names, panel_titles, with_names
 from kfac_sua.figures.style import METHODS, MethodStyle, short_number
-from kfac_sua.runs.record import UNENDED
+from kfac_sua.runs.run_info import UNENDED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

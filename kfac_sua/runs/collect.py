@@ -24,17 +24,9 @@ from kfac_sua.command_line import BAD_INPUT, say
 from kfac_sua.figures.style import METHODS
 from kfac_sua.runs.atomic import write_atomically
 from kfac_sua.runs.comparable import CIRCUMSTANCES, circumstances, seconds_cautions
+from kfac_sua.runs.metrics import COLUMNS, EpochRecord, read_ended_records
 from kfac_sua.runs.openers import refuse_special
-from kfac_sua.runs.record import (
-    COLUMNS,
-    ENDED,
-    UNENDED,
-    EpochRecord,
-    RecordError,
-    RunInfo,
-    read_ended_records,
-    read_run_info,
-)
+from kfac_sua.runs.run_info import ENDED, UNENDED, RecordError, RunInfo, read_run_info
 from kfac_sua.runs.summary import MAX_WIDTH, format_table
 from kfac_sua.startup import run_command
 

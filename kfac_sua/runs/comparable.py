@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from kfac_sua.runs.record import ENDED, RunInfo
+from kfac_sua.runs.run_info import ENDED, RunInfo
 from kfac_sua.runs.summary import APART
 
 _JOIN = "; "  # between the values of one run, or of the runs of one row; no name of a device or machine has it

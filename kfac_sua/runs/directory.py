@@ -8,7 +8,7 @@ from typing import Any
 
 from kfac_sua.config import Config, ConfigError, KroneckerConfig, to_plain
 from kfac_sua.device import choose_precision
-from kfac_sua.runs.record import RecordError, read_run_info
+from kfac_sua.runs.run_info import RecordError, read_run_info
 
 # These do not change what is computed.
 _NOT_IN_FINGERPRINT = (

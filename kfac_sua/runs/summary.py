@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from kfac_sua.runs.record import UNENDED
+from kfac_sua.runs.run_info import UNENDED
 
 MAX_WIDTH = 100  # columns: what a terminal beside an editor, a message and an issue show without breaking lines
 

@@ -16,20 +16,15 @@ from kfac_sua.runs.atomic import write_atomically
 from kfac_sua.runs.directory import RunDirectory, end_of, resolved
 from kfac_sua.runs.environment import environment
 from kfac_sua.runs.lock import exclusive
-from kfac_sua.runs.record import (
-    ENDED,
+from kfac_sua.runs.metrics import (
     EpochRecord,
-    RecordError,
-    RunInfo,
     best_epoch,
-    failure_reason,
     read_ended_records,
     read_records,
-    read_run_info,
     records_digest,
     rewrite_records,
-    write_run_info,
 )
+from kfac_sua.runs.run_info import ENDED, RecordError, RunInfo, failure_reason, read_run_info, write_run_info
 from kfac_sua.training.checkpoint import Checkpoint, CheckpointError, adopt_old_name, load_checkpoint, previous_path
 from kfac_sua.training.fitting import check_fits
 from kfac_sua.training.launch import Launch

@@ -10,7 +10,8 @@ from kfac_sua.config import Config
 from kfac_sua.data import BatchLoader
 from kfac_sua.device import choose_device, choose_precision, rates_as_configured
 from kfac_sua.runs.directory import run_directory
-from kfac_sua.runs.record import EpochRecord, RunInfo
+from kfac_sua.runs.metrics import EpochRecord
+from kfac_sua.runs.run_info import RunInfo
 from kfac_sua.training.capturing import check_captured, phase_around
 from kfac_sua.training.determinism import determinism
 from kfac_sua.training.divergence import LOOK_PERIOD, Diverged, LateLook

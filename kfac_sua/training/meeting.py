@@ -18,7 +18,7 @@ import torch.distributed as dist
 from kfac_sua.config import Config, ConfigError, shown
 from kfac_sua.runs.directory import deciding_values, flat
 from kfac_sua.runs.environment import source_digest
-from kfac_sua.runs.record import failure_reason
+from kfac_sua.runs.run_info import failure_reason
 from kfac_sua.training.contact import PATIENCE, interruptible, named_losses
 from kfac_sua.training.launch import Launch
 

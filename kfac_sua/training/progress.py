@@ -6,7 +6,7 @@ import sys
 from tqdm import tqdm
 
 from kfac_sua.config import ProgressStyle
-from kfac_sua.runs.record import EpochRecord
+from kfac_sua.runs.metrics import EpochRecord
 
 
 class Progress:

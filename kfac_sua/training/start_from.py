@@ -10,7 +10,8 @@ from kfac_sua.compose import compose_config
 from kfac_sua.compose.saved import overrides_of
 from kfac_sua.config import Config, ConfigError, KroneckerConfig, ScheduleName, shown
 from kfac_sua.runs.directory import RunDirectory, deciding_values, fingerprint, flat, resolved
-from kfac_sua.runs.record import EpochRecord, RunInfo, read_ended_records, read_run_info
+from kfac_sua.runs.metrics import EpochRecord, read_ended_records
+from kfac_sua.runs.run_info import RunInfo, read_run_info
 from kfac_sua.training.checkpoint import Checkpoint, load_checkpoint, present_name
 from kfac_sua.training.fitting import check_fits
 from kfac_sua.training.state import Training

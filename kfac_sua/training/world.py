@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kfac_sua.config import ConfigError
-from kfac_sua.runs.record import failure_reason
+from kfac_sua.runs.run_info import failure_reason
 from kfac_sua.training.contact import PATIENCE, interruptible, named_losses
 from kfac_sua.training.launch import Launch
 

@@ -16,7 +16,8 @@ from kfac_sua.runs.directory import RunDirectory
 from kfac_sua.runs.hyper_parameters import hyper_parameters
 from kfac_sua.runs.lock import Hold, RunBusyError, RunLostError, exclusive
 from kfac_sua.runs.log import RunLog
-from kfac_sua.runs.record import EpochRecord, RunInfo, append_record, failure_reason, records_digest
+from kfac_sua.runs.metrics import EpochRecord, append_record, records_digest
+from kfac_sua.runs.run_info import RunInfo, failure_reason
 from kfac_sua.runs.tensorboard import StepLog, TensorBoardLog
 from kfac_sua.training.attempt import (
     continued_info,

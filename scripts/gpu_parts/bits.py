@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kfac_sua.runs.record import read_records, read_run_info
+from kfac_sua.runs.metrics import read_records
+from kfac_sua.runs.run_info import read_run_info
 from kfac_sua.startup import run_command
 from kfac_sua.training.checkpoint import Checkpoint, load_checkpoint
 

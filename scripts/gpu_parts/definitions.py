@@ -10,7 +10,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from gpu_parts.part import Part
-from kfac_sua.runs.record import read_records, read_run_info
+from kfac_sua.runs.metrics import read_records
+from kfac_sua.runs.run_info import read_run_info
 
 ROOT = Path(__file__).resolve().parents[2]
 MINUTES = 8.0

@@ -14,7 +14,7 @@ from kfac_sua.bench.__main__ import main
 from kfac_sua.bench.against import refuse_other_conditions
 from kfac_sua.bench.contender import PHASES, Contender
 from kfac_sua.bench.record import read_record, write_record
-from kfac_sua.runs.record import RecordError
+from kfac_sua.runs.run_info import RecordError
 
 AVERAGED = "kfac:ema_decay=0.9,factor_period=5"
 

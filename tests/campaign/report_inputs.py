@@ -15,7 +15,7 @@ from kfac_sua.campaign.judge import judge
 from kfac_sua.campaign.report import ReportInput, write_report
 from kfac_sua.campaign.selection import Choice
 from kfac_sua.campaign.targets import target_table
-from kfac_sua.runs.record import RunInfo
+from kfac_sua.runs.run_info import RunInfo
 
 EPOCHS = 4
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -21,7 +21,7 @@ from tiny_runs import lock_holder, metrics_without_times
 
 from kfac_sua.campaign.cell import Cell, log_path, mark_failed, read_state
 from kfac_sua.runs.lock import exclusive
-from kfac_sua.runs.record import ENDED, read_run_info
+from kfac_sua.runs.run_info import ENDED, read_run_info
 
 BASELINE_ONLY = ("fig1", "--scale", "smoke", "--only", "baseline", "--seeds", "1")
 

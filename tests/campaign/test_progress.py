@@ -12,7 +12,8 @@ from kfac_sua.campaign.estimate import Estimator, num_steps, shown_seconds
 from kfac_sua.campaign.first_steps import FirstSteps
 from kfac_sua.campaign.progress import CampaignProgress
 from kfac_sua.runs.directory import run_directory
-from kfac_sua.runs.record import rewrite_records, write_run_info
+from kfac_sua.runs.metrics import rewrite_records
+from kfac_sua.runs.run_info import write_run_info
 
 NOTHING = CellState("missing", 0)
 BASELINE = (Stage.grid, ("panel", "baseline"))

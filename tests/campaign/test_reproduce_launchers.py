@@ -13,7 +13,7 @@ from campaign.test_campaign_faults import call, reproduce, wait_for
 from campaign.test_reproduce import MEASURED_SECONDS
 from tiny_runs import lock_holder
 
-from kfac_sua.runs.record import ENDED, read_run_info
+from kfac_sua.runs.run_info import ENDED, read_run_info
 
 pytest.importorskip("submitit")
 pytestmark = pytest.mark.slow

@@ -23,7 +23,7 @@ from kfac_sua import train
 from kfac_sua.compose import compose_config
 from kfac_sua.config import ConfigError
 from kfac_sua.data import DataError
-from kfac_sua.runs.record import RecordError
+from kfac_sua.runs.run_info import RecordError
 from kfac_sua.training import loop
 from kfac_sua.training.checkpoint import CheckpointError
 

@@ -13,7 +13,7 @@ import pytest
 from kfac_sua import train
 from kfac_sua.compose import compose_cells
 from kfac_sua.runs.lock import RunBusyError, exclusive
-from kfac_sua.runs.record import read_records
+from kfac_sua.runs.metrics import read_records
 
 TINY = ["model=tiny", "dataset=digits", "dataset.train_size=400", "device=cpu"]
 

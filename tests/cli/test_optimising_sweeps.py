@@ -14,7 +14,8 @@ import pytest
 from kfac_sua import train
 from kfac_sua.cli.sweep import objective_value
 from kfac_sua.config import Objective
-from kfac_sua.runs.record import EpochRecord, RunInfo, read_records, read_run_info
+from kfac_sua.runs.metrics import EpochRecord, read_records
+from kfac_sua.runs.run_info import RunInfo, read_run_info
 
 TINY = ("model=tiny", "dataset=digits", "device=cpu")
 SHORT = (*TINY, "dataset.train_size=200", "epochs=1")

@@ -11,7 +11,8 @@ import pytest
 
 from kfac_sua import train
 from kfac_sua.config import ConfigError
-from kfac_sua.runs.record import read_records, read_run_info
+from kfac_sua.runs.metrics import read_records
+from kfac_sua.runs.run_info import read_run_info
 from kfac_sua.training import launch as launch_module
 from kfac_sua.training.launch import Launch, read_launch
 

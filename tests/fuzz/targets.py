@@ -24,15 +24,8 @@ from kfac_sua.checks import check
 from kfac_sua.compose import MAX_CELLS, compose_cells
 from kfac_sua.config import ConfigError
 from kfac_sua.data import DataError, load_archive
-from kfac_sua.runs.record import (
-    EpochRecord,
-    RecordError,
-    RunInfo,
-    read_records,
-    read_run_info,
-    rewrite_records,
-    write_run_info,
-)
+from kfac_sua.runs.metrics import EpochRecord, read_records, rewrite_records
+from kfac_sua.runs.run_info import RecordError, RunInfo, read_run_info, write_run_info
 from kfac_sua.training.checkpoint import MAGIC, Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 
 LIMIT_S = 20

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from kfac_sua.runs.record import EpochRecord, RunInfo, Status, rewrite_records, write_run_info
+from kfac_sua.runs.metrics import EpochRecord, rewrite_records
+from kfac_sua.runs.run_info import RunInfo, Status, write_run_info
 
 STARTED = "2026-01-02T03:04:05+00:00"
 

@@ -23,7 +23,7 @@ from kfac_sua.runs.collect import (
     select_best,
 )
 from kfac_sua.runs.directory import resolved
-from kfac_sua.runs.record import COLUMNS
+from kfac_sua.runs.metrics import COLUMNS
 from kfac_sua.runs.summary import format_table
 
 
@@ -302,7 +302,7 @@ def test_command_line_fails_with_one_sentence(tmp_path, capsys):
 def test_records_cost_no_import_of_plotting_or_tensorboard():
     """Training pays for TensorBoard only when it logs, and never for matplotlib or torchvision."""
     code = (
-        "import sys, kfac_sua.runs.record, kfac_sua.runs.tensorboard, kfac_sua.runs.collect;"
+        "import sys, kfac_sua.runs.metrics, kfac_sua.runs.run_info, kfac_sua.runs.tensorboard, kfac_sua.runs.collect;"
         "print(sorted({'matplotlib', 'tensorboard', 'torchvision'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

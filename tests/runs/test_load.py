@@ -15,7 +15,7 @@ from kfac_sua.build import build_splits
 from kfac_sua.compose import quoted
 from kfac_sua.config import Config, ConfigError, Precision
 from kfac_sua.evaluate import evaluate_run, main
-from kfac_sua.runs.record import RecordError, read_run_info, write_run_info
+from kfac_sua.runs.run_info import RecordError, read_run_info, write_run_info
 from kfac_sua.training import attempt
 from kfac_sua.training.loop import run
 from kfac_sua.training.signals import Interrupted

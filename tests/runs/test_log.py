@@ -11,7 +11,7 @@ from tiny_runs import tiny_config
 
 from kfac_sua.command_line import keep_command, kept_command
 from kfac_sua.runs.log import RunLog
-from kfac_sua.runs.record import read_run_info
+from kfac_sua.runs.run_info import read_run_info
 from kfac_sua.training.launch import Launch
 from kfac_sua.training.loop import run
 

@@ -22,7 +22,7 @@ from torch.utils.tensorboard.summary import scalar
 from torch.utils.tensorboard.writer import FileWriter
 
 from kfac_sua.runs import event_file
-from kfac_sua.runs.record import COLUMNS, MAY_BE_UNMEASURED
+from kfac_sua.runs.metrics import COLUMNS, MAY_BE_UNMEASURED
 from kfac_sua.runs.tensorboard import SCALARS, TensorBoardLog
 
 STARTED_UNIX_S = 1_700_000_000.25

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kfac_sua.runs.record import read_run_info
+from kfac_sua.runs.run_info import read_run_info
 from torture.command import Ended, call
 from torture.outcome import Outcome, command_line, difference, directory_of, read_outcome
 from torture.table import Result

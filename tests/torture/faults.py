@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from kfac_sua.data import load_digits
-from kfac_sua.runs.record import read_run_info
+from kfac_sua.runs.run_info import read_run_info
 from kfac_sua.training import capturing
 from kfac_sua.training.state import Training
 from torture.case import Bench, Case, Verdict, compare, failure_problem, finish

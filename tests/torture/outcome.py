@@ -10,7 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from kfac_sua.compose import compose_config
 from kfac_sua.runs.directory import RunDirectory, run_directory
-from kfac_sua.runs.record import EpochRecord, RunInfo, read_records, read_run_info
+from kfac_sua.runs.metrics import EpochRecord, read_records
+from kfac_sua.runs.run_info import RunInfo, read_run_info
 from kfac_sua.runs.tensorboard import SCALARS
 from kfac_sua.training.checkpoint import Checkpoint, load_checkpoint
 

@@ -12,7 +12,8 @@ from kfac_sua.compose import compose_config
 from kfac_sua.config import Config
 from kfac_sua.preconditioner import CapturedStep
 from kfac_sua.preconditioner.captured.step import WARM_UP_STEPS
-from kfac_sua.runs.record import read_records, read_run_info
+from kfac_sua.runs.metrics import read_records
+from kfac_sua.runs.run_info import read_run_info
 from kfac_sua.training.checkpoint import load_checkpoint
 from kfac_sua.training.loop import run
 from kfac_sua.training.signals import Interrupted

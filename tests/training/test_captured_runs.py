@@ -21,7 +21,7 @@ from kfac_sua.data import BatchLoader
 from kfac_sua.models import TinyConvNet
 from kfac_sua.preconditioner import CapturedStep, KroneckerPreconditioner
 from kfac_sua.preconditioner.captured.step import WARM_UP_STEPS
-from kfac_sua.runs.record import read_records
+from kfac_sua.runs.metrics import read_records
 from kfac_sua.training import capturing, writer
 from kfac_sua.training.checkpoint import load_checkpoint
 from kfac_sua.training.divergence import LOOK_PERIOD

@@ -12,7 +12,7 @@ from tiny_runs import TINY_PERIOD, directory_of, tiny_config
 from torch import nn
 
 from kfac_sua.preconditioner import KroneckerPreconditioner
-from kfac_sua.runs.record import read_records
+from kfac_sua.runs.metrics import read_records
 from kfac_sua.training import diagnostics as diagnostics_module
 from kfac_sua.training.diagnostics import Diagnostics
 from kfac_sua.training.loop import run, train_epoch

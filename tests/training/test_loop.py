@@ -18,7 +18,7 @@ from kfac_sua.build import build_splits
 from kfac_sua.data import BatchLoader
 from kfac_sua.models import TinyConvNet
 from kfac_sua.preconditioner import KroneckerPreconditioner
-from kfac_sua.runs.record import read_records
+from kfac_sua.runs.metrics import read_records
 from kfac_sua.training import loop, writer
 from kfac_sua.training.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from kfac_sua.training.evaluate import ErrorCounter

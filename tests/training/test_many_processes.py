@@ -19,7 +19,7 @@ from shared_runs import (
 from tiny_runs import directory_of, metrics_without_times
 from torch import Tensor, nn
 
-from kfac_sua.runs.record import read_run_info
+from kfac_sua.runs.run_info import read_run_info
 from kfac_sua.training.checkpoint import load_checkpoint
 from kfac_sua.training.world import World
 

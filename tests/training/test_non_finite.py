@@ -10,7 +10,7 @@ from identical import assert_identical
 from tiny_runs import TINY_PERIOD, directory_of, tiny_config
 
 from kfac_sua.data import BatchLoader
-from kfac_sua.runs.record import read_records
+from kfac_sua.runs.metrics import read_records
 from kfac_sua.training.loop import run
 from kfac_sua.training.state import Training
 

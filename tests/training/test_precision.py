@@ -10,7 +10,7 @@ from tiny_runs import TINY_PERIOD, directory_of, metrics_without_times, tiny_con
 from kfac_sua.config import Precision
 from kfac_sua.models import TinyConvNet
 from kfac_sua.preconditioner.precision import IEEE, factor_precision
-from kfac_sua.runs.record import read_run_info
+from kfac_sua.runs.run_info import read_run_info
 from kfac_sua.training.checkpoint import load_checkpoint
 from kfac_sua.training.loop import run
 from kfac_sua.training.precision import compute_logits, computing_in

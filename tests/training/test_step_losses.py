@@ -9,7 +9,7 @@ from stops import stop_after
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import TINY_PERIOD, directory_of, metrics_without_times, tiny_config
 
-from kfac_sua.runs.record import read_records
+from kfac_sua.runs.metrics import read_records
 from kfac_sua.runs.tensorboard import STEP_LOSS, STEPS
 from kfac_sua.training import writer
 from kfac_sua.training.evaluate import ErrorCounter

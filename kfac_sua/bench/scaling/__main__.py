@@ -33,7 +33,7 @@ from kfac_sua.runs.atomic import write_atomically
 from kfac_sua.runs.environment import environment
 from kfac_sua.runs.lock import RunBusyError, exclusive
 from kfac_sua.runs.openers import cannot_use
-from kfac_sua.runs.record import failure_reason
+from kfac_sua.runs.run_info import failure_reason
 from kfac_sua.startup import run_command
 
 # Largest sizes with --quick.

@@ -20,7 +20,7 @@ from kfac_sua.campaign.report.tuning import tuning_section
 from kfac_sua.campaign.report.verdicts import rule_section, verdict_section, verdict_summary
 from kfac_sua.campaign.selection import Choice
 from kfac_sua.runs.atomic import write_atomically
-from kfac_sua.runs.record import RunInfo
+from kfac_sua.runs.run_info import RunInfo
 
 
 @dataclasses.dataclass(frozen=True)

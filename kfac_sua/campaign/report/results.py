@@ -25,7 +25,7 @@ from kfac_sua.campaign.report.text import (
 )
 from kfac_sua.figures.style import BASELINE
 from kfac_sua.runs.collect import QUANTITIES, CollectError, final_table, require_one_precision
-from kfac_sua.runs.record import UNENDED, RunInfo
+from kfac_sua.runs.run_info import UNENDED, RunInfo
 
 _DIGITS = 3  # of ratios and times; their spread over seeds is seldom below one percent
 
