@@ -31,9 +31,9 @@ from kfac_sua.runs.directory import RunDirectory, run_directory
 from kfac_sua.runs.metrics import EpochRecord, read_ended_records
 from kfac_sua.runs.run_info import read_run_info
 from kfac_sua.startup import run_command
+from kfac_sua.training.build import build_training
 from kfac_sua.training.checkpoint import load_checkpoint
 from kfac_sua.training.loop import run
-from kfac_sua.training.state import Training
 
 OUT = Path("outputs/runs/safety")
 FIXED = (
@@ -101,7 +101,7 @@ def carry_out() -> None:
 
 def measure_cost() -> None:
     """Measure CPU seconds per step, interleaved: in turns, every setting takes one refresh period of steps."""
-    trainings = {name: Training.start(compose_config([*FIXED, *more]), CPU) for name, more in COSTS.items()}
+    trainings = {name: build_training(compose_config([*FIXED, *more]), CPU) for name, more in COSTS.items()}
     seconds: dict[str, list[float]] = {name: [] for name in trainings}
     for round_number in range(ROUNDS + 1):  # the first is for warming up
         for name, training in trainings.items():
@@ -139,8 +139,8 @@ def print_tables() -> None:
 
 def print_traces() -> None:
     """Print, per refresh period of the tuned condition, what the clip and what the reduction ratio do."""
-    clipped = Training.start(compose_config([*FIXED, WEIGHT, KL_CLIP]), CPU)
-    adapted = Training.start(compose_config([*FIXED, WEIGHT, ADAPTIVE]), CPU)
+    clipped = build_training(compose_config([*FIXED, WEIGHT, KL_CLIP]), CPU)
+    adapted = build_training(compose_config([*FIXED, WEIGHT, ADAPTIVE]), CPU)
     clip, adaptive = clipped.preconditioner, adapted.adaptive_damping
     assert clip is not None
     assert adaptive is not None

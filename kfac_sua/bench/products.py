@@ -35,9 +35,9 @@ from kfac_sua.preconditioner.layer import PreconditionedLayer
 from kfac_sua.runs.atomic import write_atomically
 from kfac_sua.runs.openers import cannot_use
 from kfac_sua.startup import run_command
+from kfac_sua.training.build import build_training
 from kfac_sua.training.loop import train_epoch
 from kfac_sua.training.progress import Progress
-from kfac_sua.training.state import Training
 
 DAMPINGS = (1.0, 0.1, 0.01)
 STRUCTURES = ("kfac", "sua")
@@ -177,7 +177,7 @@ def train_and_measure(config: Config) -> list[ProductError]:
     Raises:
         DataError: If the data set cannot be had, is damaged or too small.
     """
-    training = Training.start(dataclasses.replace(config, precision=Precision.float32), choose_device(config.device))
+    training = build_training(dataclasses.replace(config, precision=Precision.float32), choose_device(config.device))
     with contextlib.closing(training):
         steps = len(training.loader)
         train_epoch(training, Progress(ProgressStyle.none, "", total_steps=steps, done_steps=0, epochs=1))

@@ -1,25 +1,20 @@
 """Which runs capture their plain steps as CUDA graphs, and why others do not."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 
 from kfac_sua.config import Config, ConfigError, KroneckerConfig, NonFinite
 from kfac_sua.preconditioner import CapturedStep, KroneckerPreconditioner
+from kfac_sua.training.state import Training
 from kfac_sua.training.step import take_step, take_step_if_finite
-
-if TYPE_CHECKING:
-    from kfac_sua.training.state import Training
 
 DEVICES = ("cuda",)
 """Types of devices on which steps are captured."""
 
 
-def training_step(training: Training) -> Callable[[], None]:
+def build_step(training: Training) -> Callable[[], None]:
     """Return what takes one step of a run: by a replay, if its plain steps are to be captured and can be.
 
     Args:

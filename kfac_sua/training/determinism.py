@@ -1,9 +1,11 @@
-"""The same bits every time: deterministic kernels, for runs that ask for them."""
+"""The same bits every time: seeds for all runs, and deterministic kernels for runs that ask for them."""
 
 import contextlib
 import os
+import random
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 import torch.utils.deterministic
 
@@ -12,6 +14,21 @@ from kfac_sua.config import ConfigError
 CUBLAS_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 CUBLAS_VALUES = (":4096:8", ":16:8")
 """Workspaces with which NVIDIA promises the same bits every time; cuBLAS reads the variable at its first use."""
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and PyTorch on all devices, once per run and before the model is made.
+
+    Only the initialisation of the model draws from these: the order of the images and their augmentation come from
+    generators of their own (``data.batches.epoch_generator``), sampled labels from the preconditioner's, so that a
+    resumed run needs no saved random state.
+
+    Args:
+        seed: Seed of the run, from 0 to 2³² - 1.
+    """
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  # for libraries that draw from NumPy's global state
+    torch.manual_seed(seed)
 
 
 @contextlib.contextmanager

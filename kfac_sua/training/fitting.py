@@ -5,11 +5,9 @@ cannot come to (more steps than it has, negative seconds, another weight decay, 
 that the checkpoint before stands in.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -17,19 +15,14 @@ from torch import Tensor
 from kfac_sua.config import KroneckerConfig, NonFinite
 from kfac_sua.optimizers import MuonWithAdamW
 from kfac_sua.preconditioner.checkpoint.checks import outlined
+from kfac_sua.training.checkpoint import Checkpoint
 from kfac_sua.training.diagnostics import check_looks
 from kfac_sua.training.evaluate import checked_sums
+from kfac_sua.training.state import IMPLEMENTATION_KEYS, Training
 from kfac_sua.training.timing import PHASES
-
-if TYPE_CHECKING:
-    from kfac_sua.training.checkpoint import Checkpoint
-    from kfac_sua.training.state import Training
 
 LATER_PHASES = {"data", "other", "evaluation", "writing", "captured"}
 """Phases that checkpoints of before they were measured lack."""
-
-IMPLEMENTATION_KEYS = {"foreach", "fused"}
-"""In the parameter groups of PyTorch's optimizers: how a step is computed, not what."""
 
 # Settings of groups that not every release of PyTorch saves; loading a state puts the defaults there.
 _LATER_KEYS = {"nesterov", "maximize", "differentiable", "capturable", "amsgrad", "decoupled_weight_decay"}

@@ -12,6 +12,7 @@ from kfac_sua.device import choose_device, choose_precision, rates_as_configured
 from kfac_sua.runs.directory import run_directory
 from kfac_sua.runs.metrics import EpochRecord
 from kfac_sua.runs.run_info import RunInfo
+from kfac_sua.training.build import build_training
 from kfac_sua.training.capturing import check_captured, phase_around
 from kfac_sua.training.determinism import determinism
 from kfac_sua.training.divergence import LOOK_PERIOD, Diverged, LateLook
@@ -65,7 +66,7 @@ def run(config: Config, launch: Launch | None = None) -> RunInfo:
 
         # --- Build everything; nothing is written yet ---------------------------------------------------------------
         with writer.noting_early_failure():
-            training = Training.start(config, device, world)
+            training = build_training(config, device, world)
         stack.callback(training.close)
 
         with writer.holding():

@@ -8,31 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfac_sua.build import (
-    build_adaptive_damping,
-    build_model,
-    build_optimizer,
-    build_preconditioner,
-    build_splits,
-    fetch_images,
-    has_images,
-    memory_format,
-)
-from kfac_sua.config import Config
-from kfac_sua.data import BatchLoader, DataError, ImageSet, Splits, epoch_generator
-from kfac_sua.models.sync_batch_norm import synchronise_batch_norm
+from kfac_sua.build import memory_format
+from kfac_sua.config import Config, KroneckerConfig
+from kfac_sua.data import BatchLoader, ImageSet, Splits, epoch_generator
 from kfac_sua.preconditioner import AdaptiveDamping, KroneckerPreconditioner
-from kfac_sua.training.capturing import training_step
 from kfac_sua.training.checkpoint import Checkpoint
-from kfac_sua.training.damping import schedule_damping
 from kfac_sua.training.diagnostics import Diagnostics
 from kfac_sua.training.evaluate import ErrorCounter
-from kfac_sua.training.fitting import IMPLEMENTATION_KEYS
-from kfac_sua.training.schedule import learning_rate
-from kfac_sua.training.seeding import seed_everything
+from kfac_sua.training.schedule import learning_rate, scheduled_damping
 from kfac_sua.training.step_losses import StepLosses
 from kfac_sua.training.timing import Stopwatch
 from kfac_sua.training.world import World
+
+IMPLEMENTATION_KEYS = {"foreach", "fused"}
+"""Keys in the parameter groups of PyTorch's optimizers that say how a step is computed, not what."""
 
 
 @dataclasses.dataclass
@@ -50,7 +39,7 @@ class Training:
         world: The processes that carry out the run.
         forward: What mini-batches are sent through: the network, wrapped where gradients are averaged over processes.
         adaptive_damping: Adapts the damping, if it is to be.
-        take_step: Takes one step; see ``step.py``.
+        take_step: Takes one step; ``build_training`` sets it, since a step acts on this state.
         best: The weights with the lowest validation error so far, in memory of the CPU; see ``Checkpoint``.
     """
 
@@ -74,81 +63,6 @@ class Training:
     batch: int = 0
     skipped_steps: int = 0
     best: dict[str, Any] | None = None
-
-    @classmethod
-    def start(cls, config: Config, device: torch.device, world: World | None = None) -> "Training":
-        """Build everything and return the state before the first step; nothing but missing images is written.
-
-        Args:
-            config: The checked configuration, its ``precision`` resolved.
-            device: Where to train.
-            world: The processes that carry out the run, all of which call this; ``None`` for this one alone.
-
-        Raises:
-            ConfigError: If the preconditioner's settings do not fit the network, or ``capture=true`` anything else.
-            DataError: If the data set cannot be had, is damaged or too small, or the mini-batch for so many processes,
-                or these have different images.
-        """
-        world = world or World()
-        if world.any(not world.each(lambda: has_images(config.dataset))):
-            patient = world.patiently()
-            patient.from_first(lambda: fetch_images(config.dataset))
-            patient.each(lambda: fetch_images(config.dataset))  # on other machines, whose data_dir may be their own
-        training = world.each(lambda: cls._build(config, device, world))
-        for rank, digest in enumerate(digests := world.gather(training.data_digest)):
-            if digest != digests[0]:
-                raise DataError(
-                    "The processes of a run must train on the same images, but those in dataset.data_dir differ "
-                    f"between process 0 and process {rank}; give all the same files."
-                )
-        training.forward = world.averaging(training.model, shares_buffers=not config.sync_batch_norm)
-        return training
-
-    @classmethod
-    def _build(cls, config: Config, device: torch.device, world: World) -> "Training":
-        """Build what a process can by itself."""
-        if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
-        splits = build_splits(config.dataset)
-        loader = BatchLoader(
-            splits.train,
-            splits.mean,
-            splits.std,
-            config.batch_size,
-            device,
-            config.dataset.augmentation.value,
-            memory_format(config),
-            world.part,
-        )
-        seed_everything(config.seed)
-        model = build_model(config, splits.num_classes, device)
-        if world.size > 1 and config.sync_batch_norm:
-            model = synchronise_batch_norm(model, device)
-        preconditioner = build_preconditioner(config.preconditioner, model, config.seed, distributed=world.size > 1)
-        watch = Stopwatch(device)
-        if preconditioner is not None:
-            preconditioner.phase = watch.phase
-        optimizer = build_optimizer(config.optimizer, model)
-        sums = ErrorCounter(device, world)
-        training = cls(
-            config,
-            device,
-            splits,
-            loader,
-            model,
-            optimizer,
-            preconditioner,
-            watch,
-            sums,
-            Diagnostics(model, preconditioner, device),
-            StepLosses(sums, config.log_interval, config.batch_size, len(loader), world),
-            splits.digest(),
-            world,
-            build_adaptive_damping(config.preconditioner, preconditioner),
-            forward=model,
-        )
-        training.take_step = training_step(training)
-        return training
 
     @property
     def step(self) -> int:
@@ -204,7 +118,10 @@ class Training:
             lr = self.lr(self.epoch) * group.get("lr_ratio", 1.0)
             # A captured step of a fused optimizer reads it from the device, in float32; an eager one must do the same.
             group["lr"] = torch.tensor(lr, dtype=torch.float32).item() if group.get("fused") else lr
-        schedule_damping(self)
+        if self.preconditioner is not None and isinstance(self.config.preconditioner, KroneckerConfig):
+            damping = scheduled_damping(self.config.preconditioner, self.epoch, self.config.epochs)
+            if damping is not None:
+                self.preconditioner.damping = damping
         self.model.train()
         with self.watch.phase("data"):
             self.loader.begin_epoch(self.config.seed, self.epoch, first=self.batch)

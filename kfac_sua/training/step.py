@@ -5,20 +5,14 @@ that stay where they are. So a plain step can be captured and replayed; what a r
 loop does.
 """
 
-from __future__ import annotations
-
 import math
-from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kfac_sua.training.damping import adapt_damping
 from kfac_sua.training.divergence import Diverged
 from kfac_sua.training.precision import compute_logits
-
-if TYPE_CHECKING:
-    from kfac_sua.training.state import Training
+from kfac_sua.training.state import Training
 
 
 def take_step(training: Training) -> None:
@@ -66,6 +60,25 @@ def take_step_if_finite(training: Training) -> None:
         with training.watch.phase("optimizer"):
             training.optimizer.step()
         adapt_damping(training, inputs, labels, loss)
+
+
+def adapt_damping(training: Training, inputs: Tensor, labels: Tensor, loss: Tensor) -> None:
+    """Judge the step that was just taken and adapt the damping, if that is due.
+
+    Args:
+        training: The state, changed in place.
+        inputs: Images of the step's mini-batch.
+        labels: Their classes.
+        loss: Their mean loss before the step.
+    """
+    adaptive, weight = training.adaptive_damping, training.loss_weight
+    if adaptive is None or not adaptive.is_due:
+        return
+    with training.watch.phase("forward_backward"), adaptive.measuring():
+        logits = compute_logits(training.model, inputs, training.config.precision)
+        loss_after = F.cross_entropy(logits, labels)
+    with training.watch.phase("application"):
+        adaptive.update(loss * weight, loss_after * weight)
 
 
 def _next_batch(training: Training) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from tiny_runs import TINY, metrics_without_times, tiny_config
 
 from kfac_sua.campaign.starting import start
 from kfac_sua.campaign.worker import Task, run_into_log
+from kfac_sua.training import loop
 from kfac_sua.training.state import Training
 
 SETTINGS = ("preconditioner=sua", "preconditioner.inverse_period=3", "epochs=2")
@@ -23,7 +24,7 @@ SETTINGS = ("preconditioner=sua", "preconditioner.inverse_period=3", "epochs=2")
 def carry_out_three(connection: Connection, root: Path, device: str) -> None:
     """Carry out three runs in one process; after each, send what is left of it."""
     networks: list[weakref.ref[torch.nn.Module]] = []
-    original = Training.start
+    original = loop.build_training
 
     def remembering(*arguments, **options) -> Training:
         training = original(*arguments, **options)
@@ -32,7 +33,7 @@ def carry_out_three(connection: Connection, root: Path, device: str) -> None:
         return training
 
     gc.disable()  # what is collected is what the run's end has collected
-    Training.start = remembering  # type: ignore[method-assign]
+    loop.build_training = remembering
     for seed in range(3):
         config = tiny_config(root, *SETTINGS, f"device={device}", f"seed={seed}")
         reason = run_into_log(Task(config, root / f"{seed}.txt", 1))

@@ -17,6 +17,7 @@ from kfac_sua.config import Config, ConfigError, Precision
 from kfac_sua.evaluate import evaluate_run, main
 from kfac_sua.runs.run_info import RecordError, read_run_info, write_run_info
 from kfac_sua.training import attempt
+from kfac_sua.training.build import build_training
 from kfac_sua.training.loop import run
 from kfac_sua.training.signals import Interrupted
 from kfac_sua.training.state import Training
@@ -62,7 +63,7 @@ def test_the_best_weights_have_the_lowest_validation_error_of_any_epoch(finished
 
 def test_the_first_of_equal_epochs_is_kept_with_a_copy_of_its_weights():
     """Later steps do not change what was kept."""
-    training = Training.start(tiny_config(Path("unused"), *SETTINGS), torch.device("cpu"))
+    training = build_training(tiny_config(Path("unused"), *SETTINGS), torch.device("cpu"))
     training.epoch = 1
     training.keep_if_best(0.5)
     kept = {name: value.clone() for name, value in training.best["model"].items()}

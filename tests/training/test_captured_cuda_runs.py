@@ -14,10 +14,10 @@ from kfac_sua.preconditioner import CapturedStep
 from kfac_sua.preconditioner.captured.step import WARM_UP_STEPS
 from kfac_sua.runs.metrics import read_records
 from kfac_sua.runs.run_info import read_run_info
+from kfac_sua.training.build import build_training
 from kfac_sua.training.checkpoint import load_checkpoint
 from kfac_sua.training.loop import run
 from kfac_sua.training.signals import Interrupted
-from kfac_sua.training.state import Training
 
 pytestmark = [
     pytest.mark.gpu,
@@ -89,7 +89,7 @@ def test_captured_runs_have_the_bits_of_eager_ones(tmp_path, monkeypatch, settin
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_replays_of_the_command_never_wait(tmp_path, setting):
     """PyTorch raises where the host would wait for the GPU, from one replay to the next."""
-    training = Training.start(config_of(tmp_path, *SETTINGS[setting], "capture=true"), torch.device("cuda"))
+    training = build_training(config_of(tmp_path, *SETTINGS[setting], "capture=true"), torch.device("cuda"))
     training.begin_epoch()
     step = training.take_step
     assert isinstance(step, CapturedStep)

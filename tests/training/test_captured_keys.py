@@ -11,6 +11,7 @@ from tiny_runs import tiny_config
 from kfac_sua.compose import compose_config
 from kfac_sua.config import AdamWConfig, Config, KroneckerConfig, ScheduleName, to_plain
 from kfac_sua.preconditioner.captured.step import WARM_UP_STEPS
+from kfac_sua.training.build import build_training
 from kfac_sua.training.loop import train_epoch
 from kfac_sua.training.progress import Progress
 from kfac_sua.training.state import Training
@@ -118,7 +119,7 @@ def config_of(tmp_path, *overrides: str) -> Config:
 def trained(config: Config, capture: bool) -> tuple[dict, Training]:
     """Train two epochs; return all that changes, and the training."""
     config.capture = capture
-    training = Training.start(config, CPU)
+    training = build_training(config, CPU)
     progress = Progress(config.progress, "", total_steps=2, done_steps=0, epochs=2)
     results = []
     for _ in range(config.epochs):

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from tiny_runs import TINY_PERIOD, directory_of, metrics_without_times, tiny_config
 
 from kfac_sua.training import loop
+from kfac_sua.training.build import build_training
 from kfac_sua.training.checkpoint import load_checkpoint
-from kfac_sua.training.damping import adapt_damping
 from kfac_sua.training.loop import run
-from kfac_sua.training.state import Training
+from kfac_sua.training.step import adapt_damping
 from kfac_sua.training.timing import Stopwatch
 
 CPU = torch.device("cpu")
@@ -62,7 +62,7 @@ def test_adaptive_damping_moves(tmp_path, monkeypatch):
 def test_its_seconds_belong_to_the_phases_of_training(tmp_path):
     """The additional forward pass is forward time, the judgement application time, on a clock that ticks when read."""
     ticks = itertools.count()
-    training = Training.start(tiny_config(tmp_path, TINY_PERIOD, "preconditioner.adaptive_damping=2"), CPU)
+    training = build_training(tiny_config(tmp_path, TINY_PERIOD, "preconditioner.adaptive_damping=2"), CPU)
     training.watch = Stopwatch(CPU, clock=lambda: float(next(ticks)))
     inputs, labels = next(iter(training.loader.epoch(0, 0)))
     loss = F.cross_entropy(training.model(inputs), labels)

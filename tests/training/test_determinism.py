@@ -11,10 +11,9 @@ from tiny_runs import directory_of, metrics_without_times, tiny_config
 
 from kfac_sua.config import ConfigError
 from kfac_sua.runs.directory import run_directory
-from kfac_sua.training import capturing
+from kfac_sua.training import capturing, loop
 from kfac_sua.training.determinism import CUBLAS_VARIABLE, determinism
 from kfac_sua.training.loop import run
-from kfac_sua.training.state import Training
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -92,7 +91,7 @@ def test_a_run_on_a_gpu_tells_cublas_before_anything_is_on_it(tmp_path, monkeypa
     def start(config, device, world):
         raise InterruptedError(f"{device.type} {config.precision} {os.environ[CUBLAS_VARIABLE]}")
 
-    monkeypatch.setattr(Training, "start", start)
+    monkeypatch.setattr(loop, "build_training", start)
     with pytest.raises(InterruptedError, match=r"^cuda tf32 :4096:8$"):
         run(config)
 

@@ -14,6 +14,7 @@ from torch import nn
 from kfac_sua.preconditioner import KroneckerPreconditioner
 from kfac_sua.runs.metrics import read_records
 from kfac_sua.training import diagnostics as diagnostics_module
+from kfac_sua.training.build import build_training
 from kfac_sua.training.diagnostics import Diagnostics
 from kfac_sua.training.loop import run, train_epoch
 from kfac_sua.training.progress import Progress
@@ -30,7 +31,7 @@ def flat_gradient(model: nn.Module) -> torch.Tensor:
 
 def trained(tmp_path, *overrides: str) -> Training:
     """Train one epoch."""
-    training = Training.start(tiny_config(tmp_path, *overrides), CPU)
+    training = build_training(tiny_config(tmp_path, *overrides), CPU)
     progress = Progress(training.config.progress, "", total_steps=4, done_steps=0, epochs=1)
     train_epoch(training, progress)
     progress.close()
@@ -81,7 +82,7 @@ def test_the_baselines_gradient_is_its_update(tmp_path, monkeypatch, emulated, o
         norms.append(flat_gradient(training.model).norm().item())
 
     small = ("batch_size=50", "preconditioner=baseline", *OPTIMIZERS[optimizer])  # eight steps
-    training = Training.start(tiny_config(tmp_path, *small, "capture=false"), CPU)
+    training = build_training(tiny_config(tmp_path, *small, "capture=false"), CPU)
     monkeypatch.setattr(torch.Tensor, "backward", noting)
     progress = Progress(training.config.progress, "", total_steps=8, done_steps=0, epochs=1)
     train_epoch(training, progress)
@@ -120,7 +121,7 @@ def test_an_epoch_without_a_refresh_has_no_norms(tmp_path):
 
 def test_events_are_counted_in_two_kinds(tmp_path):
     """Faults of numbers, after which another inverse is at work, and all others."""
-    training = Training.start(tiny_config(tmp_path, "preconditioner=sua"), CPU)
+    training = build_training(tiny_config(tmp_path, "preconditioner=sua"), CPU)
     assert training.diagnostics.counts() == {"numerical_faults": 0, "other_events": 0}
     training.preconditioner.events.update(Counter({"failed_inverse:a": 2, "raised_damping:b": 1, "small_damping:a": 4}))
     assert training.diagnostics.counts() == {"numerical_faults": 3, "other_events": 4}

@@ -11,6 +11,7 @@ import torch
 from tiny_runs import directory_of, tiny_config
 
 from kfac_sua.optimizers import MuonWithAdamW
+from kfac_sua.training.build import build_training
 from kfac_sua.training.checkpoint import Checkpoint, CheckpointError, load_checkpoint, previous_path, save_checkpoint
 from kfac_sua.training.fitting import check_fits
 from kfac_sua.training.loop import run
@@ -36,7 +37,7 @@ Path = tuple[Any, ...]
 
 def start(tmp_path, name: str) -> Training:
     """Return a training before its first step."""
-    return Training.start(tiny_config(tmp_path, *RUNS[name], "epochs=3"), CPU)
+    return build_training(tiny_config(tmp_path, *RUNS[name], "epochs=3"), CPU)
 
 
 def trained(tmp_path, name: str, num_epochs: int, num_batches: int) -> Checkpoint:

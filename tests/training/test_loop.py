@@ -289,7 +289,7 @@ class WorkClock:
 def test_every_second_of_an_epoch_has_its_phase(tmp_path, monkeypatch):
     """Four steps, of whose parts each costs a second of its own: where each is booked, and what lies outside."""
     clock = WorkClock()
-    monkeypatch.setattr("kfac_sua.training.state.Stopwatch", lambda device: Stopwatch(device, clock))
+    monkeypatch.setattr("kfac_sua.training.build.Stopwatch", lambda device: Stopwatch(device, clock))
     clock.charge(monkeypatch, BatchLoader, "_normalised", 0.001)
     clock.charge(monkeypatch, F, "cross_entropy", 0.01)
     clock.charge(monkeypatch, ErrorCounter, "add", 0.1)

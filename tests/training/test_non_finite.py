@@ -11,6 +11,7 @@ from tiny_runs import TINY_PERIOD, directory_of, tiny_config
 
 from kfac_sua.data import BatchLoader
 from kfac_sua.runs.metrics import read_records
+from kfac_sua.training.build import build_training
 from kfac_sua.training.loop import run
 from kfac_sua.training.state import Training
 
@@ -30,7 +31,7 @@ SETTINGS = {
 
 def start(tmp_path, *overrides: str) -> Training:
     """Return a run before its first step."""
-    training = Training.start(tiny_config(tmp_path, "non_finite=skip", *overrides), torch.device("cpu"))
+    training = build_training(tiny_config(tmp_path, "non_finite=skip", *overrides), torch.device("cpu"))
     training.begin_epoch()
     return training
 
@@ -110,7 +111,7 @@ def test_a_step_that_is_not_skipped_is_the_same_under_both_policies(tmp_path):
     states = []
     for policy in ("skip", "stop"):
         config = tiny_config(tmp_path / policy, "preconditioner=kfac", TINY_PERIOD, f"non_finite={policy}")
-        training = Training.start(config, torch.device("cpu"))
+        training = build_training(config, torch.device("cpu"))
         training.begin_epoch()
         for _ in range(len(training.loader)):
             training.take_step()

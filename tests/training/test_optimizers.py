@@ -13,11 +13,11 @@ from kfac_sua.models import VGG11, PreActResNet50, TinyConvNet
 from kfac_sua.optimizers import MuonWithAdamW
 from kfac_sua.optimizers.muon import as_matrix, split_parameters
 from kfac_sua.training import loop
+from kfac_sua.training.build import build_training
 from kfac_sua.training.checkpoint import Checkpoint, load_checkpoint
 from kfac_sua.training.loop import run
 from kfac_sua.training.progress import Progress
 from kfac_sua.training.signals import Interrupted
-from kfac_sua.training.state import Training
 
 CPU = torch.device("cpu")
 LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
@@ -153,7 +153,7 @@ def test_gradients_end_with_zero_grad():
 def test_training_sets_both_learning_rates(tmp_path):
     """The schedule applies to both groups, and AdamW's learning rate stays its ratio of Muon's."""
     config = tiny_config(tmp_path, *MUON, "epochs=2", "schedule=step", "schedule.milestones=[0.5]")
-    training = Training.start(config, CPU)
+    training = build_training(config, CPU)
     initial = [group["lr"] for group in training.optimizer.param_groups]
     assert initial == pytest.approx([0.1, 0.0015])
     training.epoch = 1
@@ -219,7 +219,7 @@ def resumed_adamw(config, device, monkeypatch) -> torch.optim.AdamW:
         context.setattr(Progress, "epoch", interrupt)
         with pytest.raises(Interrupted):
             run(config)
-    training = Training.start(config, device)
+    training = build_training(config, device)
     training.optimizer.load_state_dict(final_state(config, device).optimizer)
     return getattr(training.optimizer, "_adamw", training.optimizer)
 

@@ -8,8 +8,9 @@ import torch
 from identical import assert_identical
 from tiny_runs import tiny_config
 
-from kfac_sua.training.seeding import seed_everything
-from kfac_sua.training.state import Training, load_optimizer_state
+from kfac_sua.training.build import build_training
+from kfac_sua.training.determinism import seed_everything
+from kfac_sua.training.state import load_optimizer_state
 
 
 def test_seed_everything_repeats_all_three_generators():
@@ -27,10 +28,10 @@ def test_seed_everything_repeats_all_three_generators():
 def test_initialisation_depends_on_the_seed_alone(tmp_path):
     """Two preconditioners start from the same weights, whatever was drawn before; another seed does not."""
     cpu = torch.device("cpu")
-    first = Training.start(tiny_config(tmp_path, "preconditioner=baseline"), cpu).model.state_dict()
+    first = build_training(tiny_config(tmp_path, "preconditioner=baseline"), cpu).model.state_dict()
     torch.rand(10)
-    second = Training.start(tiny_config(tmp_path, "preconditioner=grouped"), cpu).model.state_dict()
-    other = Training.start(tiny_config(tmp_path, "preconditioner=baseline", "seed=1"), cpu).model.state_dict()
+    second = build_training(tiny_config(tmp_path, "preconditioner=grouped"), cpu).model.state_dict()
+    other = build_training(tiny_config(tmp_path, "preconditioner=baseline", "seed=1"), cpu).model.state_dict()
     assert_identical(dict(first), dict(second))
     assert not torch.equal(first["classifier.weight"], other["classifier.weight"])
 
@@ -38,13 +39,13 @@ def test_initialisation_depends_on_the_seed_alone(tmp_path):
 def test_run_seed_does_not_move_the_split(tmp_path):
     """The held-out images belong to the data set's split_seed."""
     cpu = torch.device("cpu")
-    labels = [Training.start(tiny_config(tmp_path, f"seed={seed}"), cpu).splits.val.labels for seed in (0, 1)]
+    labels = [build_training(tiny_config(tmp_path, f"seed={seed}"), cpu).splits.val.labels for seed in (0, 1)]
     assert torch.equal(*labels)
 
 
 def test_loading_keeps_the_implementation_but_not_the_learning_rate(tmp_path):
     """A state saved by a fused optimizer is gone on from by the plain loop, with the saved rate and momentum."""
-    training = Training.start(tiny_config(tmp_path, "preconditioner=baseline"), torch.device("cpu"))
+    training = build_training(tiny_config(tmp_path, "preconditioner=baseline"), torch.device("cpu"))
     parameters = list(training.model.parameters())
     saved_by = torch.optim.SGD(parameters, lr=0.5, momentum=0.9, fused=True)
     for parameter in parameters:
@@ -62,7 +63,7 @@ def test_loading_keeps_the_implementation_but_not_the_learning_rate(tmp_path):
 def test_cuda_steps_are_fused_also_after_a_resume(tmp_path):
     """SGD takes one kernel on CUDA, whatever an older checkpoint says, and agrees with the plain loop to rounding."""
     config = tiny_config(tmp_path, "preconditioner=baseline", "device=cuda", "optimizer.lr=0.1")
-    training = Training.start(config, torch.device("cuda"))
+    training = build_training(config, torch.device("cuda"))
     parameters = list(training.model.parameters())
     copies = [parameter.detach().clone() for parameter in parameters]
     plain = torch.optim.SGD(copies, lr=0.1, momentum=0.9, foreach=False)

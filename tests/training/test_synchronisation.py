@@ -13,6 +13,7 @@ from unseen_reads import refuse_unseen_reads
 from kfac_sua.bench.operations import waits_for_device
 from kfac_sua.config import ProgressStyle
 from kfac_sua.training import loop
+from kfac_sua.training.build import build_training
 from kfac_sua.training.evaluate import ErrorCounter
 from kfac_sua.training.progress import Progress
 from kfac_sua.training.state import Training
@@ -102,7 +103,7 @@ def train(training: Training, forbid: Callable[[bool], None]) -> int:
 def start(tmp_path, device: str, *overrides: str) -> Training:
     """Return a run of eight steps per epoch before its first."""
     config = tiny_config(tmp_path, "batch_size=50", f"device={device}", *overrides)
-    return Training.start(config, torch.device(device))
+    return build_training(config, torch.device(device))
 
 
 def expected_plain(overrides: tuple[str, ...]) -> int:
