@@ -6,7 +6,6 @@ if __name__ == "__main__":  # before the imports that take seconds
     begin()
 
 import contextlib
-import dataclasses
 import os
 import signal
 import sys
@@ -44,17 +43,17 @@ from kfac_sua.runs.run_info import RecordError
 from kfac_sua.startup import run_command
 from kfac_sua.streams import guard_streams, output_is_recorded
 from kfac_sua.training.checkpoint import CheckpointError
-from kfac_sua.training.contact import LostContactError
-from kfac_sua.training.launch import Launch, read_launch
+from kfac_sua.training.connection import ConnectionLostError
+from kfac_sua.training.launch import Invocation, Launch, read_launch
 from kfac_sua.training.loop import run
-from kfac_sua.training.world import OtherProcessError
+from kfac_sua.training.process_group import OtherProcessError
 from kfac_sua.tuned import auto_keys
 
 # Errors that a user can cause. PyTorch and the preconditioner raise RuntimeError where something cannot be done (out of
 # memory, a factor that is not positive definite). Any other exception is a bug and keeps its traceback.
 INPUT_ERRORS = (ConfigError, DataError, HydraException, OmegaConfBaseException)
 RUN_ERRORS = (
-    *(RecordError, CheckpointError, RunBusyError, LostContactError, OtherProcessError),
+    *(RecordError, CheckpointError, RunBusyError, ConnectionLostError, OtherProcessError),
     *(OSError, MemoryError, RuntimeError),
 )
 
@@ -169,10 +168,10 @@ def _checked(line: CommandLine) -> tuple[list[str], Cells | None]:
     launch = read_launch(os.environ)
     cells = compose_cells(overrides, multirun=line.is_multirun, config_dir=line.config_dir)
     refuse_links(cells.configs)
-    if launch.size > 1 and cells.num_runs != 1:
+    if launch.world_size > 1 and cells.num_runs != 1:
         raise ConfigError(
-            f"{cells.num_runs or 'Several'} runs by {launch.size} processes together: give torchrun one run, or start "
-            "the sweep without it, whose runs a launcher can spread over machines."
+            f"{cells.num_runs or 'Several'} runs by {launch.world_size} processes together: give torchrun one run, or "
+            "start the sweep without it, whose runs a launcher can spread over machines."
         )
     return [*overrides, *(sweep_overrides(overrides, cells.num_runs) if cells.num_runs != 1 else [])], cells
 
@@ -190,12 +189,11 @@ def train(raw: DictConfig) -> float | None:
     output_is_recorded()
     config, launch = to_config(raw), read_launch(os.environ)
     begin_in_sweep(config)
-    overrides = tuple(HydraConfig.get().overrides.task)
-    place = place_in_sweep(config)
-    info = run(config, dataclasses.replace(launch, place=place, auto=auto_keys(raw), overrides=overrides))
+    invocation = Invocation(place_in_sweep(config), auto_keys(raw), tuple(HydraConfig.get().overrides.task))
+    info = run(config, launch, invocation)
     if launch.rank > 0:
         return None
-    directory = run_directory(config, info.device, launch.size)
+    directory = run_directory(config, info.device, launch.world_size)
     return objective_value(config.objective, info, read_records(directory.metrics))
 
 
@@ -236,8 +234,9 @@ def _say_why(error: BaseException) -> int:
     code, launch = _exit_code(error), _launch()
     if isinstance(error, OtherProcessError):
         return code
-    is_placed = launch.size > 1 and not isinstance(error, LostContactError)
-    return say(f"process {launch.rank} of {launch.size}: {_sentence(error)}" if is_placed else _sentence(error), code)
+    names_process = launch.world_size > 1 and not isinstance(error, ConnectionLostError)
+    prefix = f"process {launch.rank} of {launch.world_size}: " if names_process else ""
+    return say(prefix + _sentence(error), code)
 
 
 def _say_of_command(error: BaseException) -> int:
@@ -251,7 +250,7 @@ def _exit_code(error: BaseException) -> int:
 
 
 def _launch() -> Launch:
-    """Return this process's place among those of the run; a process alone if the environment makes no sense."""
+    """Return how this process was launched; as a single one if the environment makes no sense."""
     try:
         return read_launch(os.environ)
     except ConfigError:

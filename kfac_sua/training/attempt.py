@@ -27,7 +27,7 @@ from kfac_sua.runs.metrics import (
 from kfac_sua.runs.run_info import ENDED, RecordError, RunInfo, failure_reason, read_run_info, write_run_info
 from kfac_sua.training.checkpoint import Checkpoint, CheckpointError, adopt_old_name, load_checkpoint, previous_path
 from kfac_sua.training.fitting import check_fits
-from kfac_sua.training.launch import Launch
+from kfac_sua.training.launch import Invocation
 from kfac_sua.training.state import Training, weights
 
 
@@ -69,7 +69,7 @@ def read_checkpoint(training: Training, directory: RunDirectory) -> tuple[Checkp
         fingerprint=directory.fingerprint,
         seed=training.config.seed,
         # What is told to other processes must not lie on this one's GPU.
-        device=training.device if training.world.size == 1 else torch.device("cpu"),
+        device=training.device if training.process_group.size == 1 else torch.device("cpu"),
         data_digest=training.data_digest,
         check=functools.partial(check_fits, training),
     )
@@ -91,7 +91,7 @@ def read_checkpoint(training: Training, directory: RunDirectory) -> tuple[Checkp
     return checkpoint, records
 
 
-def new_info(training: Training, directory: RunDirectory, launch: Launch) -> RunInfo:
+def new_info(training: Training, directory: RunDirectory, invocation: Invocation) -> RunInfo:
     """Return what run.json says of a run that begins; all processes have to ask."""
     config, device = training.config, training.device
     surroundings = environment(device.type)
@@ -104,12 +104,12 @@ def new_info(training: Training, directory: RunDirectory, launch: Launch) -> Run
         versions=surroundings.versions,
         device=device.type,
         device_name=surroundings.device_name,
-        machines=list(dict.fromkeys(training.world.gather(surroundings.machine))),
+        machines=list(dict.fromkeys(training.process_group.all_gather(surroundings.machine))),
         num_threads=torch.get_num_threads(),
-        process_counts=[training.world.size],
+        process_counts=[training.process_group.size],
         started=_now(),
         command=kept_command(),
-        overrides=list(launch.overrides),
+        overrides=list(invocation.overrides),
         source=None if config.start_from is None else end_of(config.start_from),
     )
 

@@ -19,19 +19,19 @@ from kfac_sua.training.capturing import build_step
 from kfac_sua.training.determinism import seed_everything
 from kfac_sua.training.diagnostics import Diagnostics
 from kfac_sua.training.evaluate import ErrorCounter
+from kfac_sua.training.process_group import ProcessGroup
 from kfac_sua.training.state import Training
 from kfac_sua.training.step_losses import StepLosses
 from kfac_sua.training.timing import Stopwatch
-from kfac_sua.training.world import World
 
 
-def build_training(config: Config, device: torch.device, world: World | None = None) -> Training:
+def build_training(config: Config, device: torch.device, process_group: ProcessGroup | None = None) -> Training:
     """Build everything that a run trains with; nothing is written but images that have to be fetched.
 
     Args:
         config: The checked configuration, its ``precision`` resolved.
         device: Where to train.
-        world: The processes that carry out the run, all of which call this; ``None`` for this one alone.
+        process_group: The processes that carry out the run, all of which call this; ``None`` for this one alone.
 
     Raises:
         ConfigError: If the preconditioner's settings do not fit the network, or ``capture=true`` does not fit the
@@ -39,23 +39,25 @@ def build_training(config: Config, device: torch.device, world: World | None = N
         DataError: If the data set cannot be had, is damaged or too small, if the mini-batch is too small for so many
             processes, or if these have different images.
     """
-    world = world or World()
-    if world.any(not world.each(lambda: has_images(config.dataset))):
-        patient = world.patiently()
-        patient.from_first(lambda: fetch_images(config.dataset))
-        patient.each(lambda: fetch_images(config.dataset))  # on other machines, whose data_dir may be their own
-    training = world.each(lambda: _build_own(config, device, world))
-    for rank, digest in enumerate(digests := world.gather(training.data_digest)):
+    process_group = process_group or ProcessGroup()
+    if process_group.any(not process_group.run_on_all(lambda: has_images(config.dataset))):
+        patient_group = process_group.with_long_timeout()
+        patient_group.broadcast(lambda: fetch_images(config.dataset))
+        patient_group.run_on_all(
+            lambda: fetch_images(config.dataset)
+        )  # on other machines, whose data_dir may be their own
+    training = process_group.run_on_all(lambda: _build_own(config, device, process_group))
+    for rank, digest in enumerate(digests := process_group.all_gather(training.data_digest)):
         if digest != digests[0]:
             raise DataError(
                 "The processes of a run must train on the same images, but those in dataset.data_dir differ "
                 f"between process 0 and process {rank}; give all the same files."
             )
-    training.forward = world.averaging(training.model, shares_buffers=not config.sync_batch_norm)
+    training.forward = process_group.data_parallel(training.model, broadcast_buffers=not config.sync_batch_norm)
     return training
 
 
-def _build_own(config: Config, device: torch.device, world: World) -> Training:
+def _build_own(config: Config, device: torch.device, process_group: ProcessGroup) -> Training:
     """Build what a process can build without the others."""
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
@@ -68,17 +70,17 @@ def _build_own(config: Config, device: torch.device, world: World) -> Training:
         device,
         config.dataset.augmentation.value,
         memory_format(config),
-        world.part,
+        process_group.part,
     )
     seed_everything(config.seed)
     model = build_model(config, splits.num_classes, device)
-    if world.size > 1 and config.sync_batch_norm:
+    if process_group.size > 1 and config.sync_batch_norm:
         model = synchronise_batch_norm(model, device)
-    preconditioner = build_preconditioner(config.preconditioner, model, config.seed, distributed=world.size > 1)
+    preconditioner = build_preconditioner(config.preconditioner, model, config.seed, distributed=process_group.size > 1)
     watch = Stopwatch(device)
     if preconditioner is not None:
         preconditioner.phase = watch.phase
-    sums = ErrorCounter(device, world)
+    sums = ErrorCounter(device, process_group)
     training = Training(
         config=config,
         device=device,
@@ -90,9 +92,9 @@ def _build_own(config: Config, device: torch.device, world: World) -> Training:
         watch=watch,
         sums=sums,
         diagnostics=Diagnostics(model, preconditioner, device),
-        step_losses=StepLosses(sums, config.log_interval, config.batch_size, len(loader), world),
+        step_losses=StepLosses(sums, config.log_interval, config.batch_size, len(loader), process_group),
         data_digest=splits.digest(),
-        world=world,
+        process_group=process_group,
         adaptive_damping=build_adaptive_damping(config.preconditioner, preconditioner),
         forward=model,
     )

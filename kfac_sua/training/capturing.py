@@ -23,18 +23,18 @@ def build_step(training: Training) -> Callable[[], None]:
     Raises:
         ConfigError: If ``capture=true`` and they cannot be.
     """
-    config, world = training.config, training.world
+    config, process_group = training.config, training.process_group
     policy = take_step_if_finite if config.non_finite is NonFinite.skip else take_step
     step = functools.partial(policy, training)
     if config.capture is False:
         return step
-    reason = why_no_graphs(training.device) or why_eager(config, training.preconditioner, world.size)
+    reason = why_no_graphs(training.device) or why_eager(config, training.preconditioner, process_group.size)
     if not reason:
         return CapturedStep(step, training.model, training.optimizer, training.preconditioner)
     if config.capture is True:
         raise ConfigError(f"capture=true, but {reason}; give capture=auto or capture=false.")
     if training.device.type in DEVICES:
-        world.say(f"steps are not captured: {reason}")
+        process_group.print_on_main(f"steps are not captured: {reason}")
     return step
 
 

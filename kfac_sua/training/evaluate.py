@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kfac_sua.config import Precision
 from kfac_sua.preconditioner.checkpoint.checks import outlined
 from kfac_sua.training.precision import compute_logits
-from kfac_sua.training.world import World
+from kfac_sua.training.process_group import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class ErrorCounter:
 
     Args:
         device: Device of the logits that will come.
-        world: The processes.
+        process_group: The processes.
     """
 
-    def __init__(self, device: torch.device, world: World | None = None) -> None:
-        self._world = world or World()
+    def __init__(self, device: torch.device, process_group: ProcessGroup | None = None) -> None:
+        self._process_group = process_group or ProcessGroup()
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self._num_errors = torch.zeros((), dtype=torch.int64, device=device)
         self._num_images = torch.zeros((), dtype=torch.int64, device=device)
@@ -65,7 +65,7 @@ class ErrorCounter:
 
     def loss_sum(self) -> Tensor:
         """Return the sum of all losses so far, on the device, ``[]`` in float64."""
-        return self._world.add_up(self._loss_sum)
+        return self._process_group.all_reduce_sum(self._loss_sum)
 
     def result(self) -> Evaluation:
         """Return the means over all images, NaN if there were none; waits for the device."""
@@ -87,13 +87,13 @@ class ErrorCounter:
         """
         sums = checked_sums(state)
         for own, total in zip((self._loss_sum, self._num_errors, self._num_images), sums, strict=True):
-            own.copy_(self._world.share_of(total))
+            own.copy_(self._process_group.share_of(total))
 
     def _totals(self) -> tuple[Tensor, Tensor, int]:
         """Return the sums over all processes."""
         # Counts of images are whole numbers far below 2**53, which float64 holds exactly.
         own = torch.stack([self._loss_sum, self._num_errors.double(), self._num_images.double()])
-        loss_sum, num_errors, num_images = self._world.add_up(own).unbind()
+        loss_sum, num_errors, num_images = self._process_group.all_reduce_sum(own).unbind()
         return loss_sum, num_errors.long(), int(num_images)
 
 
@@ -128,7 +128,7 @@ def evaluate(
     batches: Iterable[tuple[Tensor, Tensor]],
     device: torch.device,
     after_batch: Callable[[], None] = lambda: None,
-    world: World | None = None,
+    process_group: ProcessGroup | None = None,
     precision: Precision = Precision.float32,
 ) -> Evaluation:
     """Return loss and error of a model in evaluation mode, which is left in the mode it came in.
@@ -138,7 +138,7 @@ def evaluate(
         batches: Inputs and labels; mini-batches may differ in size, every image counts the same.
         device: Device of model and batches.
         after_batch: Called after each mini-batch; it may raise.
-        world: The processes, each with its part of every mini-batch, which may be empty.
+        process_group: The processes, each with its part of every mini-batch, which may be empty.
         precision: In what the network computes.
 
     Returns:
@@ -146,7 +146,7 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    counter = ErrorCounter(device, world)
+    counter = ErrorCounter(device, process_group)
     try:
         for inputs, labels in batches:
             if len(inputs):

@@ -1,4 +1,4 @@
-"""Whether this process is one of several that carry out a run together, as torchrun and srun say in the environment."""
+"""How a run was launched: this process's rank, from the environment of torchrun or srun, and the command line."""
 
 import dataclasses
 import subprocess
@@ -8,55 +8,60 @@ from dataclasses import dataclass
 from kfac_sua.config import ConfigError
 
 FIRST_PORT, NUM_PORTS = 20_000, 12_000
-"""Where processes started by srun meet: a port fixed by the job's number, since srun names none; below those that
-systems give out by themselves."""
+"""Range of the port of process 0 under srun, which sets none: the job's number selects it. The range lies below the
+ports that systems assign by themselves."""
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
 class Launch:
-    """This process's place among those of a run, and the run's among those of a sweep.
+    """This process among those that carry out a run together; the default is a single process.
 
-    Args:
+    Attributes:
         rank: Number of the process, from 0.
-        size: Number of processes.
+        world_size: Number of processes.
         local_rank: Number of the process among those of its machine that see the same GPUs, from 0.
-        address: Host name of process 0.
-        port: Port at which the processes meet there.
-        place: Beginning of the run's opening line, such as ``#3 of 10`` and a blank.
-        auto: Keys whose numbers the run was not given, but ``auto`` stood for.
-        overrides: What the command line says of this run.
+        master_address: Host name of process 0.
+        master_port: Port of process 0.
     """
 
     rank: int = 0
-    size: int = 1
+    world_size: int = 1
     local_rank: int = 0
-    address: str = ""
-    port: int = 0
-    place: str = ""
-    auto: tuple[str, ...] = ()
+    master_address: str = ""
+    master_port: int = 0
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """What the command line says about a run beside its configuration; by default it says nothing.
+
+    Attributes:
+        label: Beginning of the run's opening line in a sweep, such as ``"#3 of 10 "``.
+        auto_keys: Keys that were ``auto`` before numbers took their place.
+        overrides: The overrides of this run, as ``key=value``.
+    """
+
+    label: str = ""
+    auto_keys: tuple[str, ...] = ()
     overrides: tuple[str, ...] = ()
 
 
-ALONE = Launch()
-"""One process that carries out a run by itself."""
-
-
 def read_launch(variables: Mapping[str, str]) -> Launch:
-    """Read what torchrun, or srun with several tasks, tells a process.
+    """Read what torchrun, or srun with several tasks, sets in the environment of a process.
 
-    A batch script that starts one process within a larger Slurm job is one process: only srun sets the variables of a
-    step.
+    A batch script that starts one process within a larger Slurm job is a single process: only srun sets the variables
+    of a step.
 
     Args:
         variables: The process's environment.
 
     Returns:
-        Its place; a process that nobody placed is alone.
+        The launch; that of a single process if neither has set anything.
 
     Raises:
-        ConfigError: If variables are missing, or hold no such numbers.
+        ConfigError: If variables are missing, or are not numbers in range.
     """
     given = [name for name in _TORCHRUN[:2] if name in variables]
     if given:
@@ -71,7 +76,7 @@ def read_launch(variables: Mapping[str, str]) -> Launch:
         port = FIRST_PORT + (7 * _number(variables, "SLURM_JOB_ID") + _number(variables, "SLURM_STEP_ID")) % NUM_PORTS
         names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
         launch = _launch(variables, names, _first_host(variables), port)
-        if "SLURM_GPUS_PER_TASK" in variables:  # then each process sees GPUs of its own
+        if "SLURM_GPUS_PER_TASK" in variables:  # then each process sees only its own GPUs
             launch = dataclasses.replace(launch, local_rank=0)
         return _checked(launch)
     return Launch()
@@ -83,10 +88,10 @@ def _launch(variables: Mapping[str, str], names: tuple[str, ...], address: str, 
 
 
 def _checked(launch: Launch) -> Launch:
-    if not 0 <= launch.rank < launch.size:
+    if not 0 <= launch.rank < launch.world_size:
         raise ConfigError(
-            f"The environment places this process as number {launch.rank} of {launch.size}; start several processes "
-            f"by torchrun or srun."
+            f"The environment places this process as number {launch.rank} of {launch.world_size}; start several "
+            "processes by torchrun or srun."
         )
     return launch
 
@@ -102,7 +107,7 @@ def _number(variables: Mapping[str, str], name: str) -> int:
 
 
 def _first_host(variables: Mapping[str, str]) -> str:
-    """Return the first host of a Slurm step, whose list of hosts may be abbreviated."""
+    """Return the first host of a Slurm step; scontrol expands an abbreviated list of hosts."""
     hosts = variables.get("SLURM_STEP_NODELIST", "")
     if not any(mark in hosts for mark in "[,"):
         return hosts or "127.0.0.1"

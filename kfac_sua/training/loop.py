@@ -17,24 +17,25 @@ from kfac_sua.training.capturing import check_captured, phase_around
 from kfac_sua.training.determinism import determinism
 from kfac_sua.training.divergence import LOOK_PERIOD, Diverged, LateLook
 from kfac_sua.training.evaluate import Evaluation, evaluate
-from kfac_sua.training.launch import Launch
-from kfac_sua.training.meeting import open_meeting
+from kfac_sua.training.launch import Invocation, Launch
 from kfac_sua.training.precision import computing_in
+from kfac_sua.training.process_group import open_process_group
 from kfac_sua.training.progress import Progress
+from kfac_sua.training.rendezvous import open_rendezvous
 from kfac_sua.training.state import Training
 from kfac_sua.training.timing import TRAINING_PHASES
-from kfac_sua.training.world import open_world
 from kfac_sua.training.writer import RunWriter
 
 
-def run(config: Config, launch: Launch | None = None) -> RunInfo:
+def run(config: Config, launch: Launch | None = None, invocation: Invocation | None = None) -> RunInfo:
     """Carry out the run that a configuration defines, or what is left of it.
 
     A run that has finished or diverged is not repeated: its directory says so, and so does this function.
 
     Args:
         config: The checked configuration.
-        launch: This process's place among those that carry out the run together; ``None`` for this one alone.
+        launch: This process among those that carry out the run together; ``None`` for a single process.
+        invocation: What the command line says about the run beside its configuration; ``None`` for nothing.
 
     Returns:
         What run.json holds at the end.
@@ -46,27 +47,27 @@ def run(config: Config, launch: Launch | None = None) -> RunInfo:
         CheckpointError: If the run's checkpoint is damaged or belongs to another run.
         RecordError: If the run's records are damaged.
         RunBusyError: If another process is carrying the run out.
-        LostContactError: If one of several processes has gone.
+        ConnectionLostError: If one of several processes has gone.
         OtherProcessError: If another of several processes fails; that one says why.
         Interrupted: On SIGINT and SIGTERM, after which the same command resumes.
     """
-    launch = launch or Launch()
+    launch, invocation = launch or Launch(), invocation or Invocation()
     with contextlib.ExitStack() as stack:
-        meeting = stack.enter_context(open_meeting(launch))
-        meeting.require_one_run(config)
-        device = meeting.choose_alike(lambda: choose_device(config.device))
+        rendezvous = stack.enter_context(open_rendezvous(launch))
+        rendezvous.require_one_run(config)
+        device = rendezvous.choose_device(lambda: choose_device(config.device))
         stack.enter_context(determinism(config.deterministic, device))  # before anything else uses the GPU
-        world = stack.enter_context(open_world(launch, device, meeting.store))
+        process_group = stack.enter_context(open_process_group(launch, device, rendezvous.store))
         config = dataclasses.replace(config, precision=choose_precision(config.precision, device.type))
         stack.enter_context(computing_in(config.precision, device))
         stack.enter_context(rates_as_configured(config.device_rates, device))
-        writer = RunWriter(run_directory(config, device.type, world.size), world, launch=launch)
+        writer = RunWriter(run_directory(config, device.type, process_group.size), process_group, invocation)
         if ended := writer.find_ended():
             return ended
 
         # --- Build everything; nothing is written yet ---------------------------------------------------------------
         with writer.noting_early_failure():
-            training = build_training(config, device, world)
+            training = build_training(config, device, process_group)
         stack.callback(training.close)
 
         with writer.holding():
@@ -147,9 +148,9 @@ def _evaluate_epoch(training: Training, after_batch: Callable[[], None]) -> tupl
 def _evaluate(training: Training, loader: BatchLoader, after_batch: Callable[[], None]) -> Evaluation:
     batches = loader.sequential(training.config.evaluation_batch_size)
     with training.watch.phase("evaluation"):
-        training.world.share_buffers(training.model)
+        training.process_group.broadcast_buffers(training.model)
         return evaluate(
-            training.model, batches, training.device, after_batch, training.world, training.config.precision
+            training.model, batches, training.device, after_batch, training.process_group, training.config.precision
         )
 
 

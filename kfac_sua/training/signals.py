@@ -38,19 +38,19 @@ class StopRequest:
     process that watches over a job repeats what its terminal has sent already.
 
     Args:
-        is_speaker: Whether this process speaks for all that carry out the run.
-        is_alone: Whether there is but one.
+        is_main_process: Whether this process speaks for all that carry out the run.
+        is_single_process: Whether there is but one.
 
     Attributes:
         signal_number: The first signal that asks the run to stop.
         is_to_save: Whether a checkpoint has been asked for; whoever writes it takes that back.
     """
 
-    def __init__(self, *, is_speaker: bool = True, is_alone: bool = True) -> None:
+    def __init__(self, *, is_main_process: bool = True, is_single_process: bool = True) -> None:
         self.signal_number: int | None = None
         self.is_to_save = False
-        self._is_speaker = is_speaker
-        self._is_alone = is_alone
+        self._is_main_process = is_main_process
+        self._is_single_process = is_single_process
         self._preemption: int | None = None
         self._replaced: dict[int, Any] = {}
 
@@ -87,9 +87,9 @@ class StopRequest:
             raise KeyboardInterrupt
 
     def _say_that_it_stops(self) -> None:
-        if self._is_alone:
+        if self._is_single_process:
             _say(b"stopping after this step; Ctrl-C stops at once.\n")
-        elif self._is_speaker:  # torchrun lets no second Ctrl-C through
+        elif self._is_main_process:  # torchrun lets no second Ctrl-C through
             _say(b"stopping after this step.\n")
 
 

@@ -51,13 +51,13 @@ def read_source(training: Training) -> Source | None:
     info = read_run_info(path / "run.json")
     if info.status != "finished":
         raise ConfigError(f"start_from={path} has not finished (it is {info.status}); start from one that has.")
-    _check_settings(config, info, training.device.type, training.world.size)
+    _check_settings(config, info, training.device.type, training.process_group.size)
     directory = RunDirectory(path, info.fingerprint, info.seed)
     checkpoint = load_checkpoint(
         present_name(directory.checkpoint),
         fingerprint=info.fingerprint,
         seed=info.seed,
-        device=training.device if training.world.size == 1 else torch.device("cpu"),
+        device=training.device if training.process_group.size == 1 else torch.device("cpu"),
         data_digest=training.data_digest,
         check=functools.partial(check_fits, training),
         is_own=False,

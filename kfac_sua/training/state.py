@@ -15,10 +15,10 @@ from kfac_sua.preconditioner import AdaptiveDamping, KroneckerPreconditioner
 from kfac_sua.training.checkpoint import Checkpoint
 from kfac_sua.training.diagnostics import Diagnostics
 from kfac_sua.training.evaluate import ErrorCounter
+from kfac_sua.training.process_group import ProcessGroup
 from kfac_sua.training.schedule import learning_rate, scheduled_damping
 from kfac_sua.training.step_losses import StepLosses
 from kfac_sua.training.timing import Stopwatch
-from kfac_sua.training.world import World
 
 IMPLEMENTATION_KEYS = {"foreach", "fused"}
 """Keys in the parameter groups of PyTorch's optimizers that say how a step is computed, not what."""
@@ -36,7 +36,7 @@ class Training:
         sums: Losses and errors of the epoch's mini-batches.
         diagnostics: Norms of gradients and updates at some of these.
         step_losses: The losses of single mini-batches, if they are to be logged.
-        world: The processes that carry out the run.
+        process_group: The processes that carry out the run.
         forward: What mini-batches are sent through: the network, wrapped where gradients are averaged over processes.
         adaptive_damping: Adapts the damping, if it is to be.
         take_step: Takes one step; ``build_training`` sets it, since a step acts on this state.
@@ -55,7 +55,7 @@ class Training:
     diagnostics: Diagnostics
     step_losses: StepLosses
     data_digest: str
-    world: World
+    process_group: ProcessGroup
     adaptive_damping: AdaptiveDamping | None
     forward: nn.Module
     take_step: Callable[[], None] = dataclasses.field(init=False)
@@ -80,7 +80,8 @@ class Training:
 
         Parts of a mini-batch may differ by one example.
         """
-        return self.world.size * self.loader.part_size / self.config.batch_size if self.world.size > 1 else 1.0
+        num_processes = self.process_group.size
+        return num_processes * self.loader.part_size / self.config.batch_size if num_processes > 1 else 1.0
 
     @functools.cached_property
     def train_subset(self) -> BatchLoader:
@@ -105,7 +106,7 @@ class Training:
             self.splits.std,
             device=self.device,
             memory_format=layout,
-            part=self.world.part,
+            part=self.process_group.part,
         )
 
     def lr(self, epoch: int) -> float:

@@ -52,7 +52,7 @@ def take_step_if_finite(training: Training) -> None:
         buffers = [(buffer, buffer.clone()) for buffer in training.model.buffers()]
         logits, loss = _forward(training, inputs, labels)
         _backward(training, logits, loss)
-        if training.world.any(not _is_finite(loss, training.model)):
+        if training.process_group.any(not _is_finite(loss, training.model)):
             _skip(training, buffers)
             return
         training.sums.add(logits, labels, loss)

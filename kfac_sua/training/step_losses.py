@@ -7,7 +7,7 @@ difference of the two. So steps are what they are without, captured ones too, an
 import torch
 
 from kfac_sua.training.evaluate import ErrorCounter
-from kfac_sua.training.world import World
+from kfac_sua.training.process_group import ProcessGroup
 
 
 class StepLosses:
@@ -18,16 +18,16 @@ class StepLosses:
         interval: Every how many steps, by their number; ``None`` for never.
         batch_size: Images per mini-batch, of all processes together.
         num_batches: Mini-batches per epoch: at most so many steps are taken before what was noted is fetched.
-        world: The processes.
+        process_group: The processes.
     """
 
     def __init__(
-        self, sums: ErrorCounter, interval: int | None, batch_size: int, num_batches: int, world: World
+        self, sums: ErrorCounter, interval: int | None, batch_size: int, num_batches: int, process_group: ProcessGroup
     ) -> None:
         self._sums = sums
         self._interval = interval
         self._batch_size = batch_size
-        self._world = world
+        self._process_group = process_group
         self._steps: list[int] = []
         size = 0 if interval is None else num_batches + 2  # also what the last fetch left, and the epoch's beginning
         self._copies = torch.zeros(size, dtype=torch.float64, device=sums.own_loss_sum.device)
@@ -53,7 +53,7 @@ class StepLosses:
         """
         if self._interval is None or len(self._steps) < 2:
             return []
-        steps, sums = self._steps, self._world.add_up(self._copies[: len(self._steps)]).tolist()
+        steps, sums = self._steps, self._process_group.all_reduce_sum(self._copies[: len(self._steps)]).tolist()
         self._copies[0].copy_(self._copies[len(steps) - 1])
         self._steps = [steps[-1]]
         return [

@@ -35,14 +35,14 @@ from kfac_sua.training.attempt import (
     write_weights,
 )
 from kfac_sua.training.checkpoint import Checkpoint, save_checkpoint
-from kfac_sua.training.contact import named_losses
-from kfac_sua.training.launch import ALONE, Launch
+from kfac_sua.training.connection import connection_errors
+from kfac_sua.training.launch import Invocation
+from kfac_sua.training.process_group import ProcessGroup
 from kfac_sua.training.progress import Progress, epoch_line, print_once
 from kfac_sua.training.signals import Interrupted, StopRequest
 from kfac_sua.training.start_from import read_source
 from kfac_sua.training.state import Training
 from kfac_sua.training.timing import TRAINING_PHASES
-from kfac_sua.training.world import World
 from kfac_sua.tuned import opening_line
 
 _SAVE = 1
@@ -53,9 +53,9 @@ class RunWriter:
 
     Args:
         directory: The run's directory.
-        world: The processes that carry it out.
+        process_group: The processes that carry it out.
         clock: Seconds of a monotonic clock.
-        launch: What the run's opening lines say of it beside its configuration.
+        invocation: What the command line says about the run beside its configuration.
 
     Attributes:
         info: What run.json says; ``None`` until :meth:`resume`.
@@ -73,28 +73,32 @@ class RunWriter:
     _step_log: StepLog | None = None
 
     def __init__(
-        self, directory: RunDirectory, world: World, clock: Callable[[], float] = time.monotonic, launch: Launch = ALONE
+        self,
+        directory: RunDirectory,
+        process_group: ProcessGroup,
+        invocation: Invocation,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.directory = directory
         self.records: list[EpochRecord] = []
-        self._world = world
+        self._process_group = process_group
         self._clock = clock
-        self._launch = launch
+        self._invocation = invocation
 
     # --- begin ------------------------------------------------------------------------------------------------------
 
     def find_ended(self) -> RunInfo | None:
         """Say so if the run has finished or diverged, and return what it left."""
-        return self._world.from_first(lambda: find_ended(self.directory, self._launch.place))
+        return self._process_group.broadcast(lambda: find_ended(self.directory, self._invocation.label))
 
     @contextlib.contextmanager
     def noting_early_failure(self) -> Iterator[None]:
         """Note in run.json why an attempt fails inside, before the directory is locked; nothing if it has none yet."""
         try:
-            with named_losses(self._world.rank, self._world.size):
+            with connection_errors(self._process_group.rank, self._process_group.size):
                 yield
         except Exception as error:
-            if self._world.is_first:
+            if self._process_group.is_main_process:
                 with contextlib.suppress(RunBusyError):
                     record_early_failure(self.directory, error)
             raise
@@ -105,17 +109,17 @@ class RunWriter:
 
         Raises:
             RunBusyError: If another process holds it.
-            LostContactError: If one of several processes has gone.
+            ConnectionLostError: If one of several processes has gone.
         """
         with contextlib.ExitStack() as stack:
-            self._world.from_first(lambda: self._enter(stack))
+            self._process_group.broadcast(lambda: self._enter(stack))
             try:
-                with named_losses(self._world.rank, self._world.size):
+                with connection_errors(self._process_group.rank, self._process_group.size):
                     yield
             except RunLostError:  # what lies there now is another's
                 raise
             except Exception as error:
-                if self._world.is_first:
+                if self._process_group.is_main_process:
                     record_failure(self.directory, error)
                     with contextlib.suppress(OSError):  # who started the run is told anyway
                         self._note(f"failed: {failure_reason(error)}")
@@ -135,25 +139,32 @@ class RunWriter:
             CheckpointError: If the checkpoint is damaged or belongs to another run.
             RecordError: If the run's records are damaged.
         """
-        world, directory, self.training = self._world, self.directory, training
-        world.from_first(self._open_log)
-        begun, info = world.from_first(lambda: read_own_info(directory)), new_info(training, directory, self._launch)
-        checkpoint, self.records = world.from_first(lambda: read_checkpoint(training, directory))
-        source = world.from_first(lambda: read_source(training)) if checkpoint is None else None
+        process_group, directory, self.training = self._process_group, self.directory, training
+        process_group.broadcast(self._open_log)
+        begun, info = (
+            process_group.broadcast(lambda: read_own_info(directory)),
+            new_info(training, directory, self._invocation),
+        )
+        checkpoint, self.records = process_group.broadcast(lambda: read_checkpoint(training, directory))
+        source = process_group.broadcast(lambda: read_source(training)) if checkpoint is None else None
         if source is not None:
             checkpoint, self.records, info = source.checkpoint, source.records, with_seconds_of(source.info, info)
         if checkpoint is not None:
             restore(training, checkpoint, directory)
         self.info = info if begun is None else continued_info(begun, info, is_resumed=checkpoint is not None)
-        where = f"{world.size} processes, {training.device.type}" if world.size > 1 else training.device.type
+        where = (
+            f"{process_group.size} processes, {training.device.type}"
+            if process_group.size > 1
+            else training.device.type
+        )
         begins = f"{'resumed' if checkpoint is not None and source is None else 'started'} on {where}"
         begins += f" from epoch {training.epoch} of {training.config.start_from}" if source is not None else ""
-        opening = opening_line(training.config, self._launch.auto)
+        opening = opening_line(training.config, self._invocation.auto_keys)
         self._note(f"{begins}, {info.machines[0]}, commit {info.commit}: {info.command or 'not by a command'}")
         self._note(opening)
-        world.from_first(self._prepare)
-        world.say(f"{self._launch.place}{begins}: {directory.path}")
-        world.say(opening)
+        process_group.broadcast(self._prepare)
+        process_group.print_on_main(f"{self._invocation.label}{begins}: {directory.path}")
+        process_group.print_on_main(opening)
 
     def _open_log(self) -> None:
         self._said = self._held.enter_context(contextlib.closing(RunLog(self.directory.log)))
@@ -181,12 +192,14 @@ class RunWriter:
         Raises:
             Interrupted: On SIGINT and SIGTERM, after which the same command resumes.
         """
-        world = self._world
-        if world.is_first:
+        process_group = self._process_group
+        if process_group.is_main_process:
             self._open_tensorboard()
         self.progress = self._open_progress()
         self._saved_at, self._position = self._clock(), self._next_position()
-        with StopRequest(is_speaker=world.is_first, is_alone=world.size == 1) as self._stop:
+        with StopRequest(
+            is_main_process=process_group.is_main_process, is_single_process=process_group.size == 1
+        ) as self._stop:
             try:
                 yield
             except Interrupted:
@@ -201,18 +214,18 @@ class RunWriter:
 
     def log(self, record: EpochRecord) -> None:
         """Write a row."""
-        self._world.forget_wishes()
+        self._process_group.discard_delayed()
         with self.training.watch.phase("writing"):
-            self._world.from_first(lambda: self._append(record))
+            self._process_group.broadcast(lambda: self._append(record))
         self.records.append(record)
 
     def save(self) -> None:
         """Write a checkpoint."""
-        self._world.forget_wishes()
+        self._process_group.discard_delayed()
         with self.training.watch.phase("writing"):
             self._log_step_losses()  # before: a run that goes on from there does not take these steps again
             checkpoint = self.training.checkpoint(self.directory.fingerprint, records_digest(self.records))
-            self._world.from_first(lambda: self._write(checkpoint))
+            self._process_group.broadcast(lambda: self._write(checkpoint))
         self._saved_at, self._position = self._clock(), self._next_position()
         self._stop.is_to_save = False
 
@@ -222,11 +235,11 @@ class RunWriter:
         Raises:
             Interrupted: If the run has been asked to stop, after it has been saved.
         """
-        wish = self._world.agree(self._wish())
-        if wish:
+        request = self._process_group.delayed_all_reduce_max(self._request())
+        if request:
             self.save()
-        if wish > _SAVE:
-            raise self._interrupted(wish - _SAVE)
+        if request > _SAVE:
+            raise self._interrupted(request - _SAVE)
 
     def stop_if_asked(self) -> None:
         """Called where there is nothing to save yet.
@@ -234,9 +247,9 @@ class RunWriter:
         Raises:
             Interrupted: If the run has been asked to stop.
         """
-        wish = self._world.agree(self._wish())
-        if wish > _SAVE:
-            raise self._interrupted(wish - _SAVE)
+        request = self._process_group.delayed_all_reduce_max(self._request())
+        if request > _SAVE:
+            raise self._interrupted(request - _SAVE)
 
     def end(self, **outcome: Any) -> RunInfo:
         """Write how the run ended, after which the checkpoint before the last is of no use.
@@ -244,18 +257,18 @@ class RunWriter:
         Raises:
             Interrupted: If the run has been asked to stop: the runs of a sweep that would come next must not begin.
         """
-        self._world.forget_wishes()
+        self._process_group.discard_delayed()
         self._log_step_losses()
-        self.info = self._world.from_first(lambda: self._write_end(outcome))
-        wish = self._world.largest(self._signal_number if self._stop.signal_number is not None else 0)
-        if wish:
-            raise Interrupted("interrupted; this run has ended.", wish)
+        self.info = self._process_group.broadcast(lambda: self._write_end(outcome))
+        request = self._process_group.all_reduce_max(self._signal_number if self._stop.signal_number is not None else 0)
+        if request:
+            raise Interrupted("interrupted; this run has ended.", request)
         return self.info
 
     def say_end(self) -> None:
         """Say how the run ended."""
         assert self.info is not None
-        if self._world.is_first:
+        if self._process_group.is_main_process:
             print(summary_line(self.directory, self.info), flush=True)
 
     # --- inside -----------------------------------------------------------------------------------------------------
@@ -265,17 +278,17 @@ class RunWriter:
         """The signal that has come, SIGINT if none has."""
         return self._stop.signal_number or signal.SIGINT
 
-    def _wish(self) -> int:
+    def _request(self) -> int:
         """Return 0 to go on, ``_SAVE`` to save, and more to stop as well, by the signal that the excess numbers."""
         interval = self.training.config.checkpoint_interval_s
         if self._stop.signal_number is not None:
             return _SAVE + self._stop.signal_number
         is_due = interval is not None and self._clock() - self._saved_at >= interval
-        return _SAVE if self._stop.is_to_save or (is_due and self._world.is_first) else 0
+        return _SAVE if self._stop.is_to_save or (is_due and self._process_group.is_main_process) else 0
 
     def _interrupted(self, signal_number: int) -> Interrupted:
         """Return what to raise when the run stops here, by a signal that another process may have got."""
-        self._world.forget_wishes()
+        self._process_group.discard_delayed()
         message = f"interrupted; the same command resumes {self._position}."
         self._note(message)
         return Interrupted(message, signal_number)
@@ -304,7 +317,7 @@ class RunWriter:
         """Write what is known of single steps."""
         if losses := self.training.step_losses.fetch():
             seconds = self._training_seconds()
-            self._world.from_first(lambda: self._append_losses(losses, seconds))
+            self._process_group.broadcast(lambda: self._append_losses(losses, seconds))
 
     def _append_losses(self, losses: list[tuple[int, float]], seconds: float) -> None:
         assert self._hold is not None
@@ -341,7 +354,7 @@ class RunWriter:
         training, config = self.training, self.training.config
         num_batches = len(training.loader)
         return Progress(
-            config.progress if self._world.is_first else ProgressStyle.none,
+            config.progress if self._process_group.is_main_process else ProgressStyle.none,
             f"{config.preconditioner.name} seed {config.seed}",
             total_steps=config.epochs * num_batches,
             done_steps=training.epoch * num_batches + training.batch,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torchvision.datasets import CIFAR10
 
-from kfac_sua.training import world
+from kfac_sua.training import process_group
 
 
 def main() -> int:
@@ -19,7 +19,7 @@ def main() -> int:
     for name, value in settings["attributes"].items():
         setattr(CIFAR10, name, value)
     if settings["patience_s"] is not None:
-        world.PATIENCE = timedelta(seconds=settings["patience_s"])
+        process_group.TIMEOUT = timedelta(seconds=settings["patience_s"])
     sys.argv[1:] = sys.argv[3:]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
     return module.main() or 0

@@ -12,7 +12,7 @@ from tiny_runs import tiny_config
 from kfac_sua.command_line import keep_command, kept_command
 from kfac_sua.runs.log import RunLog
 from kfac_sua.runs.run_info import read_run_info
-from kfac_sua.training.launch import Launch
+from kfac_sua.training.launch import Invocation
 from kfac_sua.training.loop import run
 
 TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00"
@@ -84,7 +84,7 @@ def test_a_run_keeps_its_command_its_layers_and_its_epochs(tmp_path, monkeypatch
     monkeypatch.setenv("KFAC_SUA_COMMAND", "")
     keep_command("kfac_sua.train", ["-m", "seed=0,1", "output_dir=with space"])
     config = tiny_config(tmp_path, "epochs=2")
-    run(config, Launch(overrides=("seed=0", "epochs=2")))
+    run(config, invocation=Invocation(overrides=("seed=0", "epochs=2")))
     (path,) = tmp_path.rglob("run.json")
     info = read_run_info(path)
     assert info.command == os.environ["KFAC_SUA_COMMAND"]

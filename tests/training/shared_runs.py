@@ -138,11 +138,11 @@ def _work(rank: int, size: int, root: str, names: list[str], ports: list[int]) -
 
 def _ask_to_stop(rank: int, step: int) -> None:
     """Let one process, not the first, be asked to stop after a step."""
-    wish = writer.RunWriter._wish
+    request = writer.RunWriter._request
 
     def asked(run_writer: writer.RunWriter) -> int:
         if rank == 1 and run_writer.training.step == step:
             run_writer._stop.signal_number = signal.SIGTERM
-        return wish(run_writer)
+        return request(run_writer)
 
-    writer.RunWriter._wish = asked
+    writer.RunWriter._request = asked

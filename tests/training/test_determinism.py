@@ -88,7 +88,7 @@ def test_a_run_on_a_gpu_tells_cublas_before_anything_is_on_it(tmp_path, monkeypa
     config = tiny_config(tmp_path, "device=cuda", "deterministic=true")
     run_directory(config, "cuda")  # as a campaign does
 
-    def start(config, device, world):
+    def start(config, device, process_group):
         raise InterruptedError(f"{device.type} {config.precision} {os.environ[CUBLAS_VARIABLE]}")
 
     monkeypatch.setattr(loop, "build_training", start)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from kfac_sua.runs.run_info import read_run_info
 from kfac_sua.training.checkpoint import load_checkpoint
-from kfac_sua.training.world import World
+from kfac_sua.training.process_group import ProcessGroup
 
 SLOW = {size: tuple(name for name in all_settings() if name not in QUICK[size]) for size in QUICK}
 
@@ -121,7 +121,7 @@ def test_processes_train_as_one(root, tmp_path, monkeypatch, name, size):
     """
     shared, alone = (shared_config(path / name, all_settings()[name]) for path in (root / str(size), tmp_path))
     if name.endswith("-own-statistics"):
-        monkeypatch.setattr(World, "averaging", lambda self, model, **options: OwnStatistics(model, size))
+        monkeypatch.setattr(ProcessGroup, "data_parallel", lambda self, model, **options: OwnStatistics(model, size))
     in_float64(alone)
     assert read_run_info(directory_of(shared, size).info).process_counts == [size]
     assert_equal_to_rounding(metrics_without_times(shared, size), metrics_without_times(alone))

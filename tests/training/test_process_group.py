@@ -1,4 +1,4 @@
-"""What processes of one run tell each other: results, failures, and wishes."""
+"""What processes of one run tell each other: results, failures, and requests."""
 
 import json
 from pathlib import Path
@@ -7,9 +7,9 @@ import pytest
 import torch
 from process_group import free_ports, run_processes
 
-from kfac_sua.training.contact import LostContactError, named_losses
+from kfac_sua.training.connection import ConnectionLostError, connection_errors
 from kfac_sua.training.launch import Launch
-from kfac_sua.training.world import OtherProcessError, World, open_world
+from kfac_sua.training.process_group import OtherProcessError, ProcessGroup, open_process_group
 
 
 def fail_on(ranks: tuple[int, ...], rank: int, sentence: str = "No room.") -> int:
@@ -29,21 +29,23 @@ def outcome(work) -> str:
 
 def talk(rank: int, size: int, port: int, directory: str) -> None:
     """Write down what this process hears."""
-    with open_world(Launch(rank, size, rank, "127.0.0.1", port), torch.device("cpu")) as world:
+    with open_process_group(Launch(rank, size, rank, "127.0.0.1", port), torch.device("cpu")) as process_group:
         heard = {
-            "each, none fails": outcome(lambda: world.each(lambda: fail_on((), rank))),
-            "each, the last fails": outcome(lambda: world.each(lambda: fail_on((2,), rank))),
-            "each, all fail": outcome(lambda: world.each(lambda: fail_on((0, 1, 2), rank))),
-            "each, two fail differently": outcome(lambda: world.each(lambda: fail_on((0, 1), rank, f"No {rank}."))),
-            "first": outcome(lambda: world.from_first(lambda: fail_on((), rank))),
-            "first fails": outcome(lambda: world.from_first(lambda: fail_on((0,), rank))),
-            "gather": repr(world.gather(rank)),
-            "sum": repr(world.add_up(torch.tensor(rank + 1.0)).item()),
-            "any": repr((world.any(rank == 2), world.any(False))),
-            "agree": repr([world.agree(wish) for wish in (rank, 0, 5 * rank, 0)]),
+            "each, none fails": outcome(lambda: process_group.run_on_all(lambda: fail_on((), rank))),
+            "each, the last fails": outcome(lambda: process_group.run_on_all(lambda: fail_on((2,), rank))),
+            "each, all fail": outcome(lambda: process_group.run_on_all(lambda: fail_on((0, 1, 2), rank))),
+            "each, two fail differently": outcome(
+                lambda: process_group.run_on_all(lambda: fail_on((0, 1), rank, f"No {rank}."))
+            ),
+            "first": outcome(lambda: process_group.broadcast(lambda: fail_on((), rank))),
+            "first fails": outcome(lambda: process_group.broadcast(lambda: fail_on((0,), rank))),
+            "gather": repr(process_group.all_gather(rank)),
+            "sum": repr(process_group.all_reduce_sum(torch.tensor(rank + 1.0)).item()),
+            "any": repr((process_group.any(rank == 2), process_group.any(False))),
+            "agree": repr([process_group.delayed_all_reduce_max(request) for request in (rank, 0, 5 * rank, 0)]),
         }
-        world.forget_wishes()
-        heard["agree anew"] = repr(world.agree(7))
+        process_group.discard_delayed()
+        heard["agree anew"] = repr(process_group.delayed_all_reduce_max(7))
     Path(directory, f"{rank}.json").write_text(json.dumps(heard))
 
 
@@ -74,12 +76,13 @@ def test_three_processes_hear_the_same(tmp_path):
 
 
 def test_a_process_alone_hears_itself():
-    """Nothing is exchanged, and wishes count at once."""
-    world = World()
-    assert world.each(lambda: 1) == world.from_first(lambda: 1) == world.largest(1) == world.agree(1) == 1
-    assert world.gather("a") == ["a"]
+    """Nothing is exchanged, and requests count at once."""
+    alone = ProcessGroup()
+    assert alone.run_on_all(lambda: 1) == alone.broadcast(lambda: 1) == 1
+    assert alone.all_reduce_max(1) == alone.delayed_all_reduce_max(1) == 1
+    assert alone.all_gather("a") == ["a"]
     with pytest.raises(ValueError, match="No room"):
-        world.each(lambda: fail_on((0,), 0))
+        alone.run_on_all(lambda: fail_on((0,), 0))
 
 
 @pytest.mark.parametrize(
@@ -94,8 +97,8 @@ def test_a_process_alone_hears_itself():
 )
 def test_only_what_says_that_a_process_is_gone_is_called_that(message, is_loss):
     """Other errors of the libraries below are bugs and keep their words."""
-    with pytest.raises(LostContactError if is_loss else RuntimeError) as caught, named_losses(1, 2):
+    with pytest.raises(ConnectionLostError if is_loss else RuntimeError) as caught, connection_errors(1, 2):
         raise RuntimeError(message)
     assert str(caught.value).startswith("process 1 of 2 has lost contact") == is_loss
-    with pytest.raises(RuntimeError), named_losses(0, 1):
+    with pytest.raises(RuntimeError), connection_errors(0, 1):
         raise RuntimeError(message)

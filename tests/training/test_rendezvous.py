@@ -19,10 +19,10 @@ from process_group import free_ports, run_processes
 from kfac_sua.compose import compose_config
 from kfac_sua.config import ConfigError
 from kfac_sua.runs import environment
-from kfac_sua.training import meeting as meeting_module
-from kfac_sua.training.contact import PATIENCE
+from kfac_sua.training import rendezvous as rendezvous_module
+from kfac_sua.training.connection import TIMEOUT
 from kfac_sua.training.launch import Launch
-from kfac_sua.training.meeting import Meeting, open_meeting
+from kfac_sua.training.rendezvous import Rendezvous, open_rendezvous
 
 TINY = ("model=tiny", "dataset=digits", "dataset.train_size=200", "device=cpu", "epochs=1")
 # What process 1 is given that process 0 is not -> what both say of it.
@@ -37,19 +37,19 @@ DIFFERENT = {
 }
 # What decides no numbers: one machine may keep its data elsewhere, or have another number of cores.
 ALIKE = "dataset.data_dir=/elsewhere num_threads=2 progress=none output_dir=elsewhere checkpoint_interval_s=5"
-LEFT_WITHIN_S = PATIENCE.total_seconds() / 5  # no waiting for others; a loaded machine is slow by itself
+LEFT_WITHIN_S = TIMEOUT.total_seconds() / 5  # no waiting for others; a loaded machine is slow by itself
 
 
 def meet(rank: int, size: int, ports: dict[str, int], directory: str) -> None:
-    """Write down what a process hears in one meeting after the other."""
+    """Write down what a process hears in one rendezvous after the other."""
     heard = {}
     for difference, port in ports.items():
         own = difference.split() if rank == 1 else []
         config = compose_config([*TINY, *own])
         before = time.monotonic()
         try:
-            with open_meeting(Launch(rank, size, rank, "127.0.0.1", port)) as meeting:
-                meeting.require_one_run(config)
+            with open_rendezvous(Launch(rank, size, rank, "127.0.0.1", port)) as rendezvous:
+                rendezvous.require_one_run(config)
             heard[difference] = "alike"
         except ConfigError as error:
             heard[difference] = str(error)
@@ -80,12 +80,12 @@ def find_device(rank: int, size: int, ports: list[int], directory: str) -> None:
 
     for port in ports:
         try:
-            with open_meeting(Launch(rank, size, rank, "127.0.0.1", port)) as meeting:
+            with open_rendezvous(Launch(rank, size, rank, "127.0.0.1", port)) as rendezvous:
                 if len(heard) == 3:
-                    meeting_module.source_digest = lambda: f"changed in {rank}"
+                    rendezvous_module.source_digest = lambda: f"changed in {rank}"
                 elsewhere = "/nowhere" if rank == 1 and len(heard) == 4 else None
-                meeting.require_one_run(dataclasses.replace(compose_config(list(TINY)), start_from=elsewhere))
-                heard.append(meeting.choose_alike(choose).type)
+                rendezvous.require_one_run(dataclasses.replace(compose_config(list(TINY)), start_from=elsewhere))
+                heard.append(rendezvous.choose_device(choose).type)
         except ConfigError as error:
             heard.append(str(error))
     Path(directory, f"{rank}.json").write_text(json.dumps(heard))
@@ -108,12 +108,12 @@ def test_what_one_process_lacks_or_has_otherwise_is_refused_on_all(tmp_path):
 
 def count_each_other(rank: int, sizes: dict[int, list[int]], directory: str) -> None:
     """Write down what a process hears of the numbers of processes that it and others were told."""
-    meeting_module._LEAVING_PATIENCE = timedelta(seconds=3)  # nobody else comes, and a busy machine is slow to read
+    rendezvous_module._READ_TIMEOUT = timedelta(seconds=3)  # nobody else comes, and a busy machine is slow to read
     heard = []
     for port, told in sizes.items():
         before = time.monotonic()
         try:
-            with open_meeting(Launch(rank, told[rank], rank, "127.0.0.1", port)):
+            with open_rendezvous(Launch(rank, told[rank], rank, "127.0.0.1", port)):
                 heard.append("alike")
         except ConfigError as error:
             heard.append(str(error).split(": ")[1])
@@ -135,10 +135,10 @@ def test_processes_that_were_told_different_numbers_of_processes_leave_at_once(t
 
 def test_two_processes_of_one_number_are_refused():
     """A store in which a number is taken already: of two runs at one port, or of two processes of one rank."""
-    meeting = Meeting(Launch(1, 2, 1, "node1", 29500), dist.HashStore())
-    assert meeting.store.add("values/1/claims", 1) == 1
+    rendezvous = Rendezvous(Launch(1, 2, 1, "node1", 29500), dist.HashStore())
+    assert rendezvous.store.add("values/1/claims", 1) == 1
     with pytest.raises(ConfigError, match="Two processes say that they are number 1 of 2 at node1:29500; give"):
-        meeting.require_one_run(compose_config(list(TINY)))
+        rendezvous.require_one_run(compose_config(list(TINY)))
 
 
 def test_a_port_in_use_is_named():
@@ -148,7 +148,10 @@ def test_a_port_in_use_is_named():
         other.listen()
         port = other.getsockname()[1]
         launch = Launch(0, 2, 0, "127.0.0.1", port)
-        with pytest.raises(ConfigError, match=f"Port {port} of this machine, at which .* in use"), open_meeting(launch):
+        with (
+            pytest.raises(ConfigError, match=f"Port {port} of this machine, at which .* in use"),
+            open_rendezvous(launch),
+        ):
             pass
 
 

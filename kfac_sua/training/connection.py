@@ -1,4 +1,4 @@
-"""Waiting for the other processes of a run, and noticing that one has gone."""
+"""How long to wait for the other processes of a run, and how to tell that one has ended."""
 
 import contextlib
 import signal
@@ -9,17 +9,17 @@ import torch.distributed as dist
 
 from kfac_sua.training.signals import STOP_SIGNALS
 
-PATIENCE = timedelta(minutes=5)
-"""How long the others may keep a process waiting. One that dies is noticed at once, as its connections close."""
+TIMEOUT = timedelta(minutes=5)
+"""How long a process waits for another one. One that dies is noticed at once, because its connections close."""
 
 
-class LostContactError(Exception):
-    """Another process of the run has gone or does not answer; the message is one sentence."""
+class ConnectionLostError(Exception):
+    """Another process of the run has ended or does not answer; the message is one sentence."""
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Let signals end this process at once, even while it waits outside of Python; nothing is on disk yet."""
+    """Let signals end this process at once, even while it waits in C++; nothing is on disk yet."""
     numbers = [number for number in STOP_SIGNALS if callable(signal.getsignal(number))]
     before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
     try:
@@ -30,27 +30,28 @@ def interruptible() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def named_losses(rank: int, size: int) -> Iterator[None]:
-    """Raise LostContactError where other processes have gone, which torch.distributed says in many ways."""
+def connection_errors(rank: int, size: int) -> Iterator[None]:
+    """Raise ConnectionLostError in place of the errors that torch.distributed raises when another process has ended."""
     try:
         yield
     except RuntimeError as error:
-        if size == 1 or not _is_loss(error):
+        if size == 1 or not _is_lost_connection(error):
             raise
-        raise LostContactError(
+        raise ConnectionLostError(
             f"process {rank} of {size} has lost contact with another one, which has ended or does not answer; the same "
             f"command resumes the run from its last checkpoint."
         ) from error
 
 
-def _is_loss(error: RuntimeError) -> bool:
+def _is_lost_connection(error: RuntimeError) -> bool:
     text = str(error).lower()
     is_distributed = isinstance(error, dist.DistError) or "gloo" in text or "nccl" in text
-    return is_distributed and any(words in text for words in _WORDS_OF_LOSS)
+    return is_distributed and any(words in text for words in _LOST_CONNECTION)
 
 
-# What gloo, NCCL and the store say of a process that is gone or silent. Other errors of theirs are bugs, and stay.
-_WORDS_OF_LOSS = (
+# Parts of what gloo, NCCL and the store report when a process has ended or is silent. Their other errors are bugs, and
+# are not replaced.
+_LOST_CONNECTION = (
     *("connection closed", "connection reset", "connection refused", "broken pipe", "socket"),
     *("read error", "write error", "timed out", "timeout", "remote process exited", "aborted"),
 )
