@@ -62,8 +62,8 @@ def why_eager(config: Config, preconditioner: KroneckerPreconditioner | None, nu
     return ""
 
 
-def phase_around(training: Training) -> str:
-    """Return the phase of what no phase inside a step takes: a replay has none inside."""
+def outer_phase(training: Training) -> str:
+    """Return the phase of a step's time outside its own phases; a replay has no phases of its own."""
     step = training.take_step
     return "captured" if isinstance(step, CapturedStep) and step.is_captured else "other"
 

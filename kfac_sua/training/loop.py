@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+
+import torch
 
 from kfac_sua.config import Config
 from kfac_sua.data import BatchLoader
@@ -13,13 +15,13 @@ from kfac_sua.runs.directory import run_directory
 from kfac_sua.runs.metrics import EpochRecord
 from kfac_sua.runs.run_info import RunInfo
 from kfac_sua.training.build import build_training
-from kfac_sua.training.capturing import check_captured, phase_around
+from kfac_sua.training.capturing import check_captured, outer_phase
 from kfac_sua.training.determinism import determinism
-from kfac_sua.training.divergence import LOOK_PERIOD, Diverged, LateLook
+from kfac_sua.training.divergence import CHECK_PERIOD, DelayedCheck, Diverged
 from kfac_sua.training.evaluate import Evaluation, evaluate
 from kfac_sua.training.launch import Invocation, Launch
 from kfac_sua.training.precision import computing_in
-from kfac_sua.training.process_group import open_process_group
+from kfac_sua.training.process_group import ProcessGroup, open_process_group
 from kfac_sua.training.progress import Progress
 from kfac_sua.training.rendezvous import open_rendezvous
 from kfac_sua.training.state import Training
@@ -51,57 +53,59 @@ def run(config: Config, launch: Launch | None = None, invocation: Invocation | N
         OtherProcessError: If another of several processes fails; that one says why.
         Interrupted: On SIGINT and SIGTERM, after which the same command resumes.
     """
-    launch, invocation = launch or Launch(), invocation or Invocation()
+    with _environment(config, launch or Launch()) as (config, device, process_group):
+        directory = run_directory(config, device.type, process_group.size)
+        writer = RunWriter(directory, process_group, invocation or Invocation())
+        if ended := writer.find_ended():
+            return ended
+        with writer.recording_early_failure():
+            training = build_training(config, device, process_group)
+        with contextlib.closing(training), writer.locked():
+            if ended := writer.find_ended():  # another process has carried it out in the meantime
+                return ended
+            writer.resume(training)
+            with writer.handling_signals():
+                if not writer.records:  # epoch 0 is the untrained network, so that curves begin at zero seconds
+                    train_eval, val = _evaluate_epoch(training, writer.stop_if_asked)
+                    writer.log(_record(training, 0, train_eval, train_eval, val))
+                while training.epoch < config.epochs:
+                    epoch = training.epoch + 1
+                    train = train_epoch(training, writer.progress, writer.after_batch)
+                    is_finite = math.isfinite(train.loss)
+                    train_eval, val = _evaluate_epoch(training, writer.after_batch) if is_finite else (train, train)
+                    if not (math.isfinite(train_eval.loss) and math.isfinite(val.loss)):
+                        info = writer.end(status="diverged", diverged_at_epoch=epoch)
+                        break
+                    record = _record(training, epoch, train, train_eval, val)
+                    training.end_epoch()
+                    training.keep_if_best(val.error)
+                    writer.log(record)
+                    writer.save()
+                    writer.progress.epoch(record)
+                else:
+                    test = _evaluate(training, training.evaluation_loader(training.splits.test), writer.after_batch)
+                    info = writer.end(status="finished", test_loss=test.loss, test_error=test.error)
+        writer.print_summary()
+        return info
+
+
+@contextlib.contextmanager
+def _environment(config: Config, launch: Launch) -> Iterator[tuple[Config, torch.device, ProcessGroup]]:
+    """Join the other processes, choose device and precision, and set PyTorch's switches for them inside.
+
+    Yields:
+        The configuration with its ``precision`` resolved, the device, and the processes.
+    """
     with contextlib.ExitStack() as stack:
         rendezvous = stack.enter_context(open_rendezvous(launch))
         rendezvous.require_one_run(config)
         device = rendezvous.choose_device(lambda: choose_device(config.device))
         stack.enter_context(determinism(config.deterministic, device))  # before anything else uses the GPU
         process_group = stack.enter_context(open_process_group(launch, device, rendezvous.store))
-        config = dataclasses.replace(config, precision=choose_precision(config.precision, device.type))
-        stack.enter_context(computing_in(config.precision, device))
+        precision = choose_precision(config.precision, device.type)
+        stack.enter_context(computing_in(precision, device))
         stack.enter_context(rates_as_configured(config.device_rates, device))
-        writer = RunWriter(run_directory(config, device.type, process_group.size), process_group, invocation)
-        if ended := writer.find_ended():
-            return ended
-
-        # --- Build everything; nothing is written yet ---------------------------------------------------------------
-        with writer.noting_early_failure():
-            training = build_training(config, device, process_group)
-        stack.callback(training.close)
-
-        with writer.holding():
-            if ended := writer.find_ended():  # meanwhile, by another process
-                return ended
-            writer.resume(training)
-            with writer.logging():
-                # --- Epoch 0 is the untrained network, so that curves against time begin at zero seconds ------------
-                if not writer.records:
-                    train_eval, val = _evaluate_epoch(training, writer.stop_if_asked)
-                    measured = training.diagnostics.means()
-                    writer.log(_record(training, train_eval, train_eval, val, measured))
-
-                # --- Train ------------------------------------------------------------------------------------------
-                while training.epoch < config.epochs:
-                    train = train_epoch(training, writer.progress, writer.between)
-                    is_finite = math.isfinite(train.loss)
-                    train_eval, val = _evaluate_epoch(training, writer.between) if is_finite else (train, train)
-                    if not (math.isfinite(train_eval.loss) and math.isfinite(val.loss)):
-                        info = writer.end(status="diverged", diverged_at_epoch=training.epoch + 1)
-                        break
-                    measured = training.diagnostics.means()
-                    training.end_epoch()
-                    training.keep_if_best(val.error)
-                    writer.log(_record(training, train, train_eval, val, measured))
-                    writer.save()
-                    writer.progress.epoch(writer.records[-1])
-
-                # --- Test, once -------------------------------------------------------------------------------------
-                else:
-                    test = _evaluate(training, training.evaluation_loader(training.splits.test), writer.between)
-                    info = writer.end(status="finished", test_loss=test.loss, test_error=test.error)
-        writer.say_end()
-        return info
+        yield dataclasses.replace(config, precision=precision), device, process_group
 
 
 def train_epoch(training: Training, progress: Progress, after_batch: Callable[[], None] = lambda: None) -> Evaluation:
@@ -116,24 +120,24 @@ def train_epoch(training: Training, progress: Progress, after_batch: Callable[[]
         Mean loss and error over all mini-batches of the epoch, each before its own step; the loss is not finite if
         training diverged, after which the epoch is cut short.
     """
-    look = LateLook(training.sums)
-    with training.watch.phase(phase_around(training)):
+    losses = DelayedCheck(training.sums)
+    with training.watch.phase(outer_phase(training)):
         training.begin_epoch()
         training.step_losses.note(training.step, begins=True)
         with contextlib.suppress(Diverged):
             for _ in range(training.batch, len(training.loader)):
                 num_skipped = training.skipped_steps
                 training.take_step()
-                if training.skipped_steps == num_skipped:  # what a skipped mini-batch leaves in .grad is nothing's
+                if training.skipped_steps == num_skipped:  # a skipped mini-batch leaves no gradient to measure
                     training.diagnostics.after_step(training.batch)
                 training.batch += 1
                 training.step_losses.note(training.step)
-                training.watch.switch(phase_around(training))
+                training.watch.switch(outer_phase(training))
                 progress.step()
                 after_batch()
-                if training.step % LOOK_PERIOD == 0:
+                if training.step % CHECK_PERIOD == 0:
                     check_captured(training)
-                    if look.has_diverged():
+                    if losses.have_diverged():
                         break
     check_captured(training)
     return training.sums.result()
@@ -154,16 +158,15 @@ def _evaluate(training: Training, loader: BatchLoader, after_batch: Callable[[],
         )
 
 
-def _record(
-    training: Training, train: Evaluation, train_eval: Evaluation, val: Evaluation, measured: dict[str, float]
-) -> EpochRecord:
+def _record(training: Training, epoch: int, train: Evaluation, train_eval: Evaluation, val: Evaluation) -> EpochRecord:
+    """Return the row of an epoch whose mini-batches have been taken, and which has not ended."""
     times = training.watch.totals()
     seconds: dict[str, Any] = {f"{phase}_s": value for phase, value in times.items()}
-    diagnostics: dict[str, Any] = measured | training.diagnostics.counts()
+    diagnostics: dict[str, Any] = training.diagnostics.means() | training.diagnostics.counts()
     return EpochRecord(
-        epoch=training.epoch,
+        epoch=epoch,
         step=training.step,
-        lr=training.lr(max(training.epoch - 1, 0)),
+        lr=training.lr(max(epoch - 1, 0)),
         train_loss=train.loss,
         train_error=train.error,
         train_eval_loss=train_eval.loss,

@@ -1,44 +1,34 @@
-"""What a run leaves: its lock, run.json, metrics.csv, TensorBoard events, checkpoints, its log, and what it says.
+"""Records a run, resumes it, and stops it when it is asked to.
 
-Where several processes carry out a run, all of them make the same calls, and the first one reads and writes. No other
-part of the loop knows which one that is.
+All processes of a run make the same calls; the main process reads and writes the files (``files.py``) and prints.
 """
 
 import contextlib
 import signal
 import time
 from collections.abc import Callable, Iterator
-from datetime import datetime
 from typing import Any
 
 from kfac_sua.config import ProgressStyle
 from kfac_sua.runs.directory import RunDirectory
-from kfac_sua.runs.hyper_parameters import hyper_parameters
-from kfac_sua.runs.lock import Hold, RunBusyError, RunLostError, exclusive
-from kfac_sua.runs.log import RunLog
-from kfac_sua.runs.metrics import EpochRecord, append_record, records_digest
+from kfac_sua.runs.lock import RunBusyError, RunLostError, exclusive
+from kfac_sua.runs.metrics import EpochRecord, records_digest
 from kfac_sua.runs.run_info import RunInfo, failure_reason
-from kfac_sua.runs.tensorboard import StepLog, TensorBoardLog
 from kfac_sua.training.attempt import (
     continued_info,
     find_ended,
     new_info,
-    prepare_directory,
     read_checkpoint,
     read_own_info,
-    record_early_failure,
-    record_failure,
     restore,
     summary_line,
-    with_seconds_of,
-    write_end,
-    write_weights,
+    with_machines_of,
 )
-from kfac_sua.training.checkpoint import Checkpoint, save_checkpoint
 from kfac_sua.training.connection import connection_errors
+from kfac_sua.training.files import RunFiles, record_failure
 from kfac_sua.training.launch import Invocation
 from kfac_sua.training.process_group import ProcessGroup
-from kfac_sua.training.progress import Progress, epoch_line, print_once
+from kfac_sua.training.progress import Progress, print_once
 from kfac_sua.training.signals import Interrupted, StopRequest
 from kfac_sua.training.start_from import read_source
 from kfac_sua.training.state import Training
@@ -54,23 +44,18 @@ class RunWriter:
     Args:
         directory: The run's directory.
         process_group: The processes that carry it out.
-        clock: Seconds of a monotonic clock.
         invocation: What the command line says about the run beside its configuration.
+        clock: Seconds of a monotonic clock.
 
     Attributes:
-        info: What run.json says; ``None`` until :meth:`resume`.
         records: The rows of metrics.csv.
+        progress: The progress bar or lines; there from :meth:`resume` on.
     """
 
-    info: RunInfo | None = None
     training: Training
     progress: Progress
+    _info: RunInfo
     _stop: StopRequest
-    _held: contextlib.ExitStack
-    _hold: Hold | None = None
-    _said: RunLog | None = None
-    _log: TensorBoardLog | None = None
-    _step_log: StepLog | None = None
 
     def __init__(
         self,
@@ -82,52 +67,49 @@ class RunWriter:
         self.directory = directory
         self.records: list[EpochRecord] = []
         self._process_group = process_group
-        self._clock = clock
         self._invocation = invocation
+        self._clock = clock
+        self._files = RunFiles(directory)
 
-    # --- begin ------------------------------------------------------------------------------------------------------
+    # --- before the first step --------------------------------------------------------------------------------------
 
     def find_ended(self) -> RunInfo | None:
-        """Say so if the run has finished or diverged, and return what it left."""
+        """Return run.json if the run has finished or diverged, and print how."""
         return self._process_group.broadcast(lambda: find_ended(self.directory, self._invocation.label))
 
     @contextlib.contextmanager
-    def noting_early_failure(self) -> Iterator[None]:
-        """Note in run.json why an attempt fails inside, before the directory is locked; nothing if it has none yet."""
+    def recording_early_failure(self) -> Iterator[None]:
+        """Record a failure inside, before the directory is locked, if an earlier attempt has left a run.json."""
         try:
             with connection_errors(self._process_group.rank, self._process_group.size):
                 yield
         except Exception as error:
-            if self._process_group.is_main_process:
-                with contextlib.suppress(RunBusyError):
-                    record_early_failure(self.directory, error)
+            if self._process_group.is_main_process and self.directory.info.exists():
+                with contextlib.suppress(RunBusyError), exclusive(self.directory.path):
+                    record_failure(self.directory, error)
             raise
 
     @contextlib.contextmanager
-    def holding(self) -> Iterator[None]:
-        """Hold the run's directory inside, and note in run.json why an attempt fails.
+    def locked(self) -> Iterator[None]:
+        """Lock the run's directory inside, and record why an attempt fails.
 
         Raises:
             RunBusyError: If another process holds it.
-            ConnectionLostError: If one of several processes has gone.
+            ConnectionLostError: If one of several processes has ended.
         """
-        with contextlib.ExitStack() as stack:
-            self._process_group.broadcast(lambda: self._enter(stack))
+        with contextlib.closing(self._files):
+            self._process_group.broadcast(self._files.lock)
             try:
                 with connection_errors(self._process_group.rank, self._process_group.size):
                     yield
-            except RunLostError:  # what lies there now is another's
+            except RunLostError:  # the directory now belongs to another process
                 raise
             except Exception as error:
                 if self._process_group.is_main_process:
                     record_failure(self.directory, error)
-                    with contextlib.suppress(OSError):  # who started the run is told anyway
-                        self._note(f"failed: {failure_reason(error)}")
+                    with contextlib.suppress(OSError):  # the user still sees the first error
+                        self._files.note(f"failed: {failure_reason(error)}")
                 raise
-
-    def _enter(self, stack: contextlib.ExitStack) -> None:
-        self._hold = stack.enter_context(exclusive(self.directory.path))
-        self._held = stack
 
     def resume(self, training: Training) -> None:
         """Go on from the run's checkpoint if there is one, and write what stands before the next step.
@@ -139,67 +121,57 @@ class RunWriter:
             CheckpointError: If the checkpoint is damaged or belongs to another run.
             RecordError: If the run's records are damaged.
         """
-        process_group, directory, self.training = self._process_group, self.directory, training
-        process_group.broadcast(self._open_log)
-        begun, info = (
-            process_group.broadcast(lambda: read_own_info(directory)),
-            new_info(training, directory, self._invocation),
-        )
-        checkpoint, self.records = process_group.broadcast(lambda: read_checkpoint(training, directory))
-        source = process_group.broadcast(lambda: read_source(training)) if checkpoint is None else None
+        group, directory, self.training = self._process_group, self.directory, training
+        group.broadcast(self._files.open_log)
+        begun, info = group.broadcast(lambda: read_own_info(directory)), new_info(training, directory, self._invocation)
+        checkpoint, self.records = group.broadcast(lambda: read_checkpoint(training, directory))
+        source = group.broadcast(lambda: read_source(training)) if checkpoint is None else None
         if source is not None:
-            checkpoint, self.records, info = source.checkpoint, source.records, with_seconds_of(source.info, info)
+            checkpoint, self.records, info = source.checkpoint, source.records, with_machines_of(source.info, info)
         if checkpoint is not None:
             restore(training, checkpoint, directory)
-        self.info = info if begun is None else continued_info(begun, info, is_resumed=checkpoint is not None)
-        where = (
-            f"{process_group.size} processes, {training.device.type}"
-            if process_group.size > 1
-            else training.device.type
-        )
+        self._info = info if begun is None else continued_info(begun, info, is_resumed=checkpoint is not None)
+
+        where = f"{group.size} processes, {training.device.type}" if group.size > 1 else training.device.type
         begins = f"{'resumed' if checkpoint is not None and source is None else 'started'} on {where}"
         begins += f" from epoch {training.epoch} of {training.config.start_from}" if source is not None else ""
         opening = opening_line(training.config, self._invocation.auto_keys)
-        self._note(f"{begins}, {info.machines[0]}, commit {info.commit}: {info.command or 'not by a command'}")
-        self._note(opening)
-        process_group.broadcast(self._prepare)
-        process_group.print_on_main(f"{self._invocation.label}{begins}: {directory.path}")
-        process_group.print_on_main(opening)
+        self._files.note(f"{begins}, {info.machines[0]}, commit {info.commit}: {info.command or 'not by a command'}")
+        self._files.note(opening)
+        group.broadcast(self._begin)
+        group.print_on_main(f"{self._invocation.label}{begins}: {directory.path}")
+        group.print_on_main(opening)
 
-    def _open_log(self) -> None:
-        self._said = self._held.enter_context(contextlib.closing(RunLog(self.directory.log)))
-
-    def _note(self, text: str) -> None:
-        """Append to the run's log, by the process that has it."""
-        if self._said is not None:
-            self._said.add(text)
-
-    def _prepare(self) -> None:
-        assert self.info is not None
-        prepare_directory(self.directory, self.info, self.records)
+    def _begin(self) -> None:
+        """Write the files of the run's beginning, and show which layers are preconditioned."""
+        self._files.begin(self._info, self.records)
         if self.training.preconditioner is not None:
             table = self.training.preconditioner.describe()
-            self._note(str(table))
+            self._files.note(str(table))
             is_verbose = self.training.config.verbose
             print_once(str(table) if is_verbose else f"{table.summary()} (verbose=true shows each layer)")
 
     # --- while it trains --------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def logging(self) -> Iterator[None]:
-        """Answer signals, and keep TensorBoard's log and the progress bar open inside.
+    def handling_signals(self) -> Iterator[None]:
+        """Show progress inside, and turn SIGINT and SIGTERM into requests that :meth:`after_batch` fulfils.
 
         Raises:
-            Interrupted: On SIGINT and SIGTERM, after which the same command resumes.
+            Interrupted: On a second SIGINT, at once.
         """
-        process_group = self._process_group
-        if process_group.is_main_process:
-            self._open_tensorboard()
-        self.progress = self._open_progress()
+        group = self._process_group
+        if group.is_main_process:
+            self._files.open_tensorboard(
+                self._info,
+                self.records,
+                logs_steps=self.training.config.log_interval is not None,
+                step=self.training.step,
+                train_time_s=self._train_time_s(),
+            )
+        self.progress = self._new_progress()
         self._saved_at, self._position = self._clock(), self._next_position()
-        with StopRequest(
-            is_main_process=process_group.is_main_process, is_single_process=process_group.size == 1
-        ) as self._stop:
+        with StopRequest(is_main_process=group.is_main_process, is_single_process=group.size == 1) as self._stop:
             try:
                 yield
             except Interrupted:
@@ -208,32 +180,29 @@ class RunWriter:
                 raise self._interrupted(self._signal_number) from interrupt
             finally:
                 self.progress.close()
-                for log in (self._log, self._step_log):
-                    if log is not None:
-                        log.close()
 
     def log(self, record: EpochRecord) -> None:
         """Write a row."""
         self._process_group.discard_delayed()
         with self.training.watch.phase("writing"):
-            self._process_group.broadcast(lambda: self._append(record))
+            self._process_group.broadcast(lambda: self._files.append(record, self.training.config.epochs))
         self.records.append(record)
 
     def save(self) -> None:
         """Write a checkpoint."""
         self._process_group.discard_delayed()
         with self.training.watch.phase("writing"):
-            self._log_step_losses()  # before: a run that goes on from there does not take these steps again
+            self._log_step_losses()  # before the checkpoint: a run that resumes from it does not repeat these steps
             checkpoint = self.training.checkpoint(self.directory.fingerprint, records_digest(self.records))
-            self._process_group.broadcast(lambda: self._write(checkpoint))
+            self._process_group.broadcast(lambda: self._files.save(checkpoint))
         self._saved_at, self._position = self._clock(), self._next_position()
         self._stop.is_to_save = False
 
-    def between(self) -> None:
-        """Called between two mini-batches: save if it is time to, or if the run is to stop.
+    def after_batch(self) -> None:
+        """Save if a checkpoint is due, and stop if the run was asked to; called after every mini-batch.
 
         Raises:
-            Interrupted: If the run has been asked to stop, after it has been saved.
+            Interrupted: If the run was asked to stop, after a checkpoint.
         """
         request = self._process_group.delayed_all_reduce_max(self._request())
         if request:
@@ -242,36 +211,40 @@ class RunWriter:
             raise self._interrupted(request - _SAVE)
 
     def stop_if_asked(self) -> None:
-        """Called where there is nothing to save yet.
+        """Stop if the run was asked to, without a checkpoint: called where there is nothing to save yet.
 
         Raises:
-            Interrupted: If the run has been asked to stop.
+            Interrupted: If the run was asked to stop.
         """
         request = self._process_group.delayed_all_reduce_max(self._request())
         if request > _SAVE:
             raise self._interrupted(request - _SAVE)
 
     def end(self, **outcome: Any) -> RunInfo:
-        """Write how the run ended, after which the checkpoint before the last is of no use.
+        """Write how the run ended, and return run.json.
+
+        Args:
+            outcome: The fields of ``RunInfo`` that the end decides.
 
         Raises:
-            Interrupted: If the run has been asked to stop: the runs of a sweep that would come next must not begin.
+            Interrupted: If the run was asked to stop: a sweep must not go on to its next run.
         """
         self._process_group.discard_delayed()
         self._log_step_losses()
-        self.info = self._process_group.broadcast(lambda: self._write_end(outcome))
-        request = self._process_group.all_reduce_max(self._signal_number if self._stop.signal_number is not None else 0)
-        if request:
-            raise Interrupted("interrupted; this run has ended.", request)
-        return self.info
+        self._info = self._process_group.broadcast(
+            lambda: self._files.end(self._info, self.records, self.training, outcome)
+        )
+        signal_number = self._process_group.all_reduce_max(self._stop.signal_number or 0)
+        if signal_number:
+            raise Interrupted("interrupted; this run has ended.", signal_number)
+        return self._info
 
-    def say_end(self) -> None:
-        """Say how the run ended."""
-        assert self.info is not None
+    def print_summary(self) -> None:
+        """Print how the run ended."""
         if self._process_group.is_main_process:
-            print(summary_line(self.directory, self.info), flush=True)
+            print(summary_line(self.directory, self._info), flush=True)
 
-    # --- inside -----------------------------------------------------------------------------------------------------
+    # --- private ----------------------------------------------------------------------------------------------------
 
     @property
     def _signal_number(self) -> int:
@@ -279,7 +252,7 @@ class RunWriter:
         return self._stop.signal_number or signal.SIGINT
 
     def _request(self) -> int:
-        """Return 0 to go on, ``_SAVE`` to save, and more to stop as well, by the signal that the excess numbers."""
+        """Return 0 to go on, ``_SAVE`` to save, or ``_SAVE`` plus the number of a signal to save and stop."""
         interval = self.training.config.checkpoint_interval_s
         if self._stop.signal_number is not None:
             return _SAVE + self._stop.signal_number
@@ -287,14 +260,14 @@ class RunWriter:
         return _SAVE if self._stop.is_to_save or (is_due and self._process_group.is_main_process) else 0
 
     def _interrupted(self, signal_number: int) -> Interrupted:
-        """Return what to raise when the run stops here, by a signal that another process may have got."""
+        """Return the exception that stops the run here; the signal may have come to another process."""
         self._process_group.discard_delayed()
         message = f"interrupted; the same command resumes {self._position}."
-        self._note(message)
+        self._files.note(message)
         return Interrupted(message, signal_number)
 
     def _next_position(self) -> str:
-        """Return where a run that is loaded now goes on."""
+        """Return where a run that is resumed from the present state goes on."""
         training = self.training
         if training.epoch == training.config.epochs:
             return "with the evaluation on the test set"
@@ -305,52 +278,17 @@ class RunWriter:
             return f"with the evaluation of {epoch}"
         return f"from {epoch}, mini-batch {training.batch + 1} of {num_batches}"
 
-    def _append(self, record: EpochRecord) -> None:
-        assert self._hold is not None
-        assert self._log is not None
-        self._hold.check()
-        append_record(self.directory.metrics, record)
-        self._note(epoch_line(record, self.training.config.epochs))
-        self._log.log(record)
-
     def _log_step_losses(self) -> None:
-        """Write what is known of single steps."""
+        """Write the losses of single steps since the last time."""
         if losses := self.training.step_losses.fetch():
-            seconds = self._training_seconds()
-            self._process_group.broadcast(lambda: self._append_losses(losses, seconds))
+            step, train_time_s = self.training.step, self._train_time_s()
+            self._process_group.broadcast(lambda: self._files.append_step_losses(losses, step, train_time_s))
 
-    def _append_losses(self, losses: list[tuple[int, float]], seconds: float) -> None:
-        assert self._hold is not None
-        assert self._step_log is not None
-        self._hold.check()
-        self._step_log.log(losses, self.training.step, seconds)
-
-    def _training_seconds(self) -> float:
+    def _train_time_s(self) -> float:
         times = self.training.watch.totals()
         return sum(times[phase] for phase in TRAINING_PHASES)
 
-    def _write(self, checkpoint: Checkpoint) -> None:
-        assert self._hold is not None
-        self._hold.check()
-        save_checkpoint(self.directory.checkpoint, checkpoint)
-
-    def _write_end(self, outcome: dict[str, Any]) -> RunInfo:
-        assert self._hold is not None
-        assert self.info is not None
-        self._hold.check()
-        write_weights(self.directory, self.training, self.records, is_finished=outcome["status"] == "finished")
-        ended = write_end(self.directory, self.info, self.records, self.training.skipped_steps, outcome)
-        self._note(summary_line(self.directory, ended))
-        return ended
-
-    def _open_tensorboard(self) -> None:
-        assert self.info is not None
-        started_unix_s, path = datetime.fromisoformat(self.info.started).timestamp(), self.directory.path
-        self._log = TensorBoardLog(path, started_unix_s, hyper_parameters(self.info.config), self.records)
-        if self.training.config.log_interval is not None:
-            self._step_log = StepLog(path, started_unix_s, self.training.step, self._training_seconds())
-
-    def _open_progress(self) -> Progress:
+    def _new_progress(self) -> Progress:
         training, config = self.training, self.training.config
         num_batches = len(training.loader)
         return Progress(

@@ -13,7 +13,7 @@ from kfac_sua.compose import compose_cells, compose_config
 from kfac_sua.compose.saved import saved_overrides
 from kfac_sua.config import Config, ConfigError, to_plain
 from kfac_sua.runs.directory import fingerprint, resolved
-from kfac_sua.training.attempt import write_config
+from kfac_sua.training.files import write_config
 
 UNUSUAL = (
     *(

@@ -16,7 +16,7 @@ from kfac_sua.compose import quoted
 from kfac_sua.config import Config, ConfigError, Precision
 from kfac_sua.evaluate import evaluate_run, main
 from kfac_sua.runs.run_info import RecordError, read_run_info, write_run_info
-from kfac_sua.training import attempt
+from kfac_sua.training import files
 from kfac_sua.training.build import build_training
 from kfac_sua.training.loop import run
 from kfac_sua.training.signals import Interrupted
@@ -105,14 +105,14 @@ def test_weights_within_an_epoch_say_so(tmp_path, monkeypatch, capsys):
     """Two mini-batches into the second epoch."""
     config = tiny_config(tmp_path, *SETTINGS, "epochs=3")
     take_steps = iter([False] * 6 + [True] * 9)
-    between = RunWriter.between
+    between = RunWriter.after_batch
 
     def stop(writer: RunWriter) -> None:
         if next(take_steps, False) and writer.training.batch == 2:
             writer._stop.signal_number = signal.SIGINT
         between(writer)
 
-    monkeypatch.setattr(RunWriter, "between", stop)
+    monkeypatch.setattr(RunWriter, "after_batch", stop)
     with pytest.raises(Interrupted):
         run(config)
     last = kfac_sua.load_run(directory_of(config).path, "last")
@@ -132,7 +132,7 @@ def test_best_weights_that_an_earlier_version_did_not_keep_are_not_made_up(tmp_p
             keep(training, val_error)
 
     monkeypatch.setattr(Training, "keep_if_best", keep_later)
-    monkeypatch.setattr(attempt, "best_epoch", lambda records: 1)
+    monkeypatch.setattr(files, "best_epoch", lambda records: 1)
     monkeypatch.setattr(load, "best_epoch", lambda records: 1)
     run(config)
     with pytest.raises(RecordError, match=r"has no best weights \(it is finished, with 3 epochs in its records\)"):

@@ -21,7 +21,7 @@ from signal import SIG_DFL, SIGINT, SIGKILL, SIGTERM, default_int_handler, signa
 import sklearn.datasets  # noqa: F401
 
 from kfac_sua import train
-from kfac_sua.training import loop, writer
+from kfac_sua.training import files, loop
 from kfac_sua.training.checkpoint import Checkpoint
 from kfac_sua.training.evaluate import Evaluation
 from kfac_sua.training.progress import Progress
@@ -174,13 +174,13 @@ def after_each_step(action: Callable[[Training], None]) -> None:
 
 def after_each_save(action: Callable[[int], None]) -> None:
     """Have this process do something after every checkpoint, of which it is told the step."""
-    original = writer.save_checkpoint
+    original = files.save_checkpoint
 
     def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         original(path, checkpoint)
         action(checkpoint.step)
 
-    writer.save_checkpoint = save_checkpoint
+    files.save_checkpoint = save_checkpoint
 
 
 def before_file_operation(action: Callable[[], None]) -> None:

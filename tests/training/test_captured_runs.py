@@ -24,7 +24,7 @@ from kfac_sua.preconditioner.captured.step import WARM_UP_STEPS
 from kfac_sua.runs.metrics import read_records
 from kfac_sua.training import capturing, writer
 from kfac_sua.training.checkpoint import load_checkpoint
-from kfac_sua.training.divergence import LOOK_PERIOD
+from kfac_sua.training.divergence import CHECK_PERIOD
 from kfac_sua.training.loop import run
 from kfac_sua.training.signals import Interrupted
 from kfac_sua.training.timing import TRAINING_PHASES
@@ -182,11 +182,11 @@ def test_what_only_a_step_shows_is_an_error_under_capture_true(tmp_path, monkeyp
         assert run(config).status == "finished"
     assert "is not captured: it reads a value back to the host" in caplog.text
     assert read_records(directory_of(config).metrics)[-1].captured_s == 0
-    steps, between = [], writer.RunWriter.between
-    monkeypatch.setattr(writer.RunWriter, "between", lambda one: (steps.append(one.training.step), between(one)))
+    steps, between = [], writer.RunWriter.after_batch
+    monkeypatch.setattr(writer.RunWriter, "after_batch", lambda one: (steps.append(one.training.step), between(one)))
     with pytest.raises(RuntimeError, match=r"^capture=true, but it reads a value back"):
         run(tiny_config(tmp_path / "true", *plain, "capture=true"))
-    assert steps[-1] == LOOK_PERIOD  # rather than at the end of a long epoch
+    assert steps[-1] == CHECK_PERIOD  # rather than at the end of a long epoch
 
 
 @pytest.mark.parametrize("is_captured", [True, False], ids=["captured", "eager"])
@@ -204,8 +204,8 @@ def test_divergence_is_noticed_within_two_looks(tmp_path, monkeypatch, emulated,
         "optimizer.lr=1e-4",
     )
     steps = []
-    between = writer.RunWriter.between
-    monkeypatch.setattr(writer.RunWriter, "between", lambda one: (steps.append(one.training.step), between(one)))
+    between = writer.RunWriter.after_batch
+    monkeypatch.setattr(writer.RunWriter, "after_batch", lambda one: (steps.append(one.training.step), between(one)))
     begin_epoch = BatchLoader.begin_epoch
 
     def spoiling(loader, *arguments, **options):
@@ -217,7 +217,7 @@ def test_divergence_is_noticed_within_two_looks(tmp_path, monkeypatch, emulated,
     monkeypatch.setattr(BatchLoader, "begin_epoch", spoiling)
     info = run(config)
     assert (info.status, info.diverged_at_epoch) == ("diverged", 1)
-    assert bad < steps[-1] <= bad + 2 * LOOK_PERIOD
+    assert bad < steps[-1] <= bad + 2 * CHECK_PERIOD
     assert bool(emulated) is is_captured
 
 

@@ -14,7 +14,7 @@ from stops import stop_after
 from tiny_runs import TINY, TINY_PERIOD, directory_of, metrics_without_times, tiny_config
 
 from kfac_sua.runs.lock import RunLostError
-from kfac_sua.training import attempt, capturing, loop, writer
+from kfac_sua.training import capturing, files, loop, writer
 from kfac_sua.training.checkpoint import load_checkpoint
 from kfac_sua.training.loop import run
 from kfac_sua.training.signals import Interrupted, StopRequest
@@ -178,14 +178,14 @@ def test_the_command_finishes_its_step_saves_and_leaves(tmp_path, number, code):
 def test_a_signal_at_the_end_of_a_run_stops_the_sweep(tmp_path, monkeypatch):
     """Asked to stop while its last lines are written, a run ends as finished, and none comes after it."""
     config = tiny_config(tmp_path, "preconditioner=baseline", "epochs=1")
-    write = attempt.write_run_info
+    write = files.write_run_info
 
     def signalling(path, info):
         write(path, info)
         if info.status == "finished":
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(attempt, "write_run_info", signalling)
+    monkeypatch.setattr(files, "write_run_info", signalling)
     with pytest.raises(Interrupted, match=r"^interrupted; this run has ended\.$") as caught:
         run(config)
     assert caught.value.signal_number == signal.SIGTERM

@@ -19,7 +19,7 @@ from kfac_sua.data import BatchLoader
 from kfac_sua.models import TinyConvNet
 from kfac_sua.preconditioner import KroneckerPreconditioner
 from kfac_sua.runs.metrics import read_records
-from kfac_sua.training import loop, writer
+from kfac_sua.training import files, loop
 from kfac_sua.training.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from kfac_sua.training.evaluate import ErrorCounter
 from kfac_sua.training.loop import run
@@ -116,7 +116,7 @@ def test_times_and_start_survive_a_resume(tmp_path, monkeypatch):
 def test_row_without_its_checkpoint_is_written_again(tmp_path, monkeypatch):
     """After a crash between an epoch's row and its checkpoint, the epoch is repeated and stands in the file once."""
     config = tiny_config(tmp_path, *BASELINE, "epochs=3")
-    save_checkpoint = writer.save_checkpoint
+    save_checkpoint = files.save_checkpoint
 
     def crash_in_epoch_two(path, checkpoint):
         if checkpoint.epoch == 2:
@@ -124,7 +124,7 @@ def test_row_without_its_checkpoint_is_written_again(tmp_path, monkeypatch):
         save_checkpoint(path, checkpoint)
 
     with monkeypatch.context() as context:
-        context.setattr(writer, "save_checkpoint", crash_in_epoch_two)
+        context.setattr(files, "save_checkpoint", crash_in_epoch_two)
         with pytest.raises(OSError, match="disk full"):
             run(config)
     assert [row["epoch"] for row in metrics_without_times(config)] == [0, 1, 2]
@@ -295,8 +295,8 @@ def test_every_second_of_an_epoch_has_its_phase(tmp_path, monkeypatch):
     clock.charge(monkeypatch, ErrorCounter, "add", 0.1)
     clock.charge(monkeypatch, torch.optim.SGD, "step", 1.0)
     clock.charge(monkeypatch, loop.Progress, "step", 10.0)
-    clock.charge(monkeypatch, writer, "append_record", 100.0)
-    clock.charge(monkeypatch, writer, "save_checkpoint", 1000.0)
+    clock.charge(monkeypatch, files, "append_record", 100.0)
+    clock.charge(monkeypatch, files, "save_checkpoint", 1000.0)
     config = tiny_config(tmp_path, *BASELINE, "epochs=1")
     run(config)
     untrained, record = read_records(directory_of(config).metrics)

@@ -35,7 +35,7 @@ def handled() -> Iterator[list[int]]:
 
 def send_after(monkeypatch, calls: int, number: int, after: Callable[[], None] = lambda: None) -> None:
     """Send this process a signal after so many mini-batches of the next run."""
-    between, count = writer.RunWriter.between, iter(range(1, calls + 1))
+    between, count = writer.RunWriter.after_batch, iter(range(1, calls + 1))
 
     def sending(run_writer):
         if next(count, None) == calls:
@@ -43,7 +43,7 @@ def send_after(monkeypatch, calls: int, number: int, after: Callable[[], None] =
             after()
         between(run_writer)
 
-    monkeypatch.setattr(writer.RunWriter, "between", sending)
+    monkeypatch.setattr(writer.RunWriter, "after_batch", sending)
 
 
 def steps_saved(config) -> int:

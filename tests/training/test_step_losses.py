@@ -11,7 +11,7 @@ from tiny_runs import TINY_PERIOD, directory_of, metrics_without_times, tiny_con
 
 from kfac_sua.runs.metrics import read_records
 from kfac_sua.runs.tensorboard import STEP_LOSS, STEPS
-from kfac_sua.training import writer
+from kfac_sua.training import files
 from kfac_sua.training.evaluate import ErrorCounter
 from kfac_sua.training.loop import run
 from kfac_sua.training.signals import Interrupted
@@ -77,7 +77,7 @@ def test_a_captured_run_that_is_stopped_anywhere_shows_every_step_once(tmp_path,
         with monkeypatch.context() as context:
             stop_after(context, steps)
             if next(crashes, False):
-                context.setattr(writer, "save_checkpoint", lambda path, checkpoint: 1 / 0)
+                context.setattr(files, "save_checkpoint", lambda path, checkpoint: 1 / 0)
             try:
                 run(stopped)
                 break
