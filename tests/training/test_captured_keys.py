@@ -11,6 +11,7 @@ from tiny_runs import tiny_config
 from kfac_sua.compose import compose_config
 from kfac_sua.config import AdamWConfig, Config, KroneckerConfig, ScheduleName, to_plain
 from kfac_sua.preconditioner.captured.step import WARM_UP_STEPS
+from kfac_sua.runs.directory import flat
 from kfac_sua.training.build import build_training
 from kfac_sua.training.loop import train_epoch
 from kfac_sua.training.progress import Progress
@@ -206,13 +207,5 @@ def test_no_key_is_forgotten():
     tried = {text.partition("=")[0] for keys in (KEYS, OPTIMIZERS) for texts in keys.values() for text in texts}
     tried |= {"schedule.name"}
     for overrides in (["schedule=step"], ["optimizer=adamw", *BASELINE], ["optimizer=muon", *BASELINE], ["model=tiny"]):
-        unknown = set(_flat(to_plain(compose_config(overrides)))) - tried - NOT_OF_A_STEP.keys()
+        unknown = set(flat(to_plain(compose_config(overrides)))) - tried - NOT_OF_A_STEP.keys()
         assert not unknown
-
-
-def _flat(values, prefix=""):
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key
