@@ -6,7 +6,8 @@ from pathlib import Path
 import pandas as pd
 
 from kfac_sua.campaign.cell import Cell, CellState, read_state
-from kfac_sua.runs.collect import RUN_COLUMNS, CollectError, run_rows
+from kfac_sua.runs.collect import RUN_COLUMNS, run_rows
+from kfac_sua.runs.final_table import CollectError
 from kfac_sua.runs.metrics import COLUMNS
 
 

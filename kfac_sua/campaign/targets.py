@@ -13,8 +13,8 @@ import pandas as pd
 
 from kfac_sua.campaign.bootstrap import RESAMPLES, interval, resampled_seeds
 from kfac_sua.figures.style import BASELINE
-from kfac_sua.runs.collect import CollectError, require_one_precision
 from kfac_sua.runs.comparable import CIRCUMSTANCES, circumstances_of
+from kfac_sua.runs.final_table import CollectError, require_one_precision
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

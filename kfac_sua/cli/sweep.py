@@ -128,8 +128,9 @@ def say_summary(cells: Cells | None) -> None:
 
 
 def _say_runs(root: Path, cells: Sequence[Config], *, shows_best: bool) -> None:
-    """Print the table of some runs below one directory, and the commands that show more."""
-    from kfac_sua.runs.collect import CollectError, collect_directories, table_text  # pandas takes a second
+    """Print the table of some runs below one directory, and what shows more of it."""
+    from kfac_sua.runs.collect import collect_directories, table_text  # pandas takes a second
+    from kfac_sua.runs.final_table import CollectError
 
     found = {run_directory(cell, device_type(cell.device)).path.absolute(): cell for cell in cells}
     begun = [path for path in found if (path / "run.json").exists()]

@@ -40,16 +40,9 @@ from kfac_sua.figures.lines import (
 from kfac_sua.figures.panels import check_uniform, method_names, with_names
 from kfac_sua.figures.style import METHODS, MethodStyle
 from kfac_sua.figures.titles import subject
-from kfac_sua.runs.collect import (
-    CollectError,
-    collect_runs,
-    final_runs_root,
-    final_table,
-    require_one_precision,
-    require_runs,
-    select_best,
-)
+from kfac_sua.runs.collect import collect_runs, final_runs_root
 from kfac_sua.runs.comparable import seconds_cautions
+from kfac_sua.runs.final_table import CollectError, final_table, require_one_precision, require_runs, select_best
 from kfac_sua.runs.run_info import RecordError
 from kfac_sua.runs.summary import format_table
 from kfac_sua.startup import run_command

@@ -1,8 +1,6 @@
-"""Many run directories as one table, and the summary of that table per setting.
+"""Many run directories as one table, a row per epoch.
 
 Command line: ``python -m kfac_sua.runs.collect outputs/runs [--best-by train_loss] [--csv epochs.csv]``.
-
-A *setting* is everything in the configuration but the seed; runs of one setting share a fingerprint.
 """
 
 if __name__ == "__main__":  # before the imports that take seconds
@@ -21,33 +19,16 @@ from typing import Any
 import pandas as pd
 
 from kfac_sua.command_line import BAD_INPUT, say
-from kfac_sua.figures.style import METHODS
 from kfac_sua.runs.atomic import write_atomically
 from kfac_sua.runs.comparable import CIRCUMSTANCES, circumstances, seconds_cautions
+from kfac_sua.runs.final_table import QUANTITIES, SETTING_COLUMNS, CollectError, final_table, select_best
 from kfac_sua.runs.metrics import COLUMNS, EpochRecord, read_ended_records
 from kfac_sua.runs.openers import refuse_special
-from kfac_sua.runs.run_info import ENDED, UNENDED, RecordError, RunInfo, read_run_info
+from kfac_sua.runs.run_info import RecordError, RunInfo, read_run_info
 from kfac_sua.runs.summary import MAX_WIDTH, format_table
 from kfac_sua.startup import run_command
 
-SETTING_COLUMNS = (
-    *("dataset", "model", "width", "batch_norm", "preconditioner", "optimizer", "schedule"),
-    *("base_lr", "damping", "precision", "fingerprint"),
-)
 RUN_COLUMNS = ("run", *SETTING_COLUMNS, "seed", "status", "test_error", *CIRCUMSTANCES)
-QUANTITIES = (
-    "epochs",
-    "train_loss",
-    "train_eval_loss",
-    "best_val_error",
-    "final_val_error",
-    "test_error",
-    "seconds_per_epoch",
-)
-
-
-class CollectError(Exception):
-    """Runs that are missing or do not fit together; the message is one sentence."""
 
 
 def collect_runs(root: Path) -> pd.DataFrame:
@@ -93,6 +74,15 @@ def collect_directories(root: Path, directories: Sequence[Path]) -> pd.DataFrame
     return pd.DataFrame(rows, columns=[*RUN_COLUMNS, *COLUMNS])
 
 
+def _check_unique(frame: pd.DataFrame) -> None:
+    """Raise if a setting has a seed twice, which would count one run twice in every mean."""
+    runs = frame.drop_duplicates("run")
+    twice = runs[runs.duplicated(["fingerprint", "seed"], keep=False)].sort_values(["fingerprint", "seed"])
+    if len(twice):
+        first, second = twice["run"].iloc[:2]
+        raise CollectError(f"{first} and {second} are the same run (equal configuration and seed); move one away.")
+
+
 def final_runs_root(root: Path) -> Path:
     """Return the directory of the runs that figures show: of a campaign that of its final runs, else the one given.
 
@@ -123,146 +113,6 @@ def run_rows(root: Path, path: Path) -> list[dict[str, Any]]:
         raise CollectError(f"{path.parent} is marked as finished but has no epoch; remove it and start it again.")
     run = _run_values(root, path, info)
     return [run | dataclasses.asdict(record) for record in records] or [run | _no_epoch()]
-
-
-def require_runs(frame: pd.DataFrame, names: Sequence[str]) -> None:
-    """Check that every preconditioner has a run that has ended, by finishing or by diverging.
-
-    Args:
-        frame: Result of ``collect_runs``.
-        names: Names of preconditioners, such as ``kfac``.
-
-    Raises:
-        CollectError: If one has none; the message names all of these.
-    """
-    ended = set(frame.loc[frame["status"].isin(ENDED), "preconditioner"])
-    missing = [name for name in names if name not in ended]
-    if missing:
-        note = _unended_note(frame[frame["preconditioner"].isin(missing)])
-        raise CollectError(
-            f"Of {len(names)} preconditioners needed, {len(missing)} have no finished run:"
-            f" {', '.join(missing)}{note}; start the missing runs, the same command resumes an interrupted one."
-        )
-
-
-def require_one_precision(frame: pd.DataFrame) -> None:
-    """Check that the seconds of runs can be compared: that all computed in the same precision.
-
-    Args:
-        frame: Rows of ``collect_runs``, or any table with its ``precision``. A table of before there was this column
-            holds one precision that is not known, which is no other table's.
-
-    Raises:
-        CollectError: If there are several; the message names each, with the methods that have it.
-    """
-    names = frame["method"] if "method" in frame else frame["preconditioner"]
-    precisions = pd.Series(frame.get("precision"), index=frame.index, dtype=object).fillna("not recorded")
-    methods = names.groupby(precisions).unique()
-    if len(methods) > 1:
-        found = "; ".join(f"{precision}: {', '.join(methods[precision])}" for precision in methods.index)
-        raise CollectError(
-            f"Seconds of runs in {len(methods)} precisions cannot be compared ({found}); give the runs of one of these,"
-            " or train all with the same, such as precision=float32."
-        )
-
-
-def _unended_note(runs: pd.DataFrame) -> str:
-    """Return in brackets which methods have runs that failed or still run, empty if there are none."""
-    names = {status: sorted(set(runs.loc[runs["status"] == status, "preconditioner"])) for status in UNENDED}
-    words = {"running": "still marked as running", "failed": "failed"}
-    notes = [f"{', '.join(names[status])} {words[status]}" for status in UNENDED if names[status]]
-    return f" ({'; '.join(notes)})" if notes else ""
-
-
-def final_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per setting: how many runs ended how, and what the finished ones reached.
-
-    Args:
-        frame: Result of ``collect_runs``.
-
-    Returns:
-        ``SETTING_COLUMNS``, the counts ``finished``, ``diverged``, ``running`` and ``failed``, ``seeds`` as text, then
-        per name in ``QUANTITIES`` ``<name>_mean`` and ``<name>_std`` over the finished seeds: NaN without one, and the
-        sample standard deviation is NaN with one. Losses and ``final_val_error`` are those of the last epoch. Rows
-        stand in the order of the figures' curves.
-    """
-    setting = [name for name in SETTING_COLUMNS if name in frame]  # tables of before have fewer
-    summaries = pd.DataFrame([_summary(run, setting) for _, run in frame.groupby("run", sort=False)])
-    # dropna=False keeps the baseline, whose damping is NaN.
-    counts = summaries.groupby([*setting, "status"], dropna=False).size().unstack("status", fill_value=0)
-    counts = counts.reindex(columns=[*ENDED, *UNENDED], fill_value=0)
-    is_finished = summaries["status"] == "finished"
-    measured = summaries[setting].join(summaries[list(QUANTITIES)].astype(float).where(is_finished))
-    numbers = measured.groupby(setting, dropna=False).agg(["mean", "std"])
-    numbers.columns = numbers.columns.map("_".join)
-    seeds = summaries.groupby(setting, dropna=False)["seed"].agg(_seeds_text)
-    table = counts.join(seeds.rename("seeds")).join(numbers).reset_index().rename_axis(columns=None)
-    return table.sort_values(setting, key=_in_order_of_figures, kind="stable", ignore_index=True)
-
-
-def table_text(frame: pd.DataFrame) -> str:
-    """Return the final table for a person, and below it why seconds in it cannot be compared, where they cannot.
-
-    Args:
-        frame: Result of ``collect_runs``.
-    """
-    cautions = [textwrap.fill(sentence, MAX_WIDTH) for sentence in seconds_cautions(frame)]
-    return "\n".join([format_table(final_table(frame)), *cautions])
-
-
-def select_best(frame: pd.DataFrame, by: str = "best_val_error") -> pd.DataFrame:
-    """Keep, per data set, model and preconditioner, the runs of the best setting of a grid.
-
-    The paper reports "the best performing curves" without a criterion; here it is the lowest mean over seeds
-    on the held-out split (never the test set). A setting with a diverged seed comes after all without one,
-    and a setting none of whose runs has ended is no candidate.
-
-    Args:
-        frame: Result of ``collect_runs``.
-        by: The quantity to minimise, one of ``QUANTITIES``.
-
-    Returns:
-        The rows of ``frame`` that belong to the chosen settings.
-
-    Raises:
-        CollectError: If seconds decide, and runs are of several precisions.
-    """
-    if by == "seconds_per_epoch":
-        require_one_precision(frame)
-    ended = final_table(frame[frame["status"].isin(ENDED)])
-    ranked = ended.sort_values(["diverged", f"{by}_mean", "train_loss_mean"], kind="stable")
-    best = ranked.drop_duplicates(["dataset", "model", "preconditioner"])
-    return frame[frame["fingerprint"].isin(best["fingerprint"])].reset_index(drop=True)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the final table of all runs below a directory.
-
-    Args:
-        arguments: Command line without the program's name; None reads it from the process.
-
-    Returns:
-        0, or 2 after a sentence on what is wrong with what it was given.
-    """
-    parser = argparse.ArgumentParser(prog="python -m kfac_sua.runs.collect", description="Summarise finished runs.")
-    parser.add_argument("root", type=Path, help="directory searched, at any depth, for runs")
-    parser.add_argument(
-        "--best-by", choices=QUANTITIES, help="keep the setting per method with the lowest mean of this"
-    )
-    parser.add_argument("--csv", type=Path, metavar="OUT", help="also write one row per epoch of every run here")
-    options = parser.parse_args(arguments)
-    try:
-        frame = collect_runs(options.root)
-        shown = select_best(frame, options.best_by) if options.best_by else frame
-        if options.csv:
-            refuse_special(options.csv)
-            write_atomically(options.csv, frame.to_csv(index=False).encode())
-    except (CollectError, RecordError) as error:
-        return say(error, BAD_INPUT)
-    except OSError as error:
-        return say(f"Cannot write {options.csv}: {error.strerror or error}.", BAD_INPUT)
-    print(table_text(shown))
-    return 0
 
 
 def _run_values(root: Path, path: Path, info: RunInfo) -> dict[str, Any]:
@@ -298,40 +148,44 @@ def _no_epoch() -> dict[str, float]:
     return dataclasses.asdict(nothing)
 
 
-def _check_unique(frame: pd.DataFrame) -> None:
-    """Raise if a setting has a seed twice, which would count one run twice in every mean."""
-    runs = frame.drop_duplicates("run")
-    twice = runs[runs.duplicated(["fingerprint", "seed"], keep=False)].sort_values(["fingerprint", "seed"])
-    if len(twice):
-        first, second = twice["run"].iloc[:2]
-        raise CollectError(f"{first} and {second} are the same run (equal configuration and seed); move one away.")
+def table_text(frame: pd.DataFrame) -> str:
+    """Return the final table for a person, and below it why seconds in it cannot be compared, where they cannot.
+
+    Args:
+        frame: Result of ``collect_runs``.
+    """
+    cautions = [textwrap.fill(sentence, MAX_WIDTH) for sentence in seconds_cautions(frame)]
+    return "\n".join([format_table(final_table(frame)), *cautions])
 
 
-def _summary(run: pd.DataFrame, setting: Sequence[str]) -> dict[str, Any]:
-    """Return the setting, the status and the quantities of one run, whose rows are its epochs in order."""
-    last = run.iloc[-1]
-    kept = (*setting, "seed", "status", "train_loss", "train_eval_loss", "test_error")
-    return {name: last[name] for name in kept} | {
-        "epochs": last["epoch"],
-        "best_val_error": run["val_error"].min(),
-        "final_val_error": last["val_error"],
-        "seconds_per_epoch": last["train_time_s"] / last["epoch"] if last["epoch"] else math.nan,
-    }
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the final table of all runs below a directory.
 
+    Args:
+        arguments: Command line without the program's name; None reads it from the process.
 
-def _seeds_text(seeds: "pd.Series[int]") -> str:
-    """Return seeds as ``0``, ``0, 1``, or ``0 to 4`` where three or more follow each other."""
-    values = sorted(seeds)
-    is_range = len(values) > 2 and values == list(range(values[0], values[-1] + 1))
-    return f"{values[0]} to {values[-1]}" if is_range else ", ".join(map(str, values))
-
-
-def _in_order_of_figures(column: "pd.Series[Any]") -> "pd.Series[Any]":
-    """Return sort keys: methods in the order of the figures, everything else by value."""
-    if column.name != "preconditioner":
-        return column
-    order = {name: position for position, name in enumerate(METHODS)}
-    return column.map(lambda name: order.get(name, len(order)))
+    Returns:
+        0, or 2 after a sentence on what is wrong with what it was given.
+    """
+    parser = argparse.ArgumentParser(prog="python -m kfac_sua.runs.collect", description="Summarise finished runs.")
+    parser.add_argument("root", type=Path, help="directory searched, at any depth, for runs")
+    parser.add_argument(
+        "--best-by", choices=QUANTITIES, help="keep the setting per method with the lowest mean of this"
+    )
+    parser.add_argument("--csv", type=Path, metavar="OUT", help="also write one row per epoch of every run here")
+    options = parser.parse_args(arguments)
+    try:
+        frame = collect_runs(options.root)
+        shown = select_best(frame, options.best_by) if options.best_by else frame
+        if options.csv:
+            refuse_special(options.csv)
+            write_atomically(options.csv, frame.to_csv(index=False).encode())
+    except (CollectError, RecordError) as error:
+        return say(error, BAD_INPUT)
+    except OSError as error:
+        return say(f"Cannot write {options.csv}: {error.strerror or error}.", BAD_INPUT)
+    print(table_text(shown))
+    return 0
 
 
 if __name__ == "__main__":

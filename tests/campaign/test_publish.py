@@ -8,7 +8,7 @@ from campaign.test_definition import make_plan
 from kfac_sua.campaign.conduct import Results
 from kfac_sua.campaign.publish import publish
 from kfac_sua.campaign.selection import Rule
-from kfac_sua.runs.collect import CollectError
+from kfac_sua.runs.final_table import CollectError
 
 
 def test_final_runs_of_several_precisions_leave_an_earlier_report_as_it_is(tmp_path):

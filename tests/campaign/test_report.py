@@ -21,7 +21,7 @@ from campaign.report_inputs import (
 from kfac_sua.campaign.judge import Part, Verdict
 from kfac_sua.campaign.report import write_report
 from kfac_sua.campaign.report.text import number
-from kfac_sua.runs.collect import CollectError
+from kfac_sua.runs.final_table import CollectError
 
 
 def test_final_numbers_are_those_of_the_frame(tmp_path):

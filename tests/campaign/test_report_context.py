@@ -23,7 +23,7 @@ from campaign.report_inputs import (
 
 from kfac_sua.campaign.report.text import escape, number
 from kfac_sua.campaign.report.tuning import budget_sentence
-from kfac_sua.runs.collect import CollectError
+from kfac_sua.runs.final_table import CollectError
 
 
 def test_tuning_table_has_grid_bounds_and_the_choice(tmp_path):

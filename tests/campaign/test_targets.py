@@ -11,8 +11,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from kfac_sua.campaign.bootstrap import interval, resampled_seeds
 from kfac_sua.campaign.targets import first_reach, mean_curve, target_table
-from kfac_sua.runs.collect import CollectError
 from kfac_sua.runs.comparable import CIRCUMSTANCES
+from kfac_sua.runs.final_table import CollectError
 
 
 def _run(method, seed, train_loss, val_error=None, seconds=10.0, panel="vgg11", status="finished"):

@@ -14,7 +14,8 @@ from runs.synthetic_runs import epoch_record, write_run
 from kfac_sua.figures.curves import FigureError
 from kfac_sua.figures.fig1 import draw_figure1, main
 from kfac_sua.figures.style import METHODS, method_styles
-from kfac_sua.runs.collect import CollectError, collect_runs
+from kfac_sua.runs.collect import collect_runs
+from kfac_sua.runs.final_table import CollectError
 
 LOSS, ERROR = "train_loss_nats_per_epoch", "val_error_percent_per_s"
 

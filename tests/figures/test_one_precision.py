@@ -14,7 +14,7 @@ from kfac_sua.figures.fig1 import draw_figure1
 from kfac_sua.figures.fig2 import draw_figure2
 from kfac_sua.figures.time_split import draw_time_split
 from kfac_sua.figures.time_to_target import draw_time_to_target
-from kfac_sua.runs.collect import CollectError
+from kfac_sua.runs.final_table import CollectError
 
 PANELS = [("left", "CIFAR-10"), ("right", "CIFAR-100")]
 METHODS = ("baseline", "kfac")

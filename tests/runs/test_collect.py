@@ -13,16 +13,9 @@ from kfac_sua.compose import compose_config
 from kfac_sua.config import Precision
 from kfac_sua.device import choose_precision
 from kfac_sua.figures.style import METHODS
-from kfac_sua.runs.collect import (
-    CollectError,
-    collect_runs,
-    final_table,
-    main,
-    require_one_precision,
-    require_runs,
-    select_best,
-)
+from kfac_sua.runs.collect import collect_runs, main
 from kfac_sua.runs.directory import resolved
+from kfac_sua.runs.final_table import CollectError, final_table, require_one_precision, require_runs, select_best
 from kfac_sua.runs.metrics import COLUMNS
 from kfac_sua.runs.summary import format_table
 

@@ -2,7 +2,8 @@
 
 from runs.synthetic_runs import epoch_record, run_info, write_run
 
-from kfac_sua.runs.collect import collect_runs, final_table
+from kfac_sua.runs.collect import collect_runs
+from kfac_sua.runs.final_table import final_table
 from kfac_sua.runs.summary import MAX_WIDTH, format_table
 
 
