@@ -16,7 +16,7 @@ from kfac_sua.campaign.bootstrap import RESAMPLES, interval
 from kfac_sua.campaign.claims import CLAIMS, Claim, Criterion, Curves
 from kfac_sua.campaign.selection import Rule, best_fingerprint
 from kfac_sua.campaign.targets import finished_runs, mean_curve, resampled_curves
-from kfac_sua.runs.collect import require_one_precision
+from kfac_sua.runs.final_table import require_one_precision
 
 Outcome = Literal["holds", "does not hold", "undecided"]
 

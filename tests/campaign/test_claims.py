@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kfac_sua.campaign.claims import CLAIMS, judge
+from kfac_sua.campaign.claims import CLAIMS
 from kfac_sua.campaign.judge import judge
 from kfac_sua.runs.final_table import CollectError
 

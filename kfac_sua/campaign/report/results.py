@@ -23,9 +23,7 @@ from kfac_sua.campaign.report.text import (
     spread,
     table,
 )
-from kfac_sua.campaign.targets import BASELINE
 from kfac_sua.figures.style import BASELINE
-from kfac_sua.runs.collect import QUANTITIES
 from kfac_sua.runs.final_table import QUANTITIES, CollectError, final_table, require_one_precision
 from kfac_sua.runs.run_info import UNENDED, RunInfo
 
