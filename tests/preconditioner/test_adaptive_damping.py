@@ -11,6 +11,7 @@ from continuation import continued_bit_for_bit
 from layer_cases import LAYERS, mean_loss, plain_gradients
 from oracles import dense_layers
 from process_group import free_ports, run_processes
+from thinned import diagonal
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -308,17 +309,15 @@ def test_a_skipped_mini_batch_is_not_judged():
     assert len(run.ratios) == 1
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"structure": "kfac", "inverse_method": "low_rank"},
-        {"structure": "kfac", "inverse_method": "auto", "application": "auto"},
-        {"structure": "sua", "ema_decay": 0.7, "factor_period": 1, "damping_rule": "exact"},
-        {"structure": "sua", "group_size": 4, "kl_clip": 1e-3, "fisher_type": "mc"},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("pause", [1, 2, 3, 5])
+CONTINUED = [
+    {"structure": "kfac", "inverse_method": "low_rank"},
+    {"structure": "kfac", "inverse_method": "auto", "application": "auto"},
+    {"structure": "sua", "ema_decay": 0.7, "factor_period": 1, "damping_rule": "exact"},
+    {"structure": "sua", "group_size": 4, "kl_clip": 1e-3, "fisher_type": "mc"},
+]
+
+
+@pytest.mark.parametrize(("pause", "settings"), diagonal([1, 2, 3, 5], CONTINUED), ids=str)
 def test_continuation_is_bit_equal(settings, pause):
     """Saved at any point of both periods, training goes on bit for bit, dampings and ratios included."""
     whole, first, second = continued_bit_for_bit(lambda: Run(**settings), pause=pause, num_steps=9)

@@ -6,13 +6,14 @@ import pytest
 import torch
 from captured_training import Case, Training
 from identical import assert_identical
+from thinned import diagonal
 from torch import Tensor, nn
 
 SETTINGS = [
     {"structure": "sua", "application": "auto"},
-    pytest.param({"structure": "kfac", "application": "auto", "group_size": 8}, marks=pytest.mark.slow),
+    {"structure": "kfac", "application": "auto", "group_size": 8},
     {"structure": "kfac"},
-    pytest.param({"structure": "sua", "fisher_type": "mc", "application": "auto"}, marks=pytest.mark.slow),
+    {"structure": "sua", "fisher_type": "mc", "application": "auto"},
 ]
 
 
@@ -85,8 +86,9 @@ def logged_norm(training: Training, images: Tensor, labels: Tensor) -> Tensor:
 FUNCTIONS = [adversarial, gradient_penalty, ascent_first, uneven, logged_norm]
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+@pytest.mark.parametrize(
+    ("function", "settings"), diagonal(FUNCTIONS, SETTINGS), ids=lambda value: getattr(value, "__name__", str(value))
+)
 def test_steps_of_several_passes_are_captured(function, settings):
     """Two refreshes and the replays between them."""
     trainings = []
@@ -106,8 +108,9 @@ def test_steps_of_several_passes_are_captured(function, settings):
     assert_identical(captured.state(), eager.state())
 
 
-@pytest.mark.parametrize("structure", ["sua", "kfac"])
-@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+@pytest.mark.parametrize(
+    ("function", "structure"), diagonal(FUNCTIONS, ["sua", "kfac"]), ids=lambda value: getattr(value, "__name__", value)
+)
 def test_both_applications_train_alike(function, structure):
     """In float64, over a refresh and plain steps on both sides of it."""
     results = []

@@ -264,10 +264,17 @@ CHANGED = [
     ),
     *((None, name) for name in ("lr", "states", "momentum_buffer", "hook", "group", "eval", "grads", "double")),
 ]
+# Each change once in the fast tests.
+FAST = dict.fromkeys(CHANGES, SUA) | {"inverse": AUTO, "other hook": AUTO, "module": AUTO, "layout": AUTO}
+FAST |= {"momentum_buffer": None, "hook": None, "group": None, "eval": None}
 
 
 @pytest.mark.usefixtures("switches")
-@pytest.mark.parametrize(("settings", "name"), CHANGED, ids=str)
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [pytest.param(*one, marks=() if FAST[one[1]] is one[0] else pytest.mark.slow) for one in CHANGED],
+    ids=str,
+)
 def test_what_a_call_would_notice_captures_anew(settings, name):
     """After each change training goes on bit for bit as eagerly; the second capture is the last."""
     trainings = both(Case(settings))

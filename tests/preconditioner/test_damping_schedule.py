@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from continuation import continued_bit_for_bit
+from thinned import diagonal
 from torch import nn
 
 from kfac_sua.preconditioner import (
@@ -172,9 +173,9 @@ class Run:
         return parts if self.scheduler is None else [*parts, self.scheduler]
 
 
-@pytest.mark.parametrize("rule", ["factored", "exact"])
-@pytest.mark.parametrize("way", ["setter", "function", "scheduler"])
-@pytest.mark.parametrize("pause", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("pause", "way", "rule"), diagonal([2, 3, 4], ["function", "setter", "scheduler"], ["factored", "exact"])
+)
 def test_continuation_is_bit_equal(way, rule, pause):
     """Saved after a change of damping, before and after the refresh that takes it up, training goes on bit for bit."""
     whole, _, second = continued_bit_for_bit(lambda: Run(way, rule), pause=pause, num_steps=8)

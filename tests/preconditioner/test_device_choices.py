@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thinned import diagonal
 from torch import Tensor, nn
 
 from kfac_sua.preconditioner import DeviceRates, KroneckerPreconditioner
@@ -69,8 +70,7 @@ def train(options: dict[str, Any], rates: DeviceRates) -> tuple[list[Tensor], se
     return [*net.parameters()], forms
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize(("structure", "name"), diagonal(STRUCTURES, VARIANTS))
 def test_every_choice_gives_the_same_numbers(structure, name):
     """Training by the rates of a GPU, and of one whose launches are free, is that by counted FLOPs, to 1e-9."""
     options = STRUCTURES[structure] | VARIANTS[name]

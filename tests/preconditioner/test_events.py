@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from thinned import diagonal
 from torch import nn
 
 from kfac_sua.preconditioner import FisherType, KroneckerPreconditioner, KroneckerSettings, Likelihood
@@ -264,6 +265,11 @@ SETTINGS = [
 ]
 
 
+def name_of(value: object) -> str:
+    """Return how a parameter is called: settings by their values."""
+    return "-".join(map(str, value.values())) if isinstance(value, dict) else str(value)
+
+
 def poisoned_backward(net, preconditioner, place, value):
     """Run a mini-batch that is not finite in one example, of the second micro-batch, and say which layers that spoils.
 
@@ -302,9 +308,11 @@ def poisoned_backward(net, preconditioner, place, value):
     return LAYERS if place == "activations" else ("0",)
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(map(str, settings.values())))
-@pytest.mark.parametrize("place", ["inputs", "activations", "output_grads"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize(
+    ("settings", "place", "value"),
+    diagonal(SETTINGS, ["inputs", "activations", "output_grads"], [float("nan"), float("inf")]),
+    ids=name_of,
+)
 def test_a_mini_batch_that_is_not_finite_leaves_no_trace_in_factors_and_inverses(settings, place, value):
     """Average and inverse of the layers that it spoils stay bit for bit; the next good mini-batch is taken in."""
     net = make_net()
@@ -414,10 +422,11 @@ FORMS = [
 ]
 
 
-@pytest.mark.parametrize("settings", FORMS, ids=lambda settings: "-".join(map(str, settings.values())))
-@pytest.mark.parametrize("sharing", ["expand", "reduce"])
-@pytest.mark.parametrize("dead", ["inputs", "gradients", "both"])
-@pytest.mark.parametrize("damping", [0.1, 1e-8])
+@pytest.mark.parametrize(
+    ("settings", "sharing", "dead", "damping"),
+    diagonal(FORMS, ["expand", "reduce"], ["inputs", "gradients", "both"], [1e-8, 0.1]),
+    ids=name_of,
+)
 def test_dead_layers_have_a_finite_inverse_and_gradient(settings, sharing, dead, damping):
     """All-zero activations, output gradients or both, while the other layers live on; no damping is raised for it."""
     net = make_net()

@@ -2,6 +2,8 @@
 
 import copy
 from collections import Counter
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,15 @@ from preconditioner.foreign_models import FOREIGN_MODELS, ForeignModel, swin_tra
 from torch import nn
 
 from kfac_sua.preconditioner import KroneckerPreconditioner, KroneckerSettings
+
+# Models at their full width, of which a step takes half a second; the smallest is in the fast tests.
+LARGE = ("resnet18", "resnet18, frozen backbone", "densenet121", "lraspp_mobilenet_v3_large")
+
+
+def by_size(values: Iterable[Any]) -> list[Any]:
+    """Return names of models, or tuples that begin with one, as parameters; those of large models are slow."""
+    tuples = [value if isinstance(value, tuple) else (value,) for value in values]
+    return [pytest.param(*value, marks=pytest.mark.slow if value[0] in LARGE else ()) for value in tuples]
 
 
 def make(name: str, dtype: torch.dtype = torch.float32) -> tuple[ForeignModel, nn.Module, torch.Tensor]:
@@ -44,7 +55,7 @@ def parameters_of(module: nn.Module) -> list[nn.Parameter]:
     return [*module.parameters(recurse=False), *inside]
 
 
-@pytest.mark.parametrize("name", FOREIGN_MODELS)
+@pytest.mark.parametrize("name", by_size(FOREIGN_MODELS))
 def test_the_loss_falls_and_what_is_left_alone_has_the_plain_gradient(name):
     """Five steps over two refreshes; gradients beside the preconditioned ones are bit for bit plain."""
     foreign, net, inputs = make(name)
@@ -108,7 +119,7 @@ LAYERS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "layer", "options"), LAYERS, ids=str)
+@pytest.mark.parametrize(("name", "layer", "options"), by_size(LAYERS), ids=str)
 def test_layers_of_foreign_models_have_the_dense_solves_gradient(name, layer, options):
     """In float64, from inputs and output gradients that other hooks see, by dense Kronecker solves."""
     foreign, net, inputs = make(name, torch.float64)

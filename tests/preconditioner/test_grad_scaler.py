@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from thinned import diagonal
 from torch import nn
 
 from kfac_sua.preconditioner import KroneckerPreconditioner, KroneckerSettings
@@ -45,8 +46,7 @@ def start(net, settings) -> KroneckerPreconditioner:
     return KroneckerPreconditioner(net, settings=KroneckerSettings(inverse_period=3, **settings))
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize("loss_scale", [1024.0, 0.3])
+@pytest.mark.parametrize(("settings", "loss_scale"), diagonal(SETTINGS, [1024.0, 0.3]), ids=str)
 def test_a_scaled_loss_gives_the_unscaled_factors_and_gradients(settings, loss_scale):
     """Five float64 steps over two refreshes agree, also for a scale that is no power of two."""
     results = []
@@ -112,9 +112,11 @@ def train(settings, dtype, overflowing, *, leaves_out):
     return net, preconditioner, scaler
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("overflowing", [0, 2, 3])
+@pytest.mark.parametrize(
+    ("settings", "dtype", "overflowing"),
+    diagonal(SETTINGS, [torch.float32, torch.bfloat16, torch.float16], [0, 2, 3]),
+    ids=str,
+)
 def test_a_mini_batch_that_overflows_leaves_no_trace(settings, dtype, overflowing):
     """On a refresh, before any, or between two: training is bit for bit that without the mini-batch."""
     net, preconditioner, scaler = train(settings, dtype, overflowing, leaves_out=False)

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
+from thinned import diagonal
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
@@ -153,8 +154,9 @@ FOREIGN = [
 ]
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize("foreign", FOREIGN, ids=lambda foreign: foreign.__name__)
+@pytest.mark.parametrize(
+    ("foreign", "settings"), diagonal(FOREIGN, SETTINGS), ids=lambda value: getattr(value, "__name__", str(value))
+)
 def test_foreign_passes_leave_no_trace(foreign, settings):
     """Before, and between, the micro-batches of steps with statistics and without, they change no bit of training."""
     results = []
@@ -371,10 +373,15 @@ class Albert(nn.Module):
         return self.head(h)
 
 
-@pytest.mark.parametrize("sharing", ["expand", "reduce"])
-@pytest.mark.parametrize("fisher_type", ["empirical", "mc"])
-@pytest.mark.parametrize("kind", ["reentrant", "early stop", "no early stop"])
-@pytest.mark.parametrize("where", ["each", "both", "mixed", "nested", "all"])
+@pytest.mark.parametrize(
+    ("where", "kind", "fisher_type", "sharing"),
+    diagonal(
+        ["each", "both", "mixed", "nested", "all"],
+        ["reentrant", "early stop", "no early stop"],
+        ["empirical", "mc"],
+        ["expand", "reduce"],
+    ),
+)
 def test_a_shared_layer_in_checkpoints_has_the_factors_without(where, kind, fisher_type, sharing):
     """Two forward passes of different sizes before one backward pass, and a second backward pass."""
     if fisher_type == "mc" and kind == "reentrant":

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from thinned import diagonal
 from torch import nn
 
 from kfac_sua.preconditioner import KroneckerPreconditioner
@@ -35,9 +36,7 @@ def preconditioned(net, inputs, **options):
     return grads, preconditioner.events
 
 
-@pytest.mark.parametrize("settings", STRUCTURES, ids=str)
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("gain", [1.0, 30.0])
+@pytest.mark.parametrize(("settings", "rule", "gain"), diagonal(STRUCTURES, RULES, [1.0, 30.0]), ids=str)
 def test_a_gradient_is_right_to_one_percent_or_its_layer_is_named(rule, settings, gain):
     """From ε = 0.1 to 1e-12 in float32 against float64, with small and large eigenvalues."""
     net = make_net()
