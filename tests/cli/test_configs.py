@@ -1,5 +1,6 @@
 """Every file in configs composes, converts and passes the checks."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from kfac_sua.checks import RANGES, check
 from kfac_sua.compose import cells, compose_cells, compose_config
 from kfac_sua.config import (
     CONFIG_DIR,
+    Config,
     ConfigError,
     KroneckerConfig,
     ModelName,
@@ -28,10 +30,16 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
 
 
+@functools.cache
+def experiment(name: str) -> Config:
+    """Return the configuration of an experiment, composed once."""
+    return compose_config([f"experiment={name}"])
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_experiment_composes_and_is_called_after_its_preconditioner(name):
     """An experiment is a valid run of the preconditioner that ends its name."""
-    config = compose_config([f"experiment={name}"])
+    config = experiment(name)
     assert name.endswith(f"_{config.preconditioner.name}")
 
 
@@ -55,7 +63,7 @@ def test_experiment_says_what_it_is_for(name):
 @pytest.mark.parametrize("family", ["quickstart", "first_light", "fig1"])
 def test_experiments_of_a_figure_differ_in_preconditioner_and_learning_rate_alone(family):
     """The five curves of one figure share everything but what each was tuned for."""
-    configs = [to_plain(compose_config([f"experiment={family}_{name}"])) for name in SETTINGS]
+    configs = [to_plain(experiment(f"{family}_{name}")) for name in SETTINGS]
     assert all(config["optimizer"].pop("lr") > 0 for config in configs)
     preconditioners = [config.pop("preconditioner")["name"] for config in configs]
     assert preconditioners == list(SETTINGS)
@@ -86,7 +94,13 @@ def test_every_option_explains_every_key():
             assert not is_value or "#" in line, f"{path.name}: {line}"
 
 
-@pytest.mark.parametrize("name", options("sweep"))
+# Short ones: composing takes a fifth of a second per cell.
+QUICK = {"lr_damping_short", "lr_short", "optuna_lr_damping"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in options("sweep")]
+)
 def test_sweep_is_the_product_of_its_grids(name):
     """A sweep needs no -m, and has one cell per combination of its values; of an interval both ends are checked."""
     content = yaml.safe_load((CONFIG_DIR / "sweep" / f"{name}.yaml").read_text())

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from thinned import one_in
 
 from kfac_sua.compose import compose_config
 
@@ -74,6 +75,7 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> list[int]:
     return [int(word) for word in path.read_text().split()]
 
 
+@pytest.mark.slow
 def test_a_trial_of_one_part_leaves_report_and_archive(tmp_path):
     """``--tiny --only training``: a table of what the runs measured, and an archive without checkpoints."""
     out = tmp_path / "report"
@@ -146,7 +148,7 @@ def test_skipped_parts_are_no_failure(tmp_path):
     assert gpu_report.conduct(parts, tmp_path, MACHINE, MINUTES) == 0
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), one_in(2, [(signal.SIGINT, 130), (signal.SIGTERM, 143)]))
 def test_an_interrupted_report_says_what_there_is(tmp_path, number, code):
     """Ctrl-C or SIGTERM ends the part that runs, with all its processes, and leaves report and archive."""
     out, started = tmp_path / "report", tmp_path / "started"
@@ -256,7 +258,7 @@ def test_bad_input_is_refused(monkeypatch, capsys, tmp_path):
     assert (tmp_path / "mine").read_text() == "mine"
 
 
-@pytest.mark.parametrize("is_tiny", [True, False])
+@pytest.mark.parametrize("is_tiny", one_in(2, [False, True]))
 def test_the_limits_add_up_and_all_training_commands_are_good(tmp_path, is_tiny):
     """Eight minutes, and keys that the configuration knows."""
     parts = define_parts(tmp_path, is_tiny=is_tiny)

@@ -74,6 +74,7 @@ class StandIn(Sweeper):
 """
 
 
+@pytest.mark.slow
 def test_a_sweeper_is_told_what_each_run_came_to(tmp_path):
     """Infinity of a run that diverges; numbers, table and best run are those that the sweeper chose."""
     plugin = tmp_path / "plugins/hydra_plugins"

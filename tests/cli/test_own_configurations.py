@@ -1,7 +1,6 @@
 """Configurations from elsewhere: that of a run, a directory of the user's own, and what neither may hold."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -199,14 +198,15 @@ def test_composing_leaves_the_callers_own_hydra_as_it_was():
         state.hydra = before
 
 
-def test_help_and_version_are_the_commands_own():
+def test_help_and_version_are_the_commands_own(monkeypatch, capsys):
     """``--help`` shows choices and keys but no group that only files use, and ``--version`` this package's."""
-    command = [sys.executable, "-m", "kfac_sua.train"]
-    shown = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
+    assert main(monkeypatch, "--help") == 0
+    shown = capsys.readouterr().out
     assert "  model           preact_resnet50, tiny, transformer, vgg11 (default)\n" in shown
     assert "  seed=0 " in shown
     assert "damping_rule" in shown
     assert "schema" not in shown
     assert "campaign" not in shown
-    version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
+    assert main(monkeypatch, "--version") == 0
+    version = capsys.readouterr().out
     assert version.startswith("kfac_sua 0.")

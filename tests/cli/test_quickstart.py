@@ -8,27 +8,43 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-def test_quickstart_trains_five_settings_and_draws_the_figure(tmp_path):
-    """Five runs, one figure as PNG, SVG and CSV, a table, and the TensorBoard command; a second call trains nothing."""
+def quickstart(out: Path) -> subprocess.CompletedProcess[str]:
+    """Call the target for one epoch, and return what it says."""
     command = [
         "make",
         "--old-file=.venv/.installed",  # the interpreter that runs this test has everything already
         "quickstart",
         f"RUN={sys.executable}",
-        f"QUICKSTART_OUT={tmp_path}",
+        f"QUICKSTART_OUT={out}",
         "SEEDS=1",
         "ARGS=model=tiny epochs=1 device=cpu",
     ]
-    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert first.returncode == 0, first.stdout + first.stderr
-    assert {path.name for path in tmp_path.glob("fig1.*")} == {"fig1.png", "fig1.svg", "fig1.csv"}
-    assert len(list((tmp_path / "runs").rglob("run.json"))) == 5
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """Return where the first call has written, and what it said."""
+    out = tmp_path_factory.mktemp("quickstart")
+    return out, quickstart(out)
+
+
+def test_quickstart_trains_five_settings_and_draws_the_figure(first):
+    """Five runs, one figure as PNG, SVG and CSV, a table, and the TensorBoard command."""
+    out, done = first
+    assert {path.name for path in out.glob("fig1.*")} == {"fig1.png", "fig1.svg", "fig1.csv"}
+    assert len(list((out / "runs").rglob("run.json"))) == 5
     for name in ("baseline", "kfac", "sua", "grouped", "sua_grouped"):
-        assert any(name in line.split() for line in first.stdout.splitlines()), name
-    assert f"--logdir {tmp_path}/runs" in first.stdout
-    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert second.returncode == 0, second.stdout + second.stderr
-    assert second.stdout.count("already finished") == 5
+        assert any(name in line.split() for line in done.stdout.splitlines()), name
+    assert f"--logdir {out}/runs" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_second_quickstart_trains_nothing(first):
+    """The same command again."""
+    assert quickstart(first[0]).stdout.count("already finished") == 5

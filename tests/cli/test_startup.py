@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from thinned import one_in
 
 # Each takes from a tenth of a second to several; `torch._dynamo` is the compiler.
 HEAVY = {
@@ -63,9 +64,8 @@ COMMANDS = {
 
 
 # Seconds after the process has begun: within the imports of PyTorch, within those after it, and within Hydra.
-@pytest.mark.parametrize("name", COMMANDS)
 @pytest.mark.parametrize(
-    "delay_s", [pytest.param(0.3, marks=pytest.mark.slow), 0.8, pytest.param(1.6, marks=pytest.mark.slow)]
+    ("name", "delay_s"), one_in(9, [(name, delay_s) for name in COMMANDS for delay_s in (0.8, 0.3, 1.6)])
 )
 def test_interrupt_while_importing_shows_no_traceback(tmp_path, name, delay_s):
     """Ctrl-C at any moment of the start leaves one line and code 130."""
