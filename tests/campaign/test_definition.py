@@ -17,9 +17,14 @@ def make_plan(root, name="fig1", scale="smoke", *, seeds=2, overrides=("device=c
     return Plan(campaign, load_scale(campaign, scale), root, seeds, tuple(overrides))
 
 
-# Composing takes a tenth of a second per curve: the figures at every scale, the ablations at one.
+# Composing takes a tenth of a second per curve: the figures at every scale, the ablations at one; each kind once in
+# the fast tests.
+QUICK = {("fig1", "smoke"), ("fig2", "small"), ("ablation_fisher", "small")}
 COMPOSED = [
-    (name, scale) for name in campaign_names() for scale in scale_names() if name[:3] == "fig" or scale == "small"
+    pytest.param(name, scale, marks=() if (name, scale) in QUICK else pytest.mark.slow)
+    for name in campaign_names()
+    for scale in scale_names()
+    if name[:3] == "fig" or scale == "small"
 ]
 
 
@@ -181,7 +186,7 @@ def test_what_the_campaign_sets_is_not_overridden(tmp_path, override, message):
 def test_any_directory_can_be_given(tmp_path, name):
     """Characters that mean something to Hydra stay characters."""
     plan = make_plan(tmp_path / name)
-    cell = plan.all_grid_cells(plan.grids())[0]
+    cell = plan.grid_cells(*next(iter(plan.grids().items())))[0]
     assert cell.config.output_dir == str(tmp_path / name / "grid")
 
 

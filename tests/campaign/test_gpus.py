@@ -191,7 +191,7 @@ def test_a_campaign_says_who_runs_what_and_leaves_cuda_to_its_processes(tmp_path
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "_lazy_init", refuse)
     monkeypatch.setattr(engine, "num_cores", lambda: 64)
-    out = ["--out", str(tmp_path / "out")]
+    out = ["--out", str(tmp_path / "out"), "--only", "sua"]
     for device, precision in ((NEW, "tf32"), (OLD, "float32")):
         monkeypatch.setattr(reproduce, "find_gpus", lambda device=device: make_gpus(*[device] * 4))
         assert reproduce.main(["fig1", "--scale", "smoke", "--dry-run", *out, "device=cuda"]) == 0

@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def make_cell(root: Path, lr: float, *overrides: str) -> Cell:
     """Return a tiny run without a preconditioner."""
-    config = tiny_config(root, "preconditioner=baseline", f"optimizer.lr={lr}", *overrides)
+    config = tiny_config(root, "preconditioner=baseline", *overrides)
+    config.optimizer.lr = lr
     return Cell(Stage.grid, "panel", "baseline", (), config, run_directory(config, "cpu"))
 
 

@@ -137,13 +137,17 @@ def test_a_finished_run_that_lost_epochs_is_refused(campaigns):
     assert str(metrics.parent) in result.stderr
 
 
-def test_dry_run_before_anything_counts_and_estimates(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("scale", "grid", "final"),
+    [("smoke", 20, 15), pytest.param("small", 60, 15, marks=pytest.mark.slow)],  # whose first steps take a minute
+)
+def test_dry_run_before_anything_counts_and_estimates(tmp_path, capsys, scale, grid, final):
     """Runs to come, the stages, and a time where the scale brings one; no directory is made."""
     out = tmp_path / "nothing"
-    assert main(["fig1", "--scale", "small", "--dry-run", "--out", str(out), "device=cpu"]) == 0
+    assert main(["fig1", "--scale", scale, "--dry-run", "--out", str(out), "device=cpu"]) == 0
     output = capsys.readouterr().out
-    assert "grid: 60 runs, 0 done, 60 to do" in output
-    assert "final runs: 15 runs, 0 done, 15 to do, alone on the device: about " in output
+    assert f"grid: {grid} runs, 0 done, {grid} to do" in output
+    assert f"final runs: {final} runs, 0 done, {final} to do, alone on the device: about " in output
     assert "unknown" not in output
     assert not out.exists()
 
@@ -198,6 +202,7 @@ def test_missing_images_are_noticed_before_the_first_run(tmp_path, capsys, monke
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
     out = tmp_path / "out"
     overrides = ["device=cpu", f"dataset.data_dir={tmp_path / 'no-data'}", f"dataset.download={download}"]
+    overrides += ["--only", "baseline"]  # all curves have the same images
     assert main(["fig1", "--scale", "small", "--out", str(out), *overrides]) == 2
     error = capsys.readouterr().err
     assert ("could not be downloaded" if download == "true" else "make data") in error
