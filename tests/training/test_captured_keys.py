@@ -6,6 +6,7 @@ import pytest
 import torch
 from emulated_runs import EmulatedStep, emulated  # noqa: F401  # a fixture
 from identical import assert_identical
+from thinned import one_in
 from tiny_runs import tiny_config
 
 from kfac_sua.compose import compose_config
@@ -161,7 +162,7 @@ def expected(training: Training) -> tuple[int, int]:
     return num_captures, num_steps - len(eager) - WARM_UP_STEPS * num_captures
 
 
-@pytest.mark.parametrize("name", ["baseline", *STRUCTURES])
+@pytest.mark.parametrize("name", one_in(2, ["baseline", *STRUCTURES]))
 def test_a_captured_run_is_an_eager_run(tmp_path, emulated, name):  # noqa: F811
     """Parameters, momentum, running statistics, factors, inverses, counts, sums: the same bits."""
     check(tmp_path, emulated, *STRUCTURES.get(name, BASELINE))
@@ -175,7 +176,7 @@ def of_keys(one_each: bool) -> list[tuple[str, str]]:
     return in_turns if one_each else [pair for pair in pairs if pair not in in_turns]
 
 
-@pytest.mark.parametrize(("key", "name"), of_keys(one_each=True))
+@pytest.mark.parametrize(("key", "name"), one_in(3, of_keys(one_each=True)))
 def test_every_key_alone(tmp_path, emulated, key, name):  # noqa: F811
     """Each key of configs/, from one of the structures."""
     check(tmp_path, emulated, *STRUCTURES[name], *KEYS[key])
@@ -188,7 +189,7 @@ def test_every_key_from_every_structure(tmp_path, emulated, key, name):  # noqa:
     check(tmp_path, emulated, *STRUCTURES[name], *KEYS[key])
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", one_in(3, OPTIMIZERS))
 def test_every_optimizer(tmp_path, emulated, name):  # noqa: F811
     """Those that come without a preconditioner."""
     check(tmp_path, emulated, *BASELINE, *OPTIMIZERS[name])

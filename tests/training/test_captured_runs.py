@@ -13,6 +13,7 @@ from emulated_runs import emulated  # noqa: F401  # a fixture
 from graph_emulator import EmulatedGraph
 from identical import assert_identical
 from stops import stop_after
+from thinned import diagonal, one_in
 from tiny_runs import directory_of, metrics_without_times, tiny_config
 
 import kfac_sua
@@ -52,7 +53,7 @@ def final_state(config) -> dict:
     return values
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", one_in(2, SETTINGS))
 def test_a_captured_run_that_is_stopped_anywhere_ends_where_it_would_have(tmp_path, monkeypatch, emulated, setting):  # noqa: F811
     """Stopped again and again, with warm-up and capture anew each time: the rows and the state of an eager run."""
     eager, straight, stopped = (
@@ -189,8 +190,7 @@ def test_what_only_a_step_shows_is_an_error_under_capture_true(tmp_path, monkeyp
     assert steps[-1] == CHECK_PERIOD  # rather than at the end of a long epoch
 
 
-@pytest.mark.parametrize("is_captured", [True, False], ids=["captured", "eager"])
-@pytest.mark.parametrize("bad", [0, 60, 149])
+@pytest.mark.parametrize(("bad", "is_captured"), diagonal([0, 60, 149], [True, False]))
 def test_divergence_is_noticed_within_two_looks(tmp_path, monkeypatch, emulated, is_captured, bad):  # noqa: F811
     """Of an epoch of 400 steps no more than 100 follow the first loss that is not finite."""
     config = tiny_config(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from identical import assert_identical
 from stops import stop_after
+from thinned import one_in
 from tiny_runs import TINY, TINY_PERIOD, directory_of, metrics_without_times, tiny_config
 
 from kfac_sua.runs.lock import RunLostError
@@ -60,7 +61,7 @@ def final_state(config):
     )
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", one_in(3, SETTINGS))
 def test_stopped_between_any_two_mini_batches_a_run_ends_where_it_would_have(tmp_path, monkeypatch, setting):
     """Stopped after every single mini-batch, and in every evaluation: everything is as in the uninterrupted run.
 
@@ -150,7 +151,7 @@ def test_an_ignored_signal_stays_ignored():
         signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), one_in(2, [(signal.SIGTERM, 143), (signal.SIGINT, 130)]))
 def test_the_command_finishes_its_step_saves_and_leaves(tmp_path, number, code):
     """The real command, signalled in the middle of a long epoch, leaves with the conventional code and resumes."""
     arguments = [*TINY, "preconditioner=sua", "epochs=400", f"output_dir={tmp_path}", "progress=lines"]
