@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 from bench_runs import TINY, shrink_rates
+from thinned import one_in
 
 from kfac_sua.bench import arithmetic
 from kfac_sua.bench.__main__ import main
@@ -218,16 +219,16 @@ def test_older_files_of_cuda_are_refused(measured, tmp_path):
     refuse_other_conditions(path, new, new, ["baseline", "sua"])
 
 
-@pytest.mark.parametrize(
-    ("options", "precision", "dtype"),
-    [
-        ([], "float32", torch.float32),
-        (["--precision", "bfloat16"], "bfloat16", torch.bfloat16),
-        (["--precision", "float64"], "float64", torch.float64),
-        (["--precision", "bfloat16", "precision=float32"], "float32", torch.float32),
-        (["--precision", "float64", "precision=bfloat16"], "bfloat16", torch.bfloat16),
-    ],
-)
+PRECISIONS = [
+    (["--precision", "bfloat16"], "bfloat16", torch.bfloat16),
+    ([], "float32", torch.float32),
+    (["--precision", "float64"], "float64", torch.float64),
+    (["--precision", "bfloat16", "precision=float32"], "float32", torch.float32),
+    (["--precision", "float64", "precision=bfloat16"], "bfloat16", torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(("options", "precision", "dtype"), one_in(3, PRECISIONS))
 def test_steps_compute_in_the_precision_that_the_file_says(options, precision, dtype, tmp_path, monkeypatch):
     """Within the context of training, in which an override stands above the option as for other keys."""
     entered, seen, forward = [], set(), Contender.forward
@@ -270,29 +271,29 @@ def test_a_file_that_is_no_json_is_refused(tmp_path):
         read_record(path)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (["--settings", "kfca"], "--settings must name baseline, kfac, sua, grouped, sua_grouped, got 'kfca'; did you"),
-        (["--settings", "kfac:dampin=1"], "There is no key 'preconditioner.dampin' (did you mean"),
-        (["--settings", "kfac:damping=-1"], "preconditioner.damping must be"),
-        (["--settings", "kfac:damping=1,group"], "write keys as kfac:key=value,key=value"),
-        (["--settings", "kfac:"], "write keys as kfac:key=value"),
-        (["--settings", "baseline:damping=1"], "plain SGD has no keys of its own"),
-        (["--settings", "sua", "sua"], "--settings names sua twice"),
-        (["--settings", "kfac:group_size=8"], "give preconditioner=grouped"),
-        (["--settings", "sua:fisher_type=exact", "--layers"], "--layers measures one backward pass per layer"),
-        (["preconditioner=sua"], "give --settings sua instead"),
-        (["--width", "-1"], "model.width must be"),
-        (["--period", "0"], "preconditioner.inverse_period must be"),
-        (["--threads", "0"], "num_threads must be"),
-        (["lr=1"], "There is no key 'lr'"),
-        (["--precision", "tf32"], "precision=tf32, which the CPU does not have; use precision=float32"),
-        (["precision=tf32"], "precision=tf32, which the CPU does not have; use precision=float32"),
-        (["--json", "/no/such/directory/bench.json", "--settings", "sua"], "Cannot use /no/such/directory/bench.json"),
-        (["--against", "/no/such/bench.json", "--settings", "sua"], "Cannot read /no/such/bench.json"),
-    ],
-)
+BAD = [
+    (["--settings", "kfca"], "--settings must name baseline, kfac, sua, grouped, sua_grouped, got 'kfca'; did you"),
+    (["--settings", "kfac:dampin=1"], "There is no key 'preconditioner.dampin' (did you mean"),
+    (["--settings", "kfac:damping=-1"], "preconditioner.damping must be"),
+    (["--settings", "kfac:damping=1,group"], "write keys as kfac:key=value,key=value"),
+    (["--settings", "kfac:"], "write keys as kfac:key=value"),
+    (["--settings", "baseline:damping=1"], "plain SGD has no keys of its own"),
+    (["--settings", "sua", "sua"], "--settings names sua twice"),
+    (["--settings", "kfac:group_size=8"], "give preconditioner=grouped"),
+    (["--settings", "sua:fisher_type=exact", "--layers"], "--layers measures one backward pass per layer"),
+    (["preconditioner=sua"], "give --settings sua instead"),
+    (["--width", "-1"], "model.width must be"),
+    (["--period", "0"], "preconditioner.inverse_period must be"),
+    (["--threads", "0"], "num_threads must be"),
+    (["lr=1"], "There is no key 'lr'"),
+    (["--precision", "tf32"], "precision=tf32, which the CPU does not have; use precision=float32"),
+    (["precision=tf32"], "precision=tf32, which the CPU does not have; use precision=float32"),
+    (["--json", "/no/such/directory/bench.json", "--settings", "sua"], "Cannot use /no/such/directory/bench.json"),
+    (["--against", "/no/such/bench.json", "--settings", "sua"], "Cannot read /no/such/bench.json"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), one_in(2, BAD))
 def test_bad_input_is_one_sentence(arguments, sentence, capsys):
     """Bad input ends with exit code 2 before anything is measured."""
     assert main([*TINY, *arguments]) == 2

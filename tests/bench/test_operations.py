@@ -67,7 +67,10 @@ def no_unseen_reads(monkeypatch):
     )
 
 
-@pytest.mark.parametrize(("model", "rates"), MOST, ids=lambda value: value)
+@pytest.mark.parametrize(
+    ("model", "rates"),
+    [pytest.param(*one, marks=pytest.mark.slow if one[0] == "preact_resnet50" else ()) for one in MOST],
+)
 def test_operations_do_not_grow(model, rates):
     """For every structure, on plain steps and on refreshes; a refresh waits for the device once, a plain step never."""
     plain_sgd, *counts = operations_of(model, STRUCTURES, rates)

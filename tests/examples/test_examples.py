@@ -96,6 +96,7 @@ def test_example_runs_in_a_process_of_its_own(name, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_example_of_two_processes_trains_as_one(monkeypatch, capsys):
     """Under torchrun, with uneven parts, it prints the losses of a single process, once."""
     together = torchrun(2).splitlines()
