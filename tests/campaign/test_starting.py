@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from thinned import one_in
 
 from kfac_sua.campaign.starting import METHOD, PRELOADED, start
 
@@ -88,7 +89,7 @@ def test_a_copy_has_the_imports_and_neither_cuda_nor_threads(tmp_path):
     assert num_tasks == num_threads == 2
 
 
-@pytest.mark.parametrize("uses_cuda", [False, True])
+@pytest.mark.parametrize("uses_cuda", one_in(2, [False, True]))
 def test_no_module_uses_cuda_when_it_is_imported(tmp_path, uses_cuda):
     """One that did would take CUDA from all processes that are copied from its own."""
     (tmp_path / "asks_for_cuda.py").write_text("import torch\ntorch.cuda.is_available()\n")
