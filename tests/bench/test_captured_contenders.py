@@ -22,6 +22,8 @@ from kfac_sua.preconditioner import CapturedStep
 from kfac_sua.training import capturing
 from kfac_sua.training.timing import Stopwatch
 
+# Where the number of plain steps does not matter: memory is that of several periods, whose steps are emulated.
+SHORT = ("--period", "10")
 AVERAGED = "sua:ema_decay=0.9,factor_period=5"
 
 
@@ -51,7 +53,7 @@ def emulated(monkeypatch):
 def measured(tmp_path, *options: str) -> dict[str, dict]:
     """Run the command for SUA and return its costs by setting."""
     path = tmp_path / "new.json"
-    assert main([*TINY, "--json", str(path), *options, "--settings", "sua"]) == 0
+    assert main([*TINY, *SHORT, "--json", str(path), *options, "--settings", "sua"]) == 0
     return {cost["setting"]: cost for cost in json.loads(path.read_text())["costs"]}
 
 
@@ -244,7 +246,7 @@ def test_memory_is_that_of_a_whole_captured_training(emulated, monkeypatch):
 def test_captured_steps_are_not_compared_with_eager_ones(tmp_path, capsys):
     """Neither way round; before measuring where that is certain, and never where all is as it was."""
     captured, eager = tmp_path / "captured.json", tmp_path / "eager.json"
-    arguments = [*TINY, "--settings", "sua", "--tolerance", "1000"]
+    arguments = [*TINY, *SHORT, "--settings", "sua", "--tolerance", "1000"]
     assert main([*arguments, "--json", str(captured)]) == 0
     assert main([*arguments, "--json", str(eager), "capture=false"]) == 0
     assert main([*arguments, "--against", str(captured)]) == 0
