@@ -104,6 +104,7 @@ def test_flops_of_shapes_are_those_of_a_training_step(item):
     assert work.application(8, costs) == plain["application"]
 
 
+@pytest.mark.slow
 def test_the_study_is_written_and_drawn(tmp_path, monkeypatch):
     """A row per model, scaling, structure and size; the report says that nothing was measured, and what was stated."""
     monkeypatch.setitem(study._PAPER, "tiny", {"period": 50, "group_size": 4})

@@ -77,6 +77,7 @@ def test_a_full_stdout_is_said_once_and_is_a_failure(tmp_path, unbuffered):
     assert (tmp_path / "descriptor").exists()
 
 
+@pytest.mark.slow
 def test_a_run_ends_as_it_would_when_its_output_is_lost(tmp_path):
     """Its records count."""
     command = ["-m", "kfac_sua.train", *TINY[:-1], "preconditioner=sua", "epochs=1", "output_dir=runs"]

@@ -131,6 +131,7 @@ def test_panels_stand_below_each_other_with_their_titles(drawn, tmp_path):
     assert_readable(drawn[0])
 
 
+@pytest.mark.slow
 def test_files_are_complete_and_reproducible(written, tmp_path):
     """The same table gives the same bytes in all three files."""
     first = draw_grid_map(_grid(), tmp_path / "a", chosen=CHOSEN, title="Tuning grid")

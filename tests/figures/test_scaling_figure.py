@@ -103,6 +103,7 @@ def test_texts_are_legible_and_apart(sweeps, drawn, tmp_path):
     assert_readable(drawn[0])
 
 
+@pytest.mark.slow
 def test_files_are_complete_and_reproducible(written, tmp_path, capsys):
     """The same table gives the same bytes, also when the command reads it back."""
     first = draw_scaling(scaling_frame(), tmp_path / "a")

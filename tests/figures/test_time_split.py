@@ -139,6 +139,7 @@ def test_panels_stand_below_each_other(drawn, tmp_path):
     assert_readable(drawn[0])
 
 
+@pytest.mark.slow
 def test_files_are_complete_and_reproducible(written, tmp_path):
     """The same table gives the same bytes in all three files."""
     first = draw_time_split(finals(), tmp_path / "a", title="A title")

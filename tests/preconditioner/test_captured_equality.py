@@ -102,7 +102,7 @@ def test_forms_that_a_gpu_chooses(structure, name):
         check(case_of(STRUCTURES[structure], *([] if name == "none" else [name])))
 
 
-@pytest.mark.parametrize("name", ["none", *SURROUNDINGS])
+@pytest.mark.parametrize("name", one_in(3, ["none", *SURROUNDINGS]))
 def test_without_a_preconditioner(name):
     """A step of the optimizer alone is captured in the same way."""
     check(case_of(None, *([] if name == "none" else [name])))

@@ -54,6 +54,7 @@ def test_two_minute_cut_is_survived(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_unknown_case_is_one_sentence(tmp_path):
     """A misspelt name is refused before anything runs."""
     done = torture(tmp_path / "out", "--only", "kills/nonsense")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from emulated_runs import emulated  # noqa: F401  # a fixture
 from identical import assert_identical
+from thinned import diagonal
 from tiny_runs import TINY_PERIOD, directory_of, tiny_config
 from torch import nn
 
@@ -70,8 +71,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("capture", ["false", "true"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(("optimizer", "capture"), diagonal(OPTIMIZERS, ["true", "false"]))
 def test_the_baselines_gradient_is_its_update(tmp_path, monkeypatch, emulated, optimizer, capture):  # noqa: F811
     """No optimizer writes into it; it is looked at after the first and every so many steps, replayed ones too."""
     monkeypatch.setattr(diagnostics_module, "BASELINE_PERIOD", 4)
