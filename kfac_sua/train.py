@@ -93,7 +93,7 @@ def main() -> int:
     is_debug = DEBUG in sys.argv or os.environ.get("HYDRA_FULL_ERROR") == "1"
     with _raised_errors():
         try:
-            return _debug() if is_debug else _carry_out()
+            return _with_hydra(train) if is_debug else _carry_out()
         except KeyboardInterrupt as interrupt:
             code = 128 + getattr(interrupt, "signal_number", signal.SIGINT)
             return code if _launch().rank else say(str(interrupt) or "interrupted.", code)
@@ -110,11 +110,6 @@ def _raised_errors() -> Iterator[None]:
         del os.environ["HYDRA_FULL_ERROR"]
         if before is not None:
             os.environ["HYDRA_FULL_ERROR"] = before
-
-
-def _debug() -> int:
-    """Carry out the command line without handling its errors."""
-    return _with_hydra(train)
 
 
 def _carry_out() -> int:

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and errors that say which file they are about."""
+"""Atomic writes, and errors that name their file."""
 
 import contextlib
 import os
@@ -7,11 +7,11 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a crash or a full disk at any moment leaves either the old content or the new one.
+    """Write a file so that a crash or a full disk at any moment leaves either the old or the new content.
 
     Args:
         path: The file, whose directory exists.
-        content: All that it shall hold.
+        content: Its whole content.
 
     Raises:
         OSError: If it cannot be written; it names the file, which is then as before.
@@ -22,17 +22,17 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def written_beside(path: Path, *parts: bytes | memoryview) -> Iterator[Path]:
-    """Write a temporary file beside another, as only a rename within a file system is atomic.
+    """Write a temporary file beside another, as only a rename within one file system is atomic.
 
-    It is always a new file: what a killed process, or anybody else, has left under its name is removed, and a link
-    there is not followed. The rename does not follow one either.
+    The temporary file is always new: a file or a link under its name, as a killed process may leave it, is removed. The
+    rename does not follow links either.
 
     Args:
         path: The file that the temporary one is to replace.
-        parts: What the temporary one shall hold.
+        parts: Content of the temporary file, in parts.
 
     Yields:
-        The temporary file, which is on the disk; if anything fails, it is removed.
+        The temporary file, synchronised to disk; if anything fails, it is removed.
 
     Raises:
         OSError: If it cannot be written; it names ``path``.
@@ -44,7 +44,7 @@ def written_beside(path: Path, *parts: bytes | memoryview) -> Iterator[Path]:
             try:
                 descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             except OSError as error:
-                error.filename = str(path)  # as in a directory that is missing
+                error.filename = str(path)  # for instance, its directory is missing
                 raise
             with os.fdopen(descriptor, "wb") as file:
                 for part in parts:
@@ -53,14 +53,14 @@ def written_beside(path: Path, *parts: bytes | memoryview) -> Iterator[Path]:
                 os.fsync(file.fileno())
             yield temporary
         except BaseException:
-            with contextlib.suppress(OSError):  # of a removed directory, where the first error says more
+            with contextlib.suppress(OSError):  # the directory may be gone; the first error says more
                 temporary.unlink()
             raise
 
 
 @contextlib.contextmanager
 def named_in_errors(path: Path) -> Iterator[None]:
-    """Name a file in the errors of what is done with it: of a full disk, Python says the reason but not the file.
+    """Add a file's name to errors raised inside: when a disk is full, Python names the reason but not the file.
 
     Args:
         path: The file.

@@ -38,11 +38,11 @@ def collect_runs(root: Path) -> pd.DataFrame:
         root: Directory searched, at any depth, for run.json.
 
     Returns:
-        The columns of metrics.csv plus ``RUN_COLUMNS``: ``run`` is the directory relative to ``root``,
-        ``base_lr`` the configured learning rate (``lr`` is that of the epoch, under a schedule), ``damping``
-        NaN for the baseline, ``precision`` that of ``RunInfo``, ``test_error`` NaN until the run has finished; those
-        in ``CIRCUMSTANCES`` say what seconds depend on beside the method. A run
-        without a complete epoch has one row with epoch 0 and NaN for what is measured, so that no run is lost.
+        The columns of metrics.csv plus ``RUN_COLUMNS``: ``run`` is the directory relative to ``root``, ``base_lr`` the
+        configured learning rate (``lr`` is the epoch's, which follows the schedule), ``damping`` NaN for the baseline,
+        ``precision`` as in ``RunInfo``, and ``test_error`` NaN until the run has finished. The columns in
+        ``CIRCUMSTANCES`` say what seconds depend on beside the method. A run without a complete epoch has one row with
+        epoch 0 and NaN for measured values, so that it is not lost.
 
     Raises:
         CollectError: If there is no run, a directory has metrics.csv without run.json, or a run occurs twice.
@@ -60,7 +60,7 @@ def collect_runs(root: Path) -> pd.DataFrame:
 
 
 def collect_directories(root: Path, directories: Sequence[Path]) -> pd.DataFrame:
-    """Return the same of some runs.
+    """Return the table of :func:`collect_runs` for some runs.
 
     Args:
         root: Directory to which the names of the runs are relative.
@@ -84,10 +84,10 @@ def _check_unique(frame: pd.DataFrame) -> None:
 
 
 def final_runs_root(root: Path) -> Path:
-    """Return the directory of the runs that figures show: of a campaign that of its final runs, else the one given.
+    """Return the directory of the runs that figures show: the final runs of a campaign, else the directory itself.
 
     Args:
-        root: Directory of a campaign, with its ``grid`` and ``final`` runs, or any directory of runs.
+        root: Directory of a campaign, with ``grid`` and ``final`` runs, or any directory of runs.
     """
     final = root / "final"
     return final if final.is_dir() and (root / "grid").is_dir() else root
@@ -116,7 +116,7 @@ def run_rows(root: Path, path: Path) -> list[dict[str, Any]]:
 
 
 def _run_values(root: Path, path: Path, info: RunInfo) -> dict[str, Any]:
-    """Return what all rows of a run share, in the order of ``RUN_COLUMNS``."""
+    """Return the values that all rows of a run share, in the order of ``RUN_COLUMNS``."""
     try:
         preconditioner = info.config["preconditioner"]
         name = str(preconditioner["name"])
@@ -144,12 +144,12 @@ def _run_values(root: Path, path: Path, info: RunInfo) -> dict[str, Any]:
 
 def _no_epoch() -> dict[str, float]:
     """Return the metrics of a run that has not completed an epoch."""
-    nothing = EpochRecord(0, 0, *[math.nan] * (len(COLUMNS) - 2))  # type: ignore[arg-type]  # counts, too
+    nothing = EpochRecord(0, 0, *[math.nan] * (len(COLUMNS) - 2))  # type: ignore[arg-type]  # counts are NaN as well
     return dataclasses.asdict(nothing)
 
 
 def table_text(frame: pd.DataFrame) -> str:
-    """Return the final table for a person, and below it why seconds in it cannot be compared, where they cannot.
+    """Return the final table as text, and below it the reasons why seconds cannot be compared, if there are any.
 
     Args:
         frame: Result of ``collect_runs``.
@@ -165,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Command line without the program's name; None reads it from the process.
 
     Returns:
-        0, or 2 after a sentence on what is wrong with what it was given.
+        0, or 2 for bad input, after a sentence that says what is wrong.
     """
     parser = argparse.ArgumentParser(prog="python -m kfac_sua.runs.collect", description="Summarise finished runs.")
     parser.add_argument("root", type=Path, help="directory searched, at any depth, for runs")

@@ -10,14 +10,15 @@ from kfac_sua.config import Config, ConfigError, KroneckerConfig, to_plain
 from kfac_sua.device import choose_precision
 from kfac_sua.runs.run_info import RecordError, read_run_info
 
-# These do not change what is computed.
+# Keys that do not change a run's numbers.
 _NOT_IN_FINGERPRINT = (
     *("output_dir", "progress", "num_threads", "checkpoint_interval_s"),
     *("capture", "objective", "verbose", "log_interval"),
 )
-_OF_DATASET_NOT_IN_FINGERPRINT = ("data_dir", "download")  # from where images come
+_DATASET_NOT_IN_FINGERPRINT = ("data_dir", "download")  # only say where images come from
 
-# Keys that came after the first runs, with the value that says what these did: node, key, value.
+# Keys added after the first runs: node, key, and the value with which a run computes what it did before the key. That
+# value is left out of fingerprints, so that older runs keep theirs.
 ADDED_LATER = (
     ("", "non_finite", "stop"),
     ("", "sync_batch_norm", True),
@@ -58,17 +59,17 @@ class RunDirectory:
 
     @property
     def log(self) -> Path:
-        """What the run has said."""
+        """The run's messages, with their time."""
         return self.path / "train.log"
 
     @property
     def checkpoint(self) -> Path:
-        """The last state saved, between two mini-batches, in a format of its own (``training/checkpoint.py``)."""
+        """The last saved state, in a format of this project (``training/checkpoint.py``)."""
         return self.path / "checkpoint.state"
 
     @property
     def weights(self) -> dict[str, Path]:
-        """The network's parameters and buffers once the run has ended: ``best`` and ``last``."""
+        """The network's parameters and buffers, ``best`` and ``last``; written at the end of the run."""
         return {name: self.path / f"{name}.pt" for name in ("best", "last")}
 
 
@@ -77,7 +78,7 @@ def run_directory(config: Config, device: str, num_processes: int = 1) -> RunDir
 
     Args:
         config: The checked configuration.
-        device: ``cpu`` or ``cuda``, whatever ``device=auto`` came to.
+        device: ``cpu`` or ``cuda``, with ``device=auto`` resolved.
         num_processes: Processes that carry it out together.
 
     Returns:
@@ -90,12 +91,12 @@ def run_directory(config: Config, device: str, num_processes: int = 1) -> RunDir
 
 
 def fingerprint(config: Config, device: str, num_processes: int = 1, source: str | None = None) -> str:
-    """Return the SHA-256 of everything that decides a run's numbers, except its seed.
+    """Return the SHA-256 of everything that a run's numbers depend on, except its seed.
 
     Args:
         config: The checked configuration.
         device: ``cpu`` or ``cuda``; numbers differ between the two.
-        num_processes: Processes that carry the run out together; it counts where they do not train as one does.
+        num_processes: Processes that carry the run out together; included if they do not train exactly as one does.
         source: As in :func:`deciding_values`.
 
     Returns:
@@ -105,7 +106,7 @@ def fingerprint(config: Config, device: str, num_processes: int = 1, source: str
         "device": device,
         "precision": choose_precision(config.precision, device).value,
     }
-    if device == "cuda":  # where float32 once meant TF32 in convolutions and IEEE float32 in products
+    if device == "cuda":  # older runs with precision=float32 had TF32 in convolutions, so they must not match
         values["precision"] += " in convolutions and products"
     if num_processes > 1 and _depends_on_processes(config):
         values["num_processes"] = num_processes
@@ -119,11 +120,11 @@ def fingerprint(config: Config, device: str, num_processes: int = 1, source: str
 
 
 def deciding_values(config: Config, source: str | None = None) -> dict[str, Any]:
-    """Return what of a configuration decides the numbers of a run, its seed included.
+    """Return the part of a configuration that a run's numbers depend on, its seed included.
 
     Args:
         config: The checked configuration.
-        source: What :func:`end_of` returned for ``start_from`` when the run began; ``None`` reads it anew.
+        source: What :func:`end_of` returned for ``start_from`` when the run began; ``None`` reads it again.
 
     Raises:
         ConfigError: If ``start_from`` is not the directory of a run.
@@ -131,7 +132,7 @@ def deciding_values(config: Config, source: str | None = None) -> dict[str, Any]
     values: dict[str, Any] = to_plain(config)
     for key in _NOT_IN_FINGERPRINT:
         del values[key]
-    for key in _OF_DATASET_NOT_IN_FINGERPRINT:
+    for key in _DATASET_NOT_IN_FINGERPRINT:
         del values["dataset"][key]
     if config.start_from is not None:
         values["start_from"] = source or end_of(config.start_from)
@@ -139,11 +140,11 @@ def deciding_values(config: Config, source: str | None = None) -> dict[str, Any]
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the values of nested dictionaries by dotted key.
+    """Return the leaves of nested dictionaries by dotted key.
 
     Args:
         values: The dictionaries.
-        prefix: What all keys begin with.
+        prefix: Prefix of all keys.
     """
     leaves: dict[str, Any] = {}
     for key, value in values.items():
@@ -152,10 +153,10 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def end_of(path: str) -> str:
-    """Return what tells the end of a run from those of all others.
+    """Return the text that identifies a run's final state (``RunInfo.end``).
 
     Args:
-        path: Its directory.
+        path: The run's directory.
 
     Raises:
         ConfigError: If it is not the directory of a run.
@@ -167,13 +168,13 @@ def end_of(path: str) -> str:
 
 
 def _depends_on_processes(config: Config) -> bool:
-    """Whether several processes do not train as one does."""
+    """Whether several processes train differently from one."""
     samples = isinstance(config.preconditioner, KroneckerConfig) and config.preconditioner.activation_rows is not None
     return samples or not config.sync_batch_norm
 
 
 def resolved(config: Config, device: str) -> dict[str, Any]:
-    """Return the configuration as plain values, with device and precision that are used instead of ``auto``.
+    """Return the configuration as plain values, with ``auto`` replaced in ``device`` and ``precision``.
 
     Args:
         config: The checked configuration.
@@ -183,14 +184,14 @@ def resolved(config: Config, device: str) -> dict[str, Any]:
         What run.json and config.yaml hold.
 
     Raises:
-        ConfigError: If the device does not have the precision that is asked for.
+        ConfigError: If the device does not support the precision.
     """
     values: dict[str, Any] = to_plain(config)
     return values | {"device": device, "precision": choose_precision(config.precision, device).value}
 
 
 def _cell_name(config: Config) -> str:
-    """Return the readable part: what a grid usually varies."""
+    """Return the readable part of the name: the values that a grid usually varies."""
     parts = {"lr": config.optimizer.lr}
     if isinstance(config.preconditioner, KroneckerConfig):
         parts["damping"] = config.preconditioner.damping

@@ -30,19 +30,19 @@ def environment(device: str = "auto") -> Environment:
         device: ``cpu``, ``cuda`` (optionally with an index), or ``auto``: CUDA where there is a device.
 
     Returns:
-        Versions of Python and the packages that decide numbers (None where not installed), the commit with
-        ``+dirty`` where the checkout has changes (None outside one), and the name of the device.
+        Versions of Python and of the packages that numbers depend on (None if not installed), the commit with
+        ``+dirty`` if the checkout has changes (None outside a checkout), and the name of the device.
     """
     return Environment(versions=_versions(), commit=source_commit(), device_name=_device_name(device))
 
 
 def source_commit() -> str | None:
-    """Return the commit of the source, with ``+dirty`` where it has changes; None outside a checkout."""
+    """Return the commit of the source, with ``+dirty`` if it has changes; None outside a checkout."""
     return _commit(Path(__file__).resolve().parents[2])
 
 
 def source_digest() -> str:
-    """Return the SHA-256 of the package's source: what tells two copies apart where there is no commit, or changes."""
+    """Return the SHA-256 of the package's source, which also tells copies without a commit apart."""
     root = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
@@ -51,8 +51,8 @@ def source_digest() -> str:
 
 
 def _versions() -> dict[str, str | None]:
-    """Return versions without imports, but for torch, whose own version alone names its CUDA build."""
-    import torch  # here, because reading and writing records does not need it
+    """Return versions from package metadata; torch is imported, as only ``torch.__version__`` names its CUDA build."""
+    import torch  # imported here, as reading and writing records does not need it
 
     versions: dict[str, str | None] = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for name in ("torchvision", "numpy", "hydra-core", "kfac_sua"):
@@ -64,7 +64,7 @@ def _versions() -> dict[str, str | None]:
 
 
 def _commit(root: Path) -> str | None:
-    """Return the commit of the checkout at root; a repository around site-packages is not one."""
+    """Return the commit of the checkout at root; None if root lies in another repository, as site-packages may."""
     toplevel, head = _git(root, "rev-parse", "--show-toplevel"), _git(root, "rev-parse", "HEAD")
     if not toplevel or not head or Path(toplevel).resolve() != root:
         return None
@@ -72,7 +72,7 @@ def _commit(root: Path) -> str | None:
 
 
 def _git(root: Path, *arguments: str) -> str | None:
-    """Return what git prints, or None where there is no git, no repository or no commit."""
+    """Return what git prints, or None if there is no git, no repository or no commit."""
     try:
         result = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -81,7 +81,7 @@ def _git(root: Path, *arguments: str) -> str | None:
 
 
 def _device_name(device: str) -> str:
-    """Return the name of the GPU or, from the kernel's list where there is one, of the processor."""
+    """Return the name of the GPU or the processor; the latter from /proc/cpuinfo if there is one."""
     import torch
 
     if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):

@@ -1,16 +1,17 @@
-"""Event files of TensorBoard, which a reader may hold open: each is written once, from front to back, and stays.
+"""TensorBoard event files, which are only ever appended to, as a reader may hold them open.
 
-What readers do, of which all here follows (``tensorboard/backend/event_processing``, ``tensorboard/data/server``):
+The format follows from what TensorBoard's readers do (``tensorboard/backend/event_processing``,
+``tensorboard/data/server``):
 
-- They go through the files of a directory in the order of their names, and most never return to one they have left. So
-  every attempt at a run writes a file of its own, whose name comes after all others, and nothing else.
-- The loader in Python drops, of all tags, the points at or after the step of a restart, which is a ``SessionLog`` of
-  status ``START``; the first one that it sees in a run it takes for the run's beginning and drops nothing. So there are
-  two, and files of before, which have none, need no exception.
-- The fast loader drops, of a tag, the points at or after the step of every new point of that tag.
-- A record that is torn ends the reading of its file, not that of the next one. So nothing follows it in the same file.
-- With ``--reload_multifile`` a file whose latest event is a day old is not looked at again, and points of a resumed run
-  may carry old times. So every write also notes the present.
+- They read the files of a directory in the order of their names, and most never return to an earlier file. So every
+  attempt at a run writes one new file, whose name sorts after all others.
+- At a restart, which is a ``SessionLog`` with status ``START``, the Python loader drops all points from its step on. It
+  takes the first restart of a run for the run's beginning and drops nothing. So every file begins with two restarts;
+  then a run whose older files have none needs no exception.
+- At every new point the fast loader drops earlier points of the same tag at or after its step.
+- A torn record ends the reading of its file, but not of the next file. So nothing is written after a torn record.
+- With ``--reload_multifile`` a reader abandons a file whose latest event is a day old, but points of a resumed run may
+  carry old times. So every write also adds an event with the present time.
 """
 
 import errno
@@ -30,50 +31,50 @@ if TYPE_CHECKING:
     from tensorboard.compat.proto.event_pb2 import Event
 
 _PREFIX = "events.out.tfevents."
-_INFIX = "tfevents"  # what readers know an event file by
+_INFIX = "tfevents"  # readers take every file with this in its name for an event file
 
 
 class EventFile:
     """A new event file, after all others of its directory.
 
-    Events are written here and now: ``SummaryWriter`` leaves that to a thread, which prints a traceback and dies when
-    the disk is full.
+    Events are written synchronously. ``SummaryWriter`` writes in a thread, which prints a traceback and dies when the
+    disk is full.
 
     Args:
         directory: Where; made if missing.
-        started_unix_s: What readers take for the start of the run, seconds since 1970.
-        restart_step: The first step that this file tells of: what other files say of it and later ones is void.
-        events: What else it begins with; the whole beginning is there at once or, if that fails, no file is.
+        started_unix_s: Start of the run for readers, seconds since 1970.
+        restart_step: Readers drop the points of earlier files at and after this step.
+        events: Further events at the beginning, which is written atomically.
 
     Raises:
-        OSError: If the file cannot be written, which is called ``next_events`` until it is whole, or something that is
-            no file has the name of an event file; it names the file.
+        OSError: If the file cannot be written (it is called ``next_events`` until its beginning is complete), or if
+            something that is not a file has the name of an event file; it names the file.
     """
 
     def __init__(
         self, directory: Path, started_unix_s: float, restart_step: int, events: "Iterable[Event]" = ()
     ) -> None:
-        # Imported here because it takes seconds, which collecting and plotting need not pay.
+        # Imported here because it takes seconds, and collecting and plotting do not need it.
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
         directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / _next_name(directory)
         start = Event(wall_time=time.time(), step=restart_step, session_log=SessionLog(status=SessionLog.START))
         version = Event(wall_time=started_unix_s, file_version="brain.Event:2")
-        # A reader must not find it under another name of an event file, which it would hold on to.
+        # The temporary name must not look like an event file: a reader would keep it open.
         with written_beside(directory / "next_events", _encoded([version, start, start, *events])) as temporary:
             temporary.replace(self._path)
-        # Without a buffer, what a full disk refuses is refused at once, not at close.
+        # Without a buffer a full disk raises at once, not at close.
         self._file = open(self._path, "ab", buffering=0, opener=own_file)  # noqa: SIM115 - until close()
 
     def append(self, events: "Iterable[Event]") -> None:
-        """Add events and wait until they are on disk, so that a running TensorBoard shows them.
+        """Append events and wait until they are on disk, so that a running TensorBoard shows them.
 
         Args:
-            events: What to add.
+            events: What to append.
 
         Raises:
-            OSError: If they cannot be written; it names the file, which takes no more then.
+            OSError: If they cannot be written; it names the file, which is closed then.
         """
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
@@ -85,7 +86,7 @@ class EventFile:
                     content = content[self._file.write(content) :]
                 os.fsync(self._file.fileno())
             except OSError:
-                self._file.close()  # what followed a torn record could not be read
+                self._file.close()  # readers ignore what follows a torn record
                 raise
 
     def close(self) -> None:
@@ -94,7 +95,7 @@ class EventFile:
 
 
 def _next_name(directory: Path) -> str:
-    """Return a name after those of all event files, whatever the clock says."""
+    """Return a name that sorts after all event files, even if the clock was set back."""
     stamp = int(time.time())
     for path in directory.iterdir():
         if _INFIX in path.name and not path.is_file():
@@ -105,7 +106,7 @@ def _next_name(directory: Path) -> str:
 
 
 def _encoded(events: "Iterable[Event]") -> bytes:
-    """Return events as they stand in a file, each with its length and checksums."""
+    """Return events in the format of the file: each with its length and checksums."""
     from tensorboard.summary.writer.record_writer import RecordWriter
 
     content = io.BytesIO()

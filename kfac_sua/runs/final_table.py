@@ -39,7 +39,7 @@ def require_runs(frame: pd.DataFrame, names: Sequence[str]) -> None:
         names: Names of preconditioners, such as ``kfac``.
 
     Raises:
-        CollectError: If one has none; the message names all of these.
+        CollectError: If one has none; the message names all that have none.
     """
     ended = set(frame.loc[frame["status"].isin(ENDED), "preconditioner"])
     missing = [name for name in names if name not in ended]
@@ -52,7 +52,7 @@ def require_runs(frame: pd.DataFrame, names: Sequence[str]) -> None:
 
 
 def _unended_note(runs: pd.DataFrame) -> str:
-    """Return in brackets which methods have runs that failed or still run, empty if there are none."""
+    """Return a note in brackets on methods with runs that failed or still run; empty if there are none."""
     names = {status: sorted(set(runs.loc[runs["status"] == status, "preconditioner"])) for status in UNENDED}
     words = {"running": "still marked as running", "failed": "failed"}
     notes = [f"{', '.join(names[status])} {words[status]}" for status in UNENDED if names[status]]
@@ -60,14 +60,14 @@ def _unended_note(runs: pd.DataFrame) -> str:
 
 
 def require_one_precision(frame: pd.DataFrame) -> None:
-    """Check that the seconds of runs can be compared: that all computed in the same precision.
+    """Check that all runs computed in the same precision, as otherwise their seconds cannot be compared.
 
     Args:
-        frame: Rows of ``collect_runs``, or any table with its ``precision``. A table of before there was this column
-            holds one precision that is not known, which is no other table's.
+        frame: Rows of ``collect_runs``, or any table with its ``precision``. An older table without this column counts
+            as one unknown precision, which differs from all others.
 
     Raises:
-        CollectError: If there are several; the message names each, with the methods that have it.
+        CollectError: If there are several precisions; the message names each, with its methods.
     """
     names = frame["method"] if "method" in frame else frame["preconditioner"]
     precisions = pd.Series(frame.get("precision"), index=frame.index, dtype=object).fillna("not recorded")
@@ -81,18 +81,18 @@ def require_one_precision(frame: pd.DataFrame) -> None:
 
 
 def final_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per setting: how many runs ended how, and what the finished ones reached.
+    """Return one row per setting: how many runs have each status, and the results of the finished ones.
 
     Args:
         frame: Result of ``collect_runs``.
 
     Returns:
         ``SETTING_COLUMNS``, the counts ``finished``, ``diverged``, ``running`` and ``failed``, ``seeds`` as text, then
-        per name in ``QUANTITIES`` ``<name>_mean`` and ``<name>_std`` over the finished seeds: NaN without one, and the
-        sample standard deviation is NaN with one. Losses and ``final_val_error`` are those of the last epoch. Rows
-        stand in the order of the figures' curves.
+        ``<name>_mean`` and ``<name>_std`` for each name in ``QUANTITIES``, over the finished seeds. The mean is NaN
+        without a finished seed, the sample standard deviation with fewer than two. Losses and ``final_val_error`` are
+        those of the last epoch. Rows are in the order of the figures' curves.
     """
-    setting = [name for name in SETTING_COLUMNS if name in frame]  # tables of before have fewer
+    setting = [name for name in SETTING_COLUMNS if name in frame]  # older tables have fewer
     summaries = pd.DataFrame([_summary(run, setting) for _, run in frame.groupby("run", sort=False)])
     # dropna=False keeps the baseline, whose damping is NaN.
     counts = summaries.groupby([*setting, "status"], dropna=False).size().unstack("status", fill_value=0)
@@ -119,14 +119,14 @@ def _summary(run: pd.DataFrame, setting: Sequence[str]) -> dict[str, Any]:
 
 
 def _seeds_text(seeds: "pd.Series[int]") -> str:
-    """Return seeds as ``0``, ``0, 1``, or ``0 to 4`` where three or more follow each other."""
+    """Return seeds as ``0``, ``0, 1``, or ``0 to 4`` for three or more consecutive ones."""
     values = sorted(seeds)
     is_range = len(values) > 2 and values == list(range(values[0], values[-1] + 1))
     return f"{values[0]} to {values[-1]}" if is_range else ", ".join(map(str, values))
 
 
 def _in_order_of_figures(column: "pd.Series[Any]") -> "pd.Series[Any]":
-    """Return sort keys: methods in the order of the figures, everything else by value."""
+    """Return sort keys: methods in the order of the figures, other columns by value."""
     if column.name != "preconditioner":
         return column
     order = {name: position for position, name in enumerate(METHODS)}
@@ -136,9 +136,9 @@ def _in_order_of_figures(column: "pd.Series[Any]") -> "pd.Series[Any]":
 def select_best(frame: pd.DataFrame, by: str = "best_val_error") -> pd.DataFrame:
     """Keep, per data set, model and preconditioner, the runs of the best setting of a grid.
 
-    The paper reports "the best performing curves" without a criterion; here it is the lowest mean over seeds
-    on the held-out split (never the test set). A setting with a diverged seed comes after all without one,
-    and a setting none of whose runs has ended is no candidate.
+    The paper reports "the best performing curves" without a criterion. Here the criterion is the lowest mean over seeds
+    on the held-out split, never the test set. Settings with a diverged seed rank after all others. A setting is no
+    candidate if none of its runs has ended.
 
     Args:
         frame: Result of ``collect_runs``.
@@ -148,7 +148,7 @@ def select_best(frame: pd.DataFrame, by: str = "best_val_error") -> pd.DataFrame
         The rows of ``frame`` that belong to the chosen settings.
 
     Raises:
-        CollectError: If seconds decide, and runs are of several precisions.
+        CollectError: If ``by`` is in seconds, and runs have several precisions.
     """
     if by == "seconds_per_epoch":
         require_one_precision(frame)

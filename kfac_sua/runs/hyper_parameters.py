@@ -1,7 +1,7 @@
-"""What TensorBoard's HPARAMS tab shows of a run: a row with its settings and its last metrics.
+"""TensorBoard's HPARAMS tab: a row per run with its settings and its last metrics.
 
-The tab takes its columns from any one of the runs that it shows, so every run names those of all: also the keys of a
-preconditioner or an optimizer that it does not have itself.
+The tab takes its columns from one of the runs that it shows. So every run names the columns of all runs, also the keys
+of preconditioners and optimizers that it does not have itself.
 """
 
 import dataclasses
@@ -17,26 +17,26 @@ if TYPE_CHECKING:
     from tensorboard.plugins.hparams.api_pb2 import HParamInfo
 
 METRICS = ("val/error", "train/eval_loss", "time/train")
-"""Tags whose last points stand beside the settings; the tab shows five unasked."""
+"""Tags whose last values the tab shows beside the settings."""
 
 FIRST = ("preconditioner", "preconditioner.damping", "optimizer.lr", "model", "dataset")
-"""Settings that usually differ, five as the tab shows so many unasked; their order, by name, is its own."""
+"""Settings that usually differ. They are five, as the tab shows five settings by default; it sorts them by name."""
 
 BOOKKEEPING = {
     *("output_dir", "progress", "checkpoint_interval_s", "log_interval", "num_threads", "capture", "device_rates"),
     *("evaluation_batch_size", "dataset.data_dir", "dataset.download", "objective", "verbose"),
 }
-"""Keys that say where and how a run is carried out, not what it computes."""
+"""Keys that say where and how a run is carried out, not what it computes; the tab leaves them out."""
 
 Value = int | float | str | bool
 
 
 def hyper_parameters(config: Mapping[str, Any], prefix: str = "") -> dict[str, Value]:
-    """Return the settings in a resolved configuration under dotted keys, a choice of a group under the group's name.
+    """Return the settings of a resolved configuration by dotted key; the name of a group's choice by the group's name.
 
     Args:
-        config: Plain values; what is null is left out, as the tab knows no such value.
-        prefix: Of the keys, with its dot.
+        config: Plain values; null values are left out, as the tab has none.
+        prefix: Prefix of all keys, with its dot.
     """
     values: dict[str, Value] = {}
     for name, value in config.items():
@@ -49,18 +49,18 @@ def hyper_parameters(config: Mapping[str, Any], prefix: str = "") -> dict[str, V
 
 
 def _text(value: str) -> str:
-    """Return a text as event files can hold it: what is none in the name of a directory becomes its code."""
+    """Return text that event files can hold: undecodable bytes, as in the name of a directory, become escapes."""
     return value.encode(errors="backslashreplace").decode()
 
 
 def hyper_parameter_summaries(values: Mapping[str, Value], started_unix_s: float) -> "list[Summary]":
-    """Return what the tab reads of a run: its columns, and the run's row.
+    """Return what the tab reads from a run: the columns, and the run's row.
 
     Args:
         values: The settings.
         started_unix_s: Start of the run, seconds since 1970.
     """
-    # Imported here because it takes seconds, which collecting and plotting need not pay.
+    # Imported here because it takes seconds, and collecting and plotting do not need it.
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.plugins.hparams import metadata
     from tensorboard.plugins.hparams.api_pb2 import Experiment, MetricInfo, MetricName
@@ -90,7 +90,7 @@ def hyper_parameter_summaries(values: Mapping[str, Value], started_unix_s: float
 
 
 def _kinds(node: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the keys that a node of the configuration can have, whatever is chosen, each with its type."""
+    """Yield every key that a node of the configuration can have, under any choice, with its type."""
     for option in (node, *node.__subclasses__()):
         for name, hint in get_type_hints(option).items():
             key = _key(prefix, name)
@@ -102,12 +102,12 @@ def _kinds(node: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _key(prefix: str, name: str) -> str:
-    """Return the key as it is given: of a group's choice, ``model=vgg11``."""
+    """Return the key as the command line has it: ``model``, not ``model.name``, for a group's choice."""
     return prefix.removesuffix(".") if prefix and name == "name" else f"{prefix}{name}"
 
 
 def _column(key: str, hint: Any) -> "HParamInfo":
-    """Return what the tab has to know of a setting; with its choices listed, runs can be filtered by them."""
+    """Return the column of a setting; the tab can filter runs by the choices listed in it."""
     from tensorboard.plugins.hparams.api_pb2 import DATA_TYPE_BOOL, DATA_TYPE_FLOAT64, DATA_TYPE_STRING, HParamInfo
 
     kind = next(part for part in get_args(hint) if part is not NoneType) if isinstance(hint, UnionType) else hint
@@ -122,4 +122,4 @@ def _column(key: str, hint: Any) -> "HParamInfo":
 
 
 KEYS = {key for key, _ in _kinds(Config)}
-"""All settings that any run can have."""
+"""All settings that a run can have."""

@@ -1,4 +1,4 @@
-"""One process per run directory: a second one leaves with a sentence instead of mixing its records in."""
+"""One process per run directory: a second one raises an error instead of mixing in its records."""
 
 import fcntl
 import os
@@ -14,34 +14,34 @@ from kfac_sua.runs.openers import own_file
 
 
 class RunBusyError(Exception):
-    """A run that another process is carrying out; the message is one sentence."""
+    """Another process is carrying out the run; the message is one sentence."""
 
 
 class RunLostError(RunBusyError):
-    """A run whose directory is no longer the one that was locked."""
+    """The run's directory is no longer the one that was locked."""
 
 
 @dataclass(frozen=True)
 class Hold:
-    """A lock that is held.
+    """A lock that this process holds.
 
     Args:
         path: The lock's file.
-        file: The same, open.
+        file: The open file.
     """
 
     path: Path
     file: TextIO
 
     def check(self) -> None:
-        """Raise :class:`RunLostError` if the directory was removed or replaced: what is there may be another's."""
+        """Raise :class:`RunLostError` if the directory was removed or replaced: it may be another process's now."""
         if not is_at(self.path, self.file):
             raise RunLostError(f"{self.path.parent} was removed or replaced; this process writes nothing more.")
 
 
 @contextmanager
 def exclusive(directory: Path) -> Iterator[Hold]:
-    """Hold a run directory for this process; the lock goes with the process, however it ends.
+    """Lock a run directory; the system releases the lock when the process ends, in whatever way.
 
     Args:
         directory: The run directory, made if missing.
@@ -51,7 +51,7 @@ def exclusive(directory: Path) -> Iterator[Hold]:
 
     Raises:
         RunBusyError: If another process holds it.
-        OSError: If it cannot be made or written to, or its file is a link.
+        OSError: If the lock's file cannot be made or written, or is a link.
     """
     path = directory / ".lock"
     with _locked(path) as file:
@@ -64,7 +64,7 @@ def exclusive(directory: Path) -> Iterator[Hold]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[TextIO]:
-    """Open and lock a file that is still the one at its path: a directory may be removed between the two."""
+    """Open and lock the file; start again if its directory was removed between the two."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a+", encoding="ascii", opener=own_file) as file:
@@ -85,7 +85,7 @@ def _lock(file: TextIO, path: Path) -> None:
 
 
 def _holder(content: str) -> str:
-    """Return who holds a lock, whose file is empty for the instant between the lock and the number of its process."""
+    """Return who holds a lock. The file is empty for an instant, until its process has written its number."""
     pid, _, host = content.strip().partition(" ")
     if not pid:
         return "another process"
@@ -93,10 +93,10 @@ def _holder(content: str) -> str:
 
 
 def is_at(path: Path, file: TextIO) -> bool:
-    """Whether an open file is still the one at a path: it may have been removed or replaced.
+    """Whether an open file is still the file at a path, and was not removed or replaced.
 
     Args:
-        path: Where it was.
+        path: The path it was opened at.
         file: The file.
     """
     try:

@@ -1,6 +1,6 @@
-"""How files are opened that someone may have put something else in the place of: a named pipe, a link.
+"""Openers, for ``open(path, mode, opener=…)``, that refuse a named pipe, a link or the like in the place of a file.
 
-For ``open(path, mode, opener=…)``. All errors are ``OSError`` with the file's name and a reason in words.
+All errors are ``OSError`` with the file's name and a reason in words.
 """
 
 import errno
@@ -15,7 +15,7 @@ _KINDS = (
 
 
 def regular_file(path: str, flags: int) -> int:
-    """Open what must be a regular file, or a link to one: anything else is refused, and not waited for.
+    """Open a regular file, or a link to one; refuse anything else without waiting for it, as for a named pipe.
 
     Args:
         path: The file.
@@ -28,9 +28,9 @@ def regular_file(path: str, flags: int) -> int:
         OSError: If it cannot be opened, or is something else.
     """
     try:
-        descriptor = os.open(path, flags | os.O_NONBLOCK, 0o666)  # of a regular file it changes nothing
+        descriptor = os.open(path, flags | os.O_NONBLOCK, 0o666)  # O_NONBLOCK does not affect regular files
     except OSError as error:
-        if error.errno == errno.ENXIO:  # a socket, or a pipe to write to
+        if error.errno == errno.ENXIO:  # a socket, or a pipe that nobody reads
             refuse_special(path)
         raise
     try:
@@ -42,7 +42,7 @@ def regular_file(path: str, flags: int) -> int:
 
 
 def own_file(path: str, flags: int) -> int:
-    """Open a file that is written in place: through a link, something else would be overwritten.
+    """Open a file to write it in place; refuse a link, through which another file would be overwritten.
 
     Args:
         path: The file; its directory may be a link.
@@ -62,15 +62,15 @@ def own_file(path: str, flags: int) -> int:
 
 
 def refuse_link(path: Path | str) -> None:
-    """Refuse a link, through which one would write somewhere else.
+    """Refuse a link, through which another file would be written.
 
     Args:
-        path: What is about to be written to; nothing may be there.
+        path: The path that is about to be written; it need not exist.
 
     Raises:
-        OSError: If it is a link, wherever that leads.
+        OSError: If it is a link, even a dangling one.
     """
-    if os.path.islink(path):  # noqa: PTH114 - also of a text
+    if os.path.islink(path):  # noqa: PTH114 - path may be a str
         raise OSError(errno.ELOOP, "it is a symbolic link, which is not followed; remove it", str(path))
 
 
@@ -88,16 +88,16 @@ def read_regular(path: Path) -> bytes:
 
 
 def refuse_special(path: Path | str) -> None:
-    """Refuse what is there but is no regular file, before a library opens it by its name.
+    """Refuse a path that exists but is no regular file, before a library opens it by its name.
 
     Args:
-        path: The file, or a link to it; nothing may be there.
+        path: The file, or a link to it; it need not exist.
 
     Raises:
         OSError: If it is something else.
     """
     try:
-        found = os.stat(path)  # noqa: PTH116 - also of a text
+        found = os.stat(path)  # noqa: PTH116 - path may be a str
     except FileNotFoundError:
         return
     _refuse_kind(path, found)

@@ -1,4 +1,4 @@
-"""The table of many runs for a person: a row per setting, what all rows share in a line above, 100 columns at most."""
+"""The final table as text: a row per setting, a line above with what all rows share, at most 100 columns wide."""
 
 import math
 import textwrap
@@ -9,13 +9,13 @@ import pandas as pd
 
 from kfac_sua.runs.run_info import UNENDED
 
-MAX_WIDTH = 100  # columns: what a terminal beside an editor, a message and an issue show without breaking lines
+MAX_WIDTH = 100  # columns: fits a terminal beside an editor, an e-mail and an issue without broken lines
 
-# Runs that differ in these are not compared, and have a table of their own.
+# Runs that differ in these are not compared: each combination has its own table.
 APART = ("dataset", "model", "width", "precision")
-# Columns where rows differ in them; the last ones are the first to give way to tables of their own where all are wide.
+# Columns if rows differ in them. If the table is too wide, it is split by these instead, beginning with the last.
 _GIVE_WAY = ("optimizer", "schedule", "epochs")
-# Heading of a quantity, its name in ``final_table``, and whether it is a fraction that is shown in percent.
+# Heading of a quantity, its name in ``final_table``, and whether it is a fraction shown in percent.
 _QUANTITIES = (
     ("train loss", "train_loss", False),
     ("val error %", "best_val_error", True),
@@ -23,14 +23,14 @@ _QUANTITIES = (
     ("s/epoch", "seconds_per_epoch", False),
 )
 _NOTHING = "–"
-_NO_BREAK = "\xa0"  # where ``textwrap`` makes no new line
+_NO_BREAK = "\xa0"  # ``textwrap`` does not break a line here
 
 
 def format_table(table: pd.DataFrame) -> str:
     """Return the result of ``final_table`` as text: mean ± standard deviation over the finished seeds.
 
-    What is the same in all rows is said once, above them. The training loss is that of the last epoch in nats, the
-    validation error the lowest of any epoch.
+    Settings that all rows share stand in the line above them. The training loss is that of the last epoch, in nats; the
+    validation error is the lowest of any epoch.
 
     Args:
         table: Result of ``final_table``; rows keep their order.
@@ -38,7 +38,7 @@ def format_table(table: pd.DataFrame) -> str:
     Returns:
         Lines for a terminal of ``MAX_WIDTH`` columns, without a newline at the end.
     """
-    epochs = table["epochs_mean"].dropna().unique()  # none where no run has finished
+    epochs = table["epochs_mean"].dropna().unique()  # empty if no run has finished
     table = table.assign(epochs=table["epochs_mean"] if len(epochs) > 1 else epochs[0] if len(epochs) else math.nan)
     known = [name for name in (*APART, *_GIVE_WAY) if name in table and table[name].nunique() > 1]
     text = ""
@@ -56,20 +56,20 @@ def _one_table(rows: pd.DataFrame, *, is_brief: bool) -> str:
     settings = {name: cells for name, cells in _settings(rows).items() if set(cells) != {_NOTHING}}
     shared = {name: cells[0] for name, cells in settings.items() if len(set(cells)) == 1}
     columns = {name: cells for name, cells in settings.items() if name not in shared and name != "seeds"}
-    told_by = [cells for name, cells in columns.items() if name != "runs"]
+    distinguishing = [cells for name, cells in columns.items() if name != "runs"]
     if len(rows) == 1:
         columns = {"method": [shared.pop("method")]} | columns
-    elif len(set(zip(*told_by, strict=True))) < len(rows):  # they differ in a key that has no column
+    elif len(set(zip(*distinguishing, strict=True))) < len(rows):  # some rows differ in a key that has no column
         digits = {"setting": [fingerprint[:8] for fingerprint in rows["fingerprint"]]}
         columns = {name: columns[name] for name in ("method",) if name in columns} | digits | columns
-    if "seeds" in shared and shared.get("runs", "").isdecimal():  # all of these have finished
+    if "seeds" in shared and shared.get("runs", "").isdecimal():  # all runs have finished
         del shared["runs"]
     columns |= _quantities(rows, is_brief=is_brief)
     return "\n".join([_heading(rows.iloc[0], shared), *_aligned(columns)])
 
 
 def _settings(rows: pd.DataFrame) -> dict[str, list[str]]:
-    """Return what tells rows apart, as text."""
+    """Return the settings of the rows as text."""
     names = {"preconditioner": "method", "base_lr": "lr"}
     order = ("preconditioner", "optimizer", "schedule", "precision", "epochs", "base_lr", "damping", "seeds")
     found = {names.get(name, name): [_text(value) for value in rows[name]] for name in order if name in rows}
@@ -77,7 +77,7 @@ def _settings(rows: pd.DataFrame) -> dict[str, list[str]]:
 
 
 def _quantities(rows: pd.DataFrame, *, is_brief: bool) -> dict[str, list[str]]:
-    """Return the columns of what was measured; the brief ones are means alone, without the test error."""
+    """Return the columns of measured quantities; if brief, only means, and no test error."""
     return {
         heading: [
             _spread(row[f"{name}_mean"], math.nan if is_brief else row[f"{name}_std"], is_percent)
@@ -89,7 +89,7 @@ def _quantities(rows: pd.DataFrame, *, is_brief: bool) -> dict[str, list[str]]:
 
 
 def _heading(first: "pd.Series[Any]", shared: Mapping[str, str]) -> str:
-    """Return what all rows share, in one line if it fits."""
+    """Return the settings that all rows share, in one line if it fits."""
     width = "" if first.get("width", 1.0) == 1 else f" (width {first['width']:g})"
     phrases = [f"{first['model']}{width} on {first['dataset']}", *(_phrase(*each) for each in shared.items())]
     unbroken = ", ".join(phrase.replace(" ", _NO_BREAK) for phrase in phrases)
@@ -97,7 +97,7 @@ def _heading(first: "pd.Series[Any]", shared: Mapping[str, str]) -> str:
 
 
 def _phrase(name: str, text: str) -> str:
-    """Return a setting as it is said in a line of others."""
+    """Return a setting as a phrase for the heading."""
     if name == "epochs":
         return f"{text} epoch{'' if text == '1' else 's'}"
     if name == "seeds":
@@ -107,7 +107,7 @@ def _phrase(name: str, text: str) -> str:
 
 
 def _aligned(columns: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return the lines of a table: the first column to the left, the others to the right."""
+    """Return the lines of a table: the first column aligned to the left, the others to the right."""
     rows = [list(columns), *map(list, zip(*columns.values(), strict=True))]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
@@ -129,7 +129,7 @@ def _text(value: object) -> str:
 
 
 def _spread(mean: float, std: float, is_percent: bool) -> str:
-    """Return ``mean ± std``: percentages with one decimal, all else with three digits; the mean alone without std."""
+    """Return ``mean ± std``, or the mean if std is NaN or 0: percentages with one decimal, others with three digits."""
     if math.isnan(mean):
         return _NOTHING
     text, deviation = (

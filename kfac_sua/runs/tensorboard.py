@@ -1,4 +1,4 @@
-"""TensorBoard view of a run: wall time is training time, and STEP the epoch or, of single steps, their number."""
+"""TensorBoard logs of a run: wall time is training time, and STEP is the epoch or, for single steps, their number."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -44,30 +44,30 @@ SCALARS = {
 
 
 STEPS = "steps"
-"""Directory of the losses of single steps below that of the run: to TensorBoard a run of its own.
+"""Directory of the losses of single steps, below the run's: a separate run for TensorBoard.
 
-A restart is told by a step, for all points of a run. Those of epochs and those of steps cannot share one.
+A restart has one step for all points of a run, and points per epoch and points per step cannot share it.
 """
 
 STEP_LOSS = "train/step_loss"
 
 
 class TensorBoardLog:
-    """The epochs of one run, in an event file for every attempt at it (see ``event_file.py``).
+    """The epochs of one run, in one event file per attempt (see ``event_file.py``).
 
-    A file begins with all epochs that stand, so that it does not matter what is left of those before: a reader that has
-    them takes these in their place, and epochs that a resume from an earlier checkpoint has dropped are gone.
+    Every file begins with all epochs that are complete and replaces the files before it. So it does not matter what is
+    left of those, and epochs that were dropped by a resume from an earlier checkpoint disappear.
 
-    A point's wall time is the run's start plus its training seconds, so TensorBoard's RELATIVE axis leaves out
-    evaluation, checkpoints and the pause before a resume; it counts from the first point, which is epoch 0, the
-    untrained network at zero seconds. The hyper-parameters are written into the run's own file, which gives one row
-    per run in the HPARAMS tab (``add_hparams`` would add a second, time-stamped run).
+    A point's wall time is the run's start plus its training seconds. So TensorBoard's RELATIVE axis leaves out
+    evaluation, checkpoints and the pause before a resume. It counts from the first point: epoch 0, the untrained
+    network, at zero seconds. The hyper-parameters are in the same file, which gives one row per run in the HPARAMS tab
+    (``add_hparams`` would add a second, time-stamped run).
 
     Args:
         directory: Directory of the event file, made if missing.
         started_unix_s: Start of the run's first attempt, seconds since 1970.
         hyper_parameters: What :func:`hyper_parameters` returned for the run's configuration.
-        existing: Records of the epochs that are already done.
+        existing: Records of the complete epochs.
 
     Raises:
         OSError: If the file cannot be written; it names the file.
@@ -80,7 +80,7 @@ class TensorBoardLog:
         hyper_parameters: Mapping[str, Value],
         existing: list[EpochRecord],
     ) -> None:
-        # Imported here because it takes seconds, which collecting and plotting need not pay.
+        # Imported here because it takes seconds, and collecting and plotting do not need it.
         from tensorboard.compat.proto.event_pb2 import Event
 
         self._started_unix_s = started_unix_s
@@ -104,7 +104,7 @@ class TensorBoardLog:
         self._file.close()
 
     def _event(self, record: EpochRecord) -> "Event":
-        """Return all scalars of one epoch, as one event: it is read as a whole or, if a crash has torn it, not."""
+        """Return all scalars of one epoch as one event; a reader takes it as a whole, or skips it if it is torn."""
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
@@ -119,16 +119,16 @@ class TensorBoardLog:
 
 
 class StepLog:
-    """The losses of single mini-batches, in an event file for every attempt at the run.
+    """The losses of single mini-batches, in one event file per attempt.
 
-    It continues those before: they have all steps up to the checkpoint that a run goes on from, as they are written
-    before it. A loss is that before the step with which it is shown, counted from 1.
+    A file continues the files before it: these have all steps up to the checkpoint that the run resumes from, because
+    losses are written before a checkpoint. The loss at step n, counted from 1, is the one before that step is taken.
 
     Args:
         directory: Directory of the run.
         started_unix_s: Start of the run's first attempt, seconds since 1970.
-        step: Steps that stand; what was written of later ones is void.
-        train_time_s: Seconds of training up to there.
+        step: Completed steps; points of later steps in earlier files are dropped.
+        train_time_s: Seconds of training so far.
 
     Raises:
         OSError: If the file cannot be written, or its directory is a link; it names the file or the link.
@@ -143,10 +143,10 @@ class StepLog:
     def log(self, losses: Sequence[tuple[int, float]], step: int, train_time_s: float) -> None:
         """Add losses and write them out.
 
-        Between two calls each step counts as long as every other: on a GPU nobody knows when one ended.
+        The time between two calls is divided evenly among its steps, as a GPU does not report when each one ended.
 
         Args:
-            losses: Numbers of steps, and losses in nats.
+            losses: Pairs of a step's number and its loss in nats.
             step: Steps taken so far.
             train_time_s: Seconds of training so far.
 

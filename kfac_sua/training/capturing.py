@@ -1,4 +1,4 @@
-"""Which runs capture their plain steps as CUDA graphs, and why others do not."""
+"""Which runs capture their plain steps as CUDA graphs, and why other runs do not."""
 
 import functools
 from collections.abc import Callable
@@ -11,17 +11,17 @@ from kfac_sua.training.state import Training
 from kfac_sua.training.step import take_step, take_step_if_finite
 
 DEVICES = ("cuda",)
-"""Types of devices on which steps are captured."""
+"""Device types on which steps are captured."""
 
 
 def build_step(training: Training) -> Callable[[], None]:
-    """Return what takes one step of a run: by a replay, if its plain steps are to be captured and can be.
+    """Return the function that takes one step of a run; it replays plain steps if ``capture`` asks for it and it can.
 
     Args:
-        training: The state that it changes in place.
+        training: The state that the function changes in place.
 
     Raises:
-        ConfigError: If ``capture=true`` and they cannot be.
+        ConfigError: If ``capture=true`` and plain steps cannot be captured.
     """
     config, process_group = training.config, training.process_group
     policy = take_step_if_finite if config.non_finite is NonFinite.skip else take_step
@@ -39,16 +39,16 @@ def build_step(training: Training) -> Callable[[], None]:
 
 
 def why_no_graphs(device: torch.device) -> str:
-    """Return why nothing is captured on a device, in a clause; empty if it is."""
+    """Return a clause that says why nothing is captured on a device; empty if steps can be captured there."""
     return "" if device.type in DEVICES else f"device={device.type} has no CUDA graphs"
 
 
 def why_eager(config: Config, preconditioner: KroneckerPreconditioner | None, num_processes: int = 1) -> str:
-    """Return why no step of a configuration can be captured, on any device, in a clause; empty if plain ones can be.
+    """Return a clause that says why no step can be captured, on any device; empty if plain steps can be.
 
     Args:
         config: The configuration.
-        preconditioner: What it comes to.
+        preconditioner: The preconditioner of this configuration; ``None`` for the baseline.
         num_processes: How many processes share a mini-batch.
     """
     if config.non_finite is NonFinite.skip:
@@ -69,10 +69,10 @@ def outer_phase(training: Training) -> str:
 
 
 def check_captured(training: Training) -> None:
-    """Raise if ``capture=true`` and the steps have turned out not to be capturable.
+    """Raise if ``capture=true`` and the attempt to capture a step has failed.
 
     Raises:
-        RuntimeError: With the reason, which ``capture=auto`` puts into a warning.
+        RuntimeError: With the reason; ``capture=auto`` warns of it instead.
     """
     step = training.take_step
     if training.config.capture is True and isinstance(step, CapturedStep) and step.why_eager:

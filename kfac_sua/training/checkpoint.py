@@ -1,7 +1,7 @@
-"""The state between two mini-batches, from which the same command goes on as if it had never stopped.
+"""Checkpoints: the state between two mini-batches, from which the same command resumes bit for bit.
 
-A file is eight bytes that name the format, the SHA-256 of what follows, and what ``torch.save`` writes: tensors,
-numbers and strings in nested dicts. A new one is proven readable before it takes the place of the last, which stays
+A file consists of eight bytes that name the format, the SHA-256 of what follows, and the output of ``torch.save``:
+tensors, numbers and strings in nested dicts. A new file is read back before it replaces the last one, which is kept
 beside it.
 """
 
@@ -22,7 +22,7 @@ from kfac_sua.runs.atomic import written_beside
 MAGIC = b"KFACSUA2"
 FORMAT_VERSION = 2
 LATER_FIELDS = ("diagnostics", "best")
-"""What checkpoints of before these were kept lack."""
+"""Fields that older checkpoints lack."""
 
 _DIGEST_SIZE = hashlib.sha256().digest_size
 
@@ -43,15 +43,15 @@ class Checkpoint:
         epoch: Completed epochs.
         batch: Mini-batches of the epoch after these that have been taken.
         step: Completed optimisation steps.
-        skipped_steps: Mini-batches that took no step, as something in them was not finite.
+        skipped_steps: Mini-batches whose step was skipped, because their loss or gradient was not finite.
         model: ``state_dict`` of the network.
         optimizer: ``state_dict`` of the optimizer.
         preconditioner: ``state_dict`` of the preconditioner; None for the baseline.
         sums: Losses and errors of the ``batch`` mini-batches: ``ErrorCounter.state_dict``.
-        diagnostics: Norms at some of these: ``Diagnostics.state_dict``; None in files of before these were measured.
+        diagnostics: Norms at some of these mini-batches: ``Diagnostics.state_dict``; None in older files.
         times: Seconds per phase so far.
         best: The weights with the lowest validation error so far: ``epoch``, ``val_error`` and ``model``; None before
-            the first epoch's end, and in files of before they were kept.
+            the end of the first epoch, and in older files.
     """
 
     fingerprint: str
@@ -77,10 +77,10 @@ def previous_path(path: Path) -> Path:
 
 
 def adopt_old_name(path: Path) -> None:
-    """Give files of before their present name: they were called ``.pt``, which promises what ``torch.load`` reads.
+    """Rename checkpoints of older versions, which ended in ``.pt`` although ``torch.load`` cannot read them.
 
     Args:
-        path: Where a checkpoint lies today.
+        path: The checkpoint's present path.
     """
     for today in (previous_path(path), path):
         before = today.with_suffix(".pt")
@@ -89,24 +89,24 @@ def adopt_old_name(path: Path) -> None:
 
 
 def present_name(path: Path) -> Path:
-    """Return where a checkpoint lies that may have the name of before, and is not this process's to rename.
+    """Return the path of a checkpoint of another run, which may still have its old name and must not be renamed.
 
     Args:
-        path: Where it lies today.
+        path: The checkpoint's present path.
     """
     before = path.with_suffix(".pt")
     return before if before.exists() and not path.exists() else path
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint so that a crash at any moment leaves a complete one: this, or the one before.
+    """Write a checkpoint so that a crash at any moment leaves a complete one, new or previous.
 
     Args:
         path: The file, whose directory exists.
         checkpoint: What to write.
 
     Raises:
-        CheckpointError: If what is on disk is not what was written.
+        CheckpointError: If the file does not read back as it was written.
         OSError: If it cannot be written; the last checkpoint is then untouched.
     """
     values = {field.name: getattr(checkpoint, field.name) for field in dataclasses.fields(checkpoint)}
@@ -133,28 +133,28 @@ def load_checkpoint(
     check: Callable[[Checkpoint], None] | None = None,
     is_own: bool = True,
 ) -> Checkpoint | None:
-    """Read the last sound checkpoint of this very run.
+    """Read the last valid checkpoint of a run.
 
     Args:
-        path: The file; the one before it is taken if this one is missing or cannot be used, with a line on stderr.
+        path: The file. If it is missing or not valid, the previous checkpoint is read, with a line on stderr.
         fingerprint: Digest of the configuration that asks for it.
         seed: Seed of the run that asks for it.
         device: Where its tensors go.
-        data_digest: Digest of the images and labels at hand; None does not compare.
-        check: Raises ``ValueError`` for what the run cannot have come to; None takes all that has the right types.
-        is_own: Whether the run is this process's to go on with, so that a damaged file may be put aside.
+        data_digest: Digest of the present images and labels; None skips the comparison.
+        check: Raises ``ValueError`` for a state that the run cannot have reached; None only checks types.
+        is_own: Whether this process resumes the run, and may move a damaged file aside.
 
     Returns:
         The state, or None if there is no checkpoint.
 
     Raises:
-        CheckpointError: If there are files but none is a sound checkpoint of this run.
+        CheckpointError: If there are files, but none is a valid checkpoint of this run.
     """
     first_error = None
     for candidate in (path, previous_path(path)):
         if not candidate.exists():
             continue
-        if not candidate.is_file():  # what is to be replaced later must be a file
+        if not candidate.is_file():  # the next checkpoint could not replace it
             raise CheckpointError(f"{candidate} is not a file; {_CURE}.")
         try:
             checkpoint = _read(candidate, device)
@@ -165,7 +165,7 @@ def load_checkpoint(
             first_error = first_error or error
             continue
         if candidate != path:
-            if is_own and path.exists():  # or the next checkpoint would put it in the place of the sound one
+            if is_own and path.exists():  # or the next save would overwrite the valid one with it
                 path.replace(path.with_name(f"{path.stem}.damaged{path.suffix}"))
             reason = first_error or f"{path} is missing."
             print(f"{reason} Going on from {candidate.name}.", file=sys.stderr, flush=True)
@@ -176,13 +176,13 @@ def load_checkpoint(
 
 
 def _read(path: Path, device: torch.device) -> Checkpoint:
-    """Return the content of one file, whoever's it is."""
+    """Return the content of one file, of whatever run."""
     try:
         # weights_only: a checkpoint from elsewhere must not run code.
         values = torch.load(io.BytesIO(_payload(path)), map_location=device, weights_only=True)
     except (CheckpointError, OSError, MemoryError, torch.OutOfMemoryError):
-        raise  # the last three say nothing against the file
-    except Exception as error:  # whatever bytes that match their digest may still make torch.load raise
+        raise  # the last two do not mean that the file is damaged
+    except Exception as error:  # torch.load may raise anything, even if the bytes match their digest
         raise CheckpointError(f"{path} is not a checkpoint ({type(error).__name__}); {_CURE}.") from error
     names = {field.name for field in dataclasses.fields(Checkpoint)}
     version = values.pop("format_version", None) if isinstance(values, dict) else None
@@ -204,7 +204,7 @@ def _check_types(checkpoint: Checkpoint, path: Path) -> None:
 
 
 def _payload(path: Path) -> bytes:
-    """Return what follows the digest, if it matches."""
+    """Return the bytes after the digest, if they match it."""
     content = path.read_bytes()
     digest, payload = content[len(MAGIC) :][:_DIGEST_SIZE], content[len(MAGIC) + _DIGEST_SIZE :]
     if not content.startswith(MAGIC) or hashlib.sha256(payload).digest() != digest:

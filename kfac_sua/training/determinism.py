@@ -13,15 +13,15 @@ from kfac_sua.config import ConfigError
 
 CUBLAS_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 CUBLAS_VALUES = (":4096:8", ":16:8")
-"""Workspaces with which NVIDIA promises the same bits every time; cuBLAS reads the variable at its first use."""
+"""The values with which NVIDIA guarantees deterministic results; cuBLAS reads the variable at its first use."""
 
 
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and PyTorch on all devices, once per run and before the model is made.
 
-    Only the initialisation of the model draws from these: the order of the images and their augmentation come from
-    generators of their own (``data.batches.epoch_generator``), sampled labels from the preconditioner's, so that a
-    resumed run needs no saved random state.
+    Only the initialisation of the model draws from these. The order of the images and their augmentation come from
+    generators of their own (``data.batches.epoch_generator``), and sampled labels from the preconditioner's generator.
+    So a resumed run needs no saved random state.
 
     Args:
         seed: Seed of the run, from 0 to 2³² - 1.
@@ -33,14 +33,14 @@ def seed_everything(seed: int) -> None:
 
 @contextlib.contextmanager
 def determinism(is_asked_for: bool, device: torch.device) -> Iterator[None]:
-    """Let PyTorch choose deterministic kernels inside, and raise where an operation has none.
+    """Make PyTorch use deterministic kernels inside, and raise for an operation that has none.
 
     Args:
-        is_asked_for: If not, nothing is changed.
+        is_asked_for: ``deterministic`` of the configuration; if false, nothing is changed.
         device: Where to compute.
 
     Raises:
-        ConfigError: If this process has used the GPU before without what cuBLAS needs.
+        ConfigError: If this process has already used the GPU without the variable that cuBLAS needs.
     """
     if not is_asked_for:
         yield
@@ -55,7 +55,7 @@ def determinism(is_asked_for: bool, device: torch.device) -> Iterator[None]:
     )
     try:
         torch.use_deterministic_algorithms(True)
-        # It would fill every new tensor with NaN, at the price of a kernel each; no result here depends on that.
+        # Otherwise PyTorch fills every new tensor with NaN, which costs a kernel each; no result here reads it.
         settings.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         yield
     finally:
@@ -75,7 +75,7 @@ def _prepare_cublas() -> None:
 
 
 def _has_used_cuda() -> bool:
-    """Whether there ever was a tensor on a GPU: before that, nothing can have used cuBLAS."""
+    """Whether there has been a tensor on a GPU, without which nothing can have used cuBLAS."""
     if not torch.cuda.is_initialized():
         return False
     devices = range(torch.cuda.device_count())

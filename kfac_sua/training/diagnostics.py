@@ -1,13 +1,13 @@
-"""What a row says beside losses and seconds: how long gradient and update are, how far apart, and what went wrong.
+"""The columns of a row beside losses and seconds: norms of gradient and update, their cosine, and counts of events.
 
-Norms, cosine and scale are measured at some steps of an epoch, on the device, and read at its end:
+Norms, cosine and scale are measured at some steps of an epoch, on the device, and read at the end of the epoch:
 
-- With a preconditioner, at the steps that refresh the inverses: these are eager even where plain steps are captured,
-  and the gradient is plain in ``.grad`` before ``preconditioner.step()`` there. An epoch without a refresh has none.
-- Without one update and gradient are the same, and no optimizer writes into ``.grad``: it is looked at after the first
-  step of an epoch and then after every ``BASELINE_PERIOD``-th, captured or not.
+- With a preconditioner, at the steps that refresh the inverses. These are eager even if plain steps are captured, and
+  ``.grad`` holds the plain gradient before ``preconditioner.step()``. An epoch without a refresh has no values.
+- Without a preconditioner, after the first step of an epoch and then after every ``BASELINE_PERIOD``-th step, captured
+  or not. Update and gradient are the same there, and no optimizer writes into ``.grad``.
 
-Both are those of all parameters together. They are averages over processes already, so that all processes measure the
+Norms are over all parameters together. Gradients are already averages over processes, so all processes measure the
 same. Nothing here changes a gradient.
 """
 
@@ -23,13 +23,13 @@ from kfac_sua.preconditioner import KroneckerPreconditioner
 from kfac_sua.preconditioner.checkpoint.checks import is_count, outlined
 
 BASELINE_PERIOD = 50
-"""Steps between two looks at the baseline's gradient: as many as between two refreshes in the paper."""
+"""Steps between two measurements of the baseline: as many as between two refreshes in the paper."""
 
 MEANS = ("gradient_norm", "update_norm", "update_cosine", "kl_scale")
-"""Columns that are means over the steps that were looked at."""
+"""Columns that are means over the measured steps."""
 
 NUMERICAL_FAULTS = {"failed_inverse", "raised_damping", "non_finite_statistics"}
-"""Events after which a layer goes on with another inverse than was asked for."""
+"""Events after which a layer uses another inverse than was asked for."""
 
 
 class Diagnostics:
@@ -45,12 +45,12 @@ class Diagnostics:
         self._parameters = list(model.parameters())
         self._preconditioner = preconditioner
         self._num_looks = 0
-        # In place, in one piece: an eager step must leave nothing of its own in the memory of a captured one.
+        # One tensor, changed in place: an eager step must not keep tensors in the memory pool of a captured step.
         self._sums = torch.zeros(len(MEANS), dtype=torch.float64, device=device)
 
     @contextlib.contextmanager
     def around_preconditioning(self) -> Iterator[None]:
-        """Compare the gradients as they are now with what becomes of them inside, if the inverses are refreshed."""
+        """Measure the gradients before and after the preconditioner's step inside, if it refreshes the inverses."""
         preconditioner = self._preconditioner
         if preconditioner is None or not preconditioner.inverses_due:
             yield
@@ -61,16 +61,16 @@ class Diagnostics:
             update = self._gradients()
             norm, update_norm = _norm(plain), _norm(update)
             product = torch.stack([g.mul_(u).sum() for g, u in zip(plain, update, strict=True)]).double().sum()
-            cosine = (product / (norm * update_norm)).clamp(-1, 1)  # rounding may lead beyond
+            cosine = (product / (norm * update_norm)).clamp(-1, 1)  # rounding may exceed the range
             scale = preconditioner.kl_scale
             self._add(norm, update_norm, cosine, torch.ones_like(norm) if scale is None else scale.double())
 
     @torch.no_grad()
     def after_step(self, batch: int) -> None:
-        """Look at the baseline's gradient, if it is time to.
+        """Measure the baseline's gradient, if a measurement is due.
 
         Args:
-            batch: Mini-batches of the epoch before the one whose step has been taken.
+            batch: Index in the epoch of the mini-batch whose step has been taken.
         """
         if self._preconditioner is None and batch % BASELINE_PERIOD == 0 and (gradients := self._gradients()):
             norm = _norm(gradients)
@@ -79,7 +79,7 @@ class Diagnostics:
     def means(self) -> dict[str, float]:
         """Return the columns of ``MEANS`` for the epoch so far; waits for the device.
 
-        Norms are those of the gradients of a mean loss. NaN stands for what was not measured, and a cosine with zero.
+        Norms are of gradients of a mean loss. A value is NaN if it was not measured; so is a cosine with a zero vector.
         """
         values = (self._sums / self._num_looks).tolist() if self._num_looks else [math.nan] * len(MEANS)
         means = dict(zip(MEANS, values, strict=True))
@@ -87,7 +87,7 @@ class Diagnostics:
         return means if is_clipped else means | {"kl_scale": math.nan}
 
     def counts(self) -> dict[str, int]:
-        """Return how many events the preconditioner has counted since the run's start, faults of numbers apart."""
+        """Return how many events the preconditioner has counted since the run's start: numerical faults, and others."""
         events = {} if self._preconditioner is None else self._preconditioner.events
         faults = sum(count for name, count in events.items() if name.partition(":")[0] in NUMERICAL_FAULTS)
         return {"numerical_faults": faults, "other_events": sum(events.values()) - faults}
@@ -103,11 +103,11 @@ class Diagnostics:
         self._sums.zero_()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps of an epoch in progress."""
+        """Return the state of an epoch in progress, for a checkpoint."""
         return {"num_looks": self._num_looks, "sums": self._sums}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` returned and :func:`check_looks` has let pass."""
+        """Restore what :meth:`state_dict` returned, after :func:`check_diagnostics` has accepted it."""
         self._num_looks = state["num_looks"]
         self._sums.copy_(state["sums"])
 
@@ -119,8 +119,8 @@ class Diagnostics:
         self._num_looks += 1
 
 
-def check_looks(state: Any, num_batches: int) -> None:
-    """Refuse what no :meth:`Diagnostics.state_dict` is after so many mini-batches of an epoch.
+def check_diagnostics(state: Any, num_batches: int) -> None:
+    """Refuse a state that :meth:`Diagnostics.state_dict` cannot return after so many mini-batches of an epoch.
 
     Raises:
         ValueError: Naming the entry, and what was expected.
@@ -139,5 +139,5 @@ def check_looks(state: Any, num_batches: int) -> None:
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:
-    """Return the Euclidean norm of all together, ``[]`` in float64."""
+    """Return the Euclidean norm of all tensors together, ``[]`` in float64."""
     return nn.utils.get_total_norm(tensors).double()

@@ -24,10 +24,10 @@ class Evaluation:
 
 
 class ErrorCounter:
-    """Sums losses and errors over mini-batches on the device, so that nothing waits for it until the end.
+    """Sums losses and errors over mini-batches on the device, so that the host waits only for the result.
 
-    Of several processes each adds its own part; whatever is asked for is over all of them, and all have to ask. The
-    sums stay where they are, for captured steps that add to them.
+    Each of several processes adds its own part. Results are over all processes, and all have to ask for them. The sums
+    are changed in place, as captured steps add to them.
 
     Args:
         device: Device of the logits that will come.
@@ -60,7 +60,7 @@ class ErrorCounter:
 
     @property
     def own_loss_sum(self) -> Tensor:
-        """The sum of this process's losses so far, on the device, ``[]`` in float64; later mini-batches add to it."""
+        """The sum of this process's losses on the device, ``[]`` in float64; later mini-batches change it in place."""
         return self._loss_sum
 
     def loss_sum(self) -> Tensor:
@@ -68,22 +68,22 @@ class ErrorCounter:
         return self._process_group.all_reduce_sum(self._loss_sum)
 
     def result(self) -> Evaluation:
-        """Return the means over all images, NaN if there were none; waits for the device."""
+        """Return the means over all images, NaN without images; waits for the device."""
         loss_sum, num_errors, num_images = self._totals()
         if num_images == 0:
             return Evaluation(math.nan, math.nan)
         return Evaluation(loss_sum.item() / num_images, num_errors.item() / num_images)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the sums, as a checkpoint keeps them."""
+        """Return the sums, for a checkpoint."""
         loss_sum, num_errors, num_images = self._totals()
         return {"loss_sum": loss_sum, "num_errors": num_errors, "num_images": num_images}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from the sums of an earlier run, of which each process takes a share.
+        """Restore the sums of an earlier attempt; each process takes a share.
 
         Raises:
-            ValueError: If they are no such sums; nothing is changed then.
+            ValueError: If the state is not valid; nothing is changed then.
         """
         sums = checked_sums(state)
         for own, total in zip((self._loss_sum, self._num_errors, self._num_images), sums, strict=True):
@@ -100,13 +100,13 @@ class ErrorCounter:
 def checked_sums(state: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """Return the sum of losses, the number of errors and the number of images of a counter's state.
 
-    The loss may have become infinite or NaN: training may be on the way to being stopped for it.
+    The loss may be infinite or NaN: divergence is noticed a few steps late.
 
     Args:
-        state: What :meth:`ErrorCounter.state_dict` is to have returned.
+        state: What :meth:`ErrorCounter.state_dict` returned.
 
     Raises:
-        ValueError: If one lacks, is no number of its kind, or is negative.
+        ValueError: If an entry is missing, is not a number of its type, or is negative.
     """
     names = ("loss_sum", "num_errors", "num_images")
     if not isinstance(state, Mapping) or set(state) != set(names):
@@ -131,15 +131,15 @@ def evaluate(
     process_group: ProcessGroup | None = None,
     precision: Precision = Precision.float32,
 ) -> Evaluation:
-    """Return loss and error of a model in evaluation mode, which is left in the mode it came in.
+    """Return loss and error of a model in evaluation mode; its mode is restored at the end.
 
     Args:
         model: The network.
-        batches: Inputs and labels; mini-batches may differ in size, every image counts the same.
+        batches: Inputs and labels. Mini-batches may differ in size; every image has the same weight.
         device: Device of model and batches.
         after_batch: Called after each mini-batch; it may raise.
         process_group: The processes, each with its part of every mini-batch, which may be empty.
-        precision: In what the network computes.
+        precision: Precision of convolutions and matrix products.
 
     Returns:
         Means over all images.

@@ -1,8 +1,8 @@
-"""Whether a checkpoint is one that this very run can have written: all of it is looked at before any of it is used.
+"""Whether a checkpoint can have been written by this run; all of it is checked before any of it is used.
 
-Its digest says that it is as it was written, and its fingerprint for which configuration, but not by whom. What a run
-cannot come to (more steps than it has, negative seconds, another weight decay, tensors of other shapes) is refused, so
-that the checkpoint before stands in.
+The digest shows that a file is intact, and the fingerprint to which configuration it belongs, but neither shows who
+wrote it. A state that the run cannot reach (too many steps, negative seconds, another weight decay, tensors of other
+shapes) is refused; then the previous checkpoint is used.
 """
 
 import math
@@ -16,25 +16,25 @@ from kfac_sua.config import KroneckerConfig, NonFinite
 from kfac_sua.optimizers import MuonWithAdamW
 from kfac_sua.preconditioner.checkpoint.checks import outlined
 from kfac_sua.training.checkpoint import Checkpoint
-from kfac_sua.training.diagnostics import check_looks
+from kfac_sua.training.diagnostics import check_diagnostics
 from kfac_sua.training.evaluate import checked_sums
 from kfac_sua.training.state import IMPLEMENTATION_KEYS, Training
 from kfac_sua.training.timing import PHASES
 
 LATER_PHASES = {"data", "other", "evaluation", "writing", "captured"}
-"""Phases that checkpoints of before they were measured lack."""
+"""Phases that older checkpoints lack."""
 
-# Settings of groups that not every release of PyTorch saves; loading a state puts the defaults there.
+# Settings of parameter groups that not every release of PyTorch saves; loading a state sets them to their defaults.
 _LATER_KEYS = {"nesterov", "maximize", "differentiable", "capturable", "amsgrad", "decoupled_weight_decay"}
-_ROUNDING = 1e-6  # of a learning rate that a fused optimizer has in float32
+_ROUNDING = 1e-6  # relative error of a learning rate, which fused optimizers keep in float32
 
 
 def check_fits(training: Training, checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint that the run cannot have come to.
+    """Refuse a checkpoint that the run cannot have written.
 
     Args:
-        training: The state before the first step; it is left alone.
-        checkpoint: Of the same configuration and seed.
+        training: The state before the first step; it is not changed.
+        checkpoint: A checkpoint with the fingerprint and seed of the run.
 
     Raises:
         ValueError: Naming the first entry that is out of range, and what was expected.
@@ -43,8 +43,8 @@ def check_fits(training: Training, checkpoint: Checkpoint) -> None:
     _check_times(checkpoint.times)
     _check_sums(training, checkpoint)
     if checkpoint.diagnostics is not None:
-        check_looks(checkpoint.diagnostics, checkpoint.batch)
-    is_between_epochs = checkpoint.batch == 0  # where an evaluation with a finite loss has just been made
+        check_diagnostics(checkpoint.diagnostics, checkpoint.batch)
+    is_between_epochs = checkpoint.batch == 0  # then an evaluation has just given a finite loss
     _check_model(training.model.state_dict(), checkpoint.model, is_finite=is_between_epochs)
     for name, optimizer, state in _optimizers(training.optimizer, checkpoint.optimizer):
         _check_groups(name, optimizer, state, _rates(training, checkpoint))
@@ -142,7 +142,7 @@ def _check_preconditioner(training: Training, checkpoint: Checkpoint) -> None:
 
 
 def _optimizers(optimizer: torch.optim.Optimizer, state: Any) -> list[tuple[str, torch.optim.Optimizer, Any]]:
-    """Return the optimizers of PyTorch's that there are, each with its name and its state."""
+    """Return PyTorch's optimizers inside the optimizer, each with its name and its state."""
     if isinstance(optimizer, MuonWithAdamW):
         found = [(f"optimizer.{name}", part, state.get(name)) for name, part in optimizer.parts.items()]
     else:
@@ -157,7 +157,7 @@ def _optimizers(optimizer: torch.optim.Optimizer, state: Any) -> list[tuple[str,
 
 
 def _rates(training: Training, checkpoint: Checkpoint) -> list[float]:
-    """Return the learning rates that can be in force: of the epoch that goes on or begins, or of the one that ended."""
+    """Return the learning rates that the optimizer may have: that of the present epoch or that of the one before."""
     last = training.config.epochs - 1
     return [training.lr(min(max(epoch, 0), last)) for epoch in (checkpoint.epoch, checkpoint.epoch - 1)]
 
@@ -181,7 +181,7 @@ def _check_groups(name: str, optimizer: torch.optim.Optimizer, state: Mapping[st
 def _check_moments(
     name: str, optimizer: torch.optim.Optimizer, state: Mapping[str, Any], num_steps: int, *, is_finite: bool
 ) -> None:
-    """Look at what an optimizer keeps of each parameter: all of it once a step has been taken."""
+    """Check what an optimizer keeps per parameter; after the first step nothing may be missing."""
     parameters = [(one, _kept_names(optimizer, group)) for group in optimizer.param_groups for one in group["params"]]
     kept = state["state"]
     if not set(kept) <= set(range(len(parameters))):
@@ -197,7 +197,7 @@ def _check_moments(
             if key == "step":
                 _check_step(f"{where}.step", values[key], num_steps)
                 continue
-            # A square may overflow without consequence for the parameter.
+            # A square may overflow without harm to the parameter.
             is_square = key == "exp_avg_sq"
             _check_tensor(f"{where}.{key}", values[key], parameter, is_finite=is_finite and not is_square)
             if is_square and not bool((values[key] >= 0).all()) and is_finite:
@@ -216,7 +216,7 @@ def _check_step(where: str, value: Any, num_steps: int) -> None:
         _refuse(where, float(value) if is_number else outlined(value), f"a whole number in [1, {num_steps}]")
 
 
-# --- of anything ------------------------------------------------------------------------------------------------------
+# --- values -----------------------------------------------------------------------------------------------------------
 
 
 def _check_tensor(where: str, value: Any, like: Tensor, *, is_finite: bool) -> None:

@@ -1,4 +1,4 @@
-"""One run from start to end: train, evaluate, record, checkpoint; or go on where the same command stopped."""
+"""One run from start to end: train, evaluate, record, save; or resume where the same command stopped."""
 
 import contextlib
 import dataclasses
@@ -30,9 +30,9 @@ from kfac_sua.training.writer import RunWriter
 
 
 def run(config: Config, launch: Launch | None = None, invocation: Invocation | None = None) -> RunInfo:
-    """Carry out the run that a configuration defines, or what is left of it.
+    """Carry out the run that a configuration defines, or the rest of it.
 
-    A run that has finished or diverged is not repeated: its directory says so, and so does this function.
+    A run that has finished or diverged is not repeated: its run.json is returned.
 
     Args:
         config: The checked configuration.
@@ -43,14 +43,14 @@ def run(config: Config, launch: Launch | None = None, invocation: Invocation | N
         What run.json holds at the end.
 
     Raises:
-        ConfigError: If there is no such device or precision, settings do not fit the network or each other, or several
-            processes are not there for one run.
+        ConfigError: If there is no such device or precision, if settings do not fit the network or each other, or if
+            several processes do not carry out the same run.
         DataError: If the data set cannot be had, is damaged or too small.
         CheckpointError: If the run's checkpoint is damaged or belongs to another run.
         RecordError: If the run's records are damaged.
         RunBusyError: If another process is carrying the run out.
-        ConnectionLostError: If one of several processes has gone.
-        OtherProcessError: If another of several processes fails; that one says why.
+        ConnectionLostError: If one of several processes has ended.
+        OtherProcessError: If another of several processes fails; that one reports the reason.
         Interrupted: On SIGINT and SIGTERM, after which the same command resumes.
     """
     with _environment(config, launch or Launch()) as (config, device, process_group):
@@ -109,16 +109,16 @@ def _environment(config: Config, launch: Launch) -> Iterator[tuple[Config, torch
 
 
 def train_epoch(training: Training, progress: Progress, after_batch: Callable[[], None] = lambda: None) -> Evaluation:
-    """Take the mini-batches that are left of one epoch, one step each.
+    """Take one step for each mini-batch that is left of the epoch.
 
     Args:
         training: The state, changed in place but for its count of epochs.
-        progress: Told of every mini-batch.
+        progress: Counts the mini-batches.
         after_batch: Called after each mini-batch; it may raise.
 
     Returns:
-        Mean loss and error over all mini-batches of the epoch, each before its own step; the loss is not finite if
-        training diverged, after which the epoch is cut short.
+        Mean loss and error over all mini-batches of the epoch, each before its own step. If training diverges, the loss
+        is not finite and the epoch is cut short.
     """
     losses = DelayedCheck(training.sums)
     with training.watch.phase(outer_phase(training)):

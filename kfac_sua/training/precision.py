@@ -1,4 +1,4 @@
-"""In what convolutions and matrix products compute, of the network and of the preconditioner; all else is float32."""
+"""The precision of convolutions and matrix products, in network and preconditioner; everything else is float32."""
 
 import contextlib
 import warnings
@@ -13,12 +13,12 @@ from kfac_sua.config import Precision
 
 @contextlib.contextmanager
 def computing_in(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Let float32 convolutions and matrix products on a CUDA device compute in a precision inside.
+    """Set the precision of float32 convolutions and matrix products on a CUDA device inside.
 
-    PyTorch's default is TF32 in convolutions and IEEE float32 in products. Here both are the same, so that plain SGD,
-    which is convolutions, and a preconditioner, which is products, are given the same arithmetic. Under ``bfloat16``,
-    what autocast leaves in float32 computes in TF32. A CPU is left as it is. The process-wide switches come back as
-    they were.
+    PyTorch's default is TF32 in convolutions and IEEE float32 in products. Here both have the same precision, so that
+    plain SGD, mostly convolutions, and a preconditioner, mostly products, are compared in the same arithmetic. With
+    ``bfloat16``, operations that autocast leaves in float32 compute in TF32. Nothing changes on a CPU. The process-wide
+    switches are restored at the end.
 
     Args:
         precision: Any but ``auto``.
@@ -35,7 +35,7 @@ def computing_in(precision: Precision, device: torch.device) -> Iterator[None]:
     finally:
         if older is not None:
             _allow_tf32(*older[:2])
-            if _older_switches() != older:  # set_float32_matmul_precision knows more than two values
+            if _older_switches() != older:  # set_float32_matmul_precision has more than two values
                 torch.set_float32_matmul_precision(older[2])
         for switch, value in zip(_newer_switches(), newer, strict=True):
             if switch.fp32_precision != value:
@@ -43,12 +43,12 @@ def computing_in(precision: Precision, device: torch.device) -> Iterator[None]:
 
 
 def _allow_tf32(in_products: bool, in_convolutions: bool) -> None:
-    """Set the switches through the older of PyTorch's two interfaces, which keeps both in agreement.
+    """Set the switches through the older of PyTorch's two interfaces, which also sets the newer one.
 
-    Where the newer one is used alone, whatever reads the older one raises, in torch.compile of some releases too.
+    If only the newer one is set, code that reads the older one raises; torch.compile of some releases does.
     """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Please use the new API settings")  # said by some releases
+        warnings.filterwarnings("ignore", "Please use the new API settings")  # some releases warn
         torch.backends.cuda.matmul.allow_tf32 = in_products
         torch.backends.cudnn.allow_tf32 = in_convolutions
 
@@ -57,7 +57,7 @@ def _older_switches() -> tuple[bool, bool, str] | None:
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     try:
         return matmul.allow_tf32, cudnn.allow_tf32, torch.get_float32_matmul_precision()
-    except RuntimeError:  # the newer interface has set something else since
+    except RuntimeError:  # the newer interface has been used alone
         return None
 
 
@@ -67,15 +67,15 @@ def _newer_switches() -> list[Any]:
 
 
 def compute_logits(network: nn.Module, inputs: Tensor, precision: Precision) -> Tensor:
-    """Return the logits of a mini-batch, for losses in the precision of the inputs.
+    """Return the logits of a mini-batch, ``[batch, classes]``, in the dtype of the inputs.
 
-    bfloat16 has the exponents of float32, so that no loss scale is needed. float16 would need one: see
-    ``examples/amp.py`` for a loop with a ``GradScaler``.
+    bfloat16 has the exponent range of float32, so it needs no loss scale. float16 would: ``examples/amp.py`` has a loop
+    with a ``GradScaler``.
 
     Args:
-        network: Network, perhaps wrapped.
+        network: The network, which may be wrapped.
         inputs: Images, ``[batch, channels, height, width]``.
-        precision: In what convolutions and matrix products compute.
+        precision: Precision of convolutions and matrix products.
     """
     if precision is not Precision.bfloat16:
         return network(inputs)

@@ -1,4 +1,4 @@
-"""What a run says while it trains: a bar in a terminal, one line per epoch elsewhere."""
+"""The progress of a run on the screen: a bar in a terminal, one line per epoch elsewhere."""
 
 import functools
 import sys
@@ -13,10 +13,10 @@ class Progress:
     """Shows steps and epochs.
 
     Args:
-        style: ``auto`` is a bar where stderr is a terminal, and lines otherwise.
+        style: ``auto`` is a bar if stderr is a terminal, and lines otherwise.
         label: Beginning of the bar.
         total_steps: Steps of the whole run.
-        done_steps: Steps done by an earlier process.
+        done_steps: Steps of earlier attempts.
         epochs: Epochs of the whole run.
     """
 
@@ -53,7 +53,7 @@ class Progress:
 
 @functools.cache
 def print_once(text: str) -> None:
-    """Print a text unless this process has printed it before: the runs of a sweep share most of what they say.
+    """Print a text unless this process has printed it before, as the runs of a sweep print mostly the same.
 
     Args:
         text: What to print.

@@ -1,4 +1,4 @@
-"""Learning rate and damping as pure functions of the epoch, so that a resumed run needs no scheduler state."""
+"""Learning rate and damping as pure functions of the epoch, so that checkpoints need no scheduler state."""
 
 import math
 from fractions import Fraction
@@ -48,7 +48,7 @@ def scheduled_damping(config: KroneckerConfig, epoch: int, epochs: int) -> float
 def milestone_epoch(fraction: float, epochs: int) -> int:
     """Return after how many epochs a fraction of the run has passed, ⌈fraction · epochs⌉.
 
-    The fraction counts as the decimal number that was written: 0.1 of 30 epochs is 3, where floating point gives
+    The fraction is taken as the decimal number that was written: 0.1 of 30 epochs is 3, where floating point gives
     3.0000000000000004.
 
     Args:

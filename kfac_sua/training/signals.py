@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and pre-emption as requests: the current step is finished and saved before the process ends."""
+"""SIGINT, SIGTERM and pre-emption as requests: the process finishes and saves the current step before it ends."""
 
 import contextlib
 import os
@@ -8,12 +8,12 @@ from types import FrameType, TracebackType
 from typing import Any
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# In which submitit finds the name of the signal that it sends, and has sent, before a job is taken off its machine.
+# Environment variable with the name of the signal that submitit has Slurm send before a job is pre-empted.
 _PREEMPTION_VARIABLE = "SUBMITIT_PREEMPT_SIGNAL"
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run stopped by a signal; the message says where the same command goes on.
+    """A signal has stopped a run; the message says where the same command resumes.
 
     Args:
         message: One sentence.
@@ -26,24 +26,24 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopRequest:
-    """While entered, remembers the first signal to stop; a SIGINT after it raises where it arrives.
+    """A context that remembers the first signal to stop; a later SIGINT raises KeyboardInterrupt at once.
 
-    A further SIGTERM is no impatient user: a scheduler may send one to the process and another to its group. A signal
-    that is ignored stays ignored: the workers of a campaign leave Ctrl-C to their parent. Outside the main thread,
-    which alone receives signals, entering does nothing.
+    A later SIGTERM does not raise: a scheduler may send one to the process and another to its group. A signal that is
+    ignored stays ignored: the workers of a campaign leave Ctrl-C to their parent. Outside the main thread, where Python
+    handles no signals, the context does nothing.
 
-    Where someone has installed a handler for pre-emption, as submitit does in its jobs, that signal stops the run too,
-    and is sent again once the run is saved and the old handler is back: it puts the job into the queue again. There
-    SIGTERM asks for a checkpoint alone: either the pre-emption comes next, or SIGKILL. And Ctrl-C raises nowhere: the
-    process that watches over a job repeats what its terminal has sent already.
+    In a job of submitit, which installs a handler for pre-emption, the signal of pre-emption stops the run too. It is
+    raised again after the run is saved and submitit's handler is back, which requeues the job. There SIGTERM only asks
+    for a checkpoint, as either the pre-emption or SIGKILL follows. A later SIGINT does not raise there: the job's
+    supervisor repeats the SIGINT that the terminal has already sent.
 
     Args:
-        is_main_process: Whether this process speaks for all that carry out the run.
-        is_single_process: Whether there is but one.
+        is_main_process: Whether this process prints for all that carry out the run.
+        is_single_process: Whether the run has one process.
 
     Attributes:
-        signal_number: The first signal that asks the run to stop.
-        is_to_save: Whether a checkpoint has been asked for; whoever writes it takes that back.
+        signal_number: The first signal that asks the run to stop; ``None`` so far.
+        is_to_save: Whether a checkpoint is requested; whoever writes it resets this.
     """
 
     def __init__(self, *, is_main_process: bool = True, is_single_process: bool = True) -> None:
@@ -71,26 +71,26 @@ class StopRequest:
             number, handler = self._replaced.popitem()
             signal.signal(number, handler)
         is_preempted = self._preemption is not None and self.signal_number == self._preemption
-        if is_preempted and isinstance(error, Interrupted):  # one that failed would fail again
-            print(error, flush=True)  # the handler leaves with an exception of its own
+        if is_preempted and isinstance(error, Interrupted):  # a failed run would fail again if requeued
+            print(error, flush=True)  # the handler raises another exception
             signal.raise_signal(error.signal_number)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         del frame
         if number == signal.SIGTERM and self._preemption is not None:
             self.is_to_save = True
-            _say(b"saving after this step.\n")
+            _write_line(b"saving after this step.\n")
         elif self.signal_number is None:
             self.signal_number = number
-            self._say_that_it_stops()
+            self._announce_stop()
         elif number == signal.SIGINT and self._preemption is None:
             raise KeyboardInterrupt
 
-    def _say_that_it_stops(self) -> None:
+    def _announce_stop(self) -> None:
         if self._is_single_process:
-            _say(b"stopping after this step; Ctrl-C stops at once.\n")
-        elif self._is_main_process:  # torchrun lets no second Ctrl-C through
-            _say(b"stopping after this step.\n")
+            _write_line(b"stopping after this step; Ctrl-C stops at once.\n")
+        elif self._is_main_process:  # torchrun does not forward a second Ctrl-C
+            _write_line(b"stopping after this step.\n")
 
 
 def _preemption_signal() -> int:
@@ -98,7 +98,7 @@ def _preemption_signal() -> int:
     return getattr(signal, f"SIG{name}", signal.SIGUSR2)
 
 
-def _say(line: bytes) -> None:
-    """Write a line to stderr from a handler, where ``print`` would be re-entrant; a terminal may be gone."""
+def _write_line(line: bytes) -> None:
+    """Write a line to stderr from a handler, where ``print`` is not re-entrant; the terminal may be gone."""
     with contextlib.suppress(OSError):
         os.write(2, line)

@@ -1,4 +1,4 @@
-"""Training a finished run on: a new run of more epochs that begins with the state in which another one ended."""
+"""``start_from``: a new run with more epochs that begins with the final state of a finished run."""
 
 import dataclasses
 import functools
@@ -19,11 +19,11 @@ from kfac_sua.training.state import Training
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What a run is trained on from.
+    """The finished run that a new run starts from.
 
     Attributes:
-        checkpoint: The state at its end.
-        records: Its rows, which the new run's begin with.
+        checkpoint: Its final state.
+        records: Its rows, which become the first rows of the new run.
         info: Its run.json.
     """
 
@@ -33,16 +33,16 @@ class Source:
 
 
 def read_source(training: Training) -> Source | None:
-    """Return what a run starts from, ``None`` if from the beginning.
+    """Return the run that a new run starts from; ``None`` without ``start_from``.
 
     Args:
-        training: The state before the first step; it is left alone.
+        training: The state before the first step; it is not changed.
 
     Raises:
-        ConfigError: If ``start_from`` is no finished run of the same settings but for its epochs, of which the new run
-            has more, or its schedules depend on how many there are.
-        CheckpointError: If its last state is damaged.
-        RecordError: If its records are.
+        ConfigError: If ``start_from`` is not a finished run with the same settings and fewer epochs, or if a schedule
+            depends on the number of epochs.
+        CheckpointError: If its last checkpoint is damaged.
+        RecordError: If its records are damaged.
     """
     config = training.config
     if config.start_from is None:

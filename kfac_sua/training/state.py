@@ -1,4 +1,4 @@
-"""Everything that changes while a run trains, and its way into a checkpoint and back."""
+"""The state of a run: everything that changes while it trains, to and from a checkpoint."""
 
 import dataclasses
 import functools
@@ -32,15 +32,16 @@ class Training:
         data_digest: Digest of all images and labels.
         epoch: Completed epochs.
         batch: Mini-batches of the epoch after these that have been taken.
-        skipped_steps: Mini-batches that took no step, as something in them was not finite.
+        skipped_steps: Mini-batches whose step was skipped, because their loss or gradient was not finite.
         sums: Losses and errors of the epoch's mini-batches.
-        diagnostics: Norms of gradients and updates at some of these.
-        step_losses: The losses of single mini-batches, if they are to be logged.
+        diagnostics: Norms of gradients and updates at some of these mini-batches.
+        step_losses: The losses of single mini-batches, for ``log_interval``.
         process_group: The processes that carry out the run.
-        forward: What mini-batches are sent through: the network, wrapped where gradients are averaged over processes.
-        adaptive_damping: Adapts the damping, if it is to be.
+        forward: The module that is called in training: the network, wrapped in ``DistributedDataParallel`` if there are
+            several processes.
+        adaptive_damping: Adapts the damping after steps; ``None`` without ``adaptive_damping``.
         take_step: Takes one step; ``build_training`` sets it, since a step acts on this state.
-        best: The weights with the lowest validation error so far, in memory of the CPU; see ``Checkpoint``.
+        best: The weights with the lowest validation error so far, on the CPU; see ``Checkpoint``.
     """
 
     config: Config
@@ -71,14 +72,14 @@ class Training:
 
     @property
     def statistics_due(self) -> bool:
-        """Whether the coming step measures statistics."""
+        """Whether the next step measures statistics."""
         return self.preconditioner is not None and self.preconditioner.statistics_due
 
     @property
     def loss_weight(self) -> float:
-        """What to multiply the mean loss of this process's part with, so that averages over processes are right.
+        """Factor on this process's mean loss with which the mean over processes is that of the whole mini-batch.
 
-        Parts of a mini-batch may differ by one example.
+        It differs from 1 because parts of a mini-batch may differ by one example.
         """
         num_processes = self.process_group.size
         return num_processes * self.loader.part_size / self.config.batch_size if num_processes > 1 else 1.0
@@ -114,10 +115,10 @@ class Training:
         return learning_rate(self.config.schedule, self.config.optimizer.lr, epoch, self.config.epochs)
 
     def begin_epoch(self) -> None:
-        """Prepare the epoch that begins, or goes on after a resume: rates, damping, and the order of the images."""
+        """Set learning rate, damping and the order of the images, for an epoch that begins or is resumed."""
         for group in self.optimizer.param_groups:
             lr = self.lr(self.epoch) * group.get("lr_ratio", 1.0)
-            # A captured step of a fused optimizer reads it from the device, in float32; an eager one must do the same.
+            # A captured step of a fused optimizer reads the rate in float32 on the device; an eager step must as well.
             group["lr"] = torch.tensor(lr, dtype=torch.float32).item() if group.get("fused") else lr
         if self.preconditioner is not None and isinstance(self.config.preconditioner, KroneckerConfig):
             damping = scheduled_damping(self.config.preconditioner, self.epoch, self.config.epochs)
@@ -128,7 +129,7 @@ class Training:
             self.loader.begin_epoch(self.config.seed, self.epoch, first=self.batch)
 
     def end_epoch(self) -> None:
-        """Count an epoch whose mini-batches have all been taken."""
+        """Count the epoch, of which all mini-batches have been taken, and reset its sums."""
         self.epoch, self.batch = self.epoch + 1, 0
         self.sums.reset()
         self.diagnostics.reset()
@@ -143,15 +144,15 @@ class Training:
             self.best = {"epoch": self.epoch, "val_error": val_error, "model": weights(self.model)}
 
     def close(self) -> None:
-        """Let go of what was captured: a graph that waits for the garbage collector might be freed in another capture.
+        """Release captured graphs and ``DistributedDataParallel``; no further step can be taken.
 
-        The same holds for what averages gradients, which must not outlive the group of processes. No further step can
-        be taken.
+        A graph must not wait for the garbage collector, which might free it during another capture, and
+        ``DistributedDataParallel`` must not outlive the process group.
         """
         del self.take_step, self.forward
 
     def checkpoint(self, fingerprint: str, records_digest: str) -> Checkpoint:
-        """Return the state as it is between two mini-batches; all processes have to ask, and get the same."""
+        """Return the state between two mini-batches; all processes have to call this, and get the same."""
         return Checkpoint(
             fingerprint=fingerprint,
             seed=self.config.seed,
@@ -171,7 +172,7 @@ class Training:
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint of the same configuration and seed that ``check_fits`` has let pass."""
+        """Restore a checkpoint of the same configuration and seed that ``check_fits`` has accepted."""
         self.epoch, self.batch, self.skipped_steps = checkpoint.epoch, checkpoint.batch, checkpoint.skipped_steps
         self.model.load_state_dict(checkpoint.model)
         load_optimizer_state(self.optimizer, checkpoint.optimizer)
@@ -185,7 +186,7 @@ class Training:
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return a copy of a network's parameters and buffers in memory of the CPU.
+    """Return a copy of a network's parameters and buffers on the CPU.
 
     Args:
         model: The network.
@@ -194,14 +195,13 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load the state of an optimizer, keeping the implementation (fused or not) that it was made with.
+    """Load the state of an optimizer, but keep the implementation (fused or not) that it was made with.
 
-    PyTorch saves that choice beside the learning rate, so that a checkpoint of a release that chose otherwise would
-    switch it back.
+    PyTorch saves the implementation with the learning rate, so an older checkpoint could switch it back.
 
     Args:
-        optimizer: Made for the same parameters as the one that was saved.
-        state: What its ``state_dict`` returned.
+        optimizer: An optimizer for the same parameters as the saved one.
+        state: The saved ``state_dict``.
     """
     made_with = [{key: group[key] for key in IMPLEMENTATION_KEYS & group.keys()} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)

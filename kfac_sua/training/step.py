@@ -1,8 +1,7 @@
-"""One training step, from the mini-batch to the optimizer, under two policies for what is not finite.
+"""One training step, from the mini-batch to the optimizer, with two policies for losses that are not finite.
 
-A step takes no argument and returns nothing: whose turn it is stands on the device, and all that it changes are tensors
-that stay where they are. So a plain step can be captured and replayed; what a replay cannot do, such as counting, the
-loop does.
+A plain step can be captured and replayed: the index of the next mini-batch is on the device, and a step only changes
+tensors in place. What a replay cannot do, such as counting on the host, the loop does.
 """
 
 import math
@@ -22,8 +21,8 @@ def take_step(training: Training) -> None:
         training: The state, changed in place.
 
     Raises:
-        Diverged: If statistics are due and a loss was not finite: those of NaN would be dropped. This waits for the
-            device.
+        Diverged: If statistics are due and a loss was not finite; the preconditioner would drop statistics of NaN. This
+            check waits for the device.
     """
     with training.watch.phase("other"):
         inputs, labels = _next_batch(training)
@@ -39,10 +38,10 @@ def take_step(training: Training) -> None:
 
 
 def take_step_if_finite(training: Training) -> None:
-    """Take one optimisation step, or none if its loss or gradient is not finite (``non_finite=skip``).
+    """Take one optimisation step, or skip it if its loss or gradient is not finite (``non_finite=skip``).
 
-    A mini-batch that is skipped leaves no trace but in ``training.skipped_steps``. Looking waits for the device, at
-    every mini-batch.
+    A skipped mini-batch changes nothing but ``training.skipped_steps``. The check waits for the device at every
+    mini-batch.
 
     Args:
         training: The state, changed in place.
@@ -63,7 +62,7 @@ def take_step_if_finite(training: Training) -> None:
 
 
 def adapt_damping(training: Training, inputs: Tensor, labels: Tensor, loss: Tensor) -> None:
-    """Judge the step that was just taken and adapt the damping, if that is due.
+    """Compare the step that was just taken with its prediction and adapt the damping, if that is due.
 
     Args:
         training: The state, changed in place.
@@ -110,7 +109,7 @@ def _precondition(training: Training) -> None:
 
 
 def _skip(training: Training, buffers: list[tuple[Tensor, Tensor]]) -> None:
-    """Leave everything as it was before the mini-batch, the statistics of batch normalisation included."""
+    """Restore the state before the mini-batch, including the statistics of batch normalisation."""
     training.optimizer.zero_grad(set_to_none=True)
     for buffer, before in buffers:
         buffer.copy_(before)
@@ -120,9 +119,9 @@ def _skip(training: Training, buffers: list[tuple[Tensor, Tensor]]) -> None:
 
 
 def _is_finite(loss: Tensor, model: nn.Module) -> bool:
-    """Say whether the loss, the gradient and the statistics of batch normalisation are; waits for the device once.
+    """Whether loss, gradient and statistics of batch normalisation are finite; waits for the device once.
 
-    An activation that overflows may leave a finite loss behind, but an infinite running variance.
+    An activation that overflows may leave a finite loss but an infinite running variance.
     """
     tensors = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     tensors += [buffer for buffer in model.buffers() if buffer.is_floating_point()]

@@ -1,4 +1,4 @@
-"""Where the training time goes: a stopwatch with exclusive phases that never stops the device."""
+"""Where the training time goes: a stopwatch with exclusive phases that does not synchronise with the device."""
 
 import itertools
 import time
@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
-# Together the wall time of an epoch's training part: `captured` are steps that the device carries out as a whole, and
-# `other` is what no other phase takes of it (metrics, progress).
+# Their sum is the wall time of an epoch's training part: `captured` are steps that the device replays as a whole, and
+# `other` is the rest (metrics, progress).
 TRAINING_PHASES = (
     "data",
     "forward_backward",
@@ -19,24 +19,24 @@ TRAINING_PHASES = (
     "captured",
     "other",
 )
-# Around the training parts: evaluation, and the writing of records and checkpoints.
+# Outside the training part: evaluation, and writing records and checkpoints.
 OUTSIDE_PHASES = ("evaluation", "writing")
 PHASES = (*TRAINING_PHASES, *OUTSIDE_PHASES)
 
 
 class Stopwatch:
-    """Accumulates seconds per phase; a phase inside another takes its time away from the outer one.
+    """Accumulates seconds per phase; time in a nested phase does not count for the outer one.
 
-    Entering and leaving only leaves marks on a timeline: the clock's reading on the CPU, an event in the stream on
-    CUDA, where kernels run long after they are launched. :meth:`totals` waits for the device once and adds up the
-    intervals between marks. What happens outside every phase (preparation, messages) is not counted.
+    Entering and leaving a phase only records a mark: the time on a CPU, and an event in the stream on CUDA, where
+    kernels run long after their launch. :meth:`totals` waits for the device once and adds up the intervals between
+    marks. Time outside all phases (preparation, messages) is not counted.
 
-    While a step is captured as a CUDA graph it leaves none: a replay is timed as a whole, by the phase around it.
+    While a step is captured as a CUDA graph no marks are recorded; a replay is timed as a whole, in the outer phase.
 
     Args:
-        device: The device whose work is timed.
+        device: The device to time.
         clock: Seconds of a monotonic clock, read on the CPU.
-        is_on: Whether it leaves marks at all; two events per phase take a GPU's host longer than some phases last.
+        is_on: Whether marks are recorded; on a GPU two events per phase take longer on the host than some phases.
     """
 
     def __init__(
@@ -47,12 +47,12 @@ class Stopwatch:
         self._clock = clock
         self._totals = dict.fromkeys(PHASES, 0.0)
         self._open: list[str] = []
-        # Each mark, with the phase that it opens; None outside every phase.
+        # Each mark with the phase that begins at it; None outside all phases.
         self._marks: list[tuple[float | torch.cuda.Event, str | None]] = []
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Attribute the time spent inside to ``name``, but for phases nested in it.
+        """Attribute the time inside to ``name``, except for nested phases.
 
         Args:
             name: One of ``PHASES``.
@@ -71,7 +71,7 @@ class Stopwatch:
             self._mark()
 
     def switch(self, name: str) -> None:
-        """Attribute to another phase what comes until the innermost one is left; leaves a mark only if it is another.
+        """Attribute the rest of the innermost phase to another one; records a mark only if the phase changes.
 
         Args:
             name: One of ``PHASES``.
@@ -81,7 +81,7 @@ class Stopwatch:
             self._mark()
 
     def totals(self) -> dict[str, float]:
-        """Return the seconds per phase since the start, waiting for the device."""
+        """Return the seconds per phase since the start; waits for the device."""
         if self._is_cuda:
             torch.cuda.synchronize()
         for (start, name), (end, _) in itertools.pairwise(self._marks):
@@ -91,10 +91,10 @@ class Stopwatch:
         return dict(self._totals)
 
     def restore(self, totals: Mapping[str, float]) -> None:
-        """Go on from the totals of an earlier process.
+        """Continue from the totals of an earlier attempt.
 
         Args:
-            totals: What :meth:`totals` returned then.
+            totals: What :meth:`totals` returned there.
         """
         self._totals.update(totals)
 
