@@ -145,7 +145,7 @@ def _joined(texts: Mapping[str, str]) -> str:
 
 
 def _comments(path: Path) -> dict[str, str]:
-    """Return what stands behind each key at the left margin of a YAML file."""
+    """Return the comment behind each top-level key of a YAML file."""
     pairs = re.findall(r"^(\w+):[^#\n]*#\s*(.+)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return {key: comment.strip() for key, comment in pairs}
 

@@ -1,4 +1,4 @@
-"""What the documentation's pages need besides Markdown: measured figures and tables, docstrings without Sphinx's roles.
+"""Adds to the pages of the documentation: measured figures, measured tables, and docstrings without Sphinx's roles.
 
 A hook of MkDocs. Tables stand in pages between two comments, ``<!-- table NAME -->`` and ``<!-- end of table -->``, and
 are made from the records in ``outputs/reference``; ``python scripts/docs_pages.py`` writes them anew.
@@ -58,7 +58,7 @@ def with_tables(markdown: str) -> str:
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
-    """Return a page without what only Sphinx reads in docstrings (a hook of MkDocs)."""
+    """Return a page without the markup in docstrings that only Sphinx reads (a hook of MkDocs)."""
     del page, config, files
     return without_roles(html)
 

@@ -76,7 +76,7 @@ def main() -> None:
     """Print the table."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
     models = importlib.import_module("preconditioner.foreign_models").FOREIGN_MODELS
-    logging.getLogger("kfac_sua").setLevel(logging.ERROR)  # what is left alone is in the table
+    logging.getLogger("kfac_sua").setLevel(logging.ERROR)  # the table has the layers that are left alone
     print(f"| model | layers preconditioned | left alone, and why | loss | after {STEPS} steps | plain SGD |")
     print("|---|---|---|---|---|---|")
     for name, foreign in models.items():

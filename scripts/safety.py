@@ -1,4 +1,4 @@
-"""What KL clip and adaptive damping cost and give: ``python scripts/safety.py runs``, ``cost``, ``table``, ``trace``.
+"""Cost and effect of KL clip and adaptive damping: ``python scripts/safety.py runs``, ``cost``, ``table``, ``trace``.
 
 VGG11 at a quarter of its width with SUA on 10,000 images of CIFAR-10 (``make data``), 3 epochs: at the learning rate
 and damping of ``experiment=first_light_sua``, and at ones that are far too large or too small, each without and with

@@ -9,7 +9,7 @@ from kfac_sua.bench.record import Arguments, BenchRecord, Cost
 from kfac_sua.bench.settings import BASELINE
 from kfac_sua.runs.run_info import RecordError
 
-# Ratios under other conditions are other quantities.
+# Ratios can only be compared if these conditions agree.
 CONDITIONS = {
     "model": "--model",
     "width": "--width",
@@ -35,7 +35,7 @@ class Change:
 
 
 def refuse_other_conditions(path: Path, old: Arguments, new: Arguments, settings: Collection[str]) -> None:
-    """Refuse an earlier measurement whose ratios say nothing about this one's.
+    """Refuse an earlier measurement whose ratios cannot be compared with this one's.
 
     Args:
         path: Where it lies, for the message.
@@ -63,7 +63,7 @@ def refuse_other_conditions(path: Path, old: Arguments, new: Arguments, settings
 
 
 def refuse_other_capture(path: Path, old: Iterable[Cost], is_captured: Mapping[str, bool]) -> None:
-    """Refuse an earlier measurement that replayed what this one launches step by step, or the other way round.
+    """Refuse an earlier measurement that replayed steps where this one launches operations, or the other way round.
 
     Args:
         path: Where it lies, for the message.

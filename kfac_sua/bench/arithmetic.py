@@ -1,4 +1,4 @@
-"""In what a measurement computes: a precision of training, or float64, which only the benchmark knows."""
+"""The number formats of a measurement: a precision of training, or float64, which only the benchmark has."""
 
 import contextlib
 import dataclasses
@@ -14,9 +14,9 @@ from kfac_sua.training.precision import computing_in
 
 FLOAT64 = "float64"
 BF16X3 = Products.bf16x3.value
-"""Three products of bfloat16 parts with float32 sums; what runs is counted, so a product counts three times."""
+"""Three products of bfloat16 parts with float32 sums. All three are counted as FLOPs."""
 NAMES = (*map(str, Precision), FLOAT64)
-"""What ``--precision`` takes."""
+"""The values of ``--precision``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +34,12 @@ class Arithmetic:
 
     @property
     def precision(self) -> Precision:
-        """In what the convolutions and products of float32 tensors compute; under ``float64`` there are none."""
+        """The precision of convolutions and products of float32 tensors, of which ``float64`` has none."""
         return Precision.float32 if self.name == FLOAT64 else Precision(self.name)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of images, parameters, factors and inverses."""
+        """The dtype of images, parameters, factors and inverses."""
         return torch.float64 if self.name == FLOAT64 else torch.float32
 
     def format_of(self, phase: str) -> str:

@@ -1,4 +1,4 @@
-"""The clock of every measurement: one that other processes disturb as little as possible."""
+"""The clock of every measurement, which other processes disturb as little as possible."""
 
 import time
 

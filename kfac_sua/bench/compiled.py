@@ -1,4 +1,4 @@
-"""Plain SGD through ``torch.compile``: what PyTorch has to offer without a preconditioner."""
+"""Plain SGD through ``torch.compile``, the fastest that PyTorch offers without a preconditioner."""
 
 import dataclasses
 from typing import cast
@@ -16,11 +16,11 @@ COMPILED = "compiled"
 """Name of its row."""
 
 WARM_UP_STEPS = 5
-"""The first compiles, forward and backward; ``reduce-overhead`` records graphs in the two after it."""
+"""The first step compiles forward and backward pass; with ``reduce-overhead`` the next two record graphs."""
 
 
 class CompiledContender(Contender):
-    """A setting whose network is compiled: on CUDA with ``mode="reduce-overhead"``, which makes graphs of its own.
+    """A setting with a compiled network; on CUDA with ``mode="reduce-overhead"``, which makes its own graphs.
 
     Args:
         config: That of plain SGD.
@@ -53,10 +53,10 @@ class CompiledContender(Contender):
             self.timed_step()
 
     def try_warm_up(self) -> str:
-        """Warm up, and return in a clause why that cannot be; empty if it can."""
+        """Warm up, and return a clause on why that fails; empty if it does not."""
         try:
             self.warm_up()
-        except Exception as error:  # whatever compilers, and what looks for them, raise
-            # What follows an empty line is advice for those who debug PyTorch.
+        except Exception as error:  # compilers, and the code that looks for them, raise any type
+            # The text after an empty line is advice on how to debug PyTorch.
             return " ".join(str(error).split("\n\n")[0].split()).rstrip(".") or type(error).__name__
         return ""

@@ -1,4 +1,4 @@
-"""One setting with a network of its own, that takes training steps of a chosen kind on one mini-batch."""
+"""One setting with its own network, which takes training steps of a chosen kind on one mini-batch."""
 
 import dataclasses
 import time
@@ -20,22 +20,22 @@ from kfac_sua.training.timing import Stopwatch
 
 NUM_CLASSES = SIZES["cifar10"].classes
 PHASES = ("forward_backward", "statistics", "inversion", "application", "optimizer")
-"""Parts of a step. The stopwatch may know others, such as the making of mini-batches, which has no part here."""
+"""Parts of a step. The stopwatch has others, such as the making of mini-batches, which do not occur here."""
 CAPTURED = "captured"
-"""The only part of a step that is a replay: the device tells nothing apart inside."""
+"""The only part of a replayed step, since the parts of a graph cannot be timed apart."""
 
 STEPS_TOGETHER = {"cpu": 1, "cuda": 10}
-"""Plain steps between two waits for the device, at most. A wait after every step would let the host fall behind."""
+"""Most plain steps between two waits for the device. With a wait after every step the host would fall behind."""
 
 SPLIT_APART = {"cpu": False, "cuda": True}
-"""Whether steps are timed as a whole without a stopwatch: on CUDA its marks are events, up to 2 ms of an eager step."""
+"""Whether whole steps are timed without a stopwatch: on CUDA its events take up to 2 ms of an eager step."""
 
 MOST_STEPS_TO_CAPTURE = 10
-"""Plain steps until one is a replay, if any ever is: three to warm up, one to capture, and some to spare."""
+"""Most plain steps until one is a replay: three to warm up, one to capture, and some to spare."""
 ENOUGH_REPLAYS = 6
-"""After which a capture is not counted as futile when it is given up."""
+"""A capture that has had this many replays does not count as futile when it is given up."""
 MOST_ROUNDS = 5
-"""Refreshes until captures outlast them, if they ever do."""
+"""Most refreshes until captures outlast them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Contender:
 
     @property
     def steps_together(self) -> int:
-        """Plain steps that are timed as one: as many as come in a row, up to ``STEPS_TOGETHER``."""
+        """Plain steps that are timed together: as many as follow each other, up to ``STEPS_TOGETHER``."""
         most = STEPS_TOGETHER[self._device.type]
         return most if self.preconditioner is None else max(1, min(most, self.preconditioner.factor_period - 1))
 
@@ -164,7 +164,7 @@ class Contender:
             self._optimizer.step()
 
     def warm_up(self) -> None:
-        """Take a refresh and a plain step, and what it takes until plain steps are replays and refreshes leave them so.
+        """Take steps until plain steps are replays, if they can be, and refreshes no longer change their captures.
 
         Raises:
             RuntimeError: If ``capture=true`` and steps cannot be captured.
@@ -207,7 +207,7 @@ class Contender:
         return dataclasses.replace(unwatched, split=self._timed(count).split)
 
     def _make_all_due(self, count: int, kind: StepKind) -> None:
-        """Make the next steps, so many, of this kind."""
+        """Make the next ``count`` steps ones of this kind."""
         if count > 1 and self.preconditioner is not None:
             self.preconditioner.go_to_step(1)  # so that as many are plain
         self.make_due(kind)
@@ -222,7 +222,7 @@ class Contender:
             num_replays += self._last_is_replay
         seconds = (seconds_now(self._device) - started) / count
         totals = watch.totals()
-        # Around an eager step lies only what the host looks at, which no phase is to have.
+        # An eager step in the captured phase spends there only the host's checks, which belong to no phase.
         phases = (*PHASES, CAPTURED) if num_replays else PHASES
         return StepTime(seconds, {phase: totals[phase] / count for phase in phases}, num_replays == count)
 
@@ -239,11 +239,11 @@ class Contender:
         self._last_is_replay = captured.num_replays > before
 
     def _watched_step(self) -> None:
-        with self._watch.phase("other"):  # or what the phases inside leave would count as a replay's
+        with self._watch.phase("other"):  # otherwise time outside of the inner phases would count as a replay
             self.step(self._watch)
 
     def _changes_captures(self) -> bool:
-        """Take all kinds of steps, and return whether a plain one was captured meanwhile."""
+        """Take steps of all kinds, and return whether a plain step was captured among them."""
         assert self._captured is not None
         before = self._captured.num_captures
         for kind in self.steps_per_period:  # plain ones first
@@ -255,7 +255,7 @@ class Contender:
         return self._captured.num_captures > before
 
     def _settle(self) -> None:
-        """Take plain steps until one is a replay, so that none of those that are timed warms up or is captured."""
+        """Take plain steps until one is a replay, so that no timed step is a warm-up or a capture."""
         for _ in range(MOST_STEPS_TO_CAPTURE):
             if not self.is_capturing or self._last_is_replay or StepKind.plain not in self.steps_per_period:
                 break

@@ -99,7 +99,7 @@ def measure_costs(contenders: Mapping[str, Contender], rounds: Rounds, announcer
 
 
 def _repeat(contenders: Mapping[str, Contender], rounds: Rounds, repeat: int, announcer: Announcer) -> list[Times]:
-    """Measure every kind of step of every setting once through."""
+    """Measure every kind of step of every setting once."""
     times: list[Times] = [{kind: [] for kind in contender.steps_per_period} for contender in contenders.values()]
     suffix = f" (repeat {repeat} of {rounds.repeats})" if rounds.repeats > 1 else ""
     for kind in StepKind:

@@ -39,7 +39,7 @@ Seconds = Callable[[str, Callable[[], object]], float]
 """Measures a named piece of work."""
 
 CALLS = 5
-"""Measurements of each rate, of which the median counts."""
+"""Measurements of each rate; the median counts."""
 
 ROWS, WIDTH = 1600, 4608
 """The largest factor of the paper, and the rows that its mini-batch has there: 100 maps of 4×4."""
@@ -51,11 +51,11 @@ LONG_ROWS, NARROW_WIDTH = 102_400, 32
 """A Gram matrix of SUA in groups of 32 channels: 100 maps of 32×32."""
 
 INVERSES = ((300, 32), (70, 288), (9, 512), (1, 2304))
-"""Blocks, and their width, of which VGG11 and ResNet50 have inverses made."""
+"""Number and width of blocks that VGG11 and ResNet50 have to invert."""
 
 SYMMETRIC_WIDTHS = (256, 512, 1024, 2048, 4096)
 SMALL_OPERATIONS = 100
-"""In a row, so that neither the clock nor the first of them counts."""
+"""Number in a row, so that neither the clock nor the first one matters."""
 
 
 def measure_device_rates(device: torch.device, announcer: Announcer) -> DeviceRates:
@@ -156,7 +156,7 @@ def _small_operations(one: Tensor) -> None:
 
 
 def _kernel_seconds(one: Tensor, launch_s: float, seconds: Seconds) -> float:
-    """Return what the smallest operation takes inside a CUDA graph; on a CPU there is none."""
+    """Return the seconds of the smallest operation inside a CUDA graph; 0 on a CPU, which has no graphs."""
     if not one.is_cuda:
         return launch_s
     graph = torch.cuda.CUDAGraph()

@@ -1,4 +1,4 @@
-"""How far from the machine's rate each part of a step runs: counted FLOPs beside measured seconds.
+"""How close to the machine's rate each part of a step runs: counted FLOPs beside measured seconds.
 
 The parts of a whole step are those that ``costs`` measures. A refresh inverts all layers in common calls, so the share
 of one layer is measured, and counted, in a network of that layer alone, on the inputs that it has in the whole one.

@@ -19,7 +19,7 @@ from kfac_sua.bench.settings import Setting
 from kfac_sua.bench.step_kinds import StepKind
 from kfac_sua.runs.environment import environment
 
-# The first step of a setting refreshes; the second refresh, with inverses at hand, is the one that needs most.
+# The second refresh needs the most memory, since it holds the old inverses beside the new ones.
 MEMORY_STEPS = (StepKind.refresh, StepKind.plain, StepKind.plain, StepKind.refresh, StepKind.plain)
 
 
@@ -75,7 +75,7 @@ def _measure(plan: Plan, announcer: Announcer) -> BenchRecord:
     steps, layers = _count_and_measure(contenders, times, plan, announcer) if plan.with_layers else ([], [])
     operations = {name: _operations(name, one, announcer) for name, one in contenders.items()}
     captures = {name: (one.is_captured, one.why_eager) for name, one in contenders.items()}
-    contenders.clear()  # their memory is another's now
+    contenders.clear()  # frees their memory
     # After the timing, which fills caches that all settings share.
     configs = {**{one.name: one.config for one in plan.settings}, COMPILED: plan.settings[0].config}
     memory = [_peak(Setting(name, configs[name]), arithmetic, batch, announcer) for name in captures]
@@ -100,14 +100,14 @@ def _add_compiled(contenders: dict[str, Contender], plan: Plan, batch: Batch, an
 def _count_and_measure(
     contenders: Mapping[str, Contender], times: Sequence[TimeCost], plan: Plan, announcer: Announcer
 ) -> tuple[list[StepWork], list[LayerWork]]:
-    """Return the work of steps and of layers; FLOPs are counted by operator, of which a compiled network has others."""
+    """Return the work of steps and of layers; FLOPs are counted by operator, which excludes a compiled network."""
     own = {setting.name: contenders[setting.name] for setting in plan.settings}
     steps = count_steps(own, times[: len(own)], announcer)
     return steps, measure_layers(own, plan.arithmetic.precision, plan.arguments.refresh_rounds, announcer)
 
 
 def _operations(name: str, contender: Contender, announcer: Announcer) -> dict[str, Operations]:
-    """Return the operations of a setting's steps; a compiled network has others."""
+    """Return the operations of a setting's steps; none for a compiled network, whose operators are others."""
     announcer.show("operations", name)
     return {} if name == COMPILED else count_operations(contender)
 

@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
-    """Return the most bytes that a piece of work holds at once, of those it allocates itself.
+    """Return the most bytes that a piece of work holds at once; only its own allocations count.
 
     Args:
         work: What to run, once.
@@ -33,12 +33,12 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
     Raises:
         RuntimeError: If PyTorch's profiler reports no memory events.
     """
-    gc.collect()  # or cycles of earlier work would be released in the middle
+    gc.collect()  # otherwise cycles of earlier work would be released meanwhile
     return _peak_on_cuda(work, device) if device.type == "cuda" else _peak_on_cpu(work)
 
 
 def _peak_on_cuda(work: Callable[[], object], device: torch.device) -> int:
-    # A matrix product keeps a workspace for its stream: earlier work's would be for nothing, a graph's own would count.
+    # cuBLAS keeps a workspace per stream: one left by earlier work would not be counted, but one for a graph would.
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()  # a step in a graph's memory cannot use what is in reserve outside of it
     before = torch.cuda.memory_allocated(device)

@@ -1,4 +1,4 @@
-"""Operations of a step, counted from what runs: on a GPU each is a launch, which is most of what it charges for.
+"""Operations of a step, counted as they run. On a GPU each one is a launch, and launches are most of its cost.
 
 An operation is a call of PyTorch's dispatcher that works on numbers. Views and empty tensors only take the host's time,
 and are counted apart. Fused kernels of several tensors count once, as does a factorisation, whatever its library does.
@@ -19,15 +19,15 @@ NOTHING_TO_DO = {
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "detach"),
     *("_reshape_alias", "is_same_size", "resize_", "_local_scalar_dense"),
 }
-"""Operations that launch nothing, beside those whose result is a view of an argument."""
+"""Operations that launch nothing; nor do those whose result is a view of an argument."""
 
 WAITS = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "nonzero_numpy", "equal", "masked_select"}
-"""Operations for which the host waits for a GPU. On a CPU ``tolist()``, ``numpy()`` and ``cpu()`` are none."""
+"""Operations for which the host waits for a GPU. ``tolist()``, ``numpy()`` and ``cpu()`` run none on a CPU."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Operations:
-    """What one step asks the device and the host for.
+    """Counts of one step.
 
     Args:
         launches: Operations on numbers.
@@ -67,7 +67,7 @@ class OperationCounter(TorchDispatchMode):
 
 
 def waits_for_device(name: str, args: Sequence[Any]) -> bool:
-    """Say whether the host would wait for a GPU in an operation: a number is read, or values decide a size.
+    """Return whether the host would wait for a GPU in an operation, to read a number or to learn a size.
 
     Args:
         name: Its name, without ``aten::``.

@@ -1,4 +1,4 @@
-"""How exact each way to multiply an inverse is: ``python -m kfac_sua.bench.products dataset=digits``.
+"""How exact each way to multiply by an inverse is: ``python -m kfac_sua.bench.products dataset=digits``.
 
 A network is trained, its factors are measured on one mini-batch, and the gradient of another is preconditioned: in
 float64, and in float32 with both operands of every product rounded as tensor cores round them. The difference counts in
@@ -68,7 +68,7 @@ class ProductError:
 
 
 def rounded(values: Tensor, mantissa_bits: int) -> Tensor:
-    """Return float32 numbers rounded to fewer bits, to the nearest, ties to even; infinities and NaN are not meant."""
+    """Return finite float32 numbers rounded to fewer bits, to the nearest, ties to even."""
     dropped = FLOAT32_BITS - mantissa_bits
     bits = values.contiguous().view(torch.int32)
     last_kept = (bits >> dropped) & 1

@@ -1,16 +1,16 @@
-"""What the benchmark says on stderr while it measures."""
+"""Progress of the benchmark on stderr."""
 
 import sys
 
 
 class Announcer:
-    """Says what is being measured: one line that is written over in a terminal, one line per stage elsewhere."""
+    """Prints what is being measured: in a terminal one line that is overwritten, elsewhere one line per stage."""
 
     def __init__(self) -> None:
         self._stage = ""
 
     def show(self, stage: str, detail: str = "") -> None:
-        """Say what comes next.
+        """Print what comes next.
 
         Args:
             stage: Such as ``plain steps, round 2 of 9``.

@@ -1,4 +1,4 @@
-"""What the machine can do: the rate of matrix products and of Cholesky inverses, to judge all other times by."""
+"""Rates of the machine in matrix products and Cholesky inverses, against which all other times are judged."""
 
 import dataclasses
 import math
@@ -21,7 +21,7 @@ GEMM_SHAPES = ((512, 4608, 4608), (1600, 512, 512))
 CHOLESKY_WIDTHS = (1024, 2304)
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 LEAST_SECONDS = 0.05
-"""Of a measurement: shorter calls are repeated, so that the clock's and the launch's own time counts little."""
+"""Least seconds of a measurement. Shorter calls are repeated, so that clock and launch matter little."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,14 +89,14 @@ def _rate(
 
 
 def seconds_per_call(work: Callable[[], object], device: torch.device, calls: int) -> list[float]:
-    """Measure a piece of work several times, after a first time; each long enough for the clock.
+    """Measure a piece of work several times after a warm-up, each time long enough for the clock.
 
     Args:
         work: The work.
         device: Where it is done.
         calls: Measurements.
     """
-    work()  # makes libraries and their memory ready
+    work()  # prepares libraries and their memory
     once = _seconds(work, device, 1)
     repetitions = max(1, math.ceil(LEAST_SECONDS / max(once, 1e-6)))
     return [_seconds(work, device, repetitions) / repetitions for _ in range(calls)]
@@ -117,7 +117,7 @@ def gemm(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Call
 
 
 def gemm_in_parts(shape: Sequence[int], device: torch.device) -> Callable[[], object]:
-    """Return the same in products of bfloat16 parts; the left factor is split each time, the right one before."""
+    """Return the same in products of bfloat16 parts; a call splits its left factor, the right one is split before."""
     m, k, n = shape
     left = random_numbers(1, m, k, device=device)
     inverse = SplitInverse(matrix_parts(random_numbers(1, n, k, device=device)))  # as a symmetric one: transposed
@@ -131,5 +131,5 @@ def _cholesky_inverse(width: int, dtype: torch.dtype, device: torch.device) -> C
 
 
 def random_numbers(*shape: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Draw numbers; a GPU multiplies equal ones with less power, and so faster, than those of training."""
+    """Draw random numbers: a GPU needs less power to multiply equal numbers, and so is faster than in training."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)

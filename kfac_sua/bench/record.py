@@ -1,4 +1,4 @@
-"""What a measurement leaves: a JSON file that a later one can be compared with."""
+"""The record of a measurement: a JSON file with which a later measurement can be compared."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from kfac_sua.runs.run_info import RecordError
 
 FORMAT = 4
 OLDER_FORMATS = (2, 3)
-"""Also read. 3 is without operations; 2 without captured steps too, and with ``dtype`` for the precision."""
+"""Formats that can still be read. 3 lacks operations; 2 also captured steps, and calls the precision ``dtype``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +58,8 @@ class Memory:
     """Peak memory of a few steps, construction included.
 
     Args:
-        peak_bytes: Held at once, at most.
-        ratio: Over plain SGD's.
+        peak_bytes: Most bytes held at once.
+        ratio: ``peak_bytes`` over that of plain SGD.
     """
 
     peak_bytes: int
@@ -68,14 +68,14 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What one setting costs.
+    """The costs of one setting.
 
     Args:
         setting: Its name.
         time: Of its steps.
         memory: At its peak.
         is_captured: Whether its plain steps were replays of a CUDA graph.
-        why_eager: Why not, in a clause.
+        why_eager: A clause on why they were not; empty if they were.
         operations: Kind of step to its operations; empty for ``compiled`` and where they were not counted.
     """
 
@@ -89,7 +89,7 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class BenchRecord:
-    """Everything that a measurement says.
+    """A whole measurement.
 
     Args:
         arguments: What was measured.
@@ -148,7 +148,7 @@ def read_record(path: Path) -> BenchRecord:
 
 
 def _bring_up_to_date(content: dict[str, Any], version: int) -> None:
-    """Say what a file of an older format says as this version does."""
+    """Return the content of a file of an older format in the present format."""
     costs = content.get("costs")
     for cost in costs if isinstance(costs, list) and version < FORMAT else []:
         if isinstance(cost, dict):
@@ -166,7 +166,7 @@ def _bring_up_to_date(content: dict[str, Any], version: int) -> None:
 
 
 def _decode(hint: Any, value: Any, where: str) -> Any:
-    """Return a value read from JSON as what an annotation says, or say where it is something else."""
+    """Return a value read from JSON as the type of an annotation, or raise with the place where it is another."""
     if dataclasses.is_dataclass(hint):
         return _decode_dataclass(hint, value, where)
     origin, arguments = get_origin(hint), get_args(hint)
@@ -174,7 +174,7 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
         return [_decode(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
     if origin is dict and isinstance(value, dict):
         return {key: _decode(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    if origin is UnionType:  # of one type with None
+    if origin is UnionType:  # one type or None
         return None if value is None else _decode(next(a for a in arguments if a is not NoneType), value, where)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if (hint is float and is_number) or (isinstance(hint, type) and type(value) is hint):

@@ -1,4 +1,4 @@
-"""Which settings are measured: from ``kfac:damping=0.3`` and overrides of ``configs`` to one configuration each."""
+"""The settings to measure: one configuration for each item such as ``kfac:damping=0.3``, with overrides for all."""
 
 import dataclasses
 import difflib
@@ -60,10 +60,10 @@ def compose_settings(items: Sequence[Item], overrides: Sequence[str], options: M
     Args:
         items: What to measure beside plain SGD, which may be among them.
         overrides: Further ``key=value``, for all settings; those of the preconditioner for all but plain SGD.
-        options: Values of keys where the overrides do not give them; ``None`` leaves a key alone.
+        options: Values of keys that the overrides do not give; ``None`` changes nothing.
 
     Returns:
-        One configuration per setting, alike but for the preconditioner.
+        One configuration per setting; they differ in the preconditioner alone.
 
     Raises:
         ConfigError: If a configuration is refused.
@@ -98,7 +98,7 @@ def common_period(base: Config) -> int:
 
 
 def cpu_threads(base: Config) -> int | None:
-    """Return the threads to measure with: one on a CPU, where nothing else is asked for."""
+    """Return the number of threads to measure with: one on a CPU, unless the configuration has another."""
     if base.num_threads is None and choose_device(base.device).type == "cpu":
         return 1
     return base.num_threads

@@ -1,4 +1,4 @@
-"""What a step of a refresh period does: which kinds there are, and how the coming step is made one of a kind."""
+"""The kinds of steps in a refresh period, and how the next step is made one of a kind."""
 
 from enum import StrEnum
 
@@ -16,7 +16,7 @@ class StepKind(StrEnum):
 
 
 def steps_per_period(preconditioner: KroneckerPreconditioner) -> dict[StepKind, int]:
-    """Return how many steps of each kind a refresh period has, without kinds that it has none of."""
+    """Return how many steps of each kind a refresh period has; kinds that do not occur are left out."""
     period, factor_period = preconditioner.settings.inverse_period, preconditioner.factor_period
     measuring = period // factor_period
     counts = {StepKind.plain: period - measuring, StepKind.statistics: measuring - 1, StepKind.refresh: 1}

@@ -69,7 +69,7 @@ def operations_table(costs: Sequence[Cost]) -> str:
 
 
 def rates_table(rates: Sequence[Rate]) -> str:
-    """Return what the machine can do."""
+    """Return the rates of the machine."""
     rows = [
         [rate.operation.replace("_", " "), "×".join(map(str, rate.shape)), rate.dtype, f"{rate.gflop_per_s:.1f}"]
         for rate in rates
@@ -78,7 +78,7 @@ def rates_table(rates: Sequence[Rate]) -> str:
 
 
 def steps_table(works: Sequence[StepWork], rates: Sequence[Rate], arithmetic: Arithmetic) -> str:
-    """Return counted FLOPs of every part of a step, the seconds they would take at the machine's rate, and the real."""
+    """Return, for every part of a step, its FLOPs, its seconds at the machine's rate, and its measured seconds."""
     rows = []
     for work in works:
         parts = {phase: part for phase, part in work.parts.items() if part.flops or part.seconds}

@@ -100,7 +100,7 @@ def is_at_hand(name: str, data_dir: str | Path = "data") -> bool:
 
 
 def provide_archive(name: str, data_dir: str | Path = "data", *, download: bool) -> Path:
-    """See to it that an archive is there: of CIFAR it is made of what torchvision has, or downloads.
+    """Make sure that an archive exists; that of CIFAR is made from torchvision's files, which it may download.
 
     Args:
         name: Data set.
@@ -150,14 +150,14 @@ def fetch_cifar(name: str, data_dir: str | Path = "data") -> Path:
 
 
 def _read_arrays(path: Path, num_classes: int | None) -> dict[str, Array]:
-    """Read the required arrays of an archive, whose headers say that they are fit for it, without ever unpickling."""
+    """Read the required arrays of an archive after checking their headers; nothing is unpickled."""
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(open(path, "rb", opener=regular_file))
         except OSError as error:
             raise _damaged(path, f"is not a readable .npz archive ({error.strerror})") from error
         if not zipfile.is_zipfile(file):
-            # Also what a cut download looks like: a zip file keeps its table of contents at the end.
+            # A truncated download fails here too, as a zip file has its table of contents at the end.
             raise _damaged(
                 path, "is not a readable .npz archive (truncated, not accessible, or a file of another kind)"
             )
@@ -176,7 +176,7 @@ def _read_arrays(path: Path, num_classes: int | None) -> dict[str, Array]:
 
 
 def _read_each(path: Path, read: Callable[[Any, str], Any], file: BinaryIO) -> dict[str, Array]:
-    """Return what is read of each required array, and say of which one it cannot be."""
+    """Return what ``read`` gives for each required array, or raise with the name of the one that cannot be read."""
     arrays = {}
     try:
         with np.load(file, allow_pickle=False) as archive:
@@ -195,7 +195,7 @@ def _read_each(path: Path, read: Callable[[Any, str], Any], file: BinaryIO) -> d
 
 
 def _head(members: zipfile.ZipFile, key: str) -> Any:
-    """Return an array of an archive by its header alone: one value that stands for all; or bytes if it is no array."""
+    """Return an array of the shape and dtype in the header, with one value for all; bytes if the member is no array."""
     name = key if key in members.namelist() else f"{key}.npy"
     with members.open(name) as member:
         if member.read(len(MAGIC_PREFIX)) != MAGIC_PREFIX:
@@ -207,13 +207,13 @@ def _head(members: zipfile.ZipFile, key: str) -> Any:
         raise ValueError("Object arrays cannot be loaded when allow_pickle=False")  # NumPy's words
     head = np.broadcast_to(np.zeros((), dtype), shape)
     num_bytes = members.getinfo(name).file_size
-    if num_bytes < head.nbytes:  # or memory would be asked for that nothing fills
+    if num_bytes < head.nbytes:  # NumPy would allocate memory that nothing fills
         raise ValueError(f"it holds {num_bytes:,} bytes, where its header speaks of {head.nbytes:,}")
     return head
 
 
 def _check_kinds(path: Path, arrays: dict[str, Array], num_classes: int | None) -> None:
-    """Check types and shapes; of classes ``num_classes`` are needed where the data set is a known one."""
+    """Check types and shapes, and the number of classes unless it is None, as for unknown data sets."""
     classes = arrays["classes"]
     if not _is_array(classes, np.str_) or classes.ndim != 1 or len(classes) < 2:
         raise _damaged(path, f"must hold classes as two or more strings, got {_described(classes)}")
@@ -244,7 +244,7 @@ def _image_set(arrays: dict[str, Array], split: str) -> ImageSet:
 
 
 def _needed_bytes(arrays: dict[str, Array]) -> int:
-    """Return what it takes to read arrays and convert them, which is when there are two of each."""
+    """Return the bytes that reading and converting arrays takes; while it converts, there are two of each."""
     return 2 * sum(array.nbytes for array in arrays.values())
 
 
@@ -254,7 +254,7 @@ def _need(arrays: dict[str, Array]) -> str:
 
 
 def _not_free(path: Path, arrays: dict[str, Array]) -> DataError:
-    """Return the error for a sound archive that does not fit into what memory is left."""
+    """Return the error for a sound archive that does not fit into free memory."""
     return DataError(
         f"{path} {_need(arrays)}, more than is free, where CIFAR needs {CIFAR_GIB} GiB; end other programs, or put a "
         f"smaller {path.name} there."
@@ -267,7 +267,7 @@ def _is_array(value: Any, kind: type[Any]) -> bool:
 
 
 def _described(value: Any) -> str:
-    """Say what a wrong value is, for a message."""
+    """Return in words what a wrong value is, for a message."""
     return f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else "something else"
 
 

@@ -74,7 +74,7 @@ def flip_crop(images: Tensor, flips: Tensor, offsets: Tensor) -> Tensor:
     # A view of every crop of every image: [batch, channels, 9, 9, height, width].
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)
     batch = torch.arange(len(images), device=images.device)
-    crops = windows[batch, :, offsets[:, 0], offsets[:, 1]]  # copies rows of pixels, where an index per pixel is slower
+    crops = windows[batch, :, offsets[:, 0], offsets[:, 1]]  # copies rows of pixels, faster than single ones
     return torch.where(flips[:, None, None, None], crops.flip(3), crops)
 
 
@@ -134,7 +134,7 @@ class BatchLoader:
 
     @property
     def part_size(self) -> int:
-        """Images of a training mini-batch that are this process's."""
+        """Number of images of a training mini-batch that this process gets."""
         return self._order.shape[1]
 
     def begin_epoch(self, seed: int, epoch: int, first: int = 0) -> None:
@@ -158,7 +158,7 @@ class BatchLoader:
         self._turn.fill_(first)
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
-        """Return the mini-batch whose turn it is, of the epoch that was begun last.
+        """Return the next mini-batch of the epoch that was begun last.
 
         Whose turn it is stands on the device, and nothing here is read back to the host: a CUDA graph that has captured
         this makes the next mini-batch at each replay.
@@ -177,7 +177,7 @@ class BatchLoader:
         return inputs.contiguous(memory_format=self.memory_format), self._labels[order]
 
     def epoch(self, seed: int, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the mini-batches of one epoch, of which a loader serves one at a time.
+        """Yield the mini-batches of one epoch; a loader serves one epoch at a time.
 
         Args:
             seed: As for :meth:`begin_epoch`.
@@ -235,7 +235,7 @@ class BatchLoader:
         return whole[:, self._own_part(0, batch_size)]
 
     def _own_part(self, start: int, stop: int) -> slice:
-        """Return this process's part of a range, of which the first processes have one more if need be."""
+        """Return this process's part of a range; if it cannot be divided evenly, the first processes get one more."""
         index, count = self._part
         share, rest = divmod(stop - start, count)
         begin = start + index * share + min(index, rest)
@@ -249,7 +249,7 @@ class BatchLoader:
 
 
 def _check_batch_size(batch_size: int | None, num_images: int, num_processes: int) -> None:
-    """Refuse an empty set, and training mini-batches that the set, or which the processes, cannot fill."""
+    """Refuse an empty set, mini-batches larger than the set, and mini-batches with fewer images than processes."""
     if num_images == 0:
         raise DataError("The image set is empty; raise dataset.train_size or dataset.validation_size.")
     if batch_size is not None and not 1 <= batch_size <= num_images:

@@ -1,8 +1,8 @@
 """CIFAR through torchvision: read from its folder or its ``.tar.gz``, or downloaded, and written as one archive.
 
-Nothing that is half there is believed: torchvision checks the MD5 of the download and of every file in it, all work is
-done in a hidden folder beside the archive, and the archive is moved into place whole. What a killed process leaves in
-that folder is used by the next one if its checksum is right, and removed in any case.
+Incomplete files are never used: torchvision checks the MD5 of the download and of every file in it, all work is done in
+a hidden folder beside the archive, and the archive is moved into place whole. If a killed process leaves a download in
+that folder, the next one uses it if its checksum is right, and removes it in any case.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from kfac_sua.data.turn import turn
 from kfac_sua.runs.openers import refuse_special
 
 NETWORK_TIMEOUT_S = 30.0
-"""How long the server may be silent; however slowly it sends, it may take as long as it needs."""
+"""Longest silence of the server. The whole download may take any time."""
 
 FETCH_COMMANDS = "`make data` or `python -m kfac_sua.data.download`"  # in a checkout, and everywhere
 
-# What torchvision's download, extraction and unpickling raise; RuntimeError is its own checksum failure.
+# Errors of torchvision's download, extraction and unpickling. It raises RuntimeError for a wrong checksum.
 _READ_ERRORS = (
     OSError,
     RuntimeError,
@@ -66,7 +66,7 @@ CIFAR_SOURCES = {
 
 
 def where_else(name: str) -> str:
-    """Return in words where a data set may lie besides, for a message.
+    """Return in words where else a data set may lie, for a message.
 
     Args:
         name: Data set.
@@ -114,7 +114,7 @@ def make_archive(name: str, path: Path, *, download: bool) -> None:
 
 
 def _clear(staging: Path, download: str) -> None:
-    """Make a directory of this process's own, with nothing in it but a download that a killed process has left."""
+    """Make a directory for this process, empty except for a download that a killed process has left there."""
     if staging.is_symlink():  # all that is written inside would land elsewhere
         staging.unlink()
     staging.mkdir(exist_ok=True)
@@ -229,7 +229,7 @@ def _tell(line: str) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """Say what went wrong with a download, which Python and torchvision say in few words."""
+    """Return in words what went wrong with a download, as messages of Python and torchvision are terse."""
     if isinstance(error, TimeoutError) or isinstance(getattr(error, "reason", None), TimeoutError):
         return f"the server was silent for {NETWORK_TIMEOUT_S:g} s"
     if type(error) is RuntimeError:  # torchvision's own; too many redirects are one of its kinds

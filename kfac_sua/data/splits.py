@@ -88,7 +88,7 @@ class Splits:
     std: Tensor
 
     def digest(self) -> str:
-        """Return the SHA-256 of all images and labels: what a resumed run must find again."""
+        """Return the SHA-256 of all images and labels, which must be the same when a run resumes."""
         digest = hashlib.sha256()
         for part in (self.train, self.val, self.test):
             part.update(digest)

@@ -1,4 +1,4 @@
-"""One process at a time: the others wait for their turn, and find out what was done in the meantime."""
+"""One process at a time: the others wait for their turn."""
 
 import fcntl
 import os
@@ -14,7 +14,7 @@ from kfac_sua.runs.openers import own_file
 
 @contextmanager
 def turn(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
-    """Hold a lock, after waiting for whoever holds it; it goes with the process, however that ends.
+    """Hold a lock, after waiting for its holder. The system releases it when the process ends, however that happens.
 
     Args:
         path: The lock's file. Its directory is made if missing; the file is removed at the end, and so are the

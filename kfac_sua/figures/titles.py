@@ -28,8 +28,8 @@ def panel_subjects(frame: pd.DataFrame) -> dict[str, str]:
         frame: Rows of ``collect_runs`` with ``panel``.
 
     Returns:
-        Titles by name, in order: the subject of a single panel; of several the data set, the network and the schedule
-        where these differ between panels, and the panels' names where that does not tell all of them apart.
+        Titles by name, in order. A single panel has its subject. Several have their data set, with network and schedule
+        where these differ between panels, and also the panels' names if two titles would be the same.
     """
     panels = {str(name): rows for name, rows in frame.groupby("panel", sort=False)}
     if len(panels) == 1:

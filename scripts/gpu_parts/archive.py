@@ -1,4 +1,4 @@
-"""All that a report left, small enough to be carried home: ``gpu-report.tar.gz``."""
+"""All files of a report in one small archive, ``gpu-report.tar.gz``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 NAME = "gpu-report.tar.gz"
 REPORT = "report.md"
 LIMIT = 16 * 2**20
-"""Bytes that it stays under."""
+"""Size that the archive stays below, in bytes."""
 
 _NEVER = ("*.pt", "*.state", "events.out.tfevents.*", "*.npz", ".lock", "*.tmp", NAME)
 

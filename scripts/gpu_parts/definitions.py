@@ -15,7 +15,7 @@ from kfac_sua.runs.run_info import read_run_info
 
 ROOT = Path(__file__).resolve().parents[2]
 MINUTES = 8.0
-"""What the limits below add up to."""
+"""Sum of the limits below, in minutes."""
 
 VGG11 = "--settings baseline kfac kfac:application=weight,inverse_method=cholesky sua grouped sua_grouped"
 RESNET50 = (

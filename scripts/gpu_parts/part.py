@@ -1,4 +1,4 @@
-"""One part of a report: commands with a time limit, of which no process is left behind, whatever they do."""
+"""One part of a report: commands with a time limit. No process of theirs is left behind, whatever they do."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 GRACE_S = 5.0
-"""From SIGTERM to SIGKILL."""
+"""Seconds from SIGTERM to SIGKILL."""
 
 MARK = "KFAC_SUA_GPU_REPORT_PART"
-"""Variable of the environment by which processes that have left their group are found."""
+"""Environment variable by which processes that have left their group are found."""
 
 OK, SKIPPED, RUNNING, INTERRUPTED = "ok", "skipped", "running", "interrupted"
 _POLL_S = 0.05

@@ -37,7 +37,7 @@ class Cluster:
         return self.node_latency_s if num_processes <= self.node_size else self.network_latency_s
 
     def gather_s(self, num_bytes: int, num_processes: int) -> float:
-        """Return the seconds of a ring all-gather of so many bytes of each process: N − 1 hops of one message."""
+        """Return the seconds of a ring all-gather with this number of bytes per process: N − 1 hops of one message."""
         if num_bytes == 0:
             return 0.0
         hop = self.latency_s(num_processes) + num_bytes / self.bandwidth(num_processes)

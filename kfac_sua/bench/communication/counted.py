@@ -1,7 +1,7 @@
-"""What each of N processes sends, keeps and computes, counted from shapes: no processes and no data are needed.
+"""What each of N processes sends, keeps and computes, counted from shapes without processes and data.
 
-Network, statistics and the exchange between processes are the real ones, on PyTorch's meta device, whose tensors have
-shapes only; an exchange counts what it would send and takes the other processes' answers to be like its own.
+Network, statistics and exchange are the real ones, on PyTorch's meta device, where tensors have shapes only. An
+exchange counts what it would send, and assumes that the other processes send the same.
 """
 
 from collections import Counter
@@ -89,7 +89,7 @@ class Costs:
 
     @property
     def received_per_step(self) -> float:
-        """The same as received by each process, if collectives go around a ring."""
+        """The same bytes as each process receives them, if collectives go around a ring."""
         gathered = self.gathered(self.header_bytes + self.rows_bytes)
         inverses = self.summed(self.inverse_bytes) if self.inverses_are_summed else self.gathered(self.inverse_bytes)
         return (gathered + self.summed(self.moments_bytes)) / self.factor_period + inverses / self.inverse_period
@@ -100,16 +100,16 @@ class Costs:
         return self.summed(self.gradient_bytes)
 
     def gathered(self, num_bytes: int) -> float:
-        """Return what a process receives in a gather of so many bytes of each."""
+        """Return the bytes that a process receives in an all-gather, given the bytes of each process."""
         return float((self.num_processes - 1) * num_bytes)
 
     def summed(self, num_bytes: int) -> float:
-        """Return what a process receives in a sum of so many bytes, scattered and then gathered."""
+        """Return the bytes that a process receives in an all-reduce: a reduce-scatter and an all-gather."""
         return 2 * (self.num_processes - 1) / self.num_processes * num_bytes
 
 
 class ShapeProcesses(Processes):
-    """Stands for N processes, of which this is the first: all that it sends is counted.
+    """Stands for N processes as the first of them, and counts all that it sends.
 
     Args:
         described: What every process says of every layer, ``[processes, layers, numbers]``.
@@ -122,12 +122,12 @@ class ShapeProcesses(Processes):
         self._all = described
 
     def all_gather(self, values: Tensor, what: str) -> list[Tensor]:
-        """Count, and take the others' values to be like these."""
+        """Count the bytes, and return this process's values for all processes."""
         self.sent_bytes[what] += values.numel() * values.itemsize
         return [values] * self.size
 
     def all_reduce_(self, values: Tensor, what: str) -> None:
-        """Count."""
+        """Count the bytes."""
         self.sent_bytes[what] += values.numel() * values.itemsize
 
     def all_gather_integers(
@@ -193,7 +193,7 @@ class ShapeModel:
         return sides
 
     def measured(self, num_examples: int) -> list[LayerFactors | None]:
-        """Return what a process with so many examples measures, per layer."""
+        """Return the statistics that a process measures on its examples, per layer."""
         if num_examples not in self._measured:
             with self.preconditioner.capture():
                 self.run(num_examples)

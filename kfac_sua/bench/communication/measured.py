@@ -41,7 +41,7 @@ _FLOAT32 = Arithmetic("float32", _CPU)
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured of one setting on N processes; of several processes, the most that one of them needs.
+    """Measured costs of one setting on N processes; each is the largest of any process.
 
     Args:
         setting: Name of the setting.
@@ -75,7 +75,7 @@ class Measurement:
 def measure(
     settings: Sequence[Setting], num_processes: int, batch_size: int, flops_per_byte: float, repeats: int = 3
 ) -> list[Measurement]:
-    """Train a few mini-batches per setting, on so many processes.
+    """Train a few mini-batches per setting on several processes.
 
     Args:
         settings: Networks and preconditioners, none of them plain SGD.
@@ -126,7 +126,7 @@ def _work(
     flops_per_byte: float,
     repeats: int,
 ) -> None:
-    """Be one of the processes, and leave what was measured in a file."""
+    """Act as one of the processes, and write its measurements to a file."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=num_processes, timeout=timedelta(minutes=10))
@@ -169,7 +169,7 @@ class _Rank:
         return model
 
     def measure(self, repeats: int) -> dict[str, Any]:
-        """Take a first mini-batch with counted bytes, and then some of each kind with a clock."""
+        """Train a first mini-batch and count its bytes, and then some of each kind and time them."""
         with self._counted_collectives():
             self._step(StepKind.refresh)
         sent = {f"{name}_bytes": self.sent[name] for name in ("header", "rows", "moments", "inverse", "gradient")}

@@ -11,7 +11,7 @@ from kfac_sua.campaign.report.text import NOTHING, bullets, code_block, join, li
 from kfac_sua.runs.environment import Environment
 
 AGREEING = ("header_bytes", "rows_bytes", "moments_bytes", "inverse_bytes", "gradient_bytes", "kept_bytes")
-"""What is both counted and measured, and must be the same."""
+"""Columns that are both counted and measured, and must agree."""
 
 _MIB = 2**20
 _KEYS = ["setting", "num_processes", "batch_size"]

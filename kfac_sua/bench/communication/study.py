@@ -12,10 +12,10 @@ from kfac_sua.bench.settings import Setting, compose_settings, parse_items
 from kfac_sua.preconditioner.distributed.assignment import FLOPS_PER_BYTE
 
 PARTS = ("statistics", "statistics_exchange", "inversion", "inversion_exchange", "application")
-"""What a preconditioned mini-batch has more than one of SGD: seconds, averaged over a refresh period."""
+"""Parts that preconditioning adds to a mini-batch of SGD, in seconds, averaged over a refresh period."""
 
 MOST_OVERHEAD = 0.05
-"""What counts as little beside SGD."""
+"""Overheads below this share of SGD count as small."""
 
 _PAPER = {"vgg11": {"period": 50, "group_size": 32}, "preact_resnet50": {"period": 64, "group_size": 64}}
 METHODS = ("kfac", "sua", "grouped", "sua_grouped")

@@ -80,7 +80,7 @@ def _overheads(rows: pd.DataFrame) -> str:
 
 
 def _marked(overhead: float) -> str:
-    """Return an overhead, in bold where it is little."""
+    """Return an overhead, in bold if it is small."""
     return f"**{percent(overhead)}**" if overhead < MOST_OVERHEAD else percent(overhead)
 
 
@@ -89,7 +89,7 @@ def _where(rows: pd.DataFrame) -> str:
 
 
 def _sentence(rows: pd.DataFrame, name: str) -> str:
-    """Say where inversion, statistics and application stop getting cheaper, and where the overhead is small."""
+    """Return sentences on where inversion, statistics and application stop scaling, and where the overhead is small."""
     rows = rows.sort_values("num_processes")
     sizes = [int(size) for size in rows["num_processes"]]
     little = [size for size, overhead in zip(sizes, rows["overhead"], strict=True) if overhead < MOST_OVERHEAD]

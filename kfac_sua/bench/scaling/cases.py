@@ -17,7 +17,7 @@ from kfac_sua.config import PreconditionerName
 from kfac_sua.preconditioner.settings import InverseMethod
 
 IMAGE_SIZE = 4  # pixels, height and width
-GROUP_SIZE = 32  # channels, where the group size is not what varies: Figure 1's
+GROUP_SIZE = 32  # channels; that of Figure 1, for sweeps of other quantities
 COSTS = ("forward_backward", "statistics", "inversion", "application")
 INVERSE_METHODS = (InverseMethod.cholesky, InverseMethod.auto)
 
@@ -108,7 +108,7 @@ Axis = Literal["channels", "kernel_size", "batch_size", "group_size"]
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """Sizes of one quantity, everything else fixed.
+    """Sizes of one quantity, with all others fixed.
 
     Args:
         name: Its name on the command line.
@@ -137,7 +137,7 @@ class Sweep:
                     yield Case(layer, method, size, inverse_method)
 
     def size_of(self, case: Case) -> int | None:
-        """Return where a case lies on the sweep, of whatever size; ``None`` if it does not."""
+        """Return the size of a case on the sweep, which may lie beyond its sizes; ``None`` if it is not on it."""
         if self.axis == "group_size":
             return case.group_size if case.layer == self.base else None
         size: int = getattr(case.layer, self.axis)

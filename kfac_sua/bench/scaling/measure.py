@@ -1,4 +1,4 @@
-"""Seconds of one convolution's refresh and application, by taking turns with the bare layer in one process."""
+"""Seconds of one convolution's refresh and application, which take turns with the bare layer in one process."""
 
 import dataclasses
 import statistics
@@ -15,7 +15,7 @@ from kfac_sua.preconditioner import Application, KroneckerPreconditioner, Kronec
 from kfac_sua.training.timing import Stopwatch
 
 _SEED = 0
-_SHORT_S = 1.0  # seconds for all turns, within which there may be more of them than asked for
+_SHORT_S = 1.0  # seconds for all turns; if they take less, there are more turns than asked for
 _MOST_TURNS = 15
 
 
@@ -90,7 +90,7 @@ class Contender:
         return watch.totals()
 
     def is_low_rank(self, num_rows: int) -> bool:
-        """Return whether a factor of so many rows is kept as rows."""
+        """Return whether a factor with this number of rows is kept as rows."""
         if self.preconditioner is None:
             return False
         (row,) = self.preconditioner.describe().layers
@@ -128,7 +128,7 @@ def measure_layer(layer: Layer, cases: Sequence[Case], device: torch.device, rep
 
 
 def _take_turns(contenders: Sequence[Contender], repeats: int) -> list[list[dict[str, float]]]:
-    """Return seconds by phase of every contender in every turn but the first, which warms up."""
+    """Return seconds by phase of every contender in every turn except the first, which warms up."""
     for contender in contenders:
         contender.step()
     turns: list[list[dict[str, float]]] = []

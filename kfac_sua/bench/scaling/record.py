@@ -53,7 +53,7 @@ class ScalingError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What seconds depend on beside the case.
+    """Conditions on which seconds depend beside the case.
 
     Args:
         device: ``cpu`` or ``cuda``.
@@ -147,7 +147,7 @@ def from_frame(frame: pd.DataFrame, path: Path, machine: Machine) -> dict[Case, 
 
 
 def _on_sweep(size_of: Any, measurements: Mapping[Case, Measurement]) -> list[tuple[int, Case]]:
-    """Return sizes and cases on a sweep, by size, otherwise in the order of measurement."""
+    """Return sizes and cases on a sweep, ordered by size and then as they were measured."""
     placed = [(size, case) for case in measurements if (size := size_of(case)) is not None]
     return sorted(placed, key=lambda pair: pair[0])
 

@@ -1,4 +1,4 @@
-"""What is missing of a study, measured layer by layer, each kept as soon as it is there."""
+"""Measures what a study lacks, layer by layer, and keeps each measurement at once."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +28,7 @@ class StudySettings:
 
 
 def missing_cases(cases: Sequence[Case], known: Mapping[Case, Measurement], repeats: int) -> list[Case]:
-    """Return the cases without a measurement of so many repeats; one that was left out is looked at again."""
+    """Return the cases without a measurement of as many repeats, including those that were left out before."""
     return [case for case in cases if case not in known or known[case].note != "" or known[case].repeats < repeats]
 
 
@@ -67,7 +67,7 @@ def measure_missing(
 
 
 def _measure(layer: Layer, cases: Sequence[Case], settings: StudySettings) -> dict[Case, Measurement]:
-    """Measure the cases of one layer that fit into memory, and say of the others what they need."""
+    """Measure the cases of one layer that fit into memory; the others get a note on what they need."""
     excluded = {case: _left_out(case) for case in cases if case.needed_gib() > settings.memory_limit_gib}
     fitting = [case for case in cases if case not in excluded]
     measured = measure_layer(layer, fitting, settings.device, settings.repeats) if fitting else {}
