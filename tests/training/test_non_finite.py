@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from identical import assert_identical
+from thinned import diagonal
 from tiny_runs import TINY_PERIOD, directory_of, tiny_config
 
 from kfac_sua.data import BatchLoader
@@ -55,9 +56,10 @@ def spoil(monkeypatch, batches: set[int], value: float) -> None:
     monkeypatch.setattr(BatchLoader, "next_batch", spoiled_batch)
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("bad_step", [0, 1, 3], ids=["first", "plain", "refresh"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
+# A mini-batch that is the first, one between refreshes, and one of a refresh.
+@pytest.mark.parametrize(
+    ("setting", "bad_step", "value"), diagonal(SETTINGS, [0, 1, 3], [float("nan"), float("inf"), 1e38])
+)
 def test_a_skipped_mini_batch_leaves_no_trace(tmp_path, setting, bad_step, value):
     """Steps with a spoiled mini-batch in between equal, bit for bit, the same steps without it."""
     with_bad, without = (start(tmp_path, *SETTINGS[setting]) for _ in range(2))

@@ -184,6 +184,7 @@ def start(rank: int, port: int, directory: Path, *arguments: str) -> subprocess.
     )
 
 
+@pytest.mark.slow
 def test_two_commands_that_differ_end_with_a_sentence_each_and_leave_nothing(tmp_path):
     """Real processes: exit code 2 on both, nothing on disk."""
     (port,) = free_ports(1)
