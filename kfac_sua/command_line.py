@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kfac_sua.runs.atomic import written_beside
-from kfac_sua.runs.openers import refuse_special
+from kfac_sua.files.atomic import written_beside
+from kfac_sua.files.openers import refuse_special
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from kfac_sua.config import ConfigError, Device, Precision
+from kfac_sua.files.openers import refuse_special
 from kfac_sua.preconditioner.forms.rates import OWN_RATES, DeviceRates, rates_in_force
-from kfac_sua.runs.openers import refuse_special
 
 
 @dataclass(frozen=True)

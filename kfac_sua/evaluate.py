@@ -14,8 +14,8 @@ from kfac_sua.command_line import BAD_INPUT, say
 from kfac_sua.config import ConfigError, Device
 from kfac_sua.data import BatchLoader, DataError
 from kfac_sua.device import choose_device, choose_precision
+from kfac_sua.files.openers import cannot_use
 from kfac_sua.load import LoadedRun, load_run
-from kfac_sua.runs.openers import cannot_use
 from kfac_sua.runs.run_info import RecordError
 from kfac_sua.startup import run_command
 from kfac_sua.training.checkpoint import CheckpointError

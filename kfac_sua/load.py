@@ -14,9 +14,9 @@ from kfac_sua.compose import compose_config
 from kfac_sua.compose.saved import overrides_of
 from kfac_sua.config import Config
 from kfac_sua.data.sizes import SIZES
+from kfac_sua.files.openers import read_regular
 from kfac_sua.runs.directory import RunDirectory
 from kfac_sua.runs.metrics import EpochRecord, best_epoch, read_ended_records
-from kfac_sua.runs.openers import read_regular
 from kfac_sua.runs.run_info import RecordError, RunInfo, read_run_info
 from kfac_sua.training.checkpoint import load_checkpoint, present_name
 

@@ -39,8 +39,8 @@ from kfac_sua.config import ConfigError
 from kfac_sua.data import DataError
 from kfac_sua.device import choose_device, device_type, knowing
 from kfac_sua.figures.curves import FigureError
+from kfac_sua.files.lock import RunBusyError, exclusive
 from kfac_sua.runs.final_table import CollectError
-from kfac_sua.runs.lock import RunBusyError, exclusive
 from kfac_sua.runs.run_info import RecordError, failure_reason
 from kfac_sua.startup import run_command
 from kfac_sua.streams import output_is_recorded

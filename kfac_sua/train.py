@@ -35,10 +35,10 @@ from kfac_sua.compose.explain import explain
 from kfac_sua.compose.launchers import killed_sentence, was_killed
 from kfac_sua.config import CONFIG_DIR, CONFIG_NAME, VERSION_BASE, ConfigError
 from kfac_sua.data import DataError
+from kfac_sua.files.lock import RunBusyError
+from kfac_sua.files.openers import cannot_use
 from kfac_sua.runs.directory import run_directory
-from kfac_sua.runs.lock import RunBusyError
 from kfac_sua.runs.metrics import read_records
-from kfac_sua.runs.openers import cannot_use
 from kfac_sua.runs.run_info import RecordError
 from kfac_sua.startup import run_command
 from kfac_sua.streams import guard_streams, output_is_recorded

@@ -26,7 +26,7 @@ import torch
 
 from kfac_sua.compose import compose_config
 from kfac_sua.config import Config, KroneckerConfig
-from kfac_sua.runs.atomic import write_atomically
+from kfac_sua.files.atomic import write_atomically
 from kfac_sua.runs.directory import RunDirectory, run_directory
 from kfac_sua.runs.metrics import EpochRecord, read_ended_records
 from kfac_sua.runs.run_info import read_run_info

@@ -40,8 +40,8 @@ from kfac_sua.bench.tables import (
 from kfac_sua.command_line import BAD_INPUT, FAILED, INTERRUPTED, as_number, count, refuse_unwritable, say
 from kfac_sua.config import Config, ConfigError, KroneckerConfig, Precision
 from kfac_sua.device import choose_device, choose_precision
+from kfac_sua.files.openers import cannot_use
 from kfac_sua.preconditioner import FisherType
-from kfac_sua.runs.openers import cannot_use
 from kfac_sua.runs.run_info import RecordError
 from kfac_sua.startup import run_command
 from kfac_sua.training.capturing import why_no_graphs

@@ -27,11 +27,11 @@ from kfac_sua.bench.tables import table
 from kfac_sua.command_line import BAD_INPUT, FAILED, INTERRUPTED, count, refuse_unwritable, say
 from kfac_sua.config import ConfigError, Device, Precision
 from kfac_sua.device import choose_device
+from kfac_sua.files.atomic import written_beside
+from kfac_sua.files.openers import cannot_use
 from kfac_sua.preconditioner.forms.dense import gram, inverses_of_triangles
 from kfac_sua.preconditioner.forms.rates import NEVER, DeviceRates, rates_in_force, rates_of
-from kfac_sua.runs.atomic import written_beside
 from kfac_sua.runs.environment import environment
-from kfac_sua.runs.openers import cannot_use
 from kfac_sua.startup import run_command
 from kfac_sua.training.precision import computing_in
 

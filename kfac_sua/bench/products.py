@@ -27,13 +27,13 @@ from kfac_sua.compose import compose_config
 from kfac_sua.config import Config, ConfigError, Device, Precision, ProgressStyle
 from kfac_sua.data.archive import DataError
 from kfac_sua.device import choose_device
+from kfac_sua.files.atomic import write_atomically
+from kfac_sua.files.openers import cannot_use
 from kfac_sua.preconditioner import KroneckerPreconditioner
 from kfac_sua.preconditioner.apply import precondition_, quadratic_form
 from kfac_sua.preconditioner.forms import DenseInverse, Inverse
 from kfac_sua.preconditioner.kronecker import KroneckerInverse
 from kfac_sua.preconditioner.layer import PreconditionedLayer
-from kfac_sua.runs.atomic import write_atomically
-from kfac_sua.runs.openers import cannot_use
 from kfac_sua.startup import run_command
 from kfac_sua.training.build import build_training
 from kfac_sua.training.loop import train_epoch

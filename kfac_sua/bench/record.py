@@ -10,9 +10,9 @@ from kfac_sua.bench.costs import TimeCost
 from kfac_sua.bench.layers import LayerWork, StepWork
 from kfac_sua.bench.operations import Operations
 from kfac_sua.bench.rates import Rate
-from kfac_sua.runs.atomic import write_atomically
+from kfac_sua.files.atomic import write_atomically
+from kfac_sua.files.openers import read_regular
 from kfac_sua.runs.environment import Environment
-from kfac_sua.runs.openers import read_regular
 from kfac_sua.runs.run_info import RecordError
 
 FORMAT = 4

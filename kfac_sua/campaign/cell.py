@@ -13,8 +13,8 @@ from kfac_sua.checks import check
 from kfac_sua.compose import compose_config
 from kfac_sua.config import Config, ConfigError, KroneckerConfig
 from kfac_sua.device import device_type
+from kfac_sua.files.lock import RunBusyError, exclusive
 from kfac_sua.runs.directory import RunDirectory, run_directory
-from kfac_sua.runs.lock import RunBusyError, exclusive
 from kfac_sua.runs.metrics import EpochRecord, read_ended_records, read_records
 from kfac_sua.runs.run_info import ENDED, UNENDED, RecordError, RunInfo, read_run_info, write_run_info
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from kfac_sua.campaign.targets import BEST_ERROR, FINAL_LOSS, HALFWAY_ERROR, MeanCurve
-from kfac_sua.figures.style import BASELINE, METHODS
+from kfac_sua.methods import BASELINE, METHODS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -18,11 +18,12 @@ from kfac_sua.campaign.targets import target_table
 from kfac_sua.figures.fig1 import draw_figure1
 from kfac_sua.figures.fig2 import draw_figure2
 from kfac_sua.figures.grid_map import draw_grid_map
-from kfac_sua.figures.style import MethodStyle, method_styles
+from kfac_sua.figures.style import method_styles
 from kfac_sua.figures.time_split import draw_time_split
 from kfac_sua.figures.time_to_target import draw_time_to_target
 from kfac_sua.figures.titles import panel_subjects, subject
-from kfac_sua.runs.atomic import write_atomically
+from kfac_sua.files.atomic import write_atomically
+from kfac_sua.methods import MethodStyle
 from kfac_sua.runs.environment import source_commit
 from kfac_sua.runs.run_info import RunInfo
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from kfac_sua.campaign.bootstrap import RESAMPLES, interval, resampled_seeds
-from kfac_sua.figures.style import BASELINE
+from kfac_sua.methods import BASELINE
 from kfac_sua.runs.comparable import CIRCUMSTANCES, circumstances_of
 from kfac_sua.runs.final_table import CollectError, require_one_precision
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from kfac_sua.campaign.starting import LEAVING_TIME_S
 from kfac_sua.config import Config
-from kfac_sua.runs.atomic import named_in_errors
-from kfac_sua.runs.lock import RunBusyError, RunLostError
-from kfac_sua.runs.openers import own_file
+from kfac_sua.files.atomic import named_in_errors
+from kfac_sua.files.lock import RunBusyError, RunLostError
+from kfac_sua.files.openers import own_file
 from kfac_sua.runs.run_info import failure_reason
 
 # Seconds for which a worker whose parent was killed may still hold a run, as it leaves after a checkpoint too.

@@ -14,7 +14,7 @@ from kfac_sua.cli.help import help_text, version_text
 from kfac_sua.compose import quoted
 from kfac_sua.compose.saved import saved_overrides
 from kfac_sua.config import CONFIG_DIR, CONFIG_NAME, ConfigError
-from kfac_sua.runs.openers import cannot_use, refuse_special
+from kfac_sua.files.openers import cannot_use, refuse_special
 
 DEBUG = "--debug"  # the same as HYDRA_FULL_ERROR=1
 COMPLETION = "--shell-completion"

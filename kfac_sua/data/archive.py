@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from kfac_sua.data.cifar import CIFAR_SOURCES, FETCH_COMMANDS, make_archive, one_line, read_torchvision, where_else
 from kfac_sua.data.sizes import IMAGE_SHAPE, SIZES
 from kfac_sua.data.splits import DataError, ImageSet
+from kfac_sua.files.openers import regular_file
 from kfac_sua.preconditioner.large import device_memory
-from kfac_sua.runs.openers import regular_file
 
 Array = NDArray[Any]
 

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from kfac_sua.data.splits import DataError
 from kfac_sua.data.turn import turn
-from kfac_sua.runs.openers import refuse_special
+from kfac_sua.files.openers import refuse_special
 
 NETWORK_TIMEOUT_S = 30.0
 """Longest silence of the server. The whole download may take any time."""

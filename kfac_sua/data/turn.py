@@ -7,9 +7,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from kfac_sua.runs.atomic import named_in_errors
-from kfac_sua.runs.lock import is_at
-from kfac_sua.runs.openers import own_file
+from kfac_sua.files.atomic import named_in_errors
+from kfac_sua.files.lock import is_at
+from kfac_sua.files.openers import own_file
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from kfac_sua.figures.style import MethodStyle, wrapped
+from kfac_sua.figures.style import wrapped
+from kfac_sua.methods import MethodStyle
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -38,8 +38,8 @@ from kfac_sua.figures.lines import (
     seeds_title,
 )
 from kfac_sua.figures.panels import check_uniform, method_names, with_names
-from kfac_sua.figures.style import METHODS, MethodStyle
 from kfac_sua.figures.titles import subject
+from kfac_sua.methods import METHODS, MethodStyle
 from kfac_sua.runs.collect import collect_runs, final_runs_root
 from kfac_sua.runs.comparable import seconds_cautions
 from kfac_sua.runs.final_table import CollectError, final_table, require_one_precision, require_runs, select_best

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from kfac_sua.figures.style import apply_style, wrapped
-from kfac_sua.runs.atomic import write_atomically
+from kfac_sua.files.atomic import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,7 +12,8 @@ from kfac_sua.figures.curves import FigureError
 from kfac_sua.figures.files import write_figure
 from kfac_sua.figures.grid_layout import CELL_HEIGHT, MARGIN, GridMap, Page, Place, lay_out
 from kfac_sua.figures.panels import method_names, panel_titles, with_names
-from kfac_sua.figures.style import METHODS, MethodStyle, short_number
+from kfac_sua.figures.style import short_number
+from kfac_sua.methods import METHODS, MethodStyle
 from kfac_sua.runs.run_info import UNENDED
 
 if TYPE_CHECKING:

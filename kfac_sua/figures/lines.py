@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kfac_sua.figures.curves import Curve, Method
-from kfac_sua.figures.style import Dashes, MethodStyle, wrapped
+from kfac_sua.figures.style import wrapped
+from kfac_sua.methods import Dashes, MethodStyle
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from kfac_sua.figures.curves import FigureError
-from kfac_sua.figures.style import MethodStyle
+from kfac_sua.methods import MethodStyle
 
 
 def with_names(frame: pd.DataFrame) -> pd.DataFrame:

@@ -25,8 +25,8 @@ from kfac_sua.figures.curves import FigureError
 from kfac_sua.figures.files import PAGE_WIDTH, write_figure
 from kfac_sua.figures.lines import draw_legend
 from kfac_sua.figures.panels import method_names, panel_titles
-from kfac_sua.figures.style import BASELINE, METHODS, MethodStyle
-from kfac_sua.runs.openers import cannot_use, read_regular
+from kfac_sua.files.openers import cannot_use, read_regular
+from kfac_sua.methods import BASELINE, METHODS, MethodStyle
 from kfac_sua.startup import run_command
 
 if TYPE_CHECKING:

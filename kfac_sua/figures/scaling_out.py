@@ -12,7 +12,7 @@ import pandas as pd
 from kfac_sua.figures.files import PAGE_WIDTH, write_figure
 from kfac_sua.figures.lines import draw_legend
 from kfac_sua.figures.panels import method_names
-from kfac_sua.figures.style import METHODS, MethodStyle
+from kfac_sua.methods import METHODS, MethodStyle
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,7 +11,8 @@ from kfac_sua.figures.bars import label_bars, row_height, write_at_end
 from kfac_sua.figures.files import PAGE_WIDTH, write_figure
 from kfac_sua.figures.lines import legend_columns
 from kfac_sua.figures.panels import method_names, panel_titles, with_names
-from kfac_sua.figures.style import BASELINE, METHODS, MethodStyle, short_number
+from kfac_sua.figures.style import short_number
+from kfac_sua.methods import BASELINE, METHODS, MethodStyle
 from kfac_sua.runs.comparable import seconds_cautions
 from kfac_sua.runs.final_table import require_one_precision
 

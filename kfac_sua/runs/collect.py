@@ -19,11 +19,11 @@ from typing import Any
 import pandas as pd
 
 from kfac_sua.command_line import BAD_INPUT, say
-from kfac_sua.runs.atomic import write_atomically
+from kfac_sua.files.atomic import write_atomically
+from kfac_sua.files.openers import refuse_special
 from kfac_sua.runs.comparable import CIRCUMSTANCES, circumstances, seconds_cautions
 from kfac_sua.runs.final_table import QUANTITIES, SETTING_COLUMNS, CollectError, final_table, select_best
 from kfac_sua.runs.metrics import COLUMNS, EpochRecord, read_ended_records
-from kfac_sua.runs.openers import refuse_special
 from kfac_sua.runs.run_info import RecordError, RunInfo, read_run_info
 from kfac_sua.runs.summary import MAX_WIDTH, format_table
 from kfac_sua.startup import run_command

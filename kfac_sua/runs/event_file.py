@@ -24,8 +24,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kfac_sua.runs.atomic import named_in_errors, written_beside
-from kfac_sua.runs.openers import own_file
+from kfac_sua.files.atomic import named_in_errors, written_beside
+from kfac_sua.files.openers import own_file
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.event_pb2 import Event

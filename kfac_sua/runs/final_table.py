@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from kfac_sua.figures.style import METHODS
+from kfac_sua.methods import METHODS
 from kfac_sua.runs.run_info import ENDED, UNENDED
 
 SETTING_COLUMNS = (

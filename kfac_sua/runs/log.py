@@ -4,8 +4,8 @@ import logging
 from datetime import UTC, datetime
 from pathlib import Path
 
-from kfac_sua.runs.atomic import named_in_errors
-from kfac_sua.runs.openers import own_file
+from kfac_sua.files.atomic import named_in_errors
+from kfac_sua.files.openers import own_file
 
 _PACKAGE = "kfac_sua"  # the logger of all modules
 

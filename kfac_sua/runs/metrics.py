@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_type_hints
 
-from kfac_sua.runs.atomic import named_in_errors, write_atomically
-from kfac_sua.runs.openers import own_file, read_regular
+from kfac_sua.files.atomic import named_in_errors, write_atomically
+from kfac_sua.files.openers import own_file, read_regular
 from kfac_sua.runs.run_info import RecordError, RunInfo
 
 

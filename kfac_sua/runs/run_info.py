@@ -10,8 +10,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from kfac_sua.runs.atomic import write_atomically
-from kfac_sua.runs.openers import cannot_use, read_regular
+from kfac_sua.files.atomic import write_atomically
+from kfac_sua.files.openers import cannot_use, read_regular
 
 Status = Literal["running", "finished", "diverged", "failed"]
 # A run with one of these is over; with any other status the same command goes on with it.

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kfac_sua.files.openers import refuse_link
 from kfac_sua.runs.event_file import EventFile
 from kfac_sua.runs.hyper_parameters import Value, hyper_parameter_summaries
 from kfac_sua.runs.metrics import MAY_BE_UNMEASURED, EpochRecord
-from kfac_sua.runs.openers import refuse_link
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.event_pb2 import Event

@@ -17,7 +17,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 
-from kfac_sua.runs.atomic import written_beside
+from kfac_sua.files.atomic import written_beside
 
 MAGIC = b"KFACSUA2"
 FORMAT_VERSION = 2

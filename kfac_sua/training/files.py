@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from kfac_sua.runs.atomic import write_atomically
+from kfac_sua.files.atomic import write_atomically
+from kfac_sua.files.lock import Hold, exclusive
 from kfac_sua.runs.directory import RunDirectory
 from kfac_sua.runs.hyper_parameters import hyper_parameters
-from kfac_sua.runs.lock import Hold, exclusive
 from kfac_sua.runs.log import RunLog
 from kfac_sua.runs.metrics import EpochRecord, append_record, best_epoch, records_digest, rewrite_records
 from kfac_sua.runs.run_info import ENDED, RecordError, RunInfo, failure_reason, read_run_info, write_run_info

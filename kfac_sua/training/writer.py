@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from kfac_sua.config import ProgressStyle
+from kfac_sua.files.lock import RunBusyError, RunLostError, exclusive
 from kfac_sua.runs.directory import RunDirectory
-from kfac_sua.runs.lock import RunBusyError, RunLostError, exclusive
 from kfac_sua.runs.metrics import EpochRecord, records_digest
 from kfac_sua.runs.run_info import RunInfo, failure_reason
 from kfac_sua.training.attempt import (

@@ -13,7 +13,7 @@ import torch
 
 from gpu_parts.archive import LIMIT, NAME, REPORT
 from gpu_parts.part import OK, Outcome, Part
-from kfac_sua.runs.atomic import write_atomically
+from kfac_sua.files.atomic import write_atomically
 from kfac_sua.runs.environment import environment
 
 TITLE = "# GPU report"

@@ -20,7 +20,7 @@ from full_disk import fill, largest_file, small_disk
 from tiny_runs import lock_holder, metrics_without_times
 
 from kfac_sua.campaign.cell import Cell, log_path, mark_failed, read_state
-from kfac_sua.runs.lock import exclusive
+from kfac_sua.files.lock import exclusive
 from kfac_sua.runs.run_info import ENDED, read_run_info
 
 BASELINE_ONLY = ("fig1", "--scale", "smoke", "--only", "baseline", "--seeds", "1")

@@ -14,7 +14,7 @@ from tiny_runs import TINY, directory_of, lock_holder, metrics_without_times, ti
 from kfac_sua.campaign.cell import Cell, Stage, log_path, read_state
 from kfac_sua.campaign.jobs import run_as_jobs
 from kfac_sua.campaign.launcher import load_launcher
-from kfac_sua.runs.lock import exclusive
+from kfac_sua.files.lock import exclusive
 from kfac_sua.runs.run_info import read_run_info
 from kfac_sua.training.loop import run
 

@@ -21,8 +21,8 @@ from campaign.report_inputs import (
     written,
 )
 
-from kfac_sua.campaign.report.text import escape, number
 from kfac_sua.campaign.report.tuning import budget_sentence
+from kfac_sua.markdown_text import escape, number
 from kfac_sua.runs.final_table import CollectError
 
 

@@ -13,7 +13,7 @@ from thinned import one_in
 
 from kfac_sua import train
 from kfac_sua.compose import compose_cells
-from kfac_sua.runs.lock import RunBusyError, exclusive
+from kfac_sua.files.lock import RunBusyError, exclusive
 from kfac_sua.runs.metrics import read_records
 
 TINY = ["model=tiny", "dataset=digits", "dataset.train_size=400", "device=cpu"]

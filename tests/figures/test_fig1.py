@@ -13,7 +13,8 @@ from runs.synthetic_runs import epoch_record, write_run
 
 from kfac_sua.figures.curves import FigureError
 from kfac_sua.figures.fig1 import draw_figure1, main
-from kfac_sua.figures.style import METHODS, method_styles
+from kfac_sua.figures.style import method_styles
+from kfac_sua.methods import METHODS
 from kfac_sua.runs.collect import collect_runs
 from kfac_sua.runs.final_table import CollectError
 

@@ -11,7 +11,8 @@ from runs.synthetic_runs import epoch_record, run_info, write_run
 
 from kfac_sua.figures.curves import FigureError
 from kfac_sua.figures.fig2 import draw_figure2, main
-from kfac_sua.figures.style import METHODS, method_styles
+from kfac_sua.figures.style import method_styles
+from kfac_sua.methods import METHODS
 
 PANELS = [("left", "CIFAR-10, constant learning rate"), ("middle", "CIFAR-10, decay"), ("right", "CIFAR-100, decay")]
 METHODS_DRAWN = ("baseline", "sua_grouped")

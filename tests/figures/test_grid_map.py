@@ -9,7 +9,8 @@ from matplotlib.patches import Rectangle
 
 from kfac_sua.figures.curves import FigureError
 from kfac_sua.figures.grid_map import draw_grid_map
-from kfac_sua.figures.style import METHODS, method_styles, short_number
+from kfac_sua.figures.style import method_styles, short_number
+from kfac_sua.methods import METHODS
 
 LRS, DAMPINGS = (0.1, 0.03, 0.01, 0.003), (1, 0.1, 0.01)
 CHOSEN = {("vgg11", "baseline"): "baseline-0.032-None", ("vgg11", "sua"): "sua-0.03-0.1"}

@@ -8,7 +8,7 @@ from matplotlib.colors import to_hex
 
 from kfac_sua.figures.curves import FigureError
 from kfac_sua.figures.scaling import draw_scaling, main
-from kfac_sua.figures.style import METHODS
+from kfac_sua.methods import METHODS
 
 SIZES = {"width": (64, 128, 256, 512, 1024), "kernel": (1, 3, 5, 7), "group": (8, 32, 128), "batch": (25, 100, 400)}
 AXES = {"width": "channels", "kernel": "kernel_size", "group": "group_size", "batch": "batch_size"}

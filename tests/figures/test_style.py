@@ -4,7 +4,8 @@ import matplotlib
 import pytest
 
 from kfac_sua.figures.curves import FigureError
-from kfac_sua.figures.style import METHODS, apply_style, method_styles, short_number, wrapped
+from kfac_sua.figures.style import apply_style, method_styles, short_number, wrapped
+from kfac_sua.methods import METHODS
 
 OKABE_ITO = {"#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"}
 PAPER = ["baseline", "kfac", "grouped", "sua", "sua_grouped"]

@@ -7,8 +7,9 @@ from figures.layout import assert_readable, assert_same_bytes, assert_written, t
 from figures.synthetic_frames import PAPER, finals
 
 from kfac_sua.figures.curves import FigureError
-from kfac_sua.figures.style import METHODS, method_styles
+from kfac_sua.figures.style import method_styles
 from kfac_sua.figures.time_split import PHASES, draw_time_split
+from kfac_sua.methods import METHODS
 
 
 def test_segments_are_the_numbers_of_the_csv(drawn, tmp_path):

@@ -9,8 +9,9 @@ from figures.layout import assert_readable, assert_same_bytes, assert_written, t
 from figures.synthetic_frames import PAPER
 
 from kfac_sua.figures.curves import FigureError
-from kfac_sua.figures.style import METHODS, method_styles
+from kfac_sua.figures.style import method_styles
 from kfac_sua.figures.time_to_target import draw_time_to_target
+from kfac_sua.methods import METHODS
 
 COLUMNS = ["panel", "method", "target", "target_value", "epochs", "epochs_low", "epochs_high"]
 COLUMNS += ["seconds", "seconds_low", "seconds_high", "seeds", "precision"]

@@ -12,7 +12,7 @@ from runs.synthetic_runs import epoch_record, run_info, write_run
 from kfac_sua.compose import compose_config
 from kfac_sua.config import Precision
 from kfac_sua.device import choose_precision
-from kfac_sua.figures.style import METHODS
+from kfac_sua.methods import METHODS
 from kfac_sua.runs.collect import collect_runs, main
 from kfac_sua.runs.directory import resolved
 from kfac_sua.runs.final_table import CollectError, final_table, require_one_precision, require_runs, select_best

@@ -13,10 +13,10 @@ from kfac_sua.bench.record import read_record
 from kfac_sua.cli.sweep import refuse_links
 from kfac_sua.config import ConfigError
 from kfac_sua.data.turn import turn
-from kfac_sua.runs.atomic import write_atomically
-from kfac_sua.runs.lock import exclusive
+from kfac_sua.files.atomic import write_atomically
+from kfac_sua.files.lock import exclusive
+from kfac_sua.files.openers import own_file, read_regular
 from kfac_sua.runs.metrics import append_record, read_records
-from kfac_sua.runs.openers import own_file, read_regular
 from kfac_sua.runs.run_info import RecordError, read_run_info
 from kfac_sua.runs.tensorboard import StepLog
 from kfac_sua.training.loop import run

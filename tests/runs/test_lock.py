@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 from tiny_runs import lock_holder
 
-from kfac_sua.runs import lock as lock_module
-from kfac_sua.runs.lock import RunBusyError, exclusive
+from kfac_sua.files import lock as lock_module
+from kfac_sua.files.lock import RunBusyError, exclusive
 
 # Waits for a line, so that two of them set off together.
 TAKE = """
 import sys, time
 from pathlib import Path
-from kfac_sua.runs.lock import RunBusyError, exclusive
+from kfac_sua.files.lock import RunBusyError, exclusive
 print("ready", flush=True)
 sys.stdin.readline()
 try:

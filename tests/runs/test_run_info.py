@@ -11,9 +11,9 @@ import pytest
 import torch
 from runs.synthetic_runs import run_info
 
+from kfac_sua.files.lock import RunBusyError
 from kfac_sua.runs import environment as environment_module
 from kfac_sua.runs.environment import environment
-from kfac_sua.runs.lock import RunBusyError
 from kfac_sua.runs.run_info import RecordError, failure_reason, read_run_info, write_run_info
 
 

@@ -14,7 +14,7 @@ from stops import stop_after
 from thinned import one_in
 from tiny_runs import TINY, TINY_PERIOD, directory_of, metrics_without_times, tiny_config
 
-from kfac_sua.runs.lock import RunLostError
+from kfac_sua.files.lock import RunLostError
 from kfac_sua.training import capturing, files, loop, writer
 from kfac_sua.training.checkpoint import load_checkpoint
 from kfac_sua.training.loop import run

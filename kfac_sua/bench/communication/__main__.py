@@ -23,10 +23,10 @@ from kfac_sua.bench.communication.report import describe_costs, disagreements, t
 from kfac_sua.bench.settings import DEFAULT_SETTINGS, PERIOD_KEY, Setting, compose_settings, parse_items
 from kfac_sua.command_line import BAD_INPUT, FAILED, INTERRUPTED, as_number, count, say
 from kfac_sua.config import ConfigError
+from kfac_sua.files.atomic import write_atomically
+from kfac_sua.files.openers import cannot_use
 from kfac_sua.preconditioner.distributed.assignment import FLOPS_PER_BYTE
-from kfac_sua.runs.atomic import write_atomically
 from kfac_sua.runs.environment import environment
-from kfac_sua.runs.openers import cannot_use
 from kfac_sua.startup import run_command
 
 _PROGRAM = "python -m kfac_sua.bench.communication"

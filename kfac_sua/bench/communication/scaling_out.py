@@ -24,8 +24,8 @@ from kfac_sua.bench.communication.study_report import describe_study
 from kfac_sua.command_line import BAD_INPUT, FAILED, as_number, count, say
 from kfac_sua.config import ConfigError
 from kfac_sua.figures.scaling_out import draw_scaling_out
-from kfac_sua.runs.atomic import write_atomically
-from kfac_sua.runs.openers import cannot_use
+from kfac_sua.files.atomic import write_atomically
+from kfac_sua.files.openers import cannot_use
 from kfac_sua.startup import run_command
 
 _PROGRAM = "python -m kfac_sua.bench.communication.scaling_out"

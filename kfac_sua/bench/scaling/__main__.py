@@ -29,10 +29,10 @@ from kfac_sua.command_line import BAD_INPUT, FAILED, INTERRUPTED, as_number, cou
 from kfac_sua.config import ConfigError, Device
 from kfac_sua.device import choose_device
 from kfac_sua.figures.scaling import draw_scaling
-from kfac_sua.runs.atomic import write_atomically
+from kfac_sua.files.atomic import write_atomically
+from kfac_sua.files.lock import RunBusyError, exclusive
+from kfac_sua.files.openers import cannot_use
 from kfac_sua.runs.environment import environment
-from kfac_sua.runs.lock import RunBusyError, exclusive
-from kfac_sua.runs.openers import cannot_use
 from kfac_sua.runs.run_info import failure_reason
 from kfac_sua.startup import run_command
 

@@ -15,9 +15,9 @@ import pandas as pd
 from kfac_sua.bench.scaling.cases import COSTS, SWEEPS, Case, Layer
 from kfac_sua.bench.scaling.measure import Measurement, Seconds
 from kfac_sua.config import PreconditionerName
+from kfac_sua.files.atomic import write_atomically
+from kfac_sua.files.openers import read_regular
 from kfac_sua.preconditioner.settings import InverseMethod
-from kfac_sua.runs.atomic import write_atomically
-from kfac_sua.runs.openers import read_regular
 
 # Types as pandas reads and writes them; those with a capital letter may be empty.
 COLUMN_TYPES = {

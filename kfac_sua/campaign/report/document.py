@@ -15,11 +15,11 @@ from kfac_sua.campaign.report.paper import CITATION, TITLE, URL, difference_sect
 from kfac_sua.campaign.report.provenance import command_section, dirty_warning, environment_section, timing_warning
 from kfac_sua.campaign.report.results import final_problems, final_section, target_section
 from kfac_sua.campaign.report.shared import shared_paragraph
-from kfac_sua.campaign.report.text import code, count, escape, join
 from kfac_sua.campaign.report.tuning import tuning_section
 from kfac_sua.campaign.report.verdicts import rule_section, verdict_section, verdict_summary
 from kfac_sua.campaign.selection import Choice
-from kfac_sua.runs.atomic import write_atomically
+from kfac_sua.files.atomic import write_atomically
+from kfac_sua.markdown_text import code, count, escape, join
 from kfac_sua.runs.run_info import RunInfo
 
 

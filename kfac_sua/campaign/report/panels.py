@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pandas as pd
 
 from kfac_sua.campaign.definition import Campaign, Panel
-from kfac_sua.campaign.report.text import escape, join
-from kfac_sua.figures.style import METHODS
+from kfac_sua.markdown_text import escape, join
+from kfac_sua.methods import METHODS
 
 
 def method_label(campaign: Campaign, method: str) -> str:

@@ -9,7 +9,7 @@ import pandas as pd
 from kfac_sua.campaign.definition import Campaign, Panel
 from kfac_sua.campaign.report.panels import curve_rows, method_label, per_panel
 from kfac_sua.campaign.report.paper import run_sizes
-from kfac_sua.campaign.report.text import (
+from kfac_sua.markdown_text import (
     NOTHING,
     bounds,
     bullets,
@@ -23,7 +23,7 @@ from kfac_sua.campaign.report.text import (
     spread,
     table,
 )
-from kfac_sua.figures.style import BASELINE
+from kfac_sua.methods import BASELINE
 from kfac_sua.runs.final_table import QUANTITIES, CollectError, final_table, require_one_precision
 from kfac_sua.runs.run_info import UNENDED, RunInfo
 

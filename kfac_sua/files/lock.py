@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from kfac_sua.runs.atomic import named_in_errors
-from kfac_sua.runs.openers import own_file
+from kfac_sua.files.atomic import named_in_errors
+from kfac_sua.files.openers import own_file
 
 
 class RunBusyError(Exception):
