@@ -7,10 +7,6 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-
-from kfac_sua.files.atomic import written_beside
-from kfac_sua.files.openers import refuse_special
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -71,17 +67,3 @@ def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got '{text}'")
     return int(text)
-
-
-def refuse_unwritable(path: Path) -> None:
-    """Raise if a file cannot be written, before the minutes of measuring for it.
-
-    Args:
-        path: The file. It is not changed.
-
-    Raises:
-        OSError: If it cannot be written, or is no regular file, since a new file would replace it.
-    """
-    refuse_special(path)
-    with written_beside(path) as temporary:
-        temporary.unlink()

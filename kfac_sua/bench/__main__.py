@@ -37,9 +37,10 @@ from kfac_sua.bench.tables import (
     split_table,
     steps_table,
 )
-from kfac_sua.command_line import BAD_INPUT, FAILED, INTERRUPTED, as_number, count, refuse_unwritable, say
+from kfac_sua.command_line import BAD_INPUT, FAILED, INTERRUPTED, as_number, count, say
 from kfac_sua.config import Config, ConfigError, KroneckerConfig, Precision
 from kfac_sua.device import choose_device, choose_precision
+from kfac_sua.files.atomic import refuse_unwritable
 from kfac_sua.files.openers import cannot_use
 from kfac_sua.preconditioner import FisherType
 from kfac_sua.runs.run_info import RecordError

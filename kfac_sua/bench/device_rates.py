@@ -24,10 +24,10 @@ from torch import Tensor
 from kfac_sua.bench.progress import Announcer
 from kfac_sua.bench.rates import GEMM_SHAPES, gemm, gemm_in_parts, random_numbers, seconds_per_call
 from kfac_sua.bench.tables import table
-from kfac_sua.command_line import BAD_INPUT, FAILED, INTERRUPTED, count, refuse_unwritable, say
+from kfac_sua.command_line import BAD_INPUT, FAILED, INTERRUPTED, count, say
 from kfac_sua.config import ConfigError, Device, Precision
 from kfac_sua.device import choose_device
-from kfac_sua.files.atomic import written_beside
+from kfac_sua.files.atomic import refuse_unwritable, written_beside
 from kfac_sua.files.openers import cannot_use
 from kfac_sua.preconditioner.forms.dense import gram, inverses_of_triangles
 from kfac_sua.preconditioner.forms.rates import NEVER, DeviceRates, rates_in_force, rates_of

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from kfac_sua.bench.tables import table
-from kfac_sua.command_line import BAD_INPUT, FAILED, INTERRUPTED, refuse_unwritable, say
+from kfac_sua.command_line import BAD_INPUT, FAILED, INTERRUPTED, say
 from kfac_sua.compose import compose_config
 from kfac_sua.config import Config, ConfigError, Device, Precision, ProgressStyle
 from kfac_sua.data.archive import DataError
 from kfac_sua.device import choose_device
-from kfac_sua.files.atomic import write_atomically
+from kfac_sua.files.atomic import refuse_unwritable, write_atomically
 from kfac_sua.files.openers import cannot_use
 from kfac_sua.preconditioner import KroneckerPreconditioner
 from kfac_sua.preconditioner.apply import precondition_, quadratic_form

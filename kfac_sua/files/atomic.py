@@ -5,6 +5,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from kfac_sua.files.openers import refuse_special
+
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a crash or a full disk at any moment leaves either the old or the new content.
@@ -71,3 +73,17 @@ def named_in_errors(path: Path) -> Iterator[None]:
         if error.filename is None and error.errno is not None:
             error.filename = str(path)
         raise
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Raise if a file cannot be written, before the minutes of measuring for it.
+
+    Args:
+        path: The file. It is not changed.
+
+    Raises:
+        OSError: If it cannot be written, or is no regular file, since a new file would replace it.
+    """
+    refuse_special(path)
+    with written_beside(path) as temporary:
+        temporary.unlink()

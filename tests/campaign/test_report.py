@@ -20,7 +20,7 @@ from campaign.report_inputs import (
 
 from kfac_sua.campaign.judge import Part, Verdict
 from kfac_sua.campaign.report import write_report
-from kfac_sua.markdown_text import number
+from kfac_sua.markdown import number
 from kfac_sua.runs.final_table import CollectError
 
 

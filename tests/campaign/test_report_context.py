@@ -22,7 +22,7 @@ from campaign.report_inputs import (
 )
 
 from kfac_sua.campaign.report.tuning import budget_sentence
-from kfac_sua.markdown_text import escape, number
+from kfac_sua.markdown import escape, number
 from kfac_sua.runs.final_table import CollectError
 
 

@@ -7,7 +7,7 @@ import pandas as pd
 
 from kfac_sua.bench.communication.counted import Costs
 from kfac_sua.bench.communication.measured import Measurement
-from kfac_sua.markdown_text import NOTHING, bullets, code_block, join, listed, number, table
+from kfac_sua.markdown import NOTHING, bullets, code_block, join, listed, number, table
 from kfac_sua.runs.environment import Environment
 
 AGREEING = ("header_bytes", "rows_bytes", "moments_bytes", "inverse_bytes", "gradient_bytes", "kept_bytes")

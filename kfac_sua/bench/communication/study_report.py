@@ -7,7 +7,7 @@ import pandas as pd
 from kfac_sua.bench.communication.cluster import Cluster
 from kfac_sua.bench.communication.study import METHODS, MOST_OVERHEAD, PARTS
 from kfac_sua.figures.style import METHODS as STYLES
-from kfac_sua.markdown_text import bullets, code_block, count, join, listed, number, percent, table
+from kfac_sua.markdown import bullets, code_block, count, join, listed, number, percent, table
 from kfac_sua.preconditioner.distributed.assignment import FLOPS_PER_BYTE
 
 _SHOWN = (1, 8, 128, 1024)

@@ -5,7 +5,7 @@ from typing import Any
 import pandas as pd
 
 from kfac_sua.bench.scaling.cases import COSTS, GROUP_SIZE, GROUPED, IMAGE_SIZE, SWEEPS
-from kfac_sua.markdown_text import NOTHING, bullets, count, escape, join, listed, number, table
+from kfac_sua.markdown import NOTHING, bullets, count, escape, join, listed, number, table
 from kfac_sua.methods import METHODS
 
 _BASES = {sweep.name: sweep.base for sweep in SWEEPS}

@@ -19,7 +19,7 @@ from kfac_sua.campaign.report.tuning import tuning_section
 from kfac_sua.campaign.report.verdicts import rule_section, verdict_section, verdict_summary
 from kfac_sua.campaign.selection import Choice
 from kfac_sua.files.atomic import write_atomically
-from kfac_sua.markdown_text import code, count, escape, join
+from kfac_sua.markdown import code, count, escape, join
 from kfac_sua.runs.run_info import RunInfo
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pandas as pd
 
 from kfac_sua.campaign.definition import Campaign, Panel
-from kfac_sua.markdown_text import escape, join
+from kfac_sua.markdown import escape, join
 from kfac_sua.methods import METHODS
 
 

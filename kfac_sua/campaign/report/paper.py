@@ -10,7 +10,7 @@ import pandas as pd
 from kfac_sua.campaign.definition import Campaign
 from kfac_sua.campaign.report.panels import curve_rows, method_label
 from kfac_sua.data.sizes import SIZES
-from kfac_sua.markdown_text import bullets, count, escape, join, listed, table
+from kfac_sua.markdown import bullets, count, escape, join, listed, table
 from kfac_sua.runs.run_info import RunInfo
 
 CITATION = "Laurent, George, Bouthillier, Ballas and Vincent (2018)"

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from kfac_sua.campaign.definition import Campaign, Scale
-from kfac_sua.markdown_text import bullets, code, code_block, count, escape, join, listed, number
+from kfac_sua.markdown import bullets, code, code_block, count, escape, join, listed, number
 from kfac_sua.runs.comparable import CIRCUMSTANCES
 from kfac_sua.runs.run_info import UNENDED, RunInfo
 

@@ -9,7 +9,7 @@ import pandas as pd
 from kfac_sua.campaign.definition import Campaign, Panel
 from kfac_sua.campaign.report.panels import curve_rows, method_label, per_panel
 from kfac_sua.campaign.report.paper import run_sizes
-from kfac_sua.markdown_text import (
+from kfac_sua.markdown import (
     NOTHING,
     bounds,
     bullets,

@@ -6,7 +6,7 @@ import pandas as pd
 
 from kfac_sua.campaign.definition import Campaign, Panel
 from kfac_sua.campaign.report.panels import curve_rows, method_label
-from kfac_sua.markdown_text import escape, join, listed
+from kfac_sua.markdown import escape, join, listed
 
 _COMPUTED = ["seed", "epoch", "train_loss", "train_eval_loss", "val_loss", "val_error"]  # all but seconds
 

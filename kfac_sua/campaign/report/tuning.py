@@ -9,7 +9,7 @@ from kfac_sua.campaign.definition import Campaign, Panel
 from kfac_sua.campaign.report.panels import curve_rows, method_label, per_panel
 from kfac_sua.campaign.report.paper import run_sizes
 from kfac_sua.campaign.selection import Choice
-from kfac_sua.markdown_text import NOTHING, bullets, count, escape, join, listed, number, percent, table
+from kfac_sua.markdown import NOTHING, bullets, count, escape, join, listed, number, percent, table
 from kfac_sua.runs.run_info import RunInfo
 
 _COLUMNS = (

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from kfac_sua.campaign.judge import Part, Verdict
-from kfac_sua.markdown_text import NOTHING, bounds, code, escape, join, listed, number, table
+from kfac_sua.markdown import NOTHING, bounds, code, escape, join, listed, number, table
 
 _DIGITS, _DECIMALS = 3, 3  # of ratios and of differences in percentage points; few seeds support no more
 
