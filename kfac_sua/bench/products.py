@@ -165,7 +165,7 @@ def _errors(layer: PreconditionedLayer) -> dict[str, tuple[float, float]]:
 def _preconditioned(layer: PreconditionedLayer, inverse: KroneckerInverse) -> tuple[Tensor, Tensor | None]:
     """Return a layer's gradients, preconditioned in the inverse's precision, in float64."""
     grads = [None if one is None or one.grad is None else one.grad for one in (layer.weight, layer.bias)]
-    weight, bias = (None if grad is None else grad.to(inverse.like.dtype, copy=True) for grad in grads)
+    weight, bias = (None if grad is None else grad.to(inverse.reference_tensor.dtype, copy=True) for grad in grads)
     assert weight is not None
     precondition_(weight, bias, layer.layout, inverse)
     return weight.double(), None if bias is None else bias.double()

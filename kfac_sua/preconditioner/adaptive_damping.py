@@ -1,20 +1,22 @@
 """Adaptive damping: the Levenberg-Marquardt rule on the reduction ratio (Martens & Grosse 2015, Sec. 6.5).
 
 Every T steps the change of the loss on the step's own mini-batch is compared with the change that the quadratic model
-predicts, ρ = (loss(θ + s) − loss(θ)) / (g·s + ½ sᵀFs). Where ρ is large the model can be trusted further and the
-damping falls by ω^T; where it is small, the damping rises by as much.
+predicts, ρ = (loss(θ + s) − loss(θ)) / (g·s + ½ sᵀFs). If ρ is large, the model is accurate over longer steps too, and
+the damping is multiplied by ω^T; if ρ is small, it is divided by ω^T.
 
-What the prediction is:
+The terms of the prediction:
 
-- s is the step that the optimizer took, momentum, weight decay and clipping included, and g the plain gradient.
-- F are the *undamped* Kronecker factors of the last refresh, so that ρ = 1 where the quadratic model is exact. Martens
-  & Grosse take the exact Fisher of the mini-batch instead, which costs two more passes, and count the damping in.
-- Curvature is block-diagonal. Parameters outside the preconditioned layers count in g·s alone.
+- s is the step that the optimizer took, including momentum, weight decay and clipping, and g the plain gradient.
+- F is made of the *undamped* Kronecker factors of the last refresh, so that ρ = 1 where the quadratic model is exact.
+  Martens & Grosse take the exact Fisher of the mini-batch instead, which costs two more passes, and include the
+  damping.
+- F is block-diagonal. Parameters outside the preconditioned layers contribute to g·s only.
 
-The rule was made for steps to the model's minimiser, s = −u, which ordinary training shortens by a learning rate far
-below 1. Along such a step the model is nearly linear and ρ is near 1 at any damping, so that the damping falls until
-lr·u is as long as a step can be. On our runs (outputs/reference/safety.md) that made training worse at a tuned learning
-rate of 0.01, and better where the damping had been far too large or the learning rate was 1 without momentum.
+The rule was made for steps to the minimiser of the model, s = −u. Ordinary training multiplies these by a learning rate
+far below 1. Along such a short step the model is nearly linear and ρ is near 1 at any damping, so that the damping
+falls until lr·u is as long as a step can be. On our runs (outputs/reference/safety.md) that made training worse at a
+tuned learning rate of 0.01, and better where the damping had been far too large or the learning rate was 1 without
+momentum.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -49,23 +51,24 @@ class AdaptiveDamping:
                     loss_after = loss_function(model(inputs), labels)
                 adaptive.update(loss, loss_after)
 
-    In a step that is due, one in ``period``, it costs the additional forward pass, a product of the step with the
-    factors (as much as one application of the inverses), copies of the model's parameters and gradients for the time of
-    the step, and one wait for the device; ``application="auto"`` applies to the weight gradient in that step. The
-    factors of the last refresh stay in memory, and in the state of the preconditioner.
+    One step in ``period`` is due. It costs an additional forward pass, a product of the step with the factors (as much
+    as one application of the inverses), copies of the model's parameters and gradients until :meth:`update`, and one
+    wait for the device; ``application="auto"`` applies inverses to the weight gradient in that step. The factors of the
+    last refresh stay in memory, and in the state of the preconditioner.
 
-    The new damping enters with the next refresh. It is part of the preconditioner's state: a continuation needs the
-    state of this object for its counts only, and this object to be made again before the first step.
+    The new damping takes effect at the next refresh. It is part of the preconditioner's state; this object's own state
+    holds its counts only. To continue a run, make this object again before the first step.
 
-    Limits: the loss must be a mean over examples. Dropout draws other masks in the additional pass, which blurs ρ.
-    A loss whose gradient is scaled (``GradScaler``) must be given unscaled, as the gradient then is.
+    Limits: the loss must be a mean over examples. Dropout draws other masks in the additional pass, which adds noise to
+    ρ. Under ``GradScaler`` pass the loss without its scale, as the gradient has been unscaled by then.
 
     Args:
         preconditioner: Made with a number as ``damping``.
-        period: Steps T between two looks, ≥ 1.
-        decay: ω in (0, 1); the damping is multiplied or divided by ω^T.
-        thresholds: ρ below the first raises the damping, ρ above the second lowers it.
-        bounds: Least and largest damping.
+        period: Number of steps T from one that is due to the next, ≥ 1. The default is that of Martens & Grosse.
+        decay: ω in (0, 1); the damping is multiplied or divided by ω^T. The default is that of Martens & Grosse.
+        thresholds: ρ below the first raises the damping, ρ above the second lowers it. The defaults are those of
+            Martens & Grosse.
+        bounds: Least and largest damping. The defaults are wider than the range in which trainings did well.
 
     Raises:
         ValueError: If a value is out of range, the damping is outside the bounds or a function of the step, or the loss
@@ -102,14 +105,14 @@ class AdaptiveDamping:
 
     @property
     def is_due(self) -> bool:
-        """Whether the step that was just taken is one to be judged, by :meth:`update`."""
+        """Whether :meth:`update` is to judge the step that was just taken."""
         return bool(self._before)
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """Run the forward pass after the step inside: without gradient or statistics, and buffers come back as before.
+        """Run the forward pass after the step inside, without gradients or statistics, and restore buffers afterwards.
 
-        So the running averages of batch normalisation see the mini-batch once.
+        The running averages of batch normalisation thus see the mini-batch only once.
         """
         model = self._preconditioner.model
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
@@ -123,17 +126,17 @@ class AdaptiveDamping:
 
     @torch.no_grad()
     def update(self, loss_before: Tensor | float, loss_after: Tensor | float) -> float | None:
-        """Judge the step that was just taken, and set the damping of the next refresh.
+        """Judge the step that was just taken, and set the damping for the next refresh.
 
-        Where processes share a mini-batch, all must call it; their losses are averaged, so that all decide alike.
+        Where processes share a mini-batch, all must call it; their losses are averaged, so that all decide the same.
 
         Args:
             loss_before: Loss of the mini-batch that the step was computed from, before the step.
             loss_after: Its loss after the step.
 
         Returns:
-            The reduction ratio ρ; ``None`` where the model predicts no reduction, which leaves the damping as it is, or
-            raises it if the loss rose.
+            The reduction ratio ρ; ``None`` where the model predicts no reduction. The damping then stays as it is, or
+            is raised if the loss rose.
 
         Raises:
             RuntimeError: If no step is waiting to be judged, see :attr:`is_due`.
@@ -141,7 +144,9 @@ class AdaptiveDamping:
         if not self.is_due:
             raise RuntimeError("update() has no step to judge: call it after a step for which is_due holds, once.")
         predicted = self._predicted_change()
-        values = torch.stack([torch.as_tensor(value).to(predicted) for value in (loss_before, loss_after, predicted)])
+        values = torch.stack(  # [3]
+            [torch.as_tensor(value).to(predicted) for value in (loss_before, loss_after, predicted)]
+        )
         processes = self._preconditioner.processes
         before, after, change = (values if processes is None else processes.mean(values)).tolist()
         self._before = {}
@@ -158,13 +163,13 @@ class AdaptiveDamping:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`.
+        """Continue from :meth:`state_dict`.
 
         Raises:
             ValueError: If it is not such a state; nothing is changed then.
         """
         ratio, *counts = checked_entries(state, ("reduction_ratio", "num_lowered", "num_raised"), "AdaptiveDamping")
-        if ratio is not None and not isinstance(ratio, float):  # NaN, too, where a loss was not finite
+        if ratio is not None and not isinstance(ratio, float):  # NaN is valid: a loss was not finite
             raise ValueError(
                 f"AdaptiveDamping state: reduction_ratio must be a float or none, got {outlined(ratio)}; {RESTART}."
             )
@@ -179,11 +184,11 @@ class AdaptiveDamping:
     # --- called by the preconditioner -------------------------------------------------------------------------------
 
     def wants(self, step: int) -> bool:
-        """Whether to be shown the plain gradient of this step, counted from 0."""
+        """Whether :meth:`observe` is to be called in this step, counted from 0."""
         return step % self._period == 0
 
     def observe(self) -> None:
-        """Remember parameters and plain gradients, once all layers' factors are at hand."""
+        """Copy parameters and plain gradients, if the factors of all layers are in memory."""
         layers = self._preconditioner.layers
         if all(layer.factors is not None or layer.inverse is None for layer in layers):
             self._before = {
@@ -199,15 +204,15 @@ class AdaptiveDamping:
     # --- inside -----------------------------------------------------------------------------------------------------
 
     def _predicted_change(self) -> Tensor:
-        """Return g·s + ½ sᵀFs in float64."""
+        """Return g·s + ½ sᵀFs in float64, a 0-d tensor."""
         steps = {parameter: parameter.detach() - value for parameter, (value, _) in self._before.items()}
         parts = [(grad * steps[parameter]).sum().double() for parameter, (_, grad) in self._before.items()]
         for layer in self._preconditioner.layers:
             if layer.factors is not None and layer.weight in steps:
                 bias = None if layer.bias is None else steps.get(layer.bias)
-                form = quadratic_form(steps[layer.weight], bias, layer.layout, layer.factors)
-                parts.append(form.double() / 2)
-        return torch.stack(on_one_device(parts)).sum()
+                curvature = quadratic_form(steps[layer.weight], bias, layer.layout, layer.factors)
+                parts.append(curvature.double() / 2)
+        return torch.stack(on_one_device(parts)).sum()  # the sum of [parameters and layers]
 
     def _move(self, direction: int) -> None:
         preconditioner, (least, largest) = self._preconditioner, self._bounds
@@ -218,20 +223,25 @@ class AdaptiveDamping:
 
 
 def reduction_ratio(change: float, predicted: float) -> float | None:
-    """Return the change of the loss over the predicted one; ``None`` unless the latter is a reduction."""
+    """Return the change of the loss divided by the predicted change; ``None`` unless a reduction is predicted.
+
+    Reference: ρ of Martens & Grosse (2015), Sec. 6.5.
+    """
     return change / predicted if predicted < 0 else None
 
 
 def direction(change: float, predicted: float, thresholds: tuple[float, float]) -> int:
-    """Return which way the damping moves: 1 up, −1 down, 0 not at all.
+    """Return how the damping moves: 1 up, −1 down, 0 not at all.
 
-    A loss that is not finite raises it. A step for which the model itself predicts no reduction says nothing of the
-    model (momentum may go against one mini-batch's gradient), but if the loss rose as well, it was too long.
+    A loss that is not finite raises the damping. If the model predicts no reduction, ρ is not a measure of the model
+    (momentum may point against the gradient of one mini-batch); the damping rises only if the loss rose as well.
+
+    Reference: Martens & Grosse (2015), Sec. 6.5; the case without a predicted reduction is this project's.
 
     Args:
         change: Change of the loss.
-        predicted: The change that the model predicts.
-        thresholds: Of the ratio, see :class:`AdaptiveDamping`.
+        predicted: Change of the loss that the model predicts.
+        thresholds: Thresholds of the ratio, see :class:`AdaptiveDamping`.
     """
     ratio = reduction_ratio(change, predicted)
     if ratio is None:
@@ -242,7 +252,7 @@ def direction(change: float, predicted: float, thresholds: tuple[float, float]) 
 
 
 def _checked_pair(name: str, values: Iterable[object]) -> tuple[float, float]:
-    """Return two numbers as Python's own; ``ValueError`` if they are not two numbers."""
+    """Return two numbers as Python's ``int`` or ``float``; raise ``ValueError`` if there are not two numbers."""
     is_one = isinstance(values, str) or plain_number(values) is not None
     if is_one or not isinstance(values, Iterable) or len(pair := tuple(values)) != 2:
         raise ValueError(f"{name} must be two numbers, got {shown(values)}.")

@@ -28,82 +28,86 @@ def precondition_(
         bias_grad: ``[out]``; ``None`` where the layer has no trainable bias.
         layout: The layer's block layout.
         inverse: Inverse of its damped block.
-        sides: Sides to apply, where the gradient already carries the other (see ``backward_application``).
+        sides: Sides to apply, where the other was already applied in the backward pass (see ``backward_application``).
+
+    Reference: U = B⁻¹ V A⁻¹ for a weight gradient V: Martens & Grosse (2015), Sec. 4.2, from (B ⊗ A)⁻¹ = B⁻¹ ⊗ A⁻¹;
+    Laurent et al. (2018), Sec. 1. Under SUA tap by tap (Sec. 2.1), in channel groups block by block (Sec. 2.2).
     """
     if not (sides.activation or sides.gradient):
         return
-    dtype = inverse.like.dtype
+    dtype = inverse.reference_tensor.dtype
     blocks = _to_blocks(weight_grad.to(dtype), None if bias_grad is None else bias_grad.to(dtype), layout)
     if blocks.data_ptr() == weight_grad.data_ptr() and _is_dense(weight_grad):
-        # A view of all of it: there was nothing to pad, join or reorder.
-        inverse.times_(blocks, sides)
+        # The blocks are a view of the whole gradient: there was nothing to pad, append or reorder.
+        inverse.apply_(blocks, sides)
         bias = None
     else:
-        bias = _from_blocks(inverse.times(blocks, sides), layout, weight_grad)
+        bias = _from_blocks(inverse.apply(blocks, sides), layout, weight_grad)
     if bias_grad is not None and layout.bias is BiasBlock.SEPARATE:
         columns = _bias_blocks(bias_grad.to(dtype), layout)  # [g · P, p, 1]
-        bias = _merge_bias(inverse.times_bias(columns), layout)
+        bias = _merge_bias(inverse.apply_to_bias(columns), layout)
     if bias_grad is not None and bias is not None:
         bias_grad.copy_(bias.reshape(bias_grad.shape))  # [out]
 
 
 def quadratic_form(weight: Tensor, bias: Tensor | None, layout: BlockLayout, factors: LayerFactors) -> Tensor:
-    """Return vᵀ (scale · Ā ⊗ Ḡ) v, the layer's undamped Fisher block between a vector of its parameters and itself.
+    """Return vᵀ (scale · Ḡ ⊗ Ā) v, with the layer's undamped Fisher block, for a vector v of its parameters.
 
     Args:
-        weight: The weight's part of v, ``[out, in, kh, kw]`` or ``[out, in]``.
-        bias: The bias's part, ``[out]``; ``None`` where the layer has no trainable bias.
+        weight: Entries of v for the weight, ``[out, in, kh, kw]`` or ``[out, in]``.
+        bias: Entries of v for the bias, ``[out]``; ``None`` where the layer has no trainable bias.
         layout: The layer's block layout.
         factors: Its undamped factors.
 
     Returns:
         A 0-d tensor, on the device.
+
+    Reference: the quadratic model of Martens & Grosse (2015), Sec. 6.4, with K-FAC's factors in place of the exact F.
     """
     dtype = factors.gradient.values.dtype
     bias = None if bias is None else bias.to(dtype)
     blocks = _to_blocks(weight.to(dtype), bias, layout)  # [g, P, p, t, Q, d]
     g, num_p, p, t, num_q, d = blocks.shape
-    # [g · P, p, t · Q · d] and back, then [g · Q, d, P · p · t] and back; unnamed, as reshape may have copied
-    left = factors.gradient.times(blocks.reshape(g * num_p, p, t * num_q * d)).view(blocks.shape)
-    product = weight_view(factors.activation.times(activation_view(left).mT).mT, blocks.shape)
+    # [g · P, p, t · Q · d] and back, then [g · Q, d, P · p · t] and back. The reshaped tensors
+    # have no names, so that copies are freed at once.
+    left = factors.gradient.matmul(blocks.reshape(g * num_p, p, t * num_q * d)).view(blocks.shape)
+    product = weight_view(factors.activation.matmul(activation_view(left).mT).mT, blocks.shape)
     total = (blocks * product).sum()
     if bias is not None and layout.bias is BiasBlock.SEPARATE:
         columns = _bias_blocks(bias, layout)  # [g · P, p, 1]; the bias's activation factor is 1
-        total = total + (columns * factors.gradient.times(columns)).sum()
+        total = total + (columns * factors.gradient.matmul(columns)).sum()
     return factors.scale * total
 
 
 def _is_dense(values: Tensor) -> bool:
-    """Whether every number has a place of its own, so that a product can be written there."""
+    """Whether the numbers lie in memory without gaps or overlap, so that a product can be written over them."""
     return values.is_contiguous() or (values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last))
 
 
 def _bias_blocks(bias_grad: Tensor, layout: BlockLayout) -> Tensor:
+    """Return the gradient of a separate bias, ``[out]``, as ``[g · P, p, 1]``."""
     split = layout.gradient.split(bias_grad.view(layout.conv_groups, -1))  # [g, P, p]
     return split.flatten(0, 1).unsqueeze(-1)  # [g · P, p, 1]
 
 
 def _merge_bias(columns: Tensor, layout: BlockLayout) -> Tensor:
+    """Undo :func:`_bias_blocks`."""
     split = columns.view(layout.conv_groups, layout.gradient.count, -1)  # [g, P, p]
     return layout.gradient.merge(split)  # [g, out]
 
 
 def _to_blocks(weight_grad: Tensor, bias_grad: Tensor | None, layout: BlockLayout) -> Tensor:
-    """Return the gradient as ``[g, P, p, t, Q, d]``; without a copy where possible (channels_last)."""
+    """Return the gradient as ``[g, P, p, t, Q, d]``, without a copy where its memory format allows (channels_last)."""
     values = weight_grad.permute(0, 2, 3, 1) if weight_grad.dim() == 4 else weight_grad  # [out, kh, kw, in], [out, in]
-    if layout.is_order_of_weights:  # one view for all of the below, which is host time at every step
+    if layout.is_order_of_weights:  # one view instead of all below, as each takes the host's time at every step
         return values.reshape(layout.weight_shape)  # [g, P, p, t, Q, d]
     values = values.reshape(len(values), layout.num_taps, -1)  # [out, taps, in]
     values = layout.activation.split(values)  # [out, taps, Q, a]
     if layout.taps_in_features:
         values = values.transpose(1, 2).flatten(2).unsqueeze(1)  # [out, 1, Q, taps · a]
-    if layout.bias is BiasBlock.JOINT:  # Q = 1; a bias frozen since contributes nothing
+    if layout.bias is BiasBlock.JOINT:  # Q = 1; zeros for a bias that was frozen after the layout was made
         column = values.new_zeros(len(values)) if bias_grad is None else bias_grad
         values = torch.cat([values, column[:, None, None, None]], dim=-1)  # [out, 1, 1, taps · a + 1]
-    return _split_outputs(values, layout)
-
-
-def _split_outputs(values: Tensor, layout: BlockLayout) -> Tensor:
     groups = layout.gradient
     values = values.unflatten(0, (layout.conv_groups, groups.num_channels))  # [g, out, t, Q, d]
     if groups.num_padded:
@@ -112,11 +116,11 @@ def _split_outputs(values: Tensor, layout: BlockLayout) -> Tensor:
 
 
 def _from_blocks(blocks: Tensor, layout: BlockLayout, weight_grad: Tensor) -> Tensor | None:
-    """Write ``[g, P, p, t, Q, d]`` back into the weight gradient and return the joint bias, if any."""
+    """Write ``[g, P, p, t, Q, d]`` back into the weight gradient, and return the joint bias, if there is one."""
     values = blocks.flatten(1, 2)[:, : layout.gradient.num_channels].flatten(0, 1)  # [out, t, Q, d]
     bias = None
     if layout.bias is BiasBlock.JOINT:
-        bias, values = values[..., -1], values[..., :-1]
+        bias, values = values[..., -1], values[..., :-1]  # [out, 1, 1], [out, 1, 1, taps · a]
     if layout.taps_in_features:
         values = values.squeeze(1).unflatten(-1, (layout.num_taps, -1)).transpose(1, 2)  # [out, taps, Q, a]
     target = weight_grad if weight_grad.dim() == 4 else weight_grad[:, :, None, None]  # [out, in, kh, kw]
@@ -125,5 +129,5 @@ def _from_blocks(blocks: Tensor, layout: BlockLayout, weight_grad: Tensor) -> Te
         values = layout.activation.merge(values)  # [out, taps, in]
     else:
         target = layout.activation.split(target)  # [out, kh, kw, Q, a]; a view, where merging would be a copy
-    target.copy_(values.unflatten(1, target.shape[1:3]))
+    target.copy_(values.unflatten(1, target.shape[1:3]))  # [out, kh, kw, in] or [out, kh, kw, Q, a]
     return bias

@@ -1,7 +1,7 @@
-"""Tikhonov damping rules: how ε I on a layer's block reaches its two factors.
+"""Tikhonov damping rules: how the damping ε I of a layer's block is split between its two factors.
 
-The block is ``scale · Ā ⊗ Ḡ`` (scale = S under ``expand``, 1 under ``reduce``), so that ε on the block is ε/scale on
-the product of the factors. The ``exact`` rule needs no split: see ``kronecker.KroneckerEigenbasis``.
+The block is ``scale · Ḡ ⊗ Ā`` (scale = S under ``expand``, 1 under ``reduce``), so that ε on the block is ε/scale on
+the product of the factors. The ``exact`` rule splits nothing: see ``kronecker.KroneckerEigenbasis``.
 """
 
 import math
@@ -11,7 +11,11 @@ from torch import Tensor
 
 
 def factored(damping: float, scale: float) -> float:
-    """Return the damping √(ε/scale) of either factor (the convention of the first author's public code)."""
+    """Return the damping √(ε/scale) of either factor.
+
+    Reference: Martens & Grosse (2015), Sec. 6.3, with π = 1; the convention of the first author's public code
+    (EKFAC-pytorch).
+    """
     return math.sqrt(damping / scale)
 
 
@@ -20,8 +24,9 @@ def factored_pi(
 ) -> tuple[Tensor, Tensor]:
     """Return the dampings π √(ε/scale) and √(ε/scale) / π of the activation and the gradient factor.
 
-    π² is the ratio of the factors' mean eigenvalues (Martens & Grosse 2015, Sec. 6.3). Where either factor is zero the
-    ratio says nothing and π = 1.
+    π² is the ratio of the factors' mean eigenvalues; where either factor is zero, π = 1.
+
+    Reference: Martens & Grosse (2015), Sec. 6.3.
 
     Args:
         damping: ε on the layer's block.

@@ -1,7 +1,7 @@
 """Damping that changes during training: as a function of the step, or by a scheduler that the training loop steps.
 
-A new damping enters with the next refresh of the inverses, under every damping rule: until then the inverses at hand
-go on being applied.
+A new damping takes effect at the next refresh of the inverses, under every damping rule; until then the inverses of the
+last refresh are applied.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,11 +12,11 @@ from kfac_sua.preconditioner.plain_numbers import checked_number
 from kfac_sua.preconditioner.settings import checked_damping
 
 DampingFunction = Callable[[int], float]
-"""From the number of steps taken to the damping ε > 0."""
+"""Returns the damping ε > 0 for the number of steps taken."""
 
 
 class Damped(Protocol):
-    """What has a damping that can be set."""
+    """An object with a damping that can be set, such as a preconditioner."""
 
     damping: float
 
@@ -27,10 +27,10 @@ def exponential_damping(initial: float, final: float, num_steps: float) -> Dampi
     Args:
         initial: ε at step 0, > 0.
         final: ε at step ``num_steps``, > 0, larger or smaller.
-        num_steps: How many steps to take from one to the other, ≥ 1.
+        num_steps: Number of steps from one to the other, ≥ 1.
 
     Raises:
-        ValueError: If a damping is not a number > 0, or ``num_steps`` is none or < 1.
+        ValueError: If a damping is not a number > 0, or ``num_steps`` is not a number ≥ 1.
     """
     initial, final = checked_damping(initial), checked_damping(final)
     num_steps = checked_number("num_steps", num_steps)
@@ -44,25 +44,25 @@ def exponential_damping(initial: float, final: float, num_steps: float) -> Dampi
 
 
 class DampingScheduler:
-    """Sets a preconditioner's damping to its first one times a function of how often :meth:`step` was called.
+    """Multiplies a preconditioner's first damping by a function of the number of calls of :meth:`step`.
 
-    As ``torch.optim.lr_scheduler.LambdaLR`` does with learning rates::
+    It works as ``torch.optim.lr_scheduler.LambdaLR`` does for learning rates::
 
         scheduler = DampingScheduler(preconditioner, lambda epoch: 0.5**epoch)
         for epoch in range(epochs):
             ...  # the epoch's steps
             scheduler.step()
 
-    The function is not saved: give it again, make the scheduler as before, then load its state and the
+    The function is not saved: to continue, make the scheduler with the same function, then load its state and the
     preconditioner's.
 
     Args:
         preconditioner: Made with a number as ``damping``.
-        factor: From the number of calls to what the first damping is multiplied with.
+        factor: Returns, for the number of calls, what the first damping is multiplied by.
 
     Raises:
-        ValueError: If the factor is not a number, the product not one > 0, or the preconditioner's damping is a
-            function of its own.
+        ValueError: If the factor is not a number, the product is not > 0, or the preconditioner's damping is itself a
+            function of the step.
     """
 
     def __init__(self, preconditioner: Damped, factor: Callable[[int], float]) -> None:
@@ -73,7 +73,7 @@ class DampingScheduler:
         self._set()
 
     def step(self) -> None:
-        """Count a call, and set the damping that belongs to it."""
+        """Count a call, and set the damping for the new count."""
         self.num_calls += 1
         self._set()
 
@@ -82,7 +82,7 @@ class DampingScheduler:
         return {"num_calls": self.num_calls, "base": self._base}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`; the damping in force is part of the preconditioner's state.
+        """Continue from :meth:`state_dict`; the current damping is part of the preconditioner's state.
 
         Raises:
             ValueError: If it is not such a state; the scheduler is then as it was.

@@ -7,20 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfac_sua.preconditioner.forms import Factor, factor_from_state, sum_form
+from kfac_sua.preconditioner.forms import Factor, factor_from_state, moment_form
 from kfac_sua.preconditioner.geometry import LayerGeometry
 from kfac_sua.preconditioner.precision import on_one_device
 
 
 @dataclass
 class LayerFactors:
-    """Both sides of a layer's Fisher block ``scale · activation ⊗ gradient``, normalised over examples.
+    """Both sides of a layer's Fisher block ``scale · gradient ⊗ activation``, normalised over examples.
+
+    Reference: Grosse & Martens (2016); Laurent et al. (2018), eq. 1 (see ``forms.moments``).
 
     Args:
-        activation: Activation factor.
-        gradient: Gradient factor.
+        activation: Activation factor Ā.
+        gradient: Gradient factor Ḡ.
         scale: S under ``expand``, 1 under ``reduce``.
-        num_rows: Rows it was measured from, its weight beside those of other processes; 0 where that is over.
+        num_rows: Rows that they were measured from, by which processes weight their averages; 0 for factors that have
+            been averaged over time or read from a checkpoint, which are not weighted any more.
     """
 
     activation: Factor
@@ -33,7 +36,7 @@ class LayerFactors:
         return self.activation.traces().isfinite().all() & self.gradient.traces().isfinite().all()
 
     def to_state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps: nested dicts of tensors and numbers."""
+        """Return what a checkpoint stores: nested dicts of tensors and numbers."""
         return {
             "scale": self.scale,
             "activation": self.activation.to_state(),
@@ -52,16 +55,18 @@ class LayerFactors:
 def finite_layers(layer_factors: Iterable[LayerFactors]) -> list[bool]:
     """Return for each layer whether its factors are finite, with one host synchronisation for all."""
     flags = [factors.is_finite() for factors in layer_factors]
-    return torch.stack(on_one_device(flags)).tolist() if flags else []
+    return torch.stack(on_one_device(flags)).tolist() if flags else []  # [layers]
 
 
 @dataclass
 class RunningAverage:
-    """Exponential average of measured factors, started from zero and corrected for it; no identity bias.
+    """Exponential average of measured factors: started from zero, divided by the sum of its weights, no identity added.
+
+    Reference: averaging: Martens & Grosse (2015), Sec. 5; the correction for the start: Kingma & Ba (2015), Sec. 3.
 
     Args:
-        decay: Decay per measurement, in [0, 1); 0 keeps the newest measurement alone, with its rows.
-        value: The uncorrected average; ``None`` before the first measurement.
+        decay: Decay per measurement, in [0, 1); 0 keeps only the newest measurement, with its rows.
+        value: The average before correction; ``None`` before the first measurement.
         weight: Sum of the weights in it: 1 − decayᵏ after k measurements.
     """
 
@@ -70,7 +75,7 @@ class RunningAverage:
     weight: float = 0.0
 
     def update(self, new: LayerFactors) -> None:
-        """Take in a measurement."""
+        """Average a measurement in."""
         self.weight = self.decay * self.weight + 1 - self.decay
         if self.decay == 0:
             self.value = new
@@ -83,7 +88,7 @@ class RunningAverage:
         )
 
     def corrected(self) -> LayerFactors:
-        """Return the average divided by the weights in it."""
+        """Return the average divided by the sum of its weights."""
         assert self.value is not None, "no measurement yet"
         if self.decay == 0:
             return self.value
@@ -95,7 +100,7 @@ class RunningAverage:
         )
 
     def to_state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps; empty before the first measurement."""
+        """Return what a checkpoint stores; empty before the first measurement."""
         return {} if self.value is None else {"weight": self.weight, **self.value.to_state()}
 
     @classmethod
@@ -104,10 +109,10 @@ class RunningAverage:
         return cls(decay, LayerFactors.from_state(state, geometry), state.get("weight", 0.0))
 
     def _blend(self, old: Factor | None, new: Factor) -> Factor:
-        moment = new.summed(sum_form(new.width))
+        moment = new.as_moment(moment_form(new.width))
         if old is None:
             return moment.with_values(moment.values * (1 - self.decay))
         assert type(old) is type(moment), "moments of two forms do not add up"
-        kept = old.values.to(moment.values)
-        # In place: no second copy of the average.
-        return moment.with_values(torch.lerp(moment.values, kept, self.decay, out=kept))
+        average = old.values.to(moment.values)
+        # In place, so that there is no second copy of the average.
+        return moment.with_values(torch.lerp(moment.values, average, self.decay, out=average))

@@ -1,4 +1,4 @@
-"""The shape of a layer and the block layout of its Fisher approximation: what all the mathematics starts from.
+"""The shape of a layer and the block layout of its Fisher approximation.
 
 A layer's weight gradient is viewed as ``[conv_groups, P, p, t, Q, d]``: P groups of p output channels, t taps under
 the identity factor (SUA) and Q activation blocks of d features. K-FAC keeps its taps inside the features, so t = 1.
@@ -59,14 +59,17 @@ class LayerGeometry:
 
 @dataclass(frozen=True)
 class ChannelGroups:
-    """``num_channels`` channels in groups of ``size``, the last one possibly ragged."""
+    """``num_channels`` channels in groups of ``size``; the last group may be smaller.
+
+    Reference: channel grouping, Laurent et al. (2018), Sec. 2.2.
+    """
 
     num_channels: int
     size: int
 
     @classmethod
     def of(cls, num_channels: int, group_size: int | None) -> "ChannelGroups":
-        """Group by ``group_size``; ``None``, or a size beyond the channels, gives one group."""
+        """Group by ``group_size``; ``None``, or a size above the number of channels, gives one group."""
         return cls(num_channels, min(group_size or num_channels, num_channels))
 
     @property
@@ -80,22 +83,23 @@ class ChannelGroups:
         return self.count * self.size - self.num_channels
 
     def split(self, values: Tensor) -> Tensor:
-        """Return ``[..., channels]`` as ``[..., count, size]``, padded with zeros where ragged."""
+        """Return ``[..., channels]`` as ``[..., count, size]``, with zeros that fill the last group."""
         if self.num_padded:
-            values = F.pad(values, (0, self.num_padded))
+            values = F.pad(values, (0, self.num_padded))  # [..., count · size]
         return values.unflatten(-1, (self.count, self.size))  # [..., count, size]
 
     def merge(self, values: Tensor) -> Tensor:
-        """Undo :meth:`split`: ``[..., count, size]`` to ``[..., channels]``, dropping the padding."""
+        """Undo :meth:`split`: return ``[..., count, size]`` as ``[..., channels]``, without the padding."""
         return values.flatten(-2)[..., : self.num_channels]  # [..., channels]
 
 
 class BiasBlock(Enum):
-    """Where a layer's bias lives."""
+    """Which block of the Fisher approximation a layer's bias belongs to."""
 
     NONE = "none"
+    """None: the layer has no trainable bias."""
     JOINT = "joint"
-    """A homogeneous coordinate of the activation factor."""
+    """The weight's: a homogeneous coordinate of the activation factor (Martens & Grosse 2015, Sec. 2)."""
     SEPARATE = "separate"
     """A block of its own, with the scalar activation factor 1."""
 
@@ -103,6 +107,8 @@ class BiasBlock(Enum):
 @dataclass(frozen=True)
 class BlockLayout:
     """Block structure of one layer.
+
+    Reference: K-FAC: Grosse & Martens (2016); SUA: Laurent et al. (2018), Sec. 2.1; channel groups: Sec. 2.2.
 
     Args:
         conv_groups: Groups of the convolution, each with factors of its own.
@@ -138,16 +144,16 @@ class BlockLayout:
 
     @cached_property
     def weight_shape(self) -> tuple[int, int, int, int, int, int]:
-        """Shape of a weight gradient as it is multiplied: ``(conv_groups, P, p, t, Q, d)``."""
+        """Shape in which a weight gradient is multiplied: ``(conv_groups, P, p, t, Q, d)``."""
         groups = self.gradient
         features = self.activation_blocks[1]
         return self.conv_groups, groups.count, groups.size, self.identity_taps, self.activation.count, features
 
     @cached_property
     def is_order_of_weights(self) -> bool:
-        """Whether a weight gradient in the order ``[out, taps, in]`` has that shape as it is.
+        """Whether a view of a weight gradient ``[out, taps, in]`` has the shape :attr:`weight_shape`.
 
-        It has not where groups are padded, where the bias is joined, or where channel groups lie within taps.
+        Not where groups are padded, where the bias is joint, or where K-FAC's channel groups are inside its taps.
         """
         is_padded = self.gradient.num_padded or self.activation.num_padded
         is_reordered = self.feature_taps > 1 and self.activation.count > 1
@@ -176,10 +182,10 @@ class BlockLayout:
 
     @property
     def activation_dim(self) -> int:
-        """Rows of one convolution group's activation factor without padding; what the pi rule divides its trace by."""
+        """Width of one convolution group's activation factor without padding; the pi rule divides its trace by it."""
         return self.activation.num_channels * self.feature_taps + (self.bias is BiasBlock.JOINT)
 
     @property
     def gradient_dim(self) -> int:
-        """Rows of one convolution group's gradient factor without padding."""
+        """Width of one convolution group's gradient factor without padding."""
         return self.gradient.num_channels

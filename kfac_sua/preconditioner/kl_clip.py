@@ -1,4 +1,4 @@
-"""KL clip: steps are shortened whose norm in the Fisher metric is too long.
+"""KL clip: a step that is too long in the Fisher metric is shortened.
 
 The step −lr·u, with u the preconditioned and g the plain gradient, changes the model's predictions by a KL divergence
 of about ½ lr² uᵀFu ≤ ½ lr² g·u, as (F + damping) u = g. All preconditioned gradients are multiplied by
@@ -6,14 +6,14 @@ of about ½ lr² uᵀFu ≤ ½ lr² g·u, as (F + damping) u = g. All preconditi
     min(1, √(κ / (lr² Σ g·u)))    with the sum over all preconditioned layers (Ba, Grosse & Martens 2017).
 
 - Sum and scale cover the layers that have an inverse. All other parameters (normalisation layers, skipped layers,
-  layers before their first refresh) keep their plain gradient, whose g·g has no meaning as a divergence.
-- A zero gradient, and a sum that rounding makes negative, are not scaled. A NaN in the sum leaves all gradients as they
-  are, to be seen by whoever looks for it; an infinite sum makes the step zero.
-- The momentum of the optimizer is not seen: with momentum m its steps are up to 1 / (1 − m) times as long.
+  layers before their first refresh) keep their plain gradient: their g·g is not a divergence.
+- Gradients are not scaled where the sum is zero, or negative by rounding. If the sum is NaN, all gradients stay as they
+  are, so that a check for NaN finds it; if it is infinite, the step becomes zero.
+- The momentum of the optimizer is not taken into account: with momentum m steps are up to 1 / (1 − m) times as long.
 - Nothing waits for the device.
 
-On our runs (outputs/reference/safety.md) κ = 0.001 rescued runs whose learning rate was 10 or 100 times too large, or
-whose damping 100 times too small, at 1 % of a step's time, which is within the noise.
+On our runs (outputs/reference/safety.md) κ = 0.001 rescued trainings with a learning rate 10 or 100 times too large, or
+a damping 100 times too small. It took 1 % of a step's time, which is within the noise.
 """
 
 import sys
@@ -34,6 +34,8 @@ def clip_scale(products: Tensor, lr: float | Tensor, kl_clip: float) -> Tensor:
         products: g·u of every gradient, in any shape.
         lr: Learning rate of the step, ≥ 0.
         kl_clip: κ > 0.
+
+    Reference: Ba, Grosse & Martens (2017), with g·u as an upper bound of uᵀFu.
     """
     squared_norm = products.sum() * lr**2
     one = torch.ones_like(squared_norm)
@@ -48,7 +50,8 @@ class KLClip:
         lr: Learning rate of the step.
 
     Raises:
-        ValueError: If the learning rate is missing, negative or not finite (a tensor is not looked into).
+        ValueError: If the learning rate is missing, negative or not finite (the value of a tensor is not checked, as
+            that would wait for the device).
     """
 
     def __init__(self, kl_clip: float, lr: float | Tensor | None) -> None:
@@ -59,21 +62,22 @@ class KLClip:
 
     @contextmanager
     def measuring(self, grads: Sequence[Tensor]) -> Iterator[None]:
-        """Take in gradients that are replaced, in place, by preconditioned ones inside."""
+        """Add g·u of gradients that are preconditioned inside, in place."""
         plain = [at_least_float32(grad).clone() for grad in grads]
         yield
         self._products += [before.mul_(after).sum() for before, after in zip(plain, grads, strict=True)]
         self._grads += grads
 
     def scale_(self) -> Tensor | None:
-        """Shorten all gradients taken in, if need be.
+        """Multiply all measured gradients by :func:`clip_scale`.
 
         Returns:
-            What they were multiplied with, a 0-d tensor; ``None`` if there were none.
+            The scale, a 0-d tensor; ``None`` if there were no gradients.
         """
         if not self._grads:
             return None
-        scale = clip_scale(torch.stack(on_one_device(self._products)), self._lr, self._kl_clip)
+        products = torch.stack(on_one_device(self._products))  # [gradients]
+        scale = clip_scale(products, self._lr, self._kl_clip)
         for grad in self._grads:
             grad.mul_(scale.to(grad.device))
         return scale
@@ -85,7 +89,7 @@ def _checked_lr(lr: float | Tensor | None, kl_clip: float) -> float | Tensor:
             f'kl_clip={kl_clip:g} needs the learning rate of every step: call step(lr=optimizer.param_groups[0]["lr"]).'
         )
     if isinstance(lr, Tensor) and lr.numel() == 1 and not lr.is_complex():
-        return lr.reshape(())
+        return lr.reshape(())  # []
     number = plain_number(lr)
     if number is None:
         raise ValueError(

@@ -289,7 +289,7 @@ class PreconditionedLayer:
     def _kept_tensor(self) -> Tensor | None:
         """Return one of the tensors that are kept from step to step, if there is any."""
         if self.inverse is not None:
-            return self.inverse.like
+            return self.inverse.reference_tensor
         return None if self.average.value is None else self.average.value.gradient.values
 
     def remove(self) -> None:

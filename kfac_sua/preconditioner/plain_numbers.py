@@ -1,22 +1,22 @@
-"""Numbers as they are given, made Python's own: NumPy's, 0-d tensors and arrays. Standard library only.
+"""Numbers from NumPy, 0-d tensors and arrays as Python's ``int`` and ``float``. Standard library only.
 
-So a grid may come from NumPy and a damping from a tensor, while settings and checkpoints hold plain numbers.
+A grid may thus come from NumPy and a damping from a tensor, while settings and checkpoints hold plain numbers.
 """
 
 import numbers
 import operator
 
 _SHOWN = 60
-"""Characters of a value that a message shows at most."""
+"""Largest number of characters of a value that a message shows, so that the message stays one sentence."""
 
 
 def plain_number(value: object) -> int | float | None:
     """Return a real number as Python's ``int`` or ``float``; ``None`` for anything else, ``bool`` included.
 
-    A tensor on a device is waited for.
+    Reading a tensor waits for its device.
 
     Args:
-        value: Python's or NumPy's number, a tensor or an array without dimensions.
+        value: A number of Python or NumPy, or a tensor or an array without dimensions.
     """
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         try:
@@ -40,7 +40,7 @@ def plain_integer(value: object) -> int | None:
 
 
 def shown(value: object) -> str:
-    """Return a value in one line, with its type unless that shows, for a message that it is of the wrong one."""
+    """Return a value in one line, with its type unless it is obvious, for a message about a value of the wrong type."""
     kind = type(value)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
     text = " ".join((repr(value) if isinstance(value, str) else str(value)).split())
@@ -49,10 +49,14 @@ def shown(value: object) -> str:
 
 
 def checked_number(name: str, value: object) -> int | float:
-    """Return a number as Python's own.
+    """Return a number as Python's ``int`` or ``float``.
+
+    Args:
+        name: What the number is for.
+        value: The number.
 
     Raises:
-        ValueError: If it is none; the message names what it is for, and its type.
+        ValueError: If the value is not a number; the message gives name, value and type.
     """
     number = plain_number(value)
     if number is None:
@@ -61,10 +65,14 @@ def checked_number(name: str, value: object) -> int | float:
 
 
 def checked_integer(name: str, value: object) -> int:
-    """Return an integer as Python's own.
+    """Return an integer as Python's ``int``.
+
+    Args:
+        name: What the integer is for.
+        value: The integer.
 
     Raises:
-        ValueError: If it is none; the message names what it is for, and its type.
+        ValueError: If the value is not an integer; the message gives name, value and type.
     """
     number = plain_integer(value)
     if number is None:

@@ -10,7 +10,7 @@ from kfac_sua.preconditioner import damping, invert
 from kfac_sua.preconditioner.factors import LayerFactors
 from kfac_sua.preconditioner.forms import Factor
 from kfac_sua.preconditioner.forms.cost import SideCost
-from kfac_sua.preconditioner.forms.form import traces_of
+from kfac_sua.preconditioner.forms.factor import traces_of
 from kfac_sua.preconditioner.geometry import BlockLayout
 from kfac_sua.preconditioner.invert import Inverter, Outcome
 from kfac_sua.preconditioner.kronecker import KroneckerEigenbasis, KroneckerInverse, LayerInverse
@@ -74,7 +74,8 @@ def _eigenbases(layers: Sequence[LayerFactors], settings: KroneckerSettings, inv
         else:
             like = layer.gradient.values
             numbers = (like.new_full((), number) for number in (layer.scale, settings.damping))
-            refreshed.append(Refreshed(KroneckerEigenbasis(activation.like(like), gradient.like(like), *numbers)))
+            both = (basis.to(like.dtype) for basis in (activation, gradient))
+            refreshed.append(Refreshed(KroneckerEigenbasis(*both, *numbers)))
     return refreshed
 
 
@@ -121,13 +122,13 @@ def _inverses(
         bias_dampings.append(for_activation)
     bias_scales = torch._foreach_reciprocal(torch._foreach_add(bias_dampings, 1))
     results = inverter.invert_factors(factors, dampings)
-    torch._foreach_mul_([one.inverse.scaled for one in results[1::2]], [1 / layer.scale for layer in layers])
+    torch._foreach_mul_([one.inverse.linear_tensor for one in results[1::2]], [1 / layer.scale for layer in layers])
     refreshed = []
     for activation, gradient, bias_scale, (of_activation, of_gradient) in zip(
         results[::2], results[1::2], bias_scales, costs, strict=True
     ):
-        sides = of_activation.kept(activation.inverse), of_gradient.kept(gradient.inverse)
-        refreshed.append(Refreshed.joined(KroneckerInverse(*sides, bias_scale), [activation, gradient]))
+        sides = of_activation.in_cheapest_form(activation.inverse), of_gradient.in_cheapest_form(gradient.inverse)
+        refreshed.append(Refreshed.combined(KroneckerInverse(*sides, bias_scale), [activation, gradient]))
     return refreshed
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from kfac_sua.preconditioner.distributed.assignment import Work, machine_balance, plan_assignment
 from kfac_sua.preconditioner.distributed.averaging import DESCRIPTION_BYTES
 from kfac_sua.preconditioner.distributed.inversion import SharedInversion
-from kfac_sua.preconditioner.forms import DenseInverse, SplitInverse, sum_form
+from kfac_sua.preconditioner.forms import DenseInverse, SplitInverse, moment_form
 from kfac_sua.preconditioner.forms.cost import ANY_ROWS
 from kfac_sua.preconditioner.forms.split import PART_BYTES
 from kfac_sua.preconditioner.geometry import BlockLayout
@@ -172,7 +172,7 @@ def report_sharing(
         is_exact = settings.damping_rule is DampingRule.exact
         works = [Work.dense(side, like.dtype, is_eigenbasis=is_exact) for side in blocks]
         plan = plan_assignment(works, processes.size, machine_balance(like.device, shared.flops_per_byte))
-        numbers = sum(num_blocks * sum_form(width).count_numbers(width) for num_blocks, width in blocks)
+        numbers = sum(num_blocks * moment_form(width).count_numbers(width) for num_blocks, width in blocks)
         statistics_bytes = len(layouts) * DESCRIPTION_BYTES + numbers * like.itemsize
     assert plan is not None
     return SharingReport(

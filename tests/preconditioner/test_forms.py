@@ -13,19 +13,19 @@ import kfac_sua
 from kfac_sua.preconditioner import forms
 from kfac_sua.preconditioner.distributed.inversion import read_inverse
 from kfac_sua.preconditioner.forms import (
-    ROW_FORMS,
-    SUM_FORMS,
+    LOW_RANK_FORMS,
+    MOMENT_FORMS,
     DenseFactor,
     EigenBasis,
     Factor,
     PatchFactor,
-    Prepared,
+    RefreshResult,
     RowsFactor,
     described_rows,
     description_of,
     factor_from_state,
     inverse_from_state,
-    sum_form,
+    moment_form,
 )
 from kfac_sua.preconditioner.forms.accumulator import MomentAccumulator, Scalings
 from kfac_sua.preconditioner.forms.patch_rows import PatchRows
@@ -35,7 +35,7 @@ from kfac_sua.preconditioner.invert import Outcome, eigendecompose_factors, inve
 from kfac_sua.preconditioner.model.module_geometry import geometry_of
 
 GEOMETRY = geometry_of(nn.Conv2d(2, 3, 3, padding=1, bias=False))
-FORMS = {form.__name__: form for form in (*SUM_FORMS, *ROW_FORMS)}
+FORMS = {form.__name__: form for form in (*MOMENT_FORMS, *LOW_RANK_FORMS)}
 FACTORS = ["DenseFactor", "RowsFactor", "PatchFactor"]
 PREPARED = [*FACTORS, "eigenbasis"]
 
@@ -56,7 +56,7 @@ def factor_of(name: str) -> Factor:
     }[name]()
 
 
-def prepared_of(name: str) -> tuple[Factor, Prepared]:
+def prepared_of(name: str) -> tuple[Factor, RefreshResult]:
     """Return a factor, and the inverse or the eigenbasis that a refresh makes of it."""
     factor = factor_of("RowsFactor" if name == "eigenbasis" else name)
     if name == "eigenbasis":
@@ -68,7 +68,7 @@ def prepared_of(name: str) -> tuple[Factor, Prepared]:
     return factor, outcome.inverse
 
 
-def assert_same_tensors(one: Prepared, other: Prepared) -> None:
+def assert_same_tensors(one: RefreshResult, other: RefreshResult) -> None:
     """Both are of the same form and have the same bits."""
     assert type(one) is type(other)
     assert one.tensors().keys() == other.tensors().keys()
@@ -97,8 +97,8 @@ def test_a_factor_is_what_its_blocks_are(name):
     assert blocks.shape == (factor.num_blocks, factor.width, factor.width)
     torch.testing.assert_close(factor.traces(), blocks.diagonal(dim1=-2, dim2=-1).sum(-1))
     values = torch.randn(factor.num_blocks, factor.width, 4, dtype=torch.float64)
-    torch.testing.assert_close(factor.times(values), blocks @ values)
-    assert torch.equal(factor.summed(DenseFactor).values, blocks)
+    torch.testing.assert_close(factor.matmul(values), blocks @ values)
+    assert torch.equal(factor.as_moment(DenseFactor).values, blocks)
     core = factor.core()
     assert core.shape == (factor.num_blocks, factor.core_width, factor.core_width)
     rank = min(factor.width, factor.core_width)
@@ -173,7 +173,7 @@ def test_other_processes_know_what_rows_to_expect(name):
     """Form and sizes of rows are told; of moments there is nothing to tell."""
     factor = factor_of(name)
     told = described_rows(description_of(factor))
-    if factor.is_summed:
+    if factor.is_moment:
         assert told is None
     else:
         form, sizes = told
@@ -181,7 +181,7 @@ def test_other_processes_know_what_rows_to_expect(name):
         assert form.num_rows_of(sizes, GEOMETRY) == factor.core_width
 
 
-@pytest.mark.parametrize("form", SUM_FORMS)
+@pytest.mark.parametrize("form", MOMENT_FORMS)
 def test_moments_add_up_and_travel(form):
     """The sum of two moments is that of their rows joined; as numbers they say all."""
     rows = torch.randn(2, 7, 90, dtype=torch.float64)
@@ -196,7 +196,7 @@ def test_moments_add_up_and_travel(form):
 @pytest.mark.parametrize("width", [1, 2, 512])
 def test_every_moment_has_a_form(width):
     """Whatever the width, the first form in the list that is chosen."""
-    assert sum_form(width) in SUM_FORMS
+    assert moment_form(width) in MOMENT_FORMS
 
 
 def test_rows_of_different_forms_are_kept_together():
@@ -246,13 +246,13 @@ def test_roots_of_rows_are_made_last(monkeypatch):
 
 def test_numbers_in_messages_are_those_of_the_release_before():
     """Rows 1 and patches 2, in whatever order the forms are asked."""
-    assert {form.__name__: form.number for form in ROW_FORMS} == {"RowsFactor": 1, "PatchFactor": 2}
+    assert {form.__name__: form.number for form in LOW_RANK_FORMS} == {"RowsFactor": 1, "PatchFactor": 2}
 
 
 def test_outcomes_add_up():
     """Failures and raised dampings are counted together, and the largest raise is told."""
     parts = [Outcome("a", 1, 2, 10), Outcome("b", 0, 1, 100), Outcome("c")]
-    assert Outcome.joined("all", parts) == Outcome("all", num_failed=1, num_raised=3, raised_by=100)
+    assert Outcome.combined("all", parts) == Outcome("all", num_failed=1, num_raised=3, raised_by=100)
     assert parts[0].with_inverse(7) == Outcome(7, 1, 2, 10)
 
 

@@ -92,7 +92,7 @@ def test_autocast_with_and_without_a_scaler_stays_close_to_float32(settings, dty
             scaler.update()
             losses[-1].append(loss.item())
         layers = preconditioner._layers.values()
-        assert {layer.inverse.like.dtype for layer in layers} == {torch.float32}
+        assert {layer.inverse.reference_tensor.dtype for layer in layers} == {torch.float32}
         assert {layer.average.value.gradient.values.dtype for layer in layers if layer.average.value} <= {torch.float32}
     assert losses[0][-1] < 0.7 * losses[0][0]
     assert losses[1] == pytest.approx(losses[0], abs=0.03 if dtype is torch.bfloat16 else 0.005)
@@ -124,7 +124,7 @@ def test_a_model_wholly_in_half_precision_keeps_float32_factors(dtype):
                 assert parameter.grad.dtype == dtype
                 parameter -= 0.03 * parameter.grad
         losses.append(loss.item())
-    assert {layer.inverse.like.dtype for layer in preconditioner._layers.values()} == {torch.float32}
+    assert {layer.inverse.reference_tensor.dtype for layer in preconditioner._layers.values()} == {torch.float32}
     assert losses[-1] < losses[0]
 
 

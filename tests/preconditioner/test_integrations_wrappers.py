@@ -426,7 +426,7 @@ def test_inverses_and_averages_follow_the_model_to_another_precision(settings, a
                 if parameter.requires_grad:
                     parameter -= 0.05 * parameter.grad
         losses.append(loss.item())
-        kept = [layer.inverse.like.dtype for layer in preconditioner._layers.values()]
+        kept = [layer.inverse.reference_tensor.dtype for layer in preconditioner._layers.values()]
         if "ema_decay" in settings:
             kept += [layer.average.value.gradient.values.dtype for layer in preconditioner._layers.values()]
         assert set(kept) == {net.head.weight.dtype}
@@ -467,7 +467,7 @@ def test_layers_of_different_precision_are_refreshed_together():
     preconditioner = KroneckerPreconditioner(net)
     net[2](net[1](net[0](torch.randn(6, 4)).double())).square().sum(1).mean().backward()
     preconditioner.step()
-    dtypes = [layer.inverse.like.dtype for layer in preconditioner._layers.values()]
+    dtypes = [layer.inverse.reference_tensor.dtype for layer in preconditioner._layers.values()]
     assert dtypes == [torch.float32, torch.float64, torch.float64]
 
 

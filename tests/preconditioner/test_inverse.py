@@ -140,5 +140,5 @@ def test_scaling_an_inverse_scales_what_it_gives(scale):
         inverse = invert_factors([factor], damping)[0].inverse
         assert isinstance(inverse, kind)
         before = inverse.right(values)
-        inverse.scaled.mul_(scale)
+        inverse.linear_tensor.mul_(scale)
         torch.testing.assert_close(inverse.right(values), before * scale, rtol=1e-12, atol=0)

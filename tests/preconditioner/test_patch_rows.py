@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kfac_sua.preconditioner import KroneckerPreconditioner, KroneckerSettings
 from kfac_sua.preconditioner.forms import DenseFactor, PatchFactor, PatchInverse, RowsFactor
-from kfac_sua.preconditioner.forms.patch_rows import PatchRows, can_be_patch_rows, joined
+from kfac_sua.preconditioner.forms.patch_rows import PatchRows, can_be_patch_rows, concatenated
 from kfac_sua.preconditioner.forms.unfold import pixel_read_counts, to_locations
 from kfac_sua.preconditioner.geometry import ChannelGroups
 from kfac_sua.preconditioner.invert import invert_factors
@@ -36,8 +36,8 @@ def test_every_product_equals_the_one_with_looped_patches(case):
     values = torch.randn(3, formed.shape[1], dtype=torch.float64)
     coefficients = torch.randn(3, len(formed), dtype=torch.float64)
     torch.testing.assert_close(patches.rows(), formed, rtol=0, atol=0)
-    torch.testing.assert_close(patches.gram(), formed @ formed.T, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(patches.times(values), values @ formed.T, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(patches.core(), formed @ formed.T, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(patches.inner_products(values), values @ formed.T, rtol=1e-10, atol=1e-10)
     difference = patches.subtract_combination_(values.clone(), coefficients)
     torch.testing.assert_close(difference, values - coefficients @ formed, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(patches.trace(), formed.square().sum(), rtol=1e-10, atol=1e-10)
@@ -65,7 +65,7 @@ def test_strides_that_leave_few_patches_do_not_multiply_all_pixels():
     module = nn.Conv2d(4, 2, 8, stride=8, bias=False)
     patches = read(module, torch.randn(1, 4, 16, 16))
     with FlopCounterMode(display=False) as counter:
-        patches.gram()
+        patches.core()
     assert counter.get_total_flops() == 2 * patches.num_rows**2 * 4 * 64
 
 
@@ -112,13 +112,13 @@ def test_a_damping_lost_in_rounding_is_raised():
     image[..., :2, :2] = torch.tensor([[[4, -4], [4, 0]], [[0, 4], [0, 0]]])  # read by the first patch, of norm 8
     patches = read(module, torch.cat([image] * 8))  # every patch eight times: U Uᵀ is singular
     damping = torch.tensor([1e-6])
-    core = patches.gram() + damping * torch.eye(patches.num_rows)
+    core = patches.core() + damping * torch.eye(patches.num_rows)
     # Of integers the products are exact on every processor: the damping is lost on 64, the second pivot is 64 − 8 · 8.
     assert torch.linalg.cholesky_ex(core).info == 2
     result = invert_factors([PatchFactor(patches)], [damping])[0]
     assert (result.num_failed, result.num_raised, result.raised_by) == (0, 1, 1000)
     triangle = result.inverse.triangle[0].double()
-    raised = patches.double().gram() + 1e-3 * torch.eye(patches.num_rows)
+    raised = patches.double().core() + 1e-3 * torch.eye(patches.num_rows)
     torch.testing.assert_close(triangle @ triangle.T, raised, rtol=1e-6, atol=1e-5)
     values = torch.randn(1, 4, 18)
     dense = patches.double().rows().T @ patches.double().rows() + 1e-3 * torch.eye(18)
@@ -131,7 +131,7 @@ def test_joined_patches_are_those_of_the_joined_batch():
     """Micro-batches add examples."""
     module = nn.Conv2d(2, 2, 3, stride=2, padding=1, bias=False).double()
     inputs = torch.randn(5, 2, 4, 4, dtype=torch.float64)
-    whole, parts = read(module, inputs), joined([read(module, inputs[:2]), read(module, inputs[2:])])
+    whole, parts = read(module, inputs), concatenated([read(module, inputs[:2]), read(module, inputs[2:])])
     torch.testing.assert_close(parts.pixels, whole.pixels, rtol=0, atol=0)
 
 

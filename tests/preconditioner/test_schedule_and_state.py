@@ -130,7 +130,7 @@ def test_state_follows_the_models_precision():
     inputs, labels = batch(2)
     nn.functional.cross_entropy(double(inputs.double()), labels).backward()
     other.step()
-    assert other._layers["0"].inverse.like.dtype == torch.float64
+    assert other._layers["0"].inverse.reference_tensor.dtype == torch.float64
 
 
 def test_a_bias_frozen_later_is_left_alone():

@@ -264,7 +264,7 @@ def count_costs(name: str, shapes: ShapeModel, num_processes: int, batch_size: i
         kept_bytes=kept_bytes(shapes.preconditioner),
         buffer_bytes=max(sent["header"] * num_processes, sent["rows"] * num_processes, sent["moments"], inverses),
         num_factors=len(sides),
-        num_low_rank=sum(not side.is_summed for side in sides),
+        num_low_rank=sum(not side.is_moment for side in sides),
         num_shared=plan.num_shared,
         num_everywhere=plan.num_everywhere,
         inversion_flops=plan.most_flops,

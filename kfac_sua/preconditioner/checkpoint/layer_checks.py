@@ -13,8 +13,8 @@ from torch import Tensor
 
 from kfac_sua.preconditioner.checkpoint.checks import MOST_STEPS, is_number, is_whole, outlined, sentence
 from kfac_sua.preconditioner.checkpoint.in_place import PARTS
-from kfac_sua.preconditioner.forms import INVERSE_FORMS, ROW_FORMS, SUM_FORMS, EigenBasis, PatchFactor
-from kfac_sua.preconditioner.forms.form import Shape, is_made_of_pixels, is_made_of_rows
+from kfac_sua.preconditioner.forms import INVERSE_FORMS, LOW_RANK_FORMS, MOMENT_FORMS, EigenBasis, PatchFactor
+from kfac_sua.preconditioner.forms.inverse import Shape, holds_pixels, holds_rows
 from kfac_sua.preconditioner.forms.patch_rows import can_be_patch_rows
 from kfac_sua.preconditioner.forms.split import aligned
 from kfac_sua.preconditioner.forms.unfold import output_size
@@ -123,7 +123,7 @@ def _factors_findings(entry: str, state: Mapping[str, Any], holder: StateHolder)
     if not is_number(scale) or not 1e-37 <= scale <= MOST_STEPS:
         holder.refuse(f"{entry}.scale", outlined(scale), f"a number of locations in (0, {MOST_STEPS}]")
     for side in SIDES:
-        forms = (*SUM_FORMS, *(() if holder.needs_moments else ROW_FORMS))
+        forms = (*MOMENT_FORMS, *(() if holder.needs_moments else LOW_RANK_FORMS))
         yield from _form_findings(f"{entry}.{side}", state[side], forms, side, holder)
 
 
@@ -144,7 +144,7 @@ def _inverse_findings(state: Mapping[str, Any], holder: StateHolder) -> Iterator
 
 def _inverse_forms(holder: StateHolder) -> list[Any]:
     """Return the forms that an inverse can have under the settings."""
-    forms = [form for form in INVERSE_FORMS if not (holder.needs_moments and is_made_of_rows(form))]
+    forms = [form for form in INVERSE_FORMS if not (holder.needs_moments and holds_rows(form))]
     if holder.settings.products is Products.ieee:
         forms = [form for form in forms if not any(name.endswith(PARTS) for name in form.names)]
     return forms
@@ -156,7 +156,7 @@ def _form_findings(
     """Check the tensors of a factor, an inverse or an eigenbasis in one of the given forms."""
     is_activation = side == "activation"
     if not (is_activation and can_be_patch_rows(holder.geometry, holder.layout)):
-        forms = [form for form in forms if not is_made_of_pixels(form.names)]
+        forms = [form for form in forms if not holds_pixels(form.names)]
     form = next((form for form in forms if isinstance(state, Mapping) and set(state) == set(form.names)), None)
     if form is None:
         known = "; or ".join(", ".join(form.names) for form in forms)

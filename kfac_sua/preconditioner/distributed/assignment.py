@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kfac_sua.preconditioner.forms import BlockMessage, DenseFactor, EigenBasis, Factor, Prepared
+from kfac_sua.preconditioner.forms import BlockMessage, DenseFactor, EigenBasis, Factor, RefreshResult
 from kfac_sua.preconditioner.plain_numbers import plain_number, shown
 
 FLOPS_PER_BYTE = {"cpu": 25.0, "cuda": 50.0}
@@ -50,7 +50,7 @@ class Work:
         return cls.making(EigenBasis if is_eigenbasis else factor.inverse_form, factor)
 
     @classmethod
-    def making(cls, kind: type[Prepared], factor: Factor) -> "Work":
+    def making(cls, kind: type[RefreshResult], factor: Factor) -> "Work":
         """Count the work on an inverse, or an eigenbasis, of a factor."""
         return cls(factor.num_blocks, kind.flops_of(factor), kind.message_of(factor), factor.values.dtype)
 

@@ -17,11 +17,11 @@ from kfac_sua.preconditioner.factors import LayerFactors
 from kfac_sua.preconditioner.forms import (
     NUM_DESCRIBED,
     Factor,
-    RowFactor,
-    SumFactor,
+    LowRankFactor,
+    MomentFactor,
     described_rows,
     description_of,
-    sum_form,
+    moment_form,
 )
 from kfac_sua.preconditioner.geometry import BlockLayout, LayerGeometry
 
@@ -53,7 +53,7 @@ class SharedLayer:
 class _SentRows:
     """The rows of one factor as they are gathered: their form, and the sizes of what each process sends."""
 
-    form: type[RowFactor]
+    form: type[LowRankFactor]
     sizes: list[tuple[int, ...]]
 
 
@@ -194,12 +194,12 @@ def _split(flat: Tensor, sizes: Sequence[tuple[int, ...]]) -> Iterator[Tensor]:
         start += math.prod(one)
 
 
-def _scaled_moment(side: _Side, rank: int) -> SumFactor:
+def _scaled_moment(side: _Side, rank: int) -> MomentFactor:
     """Return this process's part of the average of a factor: zeros where it measured nothing."""
-    form = sum_form(side.width)
+    form = moment_form(side.width)
     if side.factor is None:
         return form.zeros(side.num_blocks, side.width, side.layer.like)
-    moment = side.factor.summed(form)
+    moment = side.factor.as_moment(form)
     return moment.with_values(moment.values * side.weights[rank])
 
 

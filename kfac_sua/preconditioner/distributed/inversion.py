@@ -21,11 +21,11 @@ from kfac_sua.preconditioner.distributed.assignment import (
     plan_assignment,
 )
 from kfac_sua.preconditioner.distributed.collectives import Processes
-from kfac_sua.preconditioner.forms import BlockMessage, EigenBasis, Factor, MadeInverse, Prepared
+from kfac_sua.preconditioner.forms import BlockMessage, ComputedInverse, EigenBasis, Factor, RefreshResult
 from kfac_sua.preconditioner.forms.triangles import packed, unpack_
 from kfac_sua.preconditioner.invert import Outcome
 
-P = TypeVar("P", bound=Prepared)
+P = TypeVar("P", bound=RefreshResult)
 
 
 Kind = Callable[[Factor], type[P]]
@@ -51,7 +51,7 @@ class SharedInversion:
         self.flops_per_byte = flops_per_byte
         self.plan: Assignment | None = None
 
-    def invert_factors(self, factors: Sequence[Factor], dampings: Sequence[Tensor]) -> list[Outcome[MadeInverse]]:
+    def invert_factors(self, factors: Sequence[Factor], dampings: Sequence[Tensor]) -> list[Outcome[ComputedInverse]]:
         """Invert factors as ``invert.invert_factors`` does, all processes together.
 
         Args:
@@ -62,7 +62,7 @@ class SharedInversion:
             One outcome per factor, in order.
         """
 
-        def make(parts: Sequence[tuple[int, slice]]) -> list[Outcome[MadeInverse]]:
+        def make(parts: Sequence[tuple[int, slice]]) -> list[Outcome[ComputedInverse]]:
             return alone.invert_factors(
                 [factors[i].part(blocks) for i, blocks in parts], [dampings[i][blocks] for i, blocks in parts]
             )
@@ -152,7 +152,7 @@ def read_messages(
     results = {}
     for i in sorted(makers):  # the order in which every process wrote its message
         inverse = read_inverse(factors[i], kind(factors[i]), makers[i])
-        results[i] = Outcome.joined(inverse, fates[i])
+        results[i] = Outcome.combined(inverse, fates[i])
     return results
 
 
@@ -190,7 +190,7 @@ def read_inverse(factor: Factor, kind: type[P], parts: Sequence[tuple[slice, _Re
     return kind.from_message(factor, matrices, extra)
 
 
-def _numbers(inverse: Prepared, form: BlockMessage) -> Iterator[Tensor]:
+def _numbers(inverse: RefreshResult, form: BlockMessage) -> Iterator[Tensor]:
     """Yield the numbers that are sent of an inverse."""
     matrices, extra = inverse.to_message()
     yield packed(matrices) if form.is_triangle else matrices.flatten()  # [numbers]
@@ -200,6 +200,6 @@ def _numbers(inverse: Prepared, form: BlockMessage) -> Iterator[Tensor]:
 def _decompose(factors: list[Factor]) -> list[Outcome[EigenBasis]]:
     """Decompose factors; an eigenbasis that fails is sent as zeros."""
     return [
-        Outcome(basis or EigenBasis.nothing(factor), num_failed=int(basis is None))
+        Outcome(basis or EigenBasis.zeros(factor), num_failed=int(basis is None))
         for factor, basis in zip(factors, alone.eigendecompose_factors(factors), strict=True)
     ]

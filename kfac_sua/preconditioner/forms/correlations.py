@@ -1,10 +1,11 @@
-"""K-FAC's activation factor of a convolution from correlations between image rows, without forming patches.
+"""K-FAC's activation factor of a convolution from correlations between image lines, without forming patches.
 
-The factor's block for kernel rows (t, t′) is Σ_y F_{y+t} F_{y+t′}ᵀ, where F_r holds image row r with its horizontal
-taps side by side and y runs over output rows. It depends on the offset t′ − t alone, but for the rows at the border
-that some kernel rows read and others do not. So every product of two image rows is formed once and added to all the
-blocks that contain it: for a 3×3 kernel three products of width 3·channels instead of one of width 9·channels, a third
-of the FLOPs and of the memory. Exact for every kernel, padding and dilation; the vertical stride must be 1.
+The factor's block for the vertical taps (t, t′) is Σ_y F_{y+t} F_{y+t′}ᵀ, where F_r holds line r of the image with its
+horizontal taps side by side and y runs over the lines of the output. Blocks with the same offset t′ − t are sums over
+the same products, except for the lines at the border, which some taps read and others do not. So every product of two
+lines is formed once and added to all the blocks that contain it: for a 3×3 kernel three products of width 3·channels
+instead of one of width 9·channels, a third of the FLOPs and of the memory. This is exact for every kernel, padding and
+dilation; the vertical stride must be 1.
 """
 
 import itertools
@@ -19,7 +20,7 @@ from kfac_sua.preconditioner.geometry import BiasBlock, BlockLayout, LayerGeomet
 
 
 def can_correlate(geometry: LayerGeometry, layout: BlockLayout) -> bool:
-    """Whether the factor can be formed from row correlations, and gains by it."""
+    """Whether the factor can be formed from correlations between lines, with fewer FLOPs than from patches."""
     return (
         layout.taps_in_features
         and layout.bias is not BiasBlock.JOINT
@@ -29,10 +30,10 @@ def can_correlate(geometry: LayerGeometry, layout: BlockLayout) -> bool:
 
 
 def is_worth_correlating(rows: int, geometry: LayerGeometry, layout: BlockLayout, rates: DeviceRates) -> bool:
-    """Whether correlations take less time than the patches formed: a third of the FLOPs, but many operations.
+    """Whether correlations take less time than forming patches: they take fewer FLOPs in more operations.
 
     Args:
-        rows: Patches.
+        rows: Number of patches.
         geometry: The layer's geometry, for which :func:`can_correlate` holds.
         layout: Its block layout.
         rates: Those of the device.
@@ -40,7 +41,7 @@ def is_worth_correlating(rows: int, geometry: LayerGeometry, layout: BlockLayout
     num_blocks, width = layout.activation_blocks
     taps = geometry.kernel_size[0]
     saved = 2 * rows * num_blocks * width**2 * (1 - 1 / taps) / rates.product
-    # For every offset between kernel rows up to three products, and each pair of kernel rows added and mirrored.
+    # Up to three products for every offset between vertical taps, and an addition or a mirror image for every pair.
     return saved > (3 * taps + taps**2) * rates.launch_s
 
 
@@ -55,17 +56,17 @@ def patch_moment(inputs: Tensor, geometry: LayerGeometry, layout: BlockLayout) -
     Returns:
         Symmetric blocks ``[conv_groups · Q, taps · channels, taps · channels]``, to be divided by N · S.
 
-    Reference: Ā of Grosse & Martens (2016), K-FAC for convolutions; to sum over image rows is this project's way.
+    Reference: Ā of Grosse & Martens (2016), K-FAC for convolutions; the sum over image lines is this project's way.
     """
-    rows, top = _image_rows(inputs, geometry, layout)  # [blocks, h, n · w', kw · a]
+    lines, top = _image_lines(inputs, geometry, layout)  # [blocks, h, n · w', kw · a]
     kernel_height, step = geometry.kernel_size[0], geometry.dilation[0]
-    width = rows.shape[-1]
+    width = lines.shape[-1]
     # [blocks, kh, kw · a, kh, kw · a]
-    moment = rows.new_zeros(rows.shape[0], kernel_height, width, kernel_height, width)
+    moment = lines.new_zeros(lines.shape[0], kernel_height, width, kernel_height, width)
     for offset in range(kernel_height):
-        for start, stop, taps in _shared_rows(rows.shape[1], top, offset, geometry):
-            upper = rows[:, start:stop].flatten(1, 2)  # [blocks, rows, kw · a]
-            lower = rows[:, start + offset * step : stop + offset * step].flatten(1, 2)  # [blocks, rows, kw · a]
+        for start, stop, taps in _shared_lines(lines.shape[1], top, offset, geometry):
+            upper = lines[:, start:stop].flatten(1, 2)  # [blocks, lines · n · w', kw · a]
+            lower = lines[:, start + offset * step : stop + offset * step].flatten(1, 2)  # as upper
             product = upper.mT @ lower if offset else gram(upper)  # [blocks, kw · a, kw · a]
             for tap in taps:
                 moment[:, tap, :, tap + offset] += product
@@ -75,10 +76,10 @@ def patch_moment(inputs: Tensor, geometry: LayerGeometry, layout: BlockLayout) -
     return moment.flatten(3).flatten(1, 2)  # [blocks, taps · a, taps · a]
 
 
-def _image_rows(inputs: Tensor, geometry: LayerGeometry, layout: BlockLayout) -> tuple[Tensor, int]:
-    """Return image rows with their horizontal taps, ``[blocks, h, n · w', kw · a]``, and the rows of padding above.
+def _image_lines(inputs: Tensor, geometry: LayerGeometry, layout: BlockLayout) -> tuple[Tensor, int]:
+    """Return image lines with their horizontal taps, ``[blocks, h, n · w', kw · a]``, and how many are missing above.
 
-    Rows of zeros above and below add nothing and are left out; other padding modes are rows like all others.
+    Lines of zeros above and below the image add nothing and are left out; those of other padding modes are included.
     """
     top = geometry.padding[2]
     if geometry.padding_mode == "zeros":
@@ -89,15 +90,16 @@ def _image_rows(inputs: Tensor, geometry: LayerGeometry, layout: BlockLayout) ->
     windows = inputs.unfold(2, step * (taps - 1) + 1, stride)[..., ::step]  # [n, h, w', channels, kw]
     windows = windows.permute(1, 0, 2, 4, 3).flatten(1, 2)  # [h, n · w', kw, channels]
     height, num = windows.shape[:2]
-    rows = windows.flatten(0, 1)  # [h · n · w', kw, channels]
-    blocks = split_channels(rows, layout.conv_groups, layout.activation)  # [blocks, h · n · w', kw · a]
+    lines = windows.flatten(0, 1)  # [h · n · w', kw, channels]
+    blocks = split_channels(lines, layout.conv_groups, layout.activation)  # [blocks, h · n · w', kw · a]
     return blocks.unflatten(1, (height, num)), top  # [blocks, h, n · w', kw · a]
 
 
-def _shared_rows(height: int, top: int, offset: int, geometry: LayerGeometry) -> Iterator[tuple[int, int, list[int]]]:
-    """Yield ranges of image rows, each with the kernel rows t whose block (t, t + offset) sums over exactly these."""
+def _shared_lines(height: int, top: int, offset: int, geometry: LayerGeometry) -> Iterator[tuple[int, int, list[int]]]:
+    """Yield ranges of image lines, each with the vertical taps t whose block (t, t + offset) sums over all of them."""
     taps, step = geometry.kernel_size[0], geometry.dilation[0]
-    num_outputs = height + _vertical_padding(geometry, top) - step * (taps - 1)
+    missing = top + geometry.padding[3] if geometry.padding_mode == "zeros" else 0  # lines of zeros above and below
+    num_outputs = height + missing - step * (taps - 1)
     ranges = {
         tap: (max(0, tap * step - top), min(height - offset * step, tap * step - top + num_outputs))
         for tap in range(taps - offset)
@@ -107,8 +109,3 @@ def _shared_rows(height: int, top: int, offset: int, geometry: LayerGeometry) ->
         members = [tap for tap, (first, last) in ranges.items() if first <= start and stop <= last]
         if members:
             yield start, stop, members
-
-
-def _vertical_padding(geometry: LayerGeometry, top: int) -> int:
-    """Rows of zeros above and below that are not among the image rows."""
-    return top + geometry.padding[3] if geometry.padding_mode == "zeros" else 0

@@ -1,6 +1,6 @@
-"""What the forms cost on one side of a layer: which factor to keep, and in which form to keep and apply its inverse.
+"""What the forms cost on one side of a layer: in which form to keep the factor, and to keep and apply its inverse.
 
-FLOPs are counted, and take what the rates of the device say (see ``rates``). What each form counts stands in its file.
+Each form counts its FLOPs in its own file; the rates of the device turn them into seconds (see ``rates``).
 """
 
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from kfac_sua.preconditioner.forms.correlations import can_correlate
 from kfac_sua.preconditioner.forms.dense import DenseFactor, DenseInverse
 from kfac_sua.preconditioner.forms.eigen import EigenBasis
-from kfac_sua.preconditioner.forms.form import Inverse, MadeInverse
+from kfac_sua.preconditioner.forms.inverse import ComputedInverse, Inverse
 from kfac_sua.preconditioner.forms.patch_rows import can_be_patch_rows, product_width
 from kfac_sua.preconditioner.forms.patches import PatchInverse
 from kfac_sua.preconditioner.forms.rates import CPU, DeviceRates, Flops
@@ -18,23 +18,23 @@ from kfac_sua.preconditioner.geometry import BiasBlock, BlockLayout, LayerGeomet
 from kfac_sua.preconditioner.settings import InverseMethod, KroneckerSettings, Products, WeightSharing
 
 ANY_ROWS = 2**62
-"""A number of rows that no mini-batch has."""
+"""Number of rows above that of every mini-batch: no limit."""
 
 BACKWARD_OPERATIONS = 6
-"""Operations more that a side takes in the backward pass: the parts of a convolution's backward pass are called one by
-one, and channels are brought last and back."""
+"""Additional operations of a side that is applied in the backward pass: the parts of the convolution's own backward
+pass are called one by one, and channels are moved last and back."""
 
 FLOAT_BYTES = 4
-"""Of the numbers that are split; in float64 splitting is no gain, and not asked for."""
+"""Bytes of a number that is split; splitting is for float32, as float64 would lose precision by it."""
 
 
 @dataclass(frozen=True)
 class Application:
-    """What multiplying the vectors of one step takes, and how.
+    """How the vectors of one step are multiplied by an inverse, and how long that takes.
 
     Args:
         seconds: How long it takes.
-        is_split: Whether as products of bfloat16 parts.
+        is_split: Whether the inverse is multiplied as bfloat16 parts.
     """
 
     seconds: float
@@ -50,12 +50,12 @@ class SideCost:
         width: Width d of a block.
         vectors: Vectors of width d that one application multiplies per block.
         inverse_period: Applications per refresh.
-        correlated_rows: Kernel rows, where statistics come from correlations between image rows: these save all but
-            one of them (see ``correlations``).
-        patch_width: Width of the products between patches that are never formed (see ``patch_rows``); 0 where rows are
-            no such patches.
-        keeps_woodbury: Whether what the Woodbury identity gives is never made dense.
-        products: Whether inverses are applied in bfloat16 parts (see ``split``): ``auto`` is where that is faster.
+        correlated_taps: Vertical taps of the kernel, where statistics come from correlations between image lines, which
+            divide the FLOPs of patches by that number (see ``correlations``); 1 elsewhere.
+        patch_width: Width of the products between patches that are not formed (see ``patch_rows``); 0 where rows are
+            not such patches.
+        keeps_woodbury: Whether an inverse computed by the Woodbury identity is never made dense.
+        products: Whether inverses are applied in bfloat16 parts (see ``split``): under ``auto`` where that is faster.
         rates: Those of the device.
     """
 
@@ -63,7 +63,7 @@ class SideCost:
     width: int
     vectors: int
     inverse_period: int
-    correlated_rows: int = 1
+    correlated_taps: int = 1
     patch_width: int = 0
     keeps_woodbury: bool = False
     products: Products = Products.ieee
@@ -75,14 +75,14 @@ class SideCost:
     ) -> "SideCost":
         """Return the work on the activation side: a vector per output channel and identity tap."""
         num_blocks, width = layout.activation_blocks
-        # A sample of the rows is formed, and multiplied as it is.
+        # A sample of the rows is formed, so that neither correlations nor products with pixels are possible.
         is_whole = settings.weight_sharing is WeightSharing.expand and settings.activation_rows is None
         return cls(
             num_blocks,
             width,
             layout.gradient.num_channels * layout.identity_taps,
             settings.inverse_period,
-            correlated_rows=geometry.kernel_size[0] if is_whole and can_correlate(geometry, layout) else 1,
+            correlated_taps=geometry.kernel_size[0] if is_whole and can_correlate(geometry, layout) else 1,
             patch_width=product_width(geometry) if is_whole and can_be_patch_rows(geometry, layout) else 0,
             keeps_woodbury=settings.inverse_method is InverseMethod.low_rank,
             rates=rates,
@@ -90,7 +90,7 @@ class SideCost:
 
     @classmethod
     def of_gradient(cls, layout: BlockLayout, settings: KroneckerSettings, rates: DeviceRates = CPU) -> "SideCost":
-        """Return the work on the gradient side: a vector per weight that an output channel has."""
+        """Return the work on the gradient side: a vector per weight of an output channel."""
         num_blocks, width = layout.gradient_blocks
         vectors = layout.activation.num_channels * layout.num_taps + (layout.bias is BiasBlock.JOINT)
         keeps_woodbury = settings.inverse_method is InverseMethod.low_rank
@@ -117,41 +117,45 @@ class SideCost:
     # --- seconds ----------------------------------------------------------------------------------------------------
 
     def dense_application(self) -> Application:
-        """Return what one application of dense inverse blocks takes."""
+        """Return the cost of one application of dense inverse blocks."""
         return self._application(self.dense_apply(), self.num_blocks * self.vectors * self.width, num_products=1)
 
     def low_rank_application(self, rows: int) -> Application:
-        """Return what one application of roots of so many rows takes."""
+        """Return the cost of one application of roots with so many rows."""
         flops = self.num_blocks * LowRankInverse.application_flops(self.width, rows, self.vectors)
         return self._application(flops, self.num_blocks * self.vectors * (self.width + rows), num_products=2)
 
     def patches_application(self, rows: int, num_operations: int = 0) -> Application:
-        """Return what one application of patches takes."""
+        """Return the cost of one application of an inverse kept as patches."""
         work = PatchInverse.application_flops(self.width, rows, self.vectors)
         seconds = work.seconds(self.rates) + num_operations * self.rates.kernel_s
         return Application(seconds, is_split=self.products is Products.bf16x3)
 
     def dense_total(self, rows: int) -> float:
-        """Seconds of statistics, inverse and applications over one refresh period, if dense."""
-        statistics = self.num_blocks * DenseFactor.moment_flops(self.width, rows) // self.correlated_rows
+        """Seconds of statistics, inverse and applications over one refresh period, if the factor is dense."""
+        statistics = self.num_blocks * DenseFactor.moment_flops(self.width, rows) // self.correlated_taps
         work = Flops(products=statistics, inversions=self.dense_inverse())
         return work.seconds(self.rates) + self.inverse_period * self.dense_application().seconds
 
     def low_rank_total(self, rows: int) -> float:
-        """Seconds of inverse and applications over one refresh period, if rows, which are the statistics themselves."""
+        """Seconds of inverse and applications over one refresh period, if the factor is kept as rows.
+
+        Statistics cost nothing more: they are the rows.
+        """
         if self.patch_width:
-            making = PatchInverse.inversion_flops(self.patch_width, rows).seconds(self.rates)
-            as_made = self.patches_application(rows)
+            inversion = PatchInverse.inversion_flops(self.patch_width, rows).seconds(self.rates)
+            as_computed = self.patches_application(rows)
         else:
-            making = LowRankInverse.inversion_flops(self.width, rows).seconds(self.rates)
-            as_made = self.low_rank_application(rows)
-        return self.num_blocks * making + min(self._ways(rows, as_made, is_patches=bool(self.patch_width)).values())
+            inversion = LowRankInverse.inversion_flops(self.width, rows).seconds(self.rates)
+            as_computed = self.low_rank_application(rows)
+        by_form = self._seconds_by_form(rows, as_computed, is_patches=bool(self.patch_width))
+        return self.num_blocks * inversion + min(by_form.values())
 
     def most_low_rank_rows(self) -> int:
         """Return the largest number of rows for which the Woodbury identity takes less time than the dense inverse.
 
-        The difference of the two totals changes sign at most once in ``[0, d]`` (the low-rank total grows faster), so
-        bisection finds it.
+        The difference of the two totals changes sign at most once in ``[0, d]``, as the low-rank total grows faster;
+        bisection finds where.
         """
         low, high = 0, self.width
         while low < high:
@@ -163,7 +167,7 @@ class SideCost:
         return low
 
     def max_kept_rows(self, settings: KroneckerSettings) -> int:
-        """Return up to how many rows the factor is kept as rows, by ``settings.inverse_method``."""
+        """Return the number of rows up to which the factor is kept as rows, by ``settings.inverse_method``."""
         if settings.inverse_method is InverseMethod.low_rank:
             return ANY_ROWS
         dense_only = settings.inverse_method is InverseMethod.cholesky or settings.needs_dense_factors
@@ -173,9 +177,10 @@ class SideCost:
 
     @property
     def backward_rows(self) -> float:
-        """Rows of the mini-batch below which multiplying these in the backward pass takes less time than the vectors.
+        """Rows of a mini-batch below which multiplying rows, in the backward pass, is faster than multiplying vectors.
 
-        What it saves has to make up for more launches; those of an eager step, as a captured one's take less.
+        The FLOPs saved have to make up for :data:`BACKWARD_OPERATIONS` more launches, counted as in an eager step; in a
+        captured step they take less.
         """
         rate = max(self.rates.product, self.rates.split_product)
         seconds_per_vector = 2 * self.num_blocks * self.width**2 / rate
@@ -183,46 +188,46 @@ class SideCost:
 
     # --- the form that an inverse is kept in ------------------------------------------------------------------------
 
-    def kept(self, made: MadeInverse) -> Inverse:
-        """Return an inverse in the form in which making and applying it take least time until the next refresh."""
-        if made.num_rows == 0:
-            return made.split() if self.dense_application().is_split else made
-        if isinstance(made, PatchInverse):
-            is_patches, as_made = True, self.patches_application(made.num_rows, made.num_operations)
+    def in_cheapest_form(self, inverse: ComputedInverse) -> Inverse:
+        """Return the inverse in the form in which converting and applying it take least time until the next refresh."""
+        if inverse.num_rows == 0:
+            return inverse.split() if self.dense_application().is_split else inverse
+        if isinstance(inverse, PatchInverse):
+            is_patches, application = True, self.patches_application(inverse.num_rows, inverse.num_operations)
         else:
-            is_patches, as_made = False, self.low_rank_application(made.num_rows)
-        seconds = self._ways(made.num_rows, as_made, is_patches=is_patches)
+            is_patches, application = False, self.low_rank_application(inverse.num_rows)
+        seconds = self._seconds_by_form(inverse.num_rows, application, is_patches=is_patches)
         best = min(seconds, key=lambda form: seconds[form])
         if best == "dense":
-            dense = DenseInverse(made.dense())
+            dense = DenseInverse(inverse.dense())
             return dense.split() if self.dense_application().is_split else dense
         if best == "low rank":
-            assert isinstance(made, PatchInverse)
-            made, as_made = made.with_root(), self.low_rank_application(made.num_rows)
-        return made.split() if as_made.is_split else made
+            assert isinstance(inverse, PatchInverse)
+            inverse, application = inverse.to_low_rank(), self.low_rank_application(inverse.num_rows)
+        return inverse.split() if application.is_split else inverse
 
-    def _ways(self, rows: int, as_made: Application, *, is_patches: bool) -> dict[str, float]:
-        """Return the seconds per refresh period of each form that what rows give may be kept in, as made or another.
+    def _seconds_by_form(self, rows: int, as_computed: Application, *, is_patches: bool) -> dict[str, float]:
+        """Return the seconds per refresh period of each form that an inverse computed from rows may be kept in.
 
-        Where counted FLOPs decide, a factor is kept as rows because these are applied as such in fewest.
+        By counted FLOPs it stays as computed: the factor was kept as rows because applying these takes fewest FLOPs.
         """
-        ways = {"as made": self.inverse_period * as_made.seconds}
+        seconds = {"as computed": self.inverse_period * as_computed.seconds}
         if self.keeps_woodbury or not self.rates.has_launches:
-            return ways
+            return seconds
         root = self.num_blocks * Flops(solves=rows**2 * self.width).seconds(self.rates) if is_patches else 0.0
         product = self.num_blocks * Flops(products=2 * rows * self.width**2).seconds(self.rates)
-        ways["dense"] = root + product + self.inverse_period * self.dense_application().seconds
+        seconds["dense"] = root + product + self.inverse_period * self.dense_application().seconds
         if is_patches:
-            ways["low rank"] = root + self.inverse_period * self.low_rank_application(rows).seconds
-        return ways
+            seconds["low rank"] = root + self.inverse_period * self.low_rank_application(rows).seconds
+        return seconds
 
     def _application(self, flops: int, numbers: int, num_products: int) -> Application:
-        """Return what products take in the faster of both ways, or in the one that is asked for.
+        """Return the cost of products, in float32 or in bfloat16 parts: as :attr:`products` says, or the faster one.
 
         Args:
-            flops: Their FLOPs.
-            numbers: What is multiplied: numbers to be split.
-            num_products: Operations.
+            flops: FLOPs of the products.
+            numbers: Numbers of the vectors that would be split.
+            num_products: Number of products.
         """
         rates = self.rates
         plain = flops / rates.product + num_products * rates.kernel_s

@@ -1,7 +1,7 @@
 """Eigenbasis: chosen under exact damping, where ε is added to products of eigenvalues of the two factors.
 
-A factor of any form is decomposed as dense blocks. Unlike an inverse, an eigenbasis says nothing of one side alone:
-``kronecker.KroneckerEigenbasis`` joins two.
+A factor in any form is decomposed as dense blocks. One side's eigenbasis does not determine an inverse of that side;
+``kronecker.KroneckerEigenbasis`` combines those of both sides.
 """
 
 from dataclasses import dataclass
@@ -10,12 +10,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kfac_sua.preconditioner.forms.form import BlockMessage, Factor, Prepared, Shape
+from kfac_sua.preconditioner.forms.inverse import FactorSizes, RefreshResult, Shape
+from kfac_sua.preconditioner.forms.triangles import BlockMessage
 
 
 @dataclass
-class EigenBasis(Prepared):
-    """Eigenvectors ``[num_blocks, d, d]`` in columns and eigenvalues ``[num_blocks, d]``, clamped to ≥ 0."""
+class EigenBasis(RefreshResult):
+    """Eigenvectors ``[num_blocks, d, d]``, in columns, and eigenvalues ``[num_blocks, d]``, clamped to ≥ 0.
+
+    Reference: the Kronecker-factored eigenbasis, George et al. (2018), Sec. 3.
+    """
 
     vectors: Tensor
     values: Tensor
@@ -25,18 +29,18 @@ class EigenBasis(Prepared):
     never_negative: ClassVar[tuple[str, ...]] = ("values",)
 
     @classmethod
-    def nothing(cls, factor: Factor) -> "EigenBasis":
-        """Return zeros, which stand in where a decomposition failed."""
+    def zeros(cls, factor: FactorSizes) -> "EigenBasis":
+        """Return a basis of zeros, to be sent where the decomposition of a factor failed."""
         values = factor.values.new_zeros(factor.num_blocks, factor.width)
-        return cls(torch.diag_embed(values), values)
+        return cls(torch.diag_embed(values), values)  # [num_blocks, d, d], [num_blocks, d]
 
-    def like(self, other: Tensor) -> "EigenBasis":
-        """Return the basis in the precision of another tensor."""
-        return EigenBasis(self.vectors.to(other.dtype), self.values.to(other.dtype))
+    def to(self, dtype: torch.dtype) -> "EigenBasis":
+        """Return the basis in another precision."""
+        return EigenBasis(self.vectors.to(dtype), self.values.to(dtype))
 
     @staticmethod
     def decomposition_flops(width: int) -> int:
-        """FLOPs per block of an eigendecomposition with vectors, about 9 d³ (Golub & Van Loan, symmetric QR)."""
+        """FLOPs per block of eigenvalues and vectors, about 9 d³ (Golub & Van Loan, Sec. 8.3, symmetric QR)."""
         return 9 * width**3
 
     @staticmethod
@@ -45,12 +49,12 @@ class EigenBasis(Prepared):
         return 4 * vectors * width**2
 
     @classmethod
-    def flops_of(cls, factor: Factor) -> int:
-        """FLOPs per block."""
+    def flops_of(cls, factor: FactorSizes) -> int:
+        """FLOPs per block of decomposing it."""
         return cls.decomposition_flops(factor.width)
 
     @classmethod
-    def message_of(cls, factor: Factor) -> BlockMessage:
+    def message_of(cls, factor: FactorSizes) -> BlockMessage:
         """Eigenvectors and eigenvalues."""
         return BlockMessage(factor.width, factor.width, is_triangle=False, num_extra=factor.width)
 
@@ -59,20 +63,22 @@ class EigenBasis(Prepared):
         return self.vectors, self.values
 
     @classmethod
-    def from_message(cls, factor: Factor, matrices: Tensor, extra: Tensor) -> "EigenBasis":
+    def from_message(cls, factor: FactorSizes, matrices: Tensor, extra: Tensor) -> "EigenBasis":
         """Take eigenvectors and eigenvalues."""
         del factor
         return cls(matrices, extra)
 
 
 def decomposed(blocks: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return eigenvalues and eigenvectors of symmetric blocks, in float64 where their own precision does not do.
+    """Return eigenvalues and eigenvectors of symmetric blocks, computed in float64 where their own precision fails.
 
     Args:
         blocks: ``[num_blocks, d, d]``.
 
     Returns:
         ``[num_blocks, d]`` and ``[num_blocks, d, d]`` in the blocks' precision; ``None`` if float64 does not converge.
+
+    Reference: the symmetric eigenvalue problem, Golub & Van Loan, *Matrix Computations*, Ch. 8.
     """
     for dtype in (blocks.dtype, torch.float64):
         try:

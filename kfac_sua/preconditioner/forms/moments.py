@@ -1,14 +1,14 @@
 """Second moments of layer inputs and output gradients, as rows.
 
-Conventions, once: h are inputs, δ gradients of the *un-averaged* per-example loss at the outputs, N examples, S output
-locations, T taps. The Kronecker product approximates the mean per-example Fisher block of the weight gradient in the
+h is an input, δ the gradient of the *un-averaged* per-example loss at an output; there are N examples, S output
+locations and T taps. The Kronecker product approximates the mean per-example Fisher block of the weight gradient in the
 order ``[out, taps, in]`` (PyTorch's ``channels_last`` order of a weight), where K-FAC is
 ``kron(gradient_factor, activation_factor)`` and SUA ``kron(gradient_factor, I_T, channel_factor)``.
 
 - ``expand``: S · Ā ⊗ Ḡ, with Ā = mean over n, s of h hᵀ and Ḡ = mean over n, s of δ δᵀ (Grosse & Martens 2016).
 - ``reduce``: E[h̄ h̄ᵀ] ⊗ E[δ̄ δ̄ᵀ], with h̄ the mean and δ̄ the sum over locations (Laurent et al. 2018, eq. 1).
 
-Every function returns rows ``[blocks, rows, d]`` whose Gram matrix over rows is the un-normalised block.
+Every function returns rows U, ``[blocks, rows, d]``; the Gram matrix UᵀU is the block before it is normalised.
 """
 
 from collections.abc import Iterator
@@ -21,21 +21,23 @@ from kfac_sua.preconditioner.forms.unfold import cached_pixel_weights, output_si
 from kfac_sua.preconditioner.geometry import BiasBlock, BlockLayout, LayerGeometry
 
 MAX_PATCH_ELEMENTS = 2**25
-"""Numbers in the patches formed at once (128 MiB in float32); larger batches are taken in chunks of examples."""
+"""Numbers in the patches formed at once: 128 MiB in float32, so that patches of a large batch do not fill the device; a
+larger batch is taken in chunks of examples."""
 
 
 def gradient_rows(output_grads: Tensor, layout: BlockLayout, *, reduce: bool) -> Tensor:
-    """Return the rows of the gradient factor.
+    """Return δ of every example and location, or their sums over locations: the rows of the gradient factor.
 
     Args:
         output_grads: ``[n, h', w', conv_groups · out_channels]``.
         layout: The layer's block layout.
-        reduce: Sum over locations first.
+        reduce: Sum over locations.
 
     Returns:
         ``[conv_groups · P, n · h' · w', p]``, or ``[conv_groups · P, n, p]`` under ``reduce``.
 
-    Reference: Ḡ of Grosse & Martens (2016) under ``expand``, E[δ̄ δ̄ᵀ] of Laurent et al. (2018), eq. 1, under ``reduce``.
+    Reference: Ḡ of Grosse & Martens (2016) under ``expand``, E[δ̄ δ̄ᵀ] of Laurent et al. (2018), eq. 1, under
+    ``reduce``.
     """
     grads = output_grads.flatten(1, 2)  # [n, locations, channels]
     grads = grads.sum(1) if reduce else grads.flatten(0, 1)  # [rows, channels]
@@ -43,7 +45,7 @@ def gradient_rows(output_grads: Tensor, layout: BlockLayout, *, reduce: bool) ->
 
 
 def num_activation_rows(inputs: Tensor, geometry: LayerGeometry, layout: BlockLayout) -> int:
-    """Return how many rows :func:`activation_rows` gives.
+    """Return how many rows :func:`activation_rows` yields.
 
     Args:
         inputs: ``[n, h, w, channels]``.
@@ -83,21 +85,22 @@ def activation_rows(inputs: Tensor, geometry: LayerGeometry, layout: BlockLayout
     else:
         windows = patches(pad(inputs, geometry), geometry)  # [n, h', w', kh, kw, channels], a view
     per_example = windows[:1].numel()
-    for chunk in windows.split(max(1, MAX_PATCH_ELEMENTS // max(1, per_example))):
-        yield _patch_rows(chunk.flatten(0, 2), layout)  # of [rows, kh, kw, channels]
+    for chunk in windows.split(max(1, MAX_PATCH_ELEMENTS // max(1, per_example))):  # as windows
+        yield _patch_rows(chunk.flatten(0, 2), layout)  # from [rows, kh, kw, channels]
 
 
 def exact_sua_rows(inputs: Tensor, geometry: LayerGeometry, layout: BlockLayout) -> Tensor:
-    """Return √w_p x_p for every input pixel x_p: rows whose Gram matrix is the exact SUA factor, times T · S · N.
+    """Return √w_p x_p for every input pixel x_p: rows whose Gram matrix is the exact SUA factor times T · S · N.
 
     SUA takes the taps of a kernel as uncorrelated, with one covariance C of the channels: Ā ≈ I_T ⊗ C. The best such
-    approximation in the Frobenius norm is the mean of Ā's T diagonal blocks, one per tap,
+    approximation in the Frobenius norm, argmin_C ‖Ā − I_T ⊗ C‖, is the mean of Ā's T diagonal blocks, one per tap,
 
         C = 1/(T S N) · Σ_{n,s,t} x_{n,s+t} x_{n,s+t}ᵀ = 1/(T S N) · Σ_{n,p} w_p x_{n,p} x_{n,p}ᵀ
 
-    where w_p, from the geometry alone, counts the (location s, tap t) pairs that read the pixel p. It is right for
-    every stride, padding and dilation, and forms no patch. The author's code takes the mean of x xᵀ over all pixels
-    instead; the two agree where all pixels are read equally often and no tap reads padding.
+    where x_{n,s+t} is the pixel that the tap t reads at the location s, and w_p counts the (s, t) pairs that read the
+    pixel p. The weights w_p follow from the geometry alone, so that C is exact for every stride, padding and dilation
+    and no patch is formed. The author's code takes the mean of x xᵀ over all pixels instead; the two agree where all
+    pixels are read equally often and no tap reads padding.
 
     Args:
         inputs: ``[n, h, w, conv_groups · in_channels]``.
@@ -105,15 +108,16 @@ def exact_sua_rows(inputs: Tensor, geometry: LayerGeometry, layout: BlockLayout)
         layout: The layer's block layout, with the taps under the identity factor.
 
     Returns:
-        ``[conv_groups · Q, n · h · w, d]``, where ``h`` and ``w`` are those of the padded input if the padding is not
-        zeros: zeros add nothing to a moment and are left out.
+        ``[conv_groups · Q, n · h · w, d]``. Pixels of a zero padding add nothing to C and are left out; under the other
+        padding modes h and w are those of the padded input.
 
-    Reference: Laurent et al. (2018), Sec. 2.1, I ⊗ C; Grosse & Martens (2016), who named it. The projection and its
-    weights w_p are this project's (``docs/mathematics.md``).
+    Reference: I ⊗ C of Laurent et al. (2018), Sec. 2.1; the name is from Grosse & Martens (2016). The projection with
+    its weights w_p is this project's (``docs/mathematics.md``).
     """
     if geometry.padding_mode != "zeros":
         inputs = pad(inputs, geometry)
-    weights = cached_pixel_weights(geometry, inputs.shape[1], inputs.shape[2], inputs.device, inputs.dtype)
+    height, width = inputs.shape[1:3]
+    weights = cached_pixel_weights(geometry, height, width, inputs.device, inputs.dtype)  # √w_p, [h, w, 1]
     pixels = (inputs * weights).flatten(0, 2)  # [n · h · w, channels]
     return split_channels(pixels.unsqueeze(1), layout.conv_groups, layout.activation)  # [blocks, n · h · w, d]
 
@@ -123,8 +127,9 @@ def sampled_activation_rows(
 ) -> Iterator[Tensor]:
     """Yield at most ``most`` of the rows of :func:`activation_rows`, scaled so that the expected moment is the same.
 
-    An approximation: the rows are spread evenly over examples and locations, one from each of ``most`` equal stretches
-    at an offset of the golden ratio's multiples, so that no regular pattern of locations is favoured.
+    This is an approximation. The rows are spread evenly over examples and locations: one from each of ``most`` equal
+    stretches. Within stretch i it lies at the fractional part of i/φ, φ the golden ratio, so that no regular pattern of
+    locations is favoured.
 
     Args:
         inputs: ``[n, h, w, conv_groups · in_channels]``.
@@ -134,6 +139,8 @@ def sampled_activation_rows(
 
     Yields:
         ``[conv_groups · Q, rows, d]``.
+
+    Reference: this project's.
     """
     if not layout.taps_in_features:
         rows = exact_sua_rows(inputs, geometry, layout)  # [blocks, pixels, d]
@@ -144,8 +151,9 @@ def sampled_activation_rows(
     height, width = windows.shape[1:3]
     total = windows.shape[:3].numel()
     chosen = _spread(total, most, inputs.device)
-    example, row, column = chosen // (height * width), chosen // width % height, chosen % width
-    yield _patch_rows(windows[example, row, column], layout) * (total / len(chosen)) ** 0.5
+    example, y, x = chosen // (height * width), chosen // width % height, chosen % width
+    sampled = windows[example, y, x]  # [rows, kh, kw, channels]
+    yield _patch_rows(sampled, layout) * (total / len(chosen)) ** 0.5
 
 
 def reduced_activation_rows(inputs: Tensor, geometry: LayerGeometry, layout: BlockLayout) -> Tensor:
@@ -159,7 +167,8 @@ def reduced_activation_rows(inputs: Tensor, geometry: LayerGeometry, layout: Blo
     Returns:
         K-FAC: ``[conv_groups · Q, n, d]``. SUA: ``[conv_groups · Q, n · taps, d]``, a row per example and tap.
 
-    Reference: Laurent et al. (2018), eq. 1, whose sum over (s, s′) is that over all pairs of locations.
+    Reference: Laurent et al. (2018), eq. 1: the sum over all pairs (s, s′) of h_s h_s′ᵀ is (Σ_s h_s)(Σ_s h_s)ᵀ; the
+    ``reduce`` setting of Eschenhagen et al. (2023).
     """
     windows = patches(pad(inputs, geometry), geometry)  # [n, h', w', kh, kw, channels]
     num_locations = windows.shape[1] * windows.shape[2]
@@ -172,12 +181,13 @@ def reduced_activation_rows(inputs: Tensor, geometry: LayerGeometry, layout: Blo
 
 def _patch_rows(windows: Tensor, layout: BlockLayout) -> Tensor:
     """Return patches ``[rows, kh, kw, channels]`` as ``[conv_groups · Q, rows, d]``."""
-    rows = split_channels(windows.flatten(1, 2), layout.conv_groups, layout.activation)  # of [rows, taps, channels]
+    pixels = windows.flatten(1, 2)  # [rows, taps, channels]
+    rows = split_channels(pixels, layout.conv_groups, layout.activation)  # [conv_groups · Q, rows, taps · channels]
     return _with_bias_coordinate(rows, layout, 1.0)
 
 
 def _spread(total: int, most: int, device: torch.device) -> Tensor:
-    """Return at most ``most`` of the numbers below ``total``, increasing, one from each of as many equal stretches."""
+    """Return at most ``most`` of the integers below ``total``, in order: one from each of ``most`` equal stretches."""
     if total <= most:
         return torch.arange(total, device=device)
     stretch = torch.arange(most, device=device)
@@ -190,4 +200,4 @@ def _with_bias_coordinate(rows: Tensor, layout: BlockLayout, value: float) -> Te
     """Append a number to rows ``[blocks, rows, d − 1]`` where the bias is a coordinate of the activation factor."""
     if layout.bias is not BiasBlock.JOINT:
         return rows
-    return F.pad(rows, (0, 1), value=value)
+    return F.pad(rows, (0, 1), value=value)  # [blocks, rows, d]

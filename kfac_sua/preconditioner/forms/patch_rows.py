@@ -1,9 +1,12 @@
-"""The patches of a mini-batch as an operator: products with them, without forming them.
+"""The patches of a mini-batch as an operator: products with patches that are not formed.
 
 The rows U of K-FAC's activation factor are patches: T pixels side by side, each pixel in up to T patches, and zeros
-where the kernel reaches over the border. All that the Woodbury identity needs of U are products, and each is a sum over
-taps of products with the pixels themselves: U Uᵀ, V Uᵀ, Z U and U M. On small maps the border saves much: of the 36
-(location, tap) pairs of a 3×3 kernel on a 2×2 map, 16 read a pixel. Memory is that of the pixels, 1/T of U's.
+where the kernel reaches over the border. The Woodbury identity needs only products with U: U Uᵀ, V Uᵀ, Z U and U M.
+Each is a sum over taps of products with the pixels themselves. On small maps this leaves out many zeros: of the 36
+(location, tap) pairs of a 3×3 kernel on a 2×2 map, 16 read a pixel. The pixels take 1/T of the memory of U.
+
+U is the matrix ⟦A⟧ of Grosse & Martens (2016), who form it; not to form it is this project's way. A *line*
+is a row of pixels of the image, so that *row* always means a row of U.
 """
 
 import math
@@ -17,12 +20,12 @@ from kfac_sua.preconditioner.forms import unfold
 from kfac_sua.preconditioner.geometry import BlockLayout, ChannelGroups, LayerGeometry
 
 _Line = tuple[int, slice]
-"""A row, and the columns in it."""
+"""Part of a line of an image: its vertical index, and its horizontal indices."""
 
 
 @dataclass(frozen=True)
 class _Read:
-    """Which output rows or columns a tap reads from which pixels, along one axis."""
+    """The outputs for which a tap reads a pixel, and these pixels, along one axis."""
 
     tap: int
     outputs: slice
@@ -40,9 +43,10 @@ def can_be_patch_rows(geometry: LayerGeometry, layout: BlockLayout) -> bool:
 
 
 def product_width(geometry: LayerGeometry) -> int:
-    """Return the width of the products that give the Gram matrix between patches, in FLOPs per pair of patches.
+    """Return the width of the products that U Uᵀ takes, in multiply-adds per pair of patches.
 
-    That of the pixels, channels; of the patches formed where strides leave fewer of these (see ``PatchRows.cross``).
+    The channels, for products of pixels; taps · channels where strides leave fewer patches than pixels, so that these
+    are formed (see :meth:`PatchRows.cross`).
     """
     return geometry.in_channels if geometry.stride == (1, 1) else geometry.in_channels * geometry.num_taps
 
@@ -52,7 +56,7 @@ class PatchRows:
     """Patches of one convolution without groups; a row per output location and example, in the order (y, x, n).
 
     Args:
-        pixels: What the patches are read from, without padding, ``[h, w, n, channels]``.
+        pixels: The pixels that the patches are read from, without padding, ``[h, w, n, channels]``.
         geometry: The layer's geometry; see :func:`can_be_patch_rows`.
     """
 
@@ -78,7 +82,7 @@ class PatchRows:
 
     @property
     def read_share(self) -> float:
-        """Share of the (location, tap) pairs that read a pixel; the others read the zeros of the padding."""
+        """Share of the (location, tap) pairs that read a pixel; the others read zeros of the padding."""
         shares = []
         for reads, size, taps in zip(
             (self._vertical_reads(), self._horizontal_reads()),
@@ -90,7 +94,7 @@ class PatchRows:
         return math.prod(shares)
 
     def scaled(self, factor: float) -> "PatchRows":
-        """Return the patches times a number."""
+        """Return the patches multiplied by a number."""
         return PatchRows(self.pixels * factor, self.geometry)
 
     def double(self) -> "PatchRows":
@@ -98,7 +102,7 @@ class PatchRows:
         return PatchRows(self.pixels.double(), self.geometry)
 
     def trace(self) -> Tensor:
-        """Return tr(UᵀU), the sum of squares over all patches, as a 0-d tensor."""
+        """Return tr(UᵀU) = Σ_p w_p |x_p|², as a 0-d tensor; w_p is how many (location, tap) pairs read the pixel p."""
         height, width = self.pixels.shape[:2]
         counts = unfold.cached_read_counts(self.geometry, height, width, self.pixels.device, self.pixels.dtype)
         return (self.pixels.square().sum((2, 3)) * counts).sum()
@@ -113,16 +117,17 @@ class PatchRows:
     def blocks(self, groups: ChannelGroups) -> Tensor:
         """Return U, formed, split into channel groups: ``[Q, rows, taps · size]``."""
         rows = self.rows().unflatten(1, (self.geometry.num_taps, -1))  # [rows, taps, channels]
-        return unfold.split_channels(rows, 1, groups)
+        return unfold.split_channels(rows, 1, groups)  # [Q, rows, taps · size]
 
-    def gram(self) -> Tensor:
+    def core(self) -> Tensor:
         """Return U Uᵀ, ``[rows, rows]``."""
         return self.cross(self)
 
     def cross(self, other: "PatchRows") -> Tensor:
-        """Return U Wᵀ, with W the patches of another mini-batch of images of the same size.
+        """Return U Wᵀ, where W are the patches of another mini-batch of images of the same size.
 
-        Products of all pixels, added up over taps; of the patches formed, where strides leave fewer of these.
+        All products of two pixels are added up over taps. Where strides leave so few patches that their products take
+        fewer FLOPs, the patches are formed.
 
         Args:
             other: W.
@@ -137,17 +142,17 @@ class PatchRows:
         products = (flat @ other_flat.mT).view(sizes)  # [h, w, n, h, w, n of W]
         height, width = self.output_size
         total = self.pixels.new_zeros(height, width, sizes[2], height, width, sizes[5])  # [h', w', n, h', w', n of W]
-        for rows in self._vertical_reads():
-            for columns in self._horizontal_reads():
-                read = products[rows.pixels, columns.pixels, :, rows.pixels, columns.pixels]
-                total[rows.outputs, columns.outputs, :, rows.outputs, columns.outputs] += read
+        for y in self._vertical_reads():
+            for x in self._horizontal_reads():
+                read = products[y.pixels, x.pixels, :, y.pixels, x.pixels]  # a part of [h, w, n, h, w, n of W]
+                total[y.outputs, x.outputs, :, y.outputs, x.outputs] += read
         return total.flatten(3).flatten(0, 2)  # [rows of U, rows of W]
 
     def multiply(self, matrices: Tensor, groups: ChannelGroups) -> Tensor:
-        """Return U times a matrix per channel group.
+        """Return U M for a matrix M per channel group.
 
         Args:
-            matrices: ``[Q, taps · size, d]``.
+            matrices: M, ``[Q, taps · size, d]``.
             groups: The channel groups.
 
         Returns:
@@ -156,50 +161,49 @@ class PatchRows:
         pixels = groups.split(self.pixels).permute(3, 0, 1, 2, 4)  # [Q, h, w, n, size]
         taps = matrices.unflatten(1, (*self.geometry.kernel_size, -1))  # [Q, kh, kw, size, d]
         product = matrices.new_zeros(len(matrices), *self.output_size, self.pixels.shape[2], matrices.shape[-1])
-        for y, x, outputs, read in self.reads():
-            target = product[:, *outputs].flatten(1, 2)  # [Q, columns · n, d]
-            target.baddbmm_(pixels[:, *read].flatten(1, 2), taps[:, y, x])  # of [Q, columns · n, size] and [Q, size, d]
+        for y, x, outputs, read in self.reads():  # product is [Q, h', w', n, d]
+            target = product[:, *outputs].flatten(1, 2)  # [Q, line · n, d]
+            target.baddbmm_(pixels[:, *read].flatten(1, 2), taps[:, y, x])  # of [Q, line · n, size] and [Q, size, d]
         return product.flatten(1, 3)  # [Q, rows, d]
 
-    def times(self, values: Tensor) -> Tensor:
-        """Return V Uᵀ.
+    def inner_products(self, vectors: Tensor) -> Tensor:
+        """Return V Uᵀ, the inner product of each vector with each patch.
 
         Args:
-            values: V, ``[m, taps · channels]``.
+            vectors: V, ``[m, taps · channels]``.
 
         Returns:
             ``[m, rows]``.
         """
-        taps = values.unflatten(1, (*self.geometry.kernel_size, -1))  # [m, kh, kw, channels]
-        out_height, out_width = self.output_size
-        product = values.new_zeros(len(values), out_height, out_width, self.pixels.shape[2])
-        for y, x, outputs, pixels in self.reads():
-            line = self.pixels[pixels].flatten(0, 1)  # [columns · n, channels]
-            product[:, *outputs].flatten(1).addmm_(taps[:, y, x], line.mT)  # [m, columns · n]
+        taps = vectors.unflatten(1, (*self.geometry.kernel_size, -1))  # [m, kh, kw, channels]
+        product = vectors.new_zeros(len(vectors), *self.output_size, self.pixels.shape[2])  # [m, h', w', n]
+        for y, x, outputs, read in self.reads():
+            line = self.pixels[read].flatten(0, 1)  # [line · n, channels]
+            product[:, *outputs].flatten(1).addmm_(taps[:, y, x], line.mT)  # [m, line · n]
         return product.flatten(1)  # [m, rows]
 
-    def subtract_combination_(self, values: Tensor, coefficients: Tensor) -> Tensor:
-        """Subtract Z U from values, in place, and return them.
+    def subtract_combination_(self, vectors: Tensor, coefficients: Tensor) -> Tensor:
+        """Subtract Z U, a linear combination of patches per vector, in place; return the vectors.
 
         Args:
-            values: ``[m, taps · channels]``, contiguous.
+            vectors: ``[m, taps · channels]``, contiguous.
             coefficients: Z, ``[m, rows]``.
         """
-        taps = values.view(len(values), *self.geometry.kernel_size, -1)  # [m, kh, kw, channels]
+        taps = vectors.view(len(vectors), *self.geometry.kernel_size, -1)  # [m, kh, kw, channels]
         locations = coefficients.unflatten(1, (*self.output_size, -1))  # [m, h', w', n]
         for y, x, outputs, read in self.reads():
-            lines = self.pixels[read].flatten(0, 1)  # [columns · n, channels]
-            taps[:, y, x].addmm_(locations[:, *outputs].flatten(1), lines, alpha=-1)  # of [m, columns · n]
-        return values
+            line = self.pixels[read].flatten(0, 1)  # [line · n, channels]
+            taps[:, y, x].addmm_(locations[:, *outputs].flatten(1), line, alpha=-1)  # of [m, line · n]
+        return vectors
 
     def reads(self) -> Iterator[tuple[int, int, _Line, _Line]]:
-        """Yield a tap's row and column, a line of outputs, and the line of pixels that they read through it."""
-        for rows in self._vertical_reads():
-            output_rows = range(rows.outputs.start, rows.outputs.stop)
-            pixel_rows = range(rows.pixels.start, rows.pixels.stop, rows.pixels.step)
-            for output_row, pixel_row in zip(output_rows, pixel_rows, strict=True):
-                for columns in self._horizontal_reads():
-                    yield rows.tap, columns.tap, (output_row, columns.outputs), (pixel_row, columns.pixels)
+        """Yield a tap (y, x), a line of outputs, and the line of pixels that these outputs read through the tap."""
+        for y in self._vertical_reads():
+            output_lines = range(y.outputs.start, y.outputs.stop)
+            pixel_lines = range(y.pixels.start, y.pixels.stop, y.pixels.step)
+            for output_line, pixel_line in zip(output_lines, pixel_lines, strict=True):
+                for x in self._horizontal_reads():
+                    yield y.tap, x.tap, (output_line, x.outputs), (pixel_line, x.pixels)
 
     def _vertical_reads(self) -> Iterator[_Read]:
         return _axis_reads(self.geometry, 0, self.pixels.shape[0], self.output_size[0])
@@ -208,15 +212,16 @@ class PatchRows:
         return _axis_reads(self.geometry, 1, self.pixels.shape[1], self.output_size[1])
 
 
-def joined(parts: list[PatchRows]) -> PatchRows:
-    """Return the patches of several mini-batches of images of one size as those of one."""
+def concatenated(parts: list[PatchRows]) -> PatchRows:
+    """Return the patches of several mini-batches of images of one size as those of one mini-batch."""
     if len(parts) == 1:
         return parts[0]
-    return PatchRows(torch.cat([part.pixels for part in parts], dim=2), parts[0].geometry)
+    pixels = torch.cat([part.pixels for part in parts], dim=2)  # [h, w, n of all parts, channels]
+    return PatchRows(pixels, parts[0].geometry)
 
 
 def _axis_reads(geometry: LayerGeometry, axis: int, size: int, num_outputs: int) -> Iterator[_Read]:
-    """Yield for every tap that reads a pixel at all: the outputs for which it does, and the pixels."""
+    """Yield, for every tap that reads a pixel, the outputs for which it does, and these pixels."""
     stride, step = geometry.stride[axis], geometry.dilation[axis]
     before = geometry.padding_before[axis]
     for tap in range(geometry.kernel_size[axis]):

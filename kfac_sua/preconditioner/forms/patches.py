@@ -1,7 +1,7 @@
-"""Patches: chosen before rows where these are all patches of a convolution, in one block; they are never formed.
+"""Patches: chosen before rows where all rows are patches of a convolution, in one block; they are never formed.
 
-The Woodbury identity again, left at (I − Uᵀ(L Lᵀ)⁻¹U)/λ with L Lᵀ = U Uᵀ + λI, since products with patches cost a
-fraction of products with a matrix of their size (see ``patch_rows``).
+The inverse is the Woodbury identity (see ``rows``) written as (I − Uᵀ(L Lᵀ)⁻¹U)/λ with L Lᵀ = U Uᵀ + λI. V = L⁻¹U is
+not formed, as products with patches cost a fraction of products with a matrix of their size (see ``patch_rows``).
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,20 +12,22 @@ import torch
 from torch import Tensor
 
 from kfac_sua.preconditioner.forms.dense import DenseFactor
-from kfac_sua.preconditioner.forms.form import BlockMessage, Factor, Inverse, MadeInverse, RowFactor, Shape, TraceSource
-from kfac_sua.preconditioner.forms.patch_rows import PatchRows, joined, product_width
+from kfac_sua.preconditioner.forms.factor import LowRankFactor, TraceSource
+from kfac_sua.preconditioner.forms.inverse import ComputedInverse, FactorSizes, Inverse, Shape
+from kfac_sua.preconditioner.forms.patch_rows import PatchRows, concatenated, product_width
 from kfac_sua.preconditioner.forms.rates import Flops
 from kfac_sua.preconditioner.forms.rows import LowRankInverse
+from kfac_sua.preconditioner.forms.triangles import BlockMessage
 from kfac_sua.preconditioner.forms.unfold import output_size
 from kfac_sua.preconditioner.geometry import ChannelGroups, LayerGeometry
 
 
 @dataclass
-class PatchInverse(MadeInverse):
-    """scale · (I − Uᵀ (L Lᵀ)⁻¹ U), with U the patches of a mini-batch: the Woodbury form that never forms U.
+class PatchInverse(ComputedInverse):
+    """scale · (I − Uᵀ (L Lᵀ)⁻¹ U), with U the patches of a mini-batch, which are not formed.
 
     Args:
-        patches: U, of one block.
+        patches: U, of the one block.
         triangle: L, ``[1, rows, rows]``, lower triangle.
         scale: ``[1, 1, 1]``.
     """
@@ -45,41 +47,46 @@ class PatchInverse(MadeInverse):
     def right(self, values: Tensor) -> Tensor:
         """Multiply ``[1, n, d]`` from the right."""
         vectors = values[0].clone(memory_format=torch.contiguous_format)  # [n, d]
-        return self._project_out_(vectors, self.patches.times(vectors))
+        return self._apply_(vectors, self.patches.inner_products(vectors))
 
     def right_of_patches(self, patches: PatchRows, groups: ChannelGroups) -> Tensor:
-        """Multiply patches from the right, as one group; ``[1, rows, d]``."""
+        """Multiply patches, which are one group, from the right; ``[1, rows, d]``."""
         if patches.pixels.shape[:2] != self.patches.pixels.shape[:2]:
             return super().right_of_patches(patches, groups)
-        return self._project_out_(patches.rows(), patches.cross(self.patches))
+        return self._apply_(patches.rows(), patches.cross(self.patches))
 
-    def _project_out_(self, vectors: Tensor, products: Tensor) -> Tensor:
-        """Turn V ``[n, d]`` into scale · (V − P (L Lᵀ)⁻¹ U), with products P = V Uᵀ ``[n, rows]``; ``[1, n, d]``."""
+    def _apply_(self, vectors: Tensor, products: Tensor) -> Tensor:
+        """Return scale · (X − P (L Lᵀ)⁻¹ U), ``[1, n, d]``, written over vectors X ``[n, d]``.
+
+        Args:
+            vectors: X, contiguous.
+            products: P = X Uᵀ, ``[n, rows]``.
+        """
         coefficients = torch.cholesky_solve(products.mT, self.triangle[0]).mT  # [n, rows]
         return self.patches.subtract_combination_(vectors, coefficients).mul_(self.scale[0])[None]  # [1, n, d]
 
     @property
     def num_rows(self) -> int:
-        """Rows that it was made of."""
+        """Rows that it was computed from."""
         return self.triangle.shape[-1]
 
     @property
-    def scaled(self) -> Tensor:
+    def linear_tensor(self) -> Tensor:
         """The scale."""
         return self.scale
 
-    def with_root(self) -> LowRankInverse:
-        """Return the same with V = L⁻¹U formed."""
+    def to_low_rank(self) -> LowRankInverse:
+        """Return the same inverse with its root V = L⁻¹U formed."""
         root = torch.linalg.solve_triangular(self.triangle, self.patches.rows()[None], upper=False)  # [1, rows, d]
         return LowRankInverse(root, self.scale)
 
     def dense(self) -> Tensor:
-        """Return the block, ``[1, d, d]``, formed."""
-        return self.with_root().dense()
+        """Return the block, formed, ``[1, d, d]``."""
+        return self.to_low_rank().dense()
 
     def split(self) -> Inverse:
         """Return the parts of V, and the scale."""
-        return self.with_root().split()
+        return self.to_low_rank().split()
 
     def tensors(self) -> dict[str, Tensor]:
         """Return pixels, triangle and scale."""
@@ -92,28 +99,28 @@ class PatchInverse(MadeInverse):
 
     @staticmethod
     def inversion_flops(patch_width: int, rows: int) -> Flops:
-        """FLOPs of the Gram matrix between patches (see ``product_width``) and its Cholesky factorisation."""
+        """FLOPs of the matrix U Uᵀ between patches (see ``product_width``) and of its Cholesky factorisation."""
         return Flops(products=2 * rows**2 * patch_width, factorisations=rows**3 // 3)
 
     @staticmethod
     def application_flops(width: int, rows: int, vectors: int) -> Flops:
-        """FLOPs of multiplying vectors, if all taps read a pixel: products with the patches, and two solves."""
+        """FLOPs of multiplying vectors of width d if all taps read a pixel: two products with U, and two solves."""
         return Flops(products=4 * vectors * width * rows, solves=2 * vectors * rows**2)
 
     @property
     def num_operations(self) -> int:
-        """Operations of multiplying vectors: two products per line of pixels and tap, and what lies between."""
+        """Operations of multiplying vectors: two products per line and tap, and four for copy, solves and scale."""
         return 2 * sum(1 for _ in self.patches.reads()) + 4
 
     @classmethod
-    def flops_of(cls, factor: Factor) -> int:
-        """FLOPs of the one block."""
+    def flops_of(cls, factor: FactorSizes) -> int:
+        """FLOPs of inverting the one block."""
         assert isinstance(factor, PatchFactor)
         return cls.inversion_flops(product_width(factor.patches.geometry), factor.core_width).total
 
     @classmethod
-    def message_of(cls, factor: Factor) -> BlockMessage:
-        """The triangle, and the scale; the pixels are there already."""
+    def message_of(cls, factor: FactorSizes) -> BlockMessage:
+        """The triangle, and the scale; every process has the pixels already."""
         return BlockMessage(factor.core_width, factor.core_width, is_triangle=True, num_extra=1)
 
     def to_message(self) -> tuple[Tensor, Tensor]:
@@ -121,14 +128,14 @@ class PatchInverse(MadeInverse):
         return self.triangle.mT, self.scale.squeeze(-1)  # [1, rows, rows], [1, 1]
 
     @classmethod
-    def from_message(cls, factor: Factor, matrices: Tensor, extra: Tensor) -> "PatchInverse":
-        """Take Lᵀ and the scale."""
+    def from_message(cls, factor: FactorSizes, matrices: Tensor, extra: Tensor) -> "PatchInverse":
+        """Take Lᵀ and the scale, and the pixels of the factor."""
         assert isinstance(factor, PatchFactor)
         return cls(factor.patches, matrices.mT, extra.unsqueeze(-1))  # [1, rows, rows], [1, 1, 1]
 
 
 @dataclass
-class PatchFactor(RowFactor):
+class PatchFactor(LowRankFactor):
     """Patches of a convolution without groups, as rows of one block.
 
     Args:
@@ -141,7 +148,7 @@ class PatchFactor(RowFactor):
     names: ClassVar[tuple[str, ...]] = ("pixels",)
     shapes: ClassVar[tuple[Shape, ...]] = (("h", "w", "n", "c"),)
     num_sizes: ClassVar[int] = 4
-    inverse_form: ClassVar[type[MadeInverse]] = PatchInverse
+    inverse_form: ClassVar[type[ComputedInverse]] = PatchInverse
 
     @property
     def values(self) -> Tensor:
@@ -154,17 +161,17 @@ class PatchFactor(RowFactor):
         return cls(PatchRows(values, geometry))
 
     def with_values(self, values: Tensor) -> "PatchFactor":
-        """Return the patches of other pixels."""
+        """Return the patches that are read from other pixels."""
         return PatchFactor.of(values, self.patches.geometry)
 
     @property
     def num_blocks(self) -> int:
-        """One block."""
+        """1: the rows of convolutions with groups are not kept as patches."""
         return 1
 
     @property
     def width(self) -> int:
-        """Channels times taps."""
+        """Width d of the block: channels times taps."""
         return self.patches.geometry.in_channels * self.patches.geometry.num_taps
 
     @property
@@ -174,17 +181,17 @@ class PatchFactor(RowFactor):
 
     @classmethod
     def num_rows_of(cls, sizes: Sequence[int], geometry: LayerGeometry) -> int:
-        """Return the number of patches that are read from pixels of sizes ``[h, w, n, channels]``."""
+        """Return the number of patches that are read from pixels ``[h, w, n, channels]``."""
         height, width = output_size(geometry, sizes[0], sizes[1])
         return height * width * sizes[2]
 
     @classmethod
-    def joined(cls, parts: Sequence[RowFactor], factor: float) -> "PatchFactor | None":
-        """Return the patches of all parts, times a number, if all are patches of images of one size."""
+    def concatenated(cls, parts: Sequence[LowRankFactor], multiple: float) -> "PatchFactor | None":
+        """Return the patches of all parts, multiplied by a number; ``None`` unless all images have one size."""
         patches = [part.patches for part in parts if isinstance(part, PatchFactor)]
         if len(patches) < len(parts) or len({part.pixels.shape[:2] for part in patches}) != 1:
             return None
-        return cls(joined(patches).scaled(factor))
+        return cls(concatenated(patches).scaled(multiple))
 
     def formed_rows(self) -> Tensor:
         """Return U, formed, ``[1, rows, d]``."""
@@ -196,8 +203,8 @@ class PatchFactor(RowFactor):
 
     @property
     def trace_source(self) -> TraceSource:
-        """The pixels, each of which is read by every tap at most."""
-        return TraceSource(self.values, order=2, times=float(self.patches.geometry.num_taps))
+        """The pixels: T times the sum of their squares is an upper bound, as every tap reads a pixel at most once."""
+        return TraceSource(self.values, order=2, multiple=float(self.patches.geometry.num_taps))
 
     def dense(self) -> Tensor:
         """Return UᵀU, ``[1, d, d]``."""
@@ -205,13 +212,13 @@ class PatchFactor(RowFactor):
 
     def core(self) -> Tensor:
         """Return U Uᵀ, ``[1, rows, rows]``."""
-        return self.patches.gram()[None]  # [1, rows, rows]
+        return self.patches.core()[None]  # [1, rows, rows]
 
     @classmethod
     def invert(
         cls, factors: Sequence["PatchFactor"], triangles: Sequence[Tensor], dampings: Sequence[Tensor]
-    ) -> list[MadeInverse]:
-        """Return patches, triangle and scale as they are."""
+    ) -> list[ComputedInverse]:
+        """Return patches, triangle and scale."""
         return [
             PatchInverse(factor.patches, triangle, damping.reciprocal()[:, None, None])  # scale [1, 1, 1]
             for factor, triangle, damping in zip(factors, triangles, dampings, strict=True)

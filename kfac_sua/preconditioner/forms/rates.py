@@ -1,9 +1,9 @@
-"""What operations cost on a device: by these rates forms, ways to invert and places to apply are chosen.
+"""What operations cost on a device: by these rates forms are chosen, and where inverses are applied.
 
-On a CPU arithmetic decides, so counted FLOPs do: every rate is the same there, and nothing else costs anything. On a
-GPU launches, triangular solves and products differ by factors of ten to a hundred per FLOP. ``python -m
-kfac_sua.bench.device_rates`` measures a device's own; :func:`use_rates` puts them in force. Choices by other rates
-change results by rounding alone.
+On a CPU counted FLOPs decide: every rate is the same, and nothing else costs anything. On a GPU the time per FLOP of
+products, triangular solves and factorisations differs by factors of ten to a hundred, and launches take time too.
+``python -m kfac_sua.bench.device_rates`` measures the rates of a device; :func:`use_rates` puts them in force. Other
+rates change results by rounding errors only.
 """
 
 import dataclasses
@@ -17,30 +17,30 @@ from pathlib import Path
 import torch
 
 _LEAST = {"parallel": 1, "symmetric_width": 2, "product_inverse_width": 1}
-"""Fields that count something, and the least that they can be."""
+"""Fields that are integers, and the least value of each."""
 
 
 @dataclass(frozen=True)
 class DeviceRates:
-    """Rates of one device; all of them > 0, costs per operation ≥ 0.
+    """Rates of one device. All are > 0, except seconds per operation, which are ≥ 0.
 
     Args:
         source: What was measured, and how; shown by ``describe()``.
         product: FLOP/s of IEEE float32 matrix products.
-        split_product: FLOP/s of the same products as three of bfloat16 parts (see ``forms/split.py``): FLOPs are
-            counted once, not three times. 0 where the device has no units that make it worth trying.
+        split_product: FLOP/s of the same products computed as three products of bfloat16 parts (see
+            ``forms/split.py``); their FLOPs are counted once, not three times. 0 where the device has no tensor cores.
         cholesky: FLOP/s of factorising one matrix, d³/3 each.
         triangular: FLOP/s of triangular solves with a matrix on the right, d² per column.
         inverse: FLOP/s of factorising and inverting dense blocks, d³ each.
         memory: Bytes per second that elementwise operations read and write.
         kernel_s: Seconds that the device takes for the smallest operation.
         launch_s: Seconds that the host takes for an operation from Python, with the views around it.
-        parallel: Tiles of products that the device works on at once. Products of many rows and few columns are split
+        parallel: Tiles of products that the device computes at once. Products of many rows and few columns are split
             into as many.
         tile_row_s: Seconds that one tile of a narrow Gram matrix takes per row.
-        symmetric_width: Width from which a quarter of a Gram matrix is worth leaving out, for more operations.
+        symmetric_width: Width from which a Gram matrix is computed in three quarters of its FLOPs, by more operations.
         product_inverse_width: Width from which triangles are inverted by products of their blocks rather than by
-            ``torch.cholesky_inverse``, which each release and size takes from another library.
+            ``torch.cholesky_inverse``, for which PyTorch calls different libraries by release and size.
     """
 
     source: str
@@ -75,7 +75,7 @@ class DeviceRates:
 
     @property
     def has_launches(self) -> bool:
-        """Whether fewer operations are worth more arithmetic, as on a GPU."""
+        """Whether operations cost time beside their FLOPs, as on a GPU."""
         return self.launch_s > 0
 
     def write(self, path: Path) -> None:
@@ -105,13 +105,13 @@ class DeviceRates:
 
 @dataclass(frozen=True)
 class Flops:
-    """Counted work, by what does it; a multiply-add counts as two.
+    """Counted FLOPs by kind of operation; a multiply-add counts as two.
 
     Args:
-        products: Of matrix products.
-        factorisations: Of Cholesky factorisations, d³/3 each.
-        solves: Of triangular solves, d² per column.
-        inversions: Of factorising and inverting dense blocks, d³ each.
+        products: FLOPs of matrix products.
+        factorisations: FLOPs of Cholesky factorisations, d³/3 each.
+        solves: FLOPs of triangular solves, d² per column.
+        inversions: FLOPs of factorising and inverting dense blocks, d³ each.
     """
 
     products: int = 0
@@ -121,11 +121,11 @@ class Flops:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """FLOPs of all kinds."""
         return self.products + self.factorisations + self.solves + self.inversions
 
     def seconds(self, rates: DeviceRates) -> float:
-        """Return how long they take, one after the other."""
+        """Return how long they take on a device, one after the other."""
         return (
             self.products / rates.product
             + self.factorisations / rates.cholesky
@@ -135,10 +135,11 @@ class Flops:
 
 
 NEVER = 2**31
-"""A width that no block has."""
+"""A width above that of every block, for choices that are never made."""
 
 _COUNTED = 2.0**35
-"""FLOP/s that stand for counted FLOPs: near what a core does, and a power of two, by which division is exact."""
+"""FLOP/s of a device that is chosen for by counted FLOPs: near the speed of a core, and a power of two, so that
+division by it is exact."""
 
 CPU = DeviceRates(
     source="counted FLOPs",
@@ -151,7 +152,7 @@ CPU = DeviceRates(
     kernel_s=0.0,
     launch_s=0.0,
     parallel=1,  # measured: a Gram matrix of 100,000 rows and 32 columns takes a core twice as long in 4 to 64 chunks
-    tile_row_s=1e-9,  # of no consequence where one tile is worked on at a time
+    tile_row_s=1e-9,  # has no effect, as parallel is 1
     symmetric_width=256,  # measured: from here 24 to 30 % faster
     product_inverse_width=NEVER,  # measured: LAPACK's own inverse is faster at every width
 )
@@ -171,28 +172,28 @@ CUDA = DeviceRates(
     symmetric_width=4096,  # estimated: a quarter of such a product takes longer than three copies of its parts
     product_inverse_width=1,  # estimated: torch 2.11 takes MAGMA's batched inverse, which is slow
 )
-"""Provisional, as its values say. H100 and H200 differ in memory alone."""
+"""Provisional, as the comments on its values say. H100 and H200 differ in memory only."""
 
 OWN_RATES = {"cpu": CPU, "cuda": CUDA}
-"""Those of this project, by type of device."""
+"""The rates that come with this project, by type of device."""
 
 _in_force = dict(OWN_RATES)
 
 
 def rates_of(device: torch.device | str) -> DeviceRates:
-    """Return the rates in force for a device; of a type that has none, those of a CPU."""
+    """Return the rates in force for a device; those of a CPU for a type of device that has none."""
     return _in_force.get(torch.device(device).type, CPU)
 
 
 def use_rates(rates: DeviceRates, device_type: str = "cuda") -> None:
-    """Put rates in force for all devices of a type; preconditioners go by them from their next step on.
+    """Put rates in force for all devices of a type; preconditioners use them from their next step on.
 
     Args:
         rates: The rates.
         device_type: ``cuda``, ``cpu`` or another type that PyTorch knows.
 
     Raises:
-        TypeError: If they are no rates, but perhaps the name of their file.
+        TypeError: If they are not :class:`DeviceRates`, but perhaps the name of a file.
     """
     if not isinstance(rates, DeviceRates):
         raise TypeError(f"use_rates() takes DeviceRates, as DeviceRates.read(path) returns, got {rates!r}.")
@@ -201,7 +202,7 @@ def use_rates(rates: DeviceRates, device_type: str = "cuda") -> None:
 
 @contextmanager
 def rates_in_force(rates: DeviceRates, device_type: str) -> Iterator[None]:
-    """Put rates in force for devices of a type inside; those of before come back."""
+    """Put rates in force for devices of a type inside, and restore the former ones afterwards."""
     before = dict(_in_force)
     use_rates(rates, device_type)
     try:

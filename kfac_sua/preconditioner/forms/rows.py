@@ -1,7 +1,7 @@
-"""Rows: chosen where a mini-batch gives so few that the Woodbury identity takes less time than a dense inverse.
+"""Rows: chosen where a mini-batch has so few rows that the Woodbury identity takes less time than a dense inverse.
 
-(UᵀU + λI)⁻¹ = (I − VᵀV)/λ, exactly, with V = L⁻¹U and L Lᵀ = U Uᵀ + λI: what is factorised is as wide as there are
-rows, and the block is never formed (Woodbury 1950).
+(UᵀU + λI)⁻¹ = (I − VᵀV)/λ, exactly, with V = L⁻¹U and L Lᵀ = U Uᵀ + λI (Woodbury 1950; Golub & Van Loan, *Matrix
+Computations*, Sec. 2.1): the matrix that is factorised is as wide as there are rows, and the block is never formed.
 """
 
 from collections.abc import Sequence
@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from kfac_sua.preconditioner.forms.dense import DenseFactor, gram
-from kfac_sua.preconditioner.forms.form import BlockMessage, Factor, Inverse, MadeInverse, RowFactor, Shape, TraceSource
+from kfac_sua.preconditioner.forms.factor import LowRankFactor, TraceSource
+from kfac_sua.preconditioner.forms.inverse import ComputedInverse, FactorSizes, Inverse, Shape
 from kfac_sua.preconditioner.forms.rates import Flops
 from kfac_sua.preconditioner.forms.split import SplitLowRankInverse, matrix_parts
+from kfac_sua.preconditioner.forms.triangles import BlockMessage
 from kfac_sua.preconditioner.geometry import LayerGeometry
 
 
 @dataclass
-class LowRankInverse(MadeInverse):
+class LowRankInverse(ComputedInverse):
     """scale · (I − rootᵀ root), with ``root`` ``[num_blocks, rows, d]`` and ``scale`` ``[num_blocks, 1, 1]``."""
 
     root: Tensor
@@ -41,18 +43,18 @@ class LowRankInverse(MadeInverse):
 
     @property
     def num_rows(self) -> int:
-        """Rows that it was made of."""
+        """Rows that it was computed from."""
         return self.root.shape[-2]
 
     @property
-    def scaled(self) -> Tensor:
+    def linear_tensor(self) -> Tensor:
         """The scale."""
         return self.scale
 
     def dense(self) -> Tensor:
-        """Return scale · (I − rootᵀ root), formed."""
+        """Return scale · (I − rootᵀ root), formed, ``[num_blocks, d, d]``."""
         blocks = gram(self.root).mul_(-self.scale)
-        blocks.diagonal(dim1=-2, dim2=-1).add_(self.scale.squeeze(-1))  # of [num_blocks, 1]
+        blocks.diagonal(dim1=-2, dim2=-1).add_(self.scale.squeeze(-1))  # [num_blocks, 1] to [num_blocks, d]
         return blocks
 
     def split(self) -> Inverse:
@@ -66,16 +68,16 @@ class LowRankInverse(MadeInverse):
 
     @staticmethod
     def application_flops(width: int, rows: int, vectors: int) -> int:
-        """FLOPs per block of multiplying vectors."""
+        """FLOPs per block of multiplying vectors of width d: a product with V, and one with Vᵀ."""
         return 4 * vectors * width * rows
 
     @classmethod
-    def flops_of(cls, factor: Factor) -> int:
-        """FLOPs per block."""
+    def flops_of(cls, factor: FactorSizes) -> int:
+        """FLOPs per block of inverting it."""
         return cls.inversion_flops(factor.width, factor.core_width).total
 
     @classmethod
-    def message_of(cls, factor: Factor) -> BlockMessage:
+    def message_of(cls, factor: FactorSizes) -> BlockMessage:
         """The root, and the scale."""
         return BlockMessage(factor.core_width, factor.width, is_triangle=False, num_extra=1)
 
@@ -84,14 +86,14 @@ class LowRankInverse(MadeInverse):
         return self.root, self.scale.squeeze(-1)  # [num_blocks, rows, d], [num_blocks, 1]
 
     @classmethod
-    def from_message(cls, factor: Factor, matrices: Tensor, extra: Tensor) -> "LowRankInverse":
+    def from_message(cls, factor: FactorSizes, matrices: Tensor, extra: Tensor) -> "LowRankInverse":
         """Take root and scale."""
         del factor
         return cls(matrices, extra.unsqueeze(-1))  # [num_blocks, rows, d], [num_blocks, 1, 1]
 
 
 @dataclass
-class RowsFactor(RowFactor):
+class RowsFactor(LowRankFactor):
     """Rows ``[num_blocks, rows, d]``."""
 
     rows: Tensor
@@ -100,7 +102,7 @@ class RowsFactor(RowFactor):
     names: ClassVar[tuple[str, ...]] = ("rows",)
     shapes: ClassVar[tuple[Shape, ...]] = (("b", "rows", "d"),)
     num_sizes: ClassVar[int] = 3
-    inverse_form: ClassVar[type[MadeInverse]] = LowRankInverse
+    inverse_form: ClassVar[type[ComputedInverse]] = LowRankInverse
 
     @property
     def values(self) -> Tensor:
@@ -114,7 +116,7 @@ class RowsFactor(RowFactor):
         return cls(values)
 
     def with_values(self, values: Tensor) -> "RowsFactor":
-        """Return other rows."""
+        """Return the factor of these rows."""
         return RowsFactor(values)
 
     @property
@@ -134,9 +136,10 @@ class RowsFactor(RowFactor):
         return sizes[1]
 
     @classmethod
-    def joined(cls, parts: Sequence[RowFactor], factor: float) -> "RowsFactor":
-        """Return all rows in one tensor, times a number."""
-        return cls(torch.cat([part.formed_rows() for part in parts], dim=1).mul_(factor))  # [num_blocks, all rows, d]
+    def concatenated(cls, parts: Sequence[LowRankFactor], multiple: float) -> "RowsFactor":
+        """Return all rows in one tensor, multiplied by a number."""
+        rows = torch.cat([part.formed_rows() for part in parts], dim=1)  # [num_blocks, rows of all parts, d]
+        return cls(rows.mul_(multiple))
 
     def formed_rows(self) -> Tensor:
         """Return the rows themselves."""
@@ -162,11 +165,11 @@ class RowsFactor(RowFactor):
     @classmethod
     def invert(
         cls, factors: Sequence["RowsFactor"], triangles: Sequence[Tensor], dampings: Sequence[Tensor]
-    ) -> list[MadeInverse]:
-        """Return scale and root, one factor after the other: their rows may have other widths."""
+    ) -> list[ComputedInverse]:
+        """Return scale and root of each factor, one after the other: their rows may have different widths."""
         return [
             LowRankInverse(
-                torch.linalg.solve_triangular(triangle, factor.rows, upper=False),
+                torch.linalg.solve_triangular(triangle, factor.rows, upper=False),  # [num_blocks, rows, d]
                 damping.reciprocal()[:, None, None],  # [num_blocks, 1, 1]
             )
             for factor, triangle, damping in zip(factors, triangles, dampings, strict=True)

@@ -1,11 +1,13 @@
-"""Split inverses: chosen where tensor cores multiply three pairs of bfloat16 parts faster than float32 units one pair.
+"""Split inverses: chosen where three products of bfloat16 parts on tensor cores are faster than one float32 product.
 
-A float32 matrix is the sum of a high part, itself rounded to bfloat16, and a low part, what is missing rounded to
-bfloat16. Of the four products of two such matrices three are kept, M V ≈ Mₕ Vₕ + Mₕ Vₗ + Mₗ Vₕ, added up in float32:
-the relative error is 2⁻¹⁶ or so, where a product of bfloat16 numbers alone has 2⁻⁸, and one of TF32 numbers 2⁻¹¹, in
-directions of high curvature multiplied by what separates these from the rest (see ``docs/gpu.md``). All three
-are one product whose inner dimension is three times as long. An inverse is split once per refresh, a gradient once per
-step and side.
+A float32 matrix is approximated by a high part, the matrix rounded to bfloat16, plus a low part, the rest rounded to
+bfloat16. Of the four products of two such matrices three are computed and added up in float32,
+M V ≈ Mₕ Vₕ + Mₕ Vₗ + Mₗ Vₕ (Henry, Tang & Heinecke 2019, *Leveraging the bfloat16 Artificial Intelligence Datatype for
+Higher-Precision Computations*). Their relative error is about 2⁻¹⁶; that of one bfloat16 product is 2⁻⁸, that of one
+TF32 product 2⁻¹¹. In directions of high curvature the error grows by the ratio of eigenvalues (see ``docs/gpu.md``).
+
+All three products are one product with an inner dimension three times as long. An inverse is split once per refresh, a
+gradient once per step and side.
 """
 
 from dataclasses import dataclass
@@ -15,36 +17,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kfac_sua.preconditioner.forms.form import Inverse, Shape
+from kfac_sua.preconditioner.forms.inverse import Inverse, Shape
 
 PART_BYTES = 2 * 3
-"""Bytes of a number's three parts."""
+"""Bytes of a number's three parts, of two bytes each."""
 
 SPLIT_OPERATIONS = 3
-"""Operations of a product in parts: two that split what is multiplied, and the product."""
-
+"""Operations of a product in parts: two that split the gradient, and the product."""
 
 ALIGNED = 8
-"""Numbers of bfloat16 that tensor cores read at once (16 bytes): rows are padded with zeros to a multiple of it."""
+"""Numbers of bfloat16 that tensor cores read at once (16 bytes): widths are padded with zeros to a multiple of it."""
 
 
 def matrix_parts(values: Tensor) -> Tensor:
     """Return the parts of matrices, ``[b, m, d]`` to ``[b, m, 3, d′]``: high, high, low.
 
-    d′ is d rounded up to a multiple of :data:`ALIGNED`; what is added is zero. Rounding is PyTorch's conversion, to the
-    nearest, ties to even; nothing is left to what a tensor core drops.
+    d′ is d rounded up to a multiple of :data:`ALIGNED`; the padding is zero. PyTorch's conversion rounds to the
+    nearest, ties to even; a tensor core itself would cut bits off.
+
+    Reference: Henry, Tang & Heinecke (2019), the sum of two bfloat16 numbers for one of float32.
     """
     return _parts(_padded(values, -1), dim=2, is_vector=False)
 
 
 def aligned(width: int) -> int:
-    """Return the width d′ of the parts of rows of this width."""
+    """Return the width d′ of the parts of matrices of this width."""
     return width + -width % ALIGNED
 
 
 @dataclass
 class SplitInverse(Inverse):
-    """Inverse blocks, symmetric, as parts ``[num_blocks, d, 3, d′]`` of their rows."""
+    """Inverse blocks, symmetric, as parts ``[num_blocks, d, 3, d′]``."""
 
     parts: Tensor
 
@@ -67,7 +70,7 @@ class SplitInverse(Inverse):
 class SplitLowRankInverse(Inverse):
     """scale · (I − rootᵀ root), with the root as parts ``[num_blocks, rows, 3, d′]``, and scale ``[num_blocks, 1, 1]``.
 
-    What the root gives is split anew before its transpose.
+    The product with the root is split again before it is multiplied by the transposed root.
     """
 
     root_parts: Tensor
@@ -95,15 +98,17 @@ class SplitLowRankInverse(Inverse):
 def _padded(values: Tensor, dim: int) -> Tensor:
     """Return ``[b, m, n]`` with zeros up to a multiple of :data:`ALIGNED` along one of the last two dimensions."""
     missing = aligned(values.shape[dim]) - values.shape[dim]
-    return F.pad(values, (0, missing) if dim == -1 else (0, 0, 0, missing)) if missing else values
+    padding = (0, missing) if dim == -1 else (0, 0, 0, missing)
+    return F.pad(values, padding) if missing else values  # [b, m, n′] or [b, m′, n]
 
 
 def _vector_parts(values: Tensor, dim: int) -> Tensor:
-    """Return the parts of what is multiplied by :func:`matrix_parts`, in a new dimension: high, low, high."""
+    """Return the parts of vectors that :func:`matrix_parts` are multiplied by, in a new dimension: high, low, high."""
     return _parts(values, dim, is_vector=True)
 
 
 def _parts(values: Tensor, dim: int, *, is_vector: bool) -> Tensor:
+    """Return the three parts in a new dimension; the low one is last for matrices and in the middle for vectors."""
     shape = list(values.shape)
     shape.insert(dim, 3)
     parts = values.new_empty(shape, dtype=torch.bfloat16)
@@ -115,10 +120,10 @@ def _parts(values: Tensor, dim: int, *, is_vector: bool) -> Tensor:
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """Multiply bfloat16 matrices ``[b, m, k]`` and ``[b, k, n]`` with float32 sums.
+    """Multiply bfloat16 matrices ``[b, m, k]`` and ``[b, k, n]`` with float32 sums, ``[b, m, n]``.
 
-    ``bmm`` without ``out_dtype`` would round its sums to bfloat16. A CPU multiplies the numbers in float32, in which
-    products of two bfloat16 numbers are exact.
+    ``bmm`` without ``out_dtype`` would round its sums to bfloat16. A CPU multiplies the numbers in float32, where the
+    product of two bfloat16 numbers is exact.
     """
     if left.is_cuda:
         return torch.bmm(left, right, out_dtype=torch.float32)

@@ -1,12 +1,41 @@
-"""Symmetric blocks as about one triangle each, for what travels between processes."""
+"""What processes send each other: a matrix and a vector per block, of a symmetric matrix about one triangle."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 PACKED_WIDTH = 64
-"""Diagonal blocks up to this width are sent whole."""
+"""Diagonal blocks up to this width are sent whole: halving them again would double the number of copies, and save 6 %
+of the numbers of a block of width 512."""
+
+
+@dataclass(frozen=True)
+class BlockMessage:
+    """What the inverse or the eigenbasis of a block is sent as to other processes: a matrix and a vector.
+
+    Args:
+        height: Height of the matrix.
+        width: Width of the matrix.
+        is_triangle: Whether its upper triangle determines it, and is all that is sent.
+        num_extra: Numbers in the vector.
+    """
+
+    height: int
+    width: int
+    is_triangle: bool
+    num_extra: int
+
+    @property
+    def num_matrix(self) -> int:
+        """Numbers that the matrix is sent as."""
+        return triangle_numbers(self.width) if self.is_triangle else self.height * self.width
+
+    @property
+    def numbers(self) -> int:
+        """Numbers that are sent of a block."""
+        return self.num_matrix + self.num_extra
 
 
 def triangle_pieces(block: Tensor) -> Iterator[Tensor]:
@@ -22,7 +51,7 @@ def triangle_pieces(block: Tensor) -> Iterator[Tensor]:
 
 
 def triangle_numbers(width: int) -> int:
-    """Return how many numbers :func:`triangle_pieces` yields of one block."""
+    """Return how many numbers of one block :func:`triangle_pieces` yields."""
     if width <= PACKED_WIDTH:
         return width**2
     half = width // 2
@@ -36,7 +65,7 @@ def packed(*blocks: Tensor) -> Tensor:
 
 
 def unpack_(block: Tensor, flat: Tensor) -> Tensor:
-    """Fill the upper triangles of ``[num_blocks, d, d]`` from what :func:`packed` gave of it; return it."""
+    """Fill the upper triangles of ``[num_blocks, d, d]`` from what :func:`packed` returned; return the blocks."""
     start = 0
     for piece in triangle_pieces(block):
         piece.copy_(flat[start : start + piece.numel()].view(piece.shape))  # [num_blocks, height, width]
@@ -45,7 +74,7 @@ def unpack_(block: Tensor, flat: Tensor) -> Tensor:
 
 
 def mirrored_(block: Tensor) -> Tensor:
-    """Fill what :func:`triangle_pieces` leaves out from its mirror image."""
+    """Fill what :func:`triangle_pieces` leaves out of ``[num_blocks, d, d]`` by symmetry; return the blocks."""
     width = block.shape[-1]
     if width > PACKED_WIDTH:
         half = width // 2

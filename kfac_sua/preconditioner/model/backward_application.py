@@ -112,7 +112,7 @@ class BackwardApplication(ReplacedForward):
             return type(module).forward(module, input)
         if is_transformed() or not isinstance(module._parameters.get("weight"), nn.Parameter):
             return type(module).forward(module, input)  # a pass of torch.func: its gradient does not get into .grad
-        if not fits(inverse.like, module.weight):
+        if not fits(inverse.reference_tensor, module.weight):
             return type(module).forward(module, input)  # the model has been moved since; step() moves the inverse too
         sides = NEITHER_SIDE if self.is_paused else self._cheaper_sides(input)
         if sides == NEITHER_SIDE:
@@ -263,7 +263,7 @@ def _weight_grad(
     options, layout = owner.options, owner.layout
     rows = None
     with owner.phases.phase("application") if sides != NEITHER_SIDE else nullcontext(), application_precision():
-        dtype = inverse.like.dtype
+        dtype = inverse.reference_tensor.dtype
         if sides.gradient:
             output_grad = _transform(output_grad, inverse.gradient, layout.conv_groups, layout.gradient, dtype)
         if sides.activation and layout.feature_taps == 1:
@@ -295,7 +295,7 @@ def _transform(values: Tensor, inverse: Inverse, conv_groups: int, groups: Chann
 def _transform_patches(inputs: Tensor, owner: BackwardApplication, inverse: KroneckerInverse) -> Tensor:
     """Return the patches of ``[n, channels, h, w]`` times inverse blocks, ``[rows, taps · channels]``."""
     groups = owner.layout.activation
-    patches = PatchRows.read(to_locations(inputs.to(inverse.like.dtype), owner.geometry), owner.geometry)
+    patches = PatchRows.read(to_locations(inputs.to(inverse.reference_tensor.dtype), owner.geometry), owner.geometry)
     transformed = inverse.activation.right_of_patches(patches, groups)  # [Q, rows, taps · size]
     transformed = transformed.unflatten(-1, (owner.layout.num_taps, -1)).permute(1, 2, 0, 3)  # [rows, taps, Q, size]
     return groups.merge(transformed).flatten(1).to(inputs.dtype)  # [rows, taps · channels]
