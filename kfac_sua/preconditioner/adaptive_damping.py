@@ -37,6 +37,8 @@ from kfac_sua.preconditioner.settings import LossReduction
 class AdaptiveDamping:
     """Adapts a preconditioner's damping to how well its quadratic model predicts the loss.
 
+    Reference: Martens & Grosse (2015), Sec. 6.5; the differences are listed at the top of this module.
+
     Around an ordinary loop::
 
         adaptive = AdaptiveDamping(preconditioner)
@@ -68,7 +70,7 @@ class AdaptiveDamping:
         decay: ω in (0, 1); the damping is multiplied or divided by ω^T. The default is that of Martens & Grosse.
         thresholds: ρ below the first raises the damping, ρ above the second lowers it. The defaults are those of
             Martens & Grosse.
-        bounds: Least and largest damping. The defaults are wider than the range in which trainings did well.
+        bounds: Least and largest damping. The defaults only stop a damping that moves without end.
 
     Raises:
         ValueError: If a value is out of range, the damping is outside the bounds or a function of the step, or the loss

@@ -24,6 +24,8 @@ class Damped(Protocol):
 def exponential_damping(initial: float, final: float, num_steps: float) -> DampingFunction:
     """Return initial · (final / initial)^(k / num_steps) as a function of k, and ``final`` from ``num_steps`` on.
 
+    Reference: this project's; Martens & Grosse (2015) adapt the damping instead (see ``adaptive_damping``).
+
     Args:
         initial: ε at step 0, > 0.
         final: ε at step ``num_steps``, > 0, larger or smaller.

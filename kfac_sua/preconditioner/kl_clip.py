@@ -45,6 +45,8 @@ def clip_scale(products: Tensor, lr: float | Tensor, kl_clip: float) -> Tensor:
 class KLClip:
     """Clips one step.
 
+    Reference: Ba, Grosse & Martens (2017), see :func:`clip_scale`.
+
     Args:
         kl_clip: κ > 0.
         lr: Learning rate of the step.

@@ -1,7 +1,7 @@
 """Statistics of one layer over the mini-batch, or the accumulated micro-batches, of one optimisation step.
 
-A call of the layer is measured on its own and *counted* once it is known that its weight gradient is part of ``.grad``
-(see ``recorder``). Calls that are never counted leave no trace.
+Each call of the layer is measured separately, and *counted* once it is known that its weight gradient is part of
+``.grad`` (see ``model.recorder``). Calls that are not counted have no effect.
 """
 
 import weakref
@@ -19,7 +19,8 @@ from kfac_sua.preconditioner.geometry import BlockLayout, LayerGeometry
 from kfac_sua.preconditioner.precision import at_least_float32
 
 MAX_KEPT_ROWS = 16384
-"""Rows that the Woodbury form may factorise: a matrix of 1 GiB in float32. ``auto`` never comes near."""
+"""Largest number of rows that the Woodbury identity may factorise: a matrix of 1 GiB in float32. Only
+``inverse_method=low_rank`` can reach it, as ``auto`` keeps fewer rows than a factor is wide."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class ModelPass:
     """One forward pass of the model.
 
     Args:
-        index: Which one since the last step.
+        index: Its number since the last step.
         num_examples: First dimension of the model's input; ``None`` if that is not known.
         start: Number of the first node that it adds to autograd's graph.
     """
@@ -45,15 +46,16 @@ class Call:
         model_pass: The model's forward pass that it belongs to.
         num_examples: First dimension of its inputs.
         num_locations: Output locations per example.
-        inputs: Its inputs while they wait to be measured, ``[n, h, w, channels]``; ``None`` afterwards.
+        inputs: Its inputs until they are measured, ``[n, h, w, channels]``; ``None`` afterwards.
         activation: Moment of its inputs under ``expand``; ``None`` until they are measured.
         gradient: Moment of its output gradients under ``expand``; ``None`` until one has arrived.
         input_sums: Under ``reduce``, sums of the inputs over locations, per example.
-        output_grad_sums: The same of the output gradients, by ``sample``.
-        samples: Backward passes whose output gradient has arrived: one, or one per class for the ``exact`` Fisher.
-        counted_in: The step that it was counted in; ``None`` if it has not been.
-        is_forgotten: Whether it is not to be counted any more.
-        task: The last backward pass on its way to ``.grad`` that has come by.
+        output_grad_sums: Under ``reduce``, sums of the output gradients over locations, per example, by ``sample``.
+        samples: Indices of the backward passes that have sent an output gradient: one, or one per class for the
+            ``exact`` Fisher.
+        counted_in: The step that it was counted in; ``None`` if it has not been counted.
+        is_forgotten: Whether it must not be counted any more.
+        task: The last backward pass towards ``.grad`` that has reached the call.
         compared: Some of its inputs, for ``gradient_check``.
     """
 
@@ -72,7 +74,7 @@ class Call:
     compared: Tensor | None = None
 
     def forget_output_grads(self) -> None:
-        """Forget the output gradients of a backward pass whose weight gradient did not get into ``.grad``."""
+        """Forget the output gradients of a backward pass that did not add a weight gradient to ``.grad``."""
         self.gradient = None
         self.output_grad_sums.clear()
         self.samples.clear()
@@ -80,7 +82,7 @@ class Call:
 
 @dataclass
 class _Pass:
-    """The counted calls of one forward pass of the model: its examples, and the locations of all calls joined."""
+    """The counted calls of one forward pass of the model: its examples, and the locations of all calls together."""
 
     model_pass: ModelPass
     num_examples: int
@@ -92,25 +94,25 @@ class _Pass:
 class LayerStatistics:
     """Collects inputs and output gradients of one layer and turns them into normalised factors.
 
-    A layer that is called several times within one forward pass shares its weight over the calls, exactly as a
-    convolution shares it over locations: the calls' locations are joined. Several forward passes before one step
+    A layer that is called several times within one forward pass shares its weight over the calls, as a convolution
+    shares it over locations: the locations of all calls count together. Several forward passes before one step
     (gradient accumulation) are more examples.
 
     Args:
         name: The layer's name, for messages.
         geometry: Its geometry.
         layout: Its block layout.
-        reduce: ``weight_sharing`` is ``reduce``.
-        max_activation_rows: Rows of the activation factor kept at most before it is formed densely.
+        reduce: Whether ``weight_sharing`` is ``reduce``.
+        max_activation_rows: Number of rows up to which the activation factor is kept as rows.
         max_gradient_rows: The same for the gradient factor.
-        sampled_rows: Rows of the activation factor measured at most per call; ``None`` for all.
+        sampled_rows: Largest number of rows of the activation factor measured per call; ``None`` for all.
 
-    A call that is not counted yet lives as long as autograd's graph refers to it: one that no backward pass can reach
-    any more takes no memory.
+    A call that is not counted yet is kept only by autograd's graph: when no backward pass can reach it any more, its
+    memory is freed.
 
     Attributes:
-        step: What stands for the step that calls are counted in.
-        was_empty: Whether the layer was called with no examples.
+        step: An object that identifies the step that calls are counted in.
+        was_empty: Whether the layer was called without examples.
     """
 
     def __init__(
@@ -135,7 +137,7 @@ class LayerStatistics:
         self.clear()
 
     def clear(self) -> None:
-        """Forget what has been collected for a step, but not the calls whose backward pass is still to come."""
+        """Forget the calls counted for a step, but not those that a backward pass may still reach."""
         self.step = object()
         self.was_empty = False
         self.forget_counted()
@@ -146,16 +148,16 @@ class LayerStatistics:
             call.is_forgotten = True
 
     def forget_counted(self) -> None:
-        """Forget the calls that were counted, as when their gradient is thrown away."""
-        most_activation, most_gradient = self.max_rows
-        self._activation = self._activation_accumulator(most_activation)
-        self._gradient = MomentAccumulator(most_gradient)
+        """Forget the calls that were counted, for example as their gradient is discarded."""
+        max_activation_rows, max_gradient_rows = self.max_rows
+        self._activation = self._activation_accumulator(max_activation_rows)
+        self._gradient = MomentAccumulator(max_gradient_rows)
         self._passes: dict[int, _Pass] = {}
-        self._unlike: tuple[int, int] | None = None
+        self._unequal_examples: tuple[int, int] | None = None
 
     @property
     def open_calls(self) -> list[Call]:
-        """Calls that have not been counted and still may be, in their order."""
+        """Calls that may still be counted, in their order."""
         return [call for call in self._calls.values() if call.counted_in is None and not call.is_forgotten]
 
     @property
@@ -170,7 +172,7 @@ class LayerStatistics:
 
     @property
     def num_model_examples(self) -> int | None:
-        """The same, as the first dimension of the model's input says; ``None`` where that is not known."""
+        """Examples by the first dimension of the model's input; ``None`` where that is not known."""
         counts = [one.model_pass.num_examples for one in self._passes.values()]
         known = [count for count in counts if count is not None]
         return sum(known) if len(known) == len(counts) else None
@@ -183,10 +185,10 @@ class LayerStatistics:
             inputs: The layer's inputs.
             output_shape: Shape of its outputs.
             model_pass: The model's forward pass.
-            waits: Measure the inputs when an output gradient arrives, and hold on to them until then.
+            waits: Keep the inputs, and measure them when an output gradient arrives.
 
         Returns:
-            The call, to hold on to, and to hand to :meth:`add_output_grads` and :meth:`count`.
+            The call, for :meth:`add_output_grads` and :meth:`count`. The caller must keep a reference to it.
         """
         inputs = to_locations(inputs.detach(), self.geometry)
         call = Call(model_pass, inputs.shape[0], self._num_locations(output_shape), inputs)
@@ -203,11 +205,11 @@ class LayerStatistics:
         Args:
             output_grads: Gradient with respect to the call's output.
             call: What :meth:`add_call` returned for it.
-            sample: Index of the backward pass (several for the ``exact`` Fisher), so that ``reduce`` sums over the
-                calls of one backward only.
+            sample: Index of the backward pass (several for the ``exact`` Fisher): ``reduce`` sums over the calls of
+                each backward pass separately.
 
         Raises:
-            RuntimeError: If the call has had this output gradient before.
+            RuntimeError: If the call has received this output gradient before.
         """
         if call.counted_in is not None or sample in call.samples:
             raise RuntimeError(
@@ -230,48 +232,54 @@ class LayerStatistics:
     def count(self, calls: Iterable[Call]) -> None:
         """Count calls whose output gradients have arrived: their gradient is part of ``.grad``.
 
-        Their rows are kept in the order of the calls, as are those of processes that have a call each.
+        Rows are added in the order of the calls, as those of several processes with a call each.
         """
         chosen = set(map(id, calls))
-        joined = []
+        expanded = []
         for call in [call for call in self.open_calls if id(call) in chosen]:
             call.counted_in = self.step
             one = self._passes.setdefault(call.model_pass.index, _Pass(call.model_pass, call.num_examples))
             if one.num_examples != call.num_examples:
-                self._unlike = min(one.num_examples, call.num_examples), max(one.num_examples, call.num_examples)
+                self._unequal_examples = (
+                    min(one.num_examples, call.num_examples),
+                    max(one.num_examples, call.num_examples),
+                )
                 continue
             one.num_locations += call.num_locations
             if not self.reduce:
-                joined.append(call)
+                expanded.append(call)
                 continue
             assert call.input_sums is not None
             one.input_sums = call.input_sums if one.input_sums is None else one.input_sums + call.input_sums
             for sample, sums in call.output_grad_sums.items():
                 before = one.output_grad_sums.get(sample)
                 one.output_grad_sums[sample] = sums if before is None else before + sums
-        self._activation.absorb([call.activation for call in joined if call.activation is not None])
-        self._gradient.absorb([call.gradient for call in joined if call.gradient is not None])
-        for call in joined:
+        self._activation.absorb([call.activation for call in expanded if call.activation is not None])
+        self._gradient.absorb([call.gradient for call in expanded if call.gradient is not None])
+        for call in expanded:
             call.activation = call.gradient = None
 
     def factors(
         self, *, grads_of_mean_loss: bool, loss_scale: float = 1.0, scalings: Scalings | None = None
     ) -> LayerFactors | None:
-        """Return the normalised factors of the calls counted, or ``None`` if there are none.
+        """Return the normalised factors of the counted calls, or ``None`` if there are none.
+
+        Reference: the normalisation of ``expand`` and ``reduce`` in ``forms.moments``.
 
         Args:
-            grads_of_mean_loss: The output gradients belong to the *mean* over examples, so they are multiplied by
-                the number of examples (of all micro-batches together).
-            loss_scale: What the loss of these output gradients was multiplied with; they are divided by it.
-            scalings: Where to leave what is to be multiplied for it, to be carried out for several layers at once;
-                ``None`` multiplies here.
+            grads_of_mean_loss: Whether the output gradients are those of the *mean* over examples; they are then
+                multiplied by the number of examples (of all micro-batches together).
+            loss_scale: What the loss was multiplied by; the output gradients are divided by it.
+            scalings: Collects the multiplications that the factors still need, so that the caller carries them out for
+                several layers at once; ``None`` to multiply here.
 
         Raises:
             RuntimeError: If calls of one forward pass had different numbers of examples.
         """
-        if self._unlike is not None:
+        if self._unequal_examples is not None:
+            fewer, more = self._unequal_examples
             raise RuntimeError(
-                f"Layer {self.name!r} was called with {self._unlike[0]} and with {self._unlike[1]} examples within "
+                f"Layer {self.name!r} was called with {fewer} and with {more} examples within "
                 f"one forward pass; statistics over such calls are not defined, list it in skip."
             )
         if not self._passes:
@@ -301,7 +309,7 @@ class LayerStatistics:
         return factors
 
     def _measure_inputs(self, call: Call) -> None:
-        """Take in the inputs of a call, unless that is done."""
+        """Measure the inputs of a call, unless they have been measured."""
         if call.inputs is None:
             return
         inputs, call.inputs = at_least_float32(call.inputs), None
@@ -315,7 +323,7 @@ class LayerStatistics:
         return ActivationAccumulator(max_rows, self.geometry, self.layout, self._max_sampled_rows)
 
     def _fold_passes(self) -> None:
-        """Turn the sums of every pass into rows: inputs averaged, output gradients summed over locations."""
+        """Turn the sums of every pass into rows: inputs averaged and output gradients summed over locations."""
         for one in self._passes.values():
             assert one.input_sums is not None
             self._activation.add(one.input_sums / one.num_locations)

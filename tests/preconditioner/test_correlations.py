@@ -1,4 +1,4 @@
-"""K-FAC's activation factor from correlations between image rows equals the moment of looped patches."""
+"""K-FAC's activation factor from correlations between image lines equals the moment of looped patches."""
 
 import pytest
 import torch
@@ -66,7 +66,7 @@ def test_a_three_by_three_kernel_needs_a_third_of_the_flops():
     ],
 )
 def test_what_cannot_be_correlated_is_not(module, structure):
-    """Vertical strides, single kernel rows, the homogeneous coordinate of a bias and SUA take the other paths."""
+    """Vertical strides, kernels of one line, the homogeneous coordinate of a bias and SUA take the other paths."""
     geometry = geometry_of(module)
     assert not can_correlate(geometry, BlockLayout.of(geometry, Structure(structure), None))
 

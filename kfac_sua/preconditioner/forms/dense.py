@@ -73,6 +73,8 @@ def row_chunks(num_blocks: int, num_rows: int, width: int, rates: DeviceRates) -
 
     Returns:
         The number of parts; 1 to compute one product.
+
+    Reference: this project's; the rates say what was measured.
     """
     tiles = num_blocks * (-(-width // TILE)) ** 2
     most_chunks = min(2 * rates.parallel // tiles, num_rows // FEWEST_CHUNK_ROWS)
@@ -147,7 +149,10 @@ def concatenated(parts: Sequence[Tensor]) -> Tensor:
 
 @dataclass
 class DenseInverse(ComputedInverse):
-    """Inverse blocks, symmetric, ``[num_blocks, d, d]``."""
+    """Inverse blocks, symmetric, ``[num_blocks, d, d]``.
+
+    Reference: from a Cholesky factorisation, see :func:`inverses_of_triangles`.
+    """
 
     blocks: Tensor
 

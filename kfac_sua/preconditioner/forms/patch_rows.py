@@ -55,6 +55,8 @@ def product_width(geometry: LayerGeometry) -> int:
 class PatchRows:
     """Patches of one convolution without groups; a row per output location and example, in the order (y, x, n).
 
+    Reference: U is the matrix ⟦A⟧ of Grosse & Martens (2016); the products with it are this project's.
+
     Args:
         pixels: The pixels that the patches are read from, without padding, ``[h, w, n, channels]``.
         geometry: The layer's geometry; see :func:`can_be_patch_rows`.

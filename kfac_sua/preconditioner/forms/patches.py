@@ -26,6 +26,8 @@ from kfac_sua.preconditioner.geometry import ChannelGroups, LayerGeometry
 class PatchInverse(ComputedInverse):
     """scale · (I − Uᵀ (L Lᵀ)⁻¹ U), with U the patches of a mini-batch, which are not formed.
 
+    Reference: Woodbury (1950).
+
     Args:
         patches: U, of the one block.
         triangle: L, ``[1, rows, rows]``, lower triangle.

@@ -22,7 +22,10 @@ from kfac_sua.preconditioner.geometry import LayerGeometry
 
 @dataclass
 class LowRankInverse(ComputedInverse):
-    """scale · (I − rootᵀ root), with ``root`` ``[num_blocks, rows, d]`` and ``scale`` ``[num_blocks, 1, 1]``."""
+    """scale · (I − rootᵀ root), with ``root`` ``[num_blocks, rows, d]`` and ``scale`` ``[num_blocks, 1, 1]``.
+
+    Reference: Woodbury (1950), with the triangle of a Cholesky factorisation in the root.
+    """
 
     root: Tensor
     scale: Tensor

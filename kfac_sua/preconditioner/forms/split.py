@@ -47,7 +47,10 @@ def aligned(width: int) -> int:
 
 @dataclass
 class SplitInverse(Inverse):
-    """Inverse blocks, symmetric, as parts ``[num_blocks, d, 3, d′]``."""
+    """Inverse blocks, symmetric, as parts ``[num_blocks, d, 3, d′]``.
+
+    Reference: Henry, Tang & Heinecke (2019).
+    """
 
     parts: Tensor
 
@@ -71,6 +74,8 @@ class SplitLowRankInverse(Inverse):
     """scale · (I − rootᵀ root), with the root as parts ``[num_blocks, rows, 3, d′]``, and scale ``[num_blocks, 1, 1]``.
 
     The product with the root is split again before it is multiplied by the transposed root.
+
+    Reference: Woodbury (1950); Henry, Tang & Heinecke (2019).
     """
 
     root_parts: Tensor
