@@ -80,7 +80,7 @@ class Inverter(Protocol):
 def invert_factors(factors: Sequence[Factor], dampings: Sequence[Tensor]) -> list[Outcome[ComputedInverse]]:
     """Invert ``factor + damping · I`` for many factors at once.
 
-    All matrices of one size, of whichever layer and side, are factorised in one batched Cholesky call, except wide
+    All matrices of one size, from all layers and both sides, are factorised in one batched Cholesky call, except wide
     ones, each of which keeps the device busy. A block that is not numerically positive definite in its own precision is
     tried again in float64, and then with more damping for this block only; blocks that fail nevertheless are counted in
     the outcome. There is one host synchronisation in all, unless a block fails.

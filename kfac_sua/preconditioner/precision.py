@@ -138,7 +138,7 @@ def _older_setting() -> str | None:
 
 
 def _restore(switch: Any, value: str) -> None:
-    """Restore a switch; one that had the value of PyTorch's more general switch goes on following that."""
+    """Restore a switch; one with the value of PyTorch's more general switch stays unset, and follows that."""
     if switch.fp32_precision != value:
         switch.fp32_precision = "none"
     if switch.fp32_precision != value:

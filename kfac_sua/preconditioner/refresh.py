@@ -74,8 +74,8 @@ def _eigenbases(layers: Sequence[LayerFactors], settings: KroneckerSettings, inv
         else:
             like = layer.gradient.values
             numbers = (like.new_full((), number) for number in (layer.scale, settings.damping))
-            both = (basis.to(like.dtype) for basis in (activation, gradient))
-            refreshed.append(Refreshed(KroneckerEigenbasis(*both, *numbers)))
+            bases_of_layer = activation.to(like.dtype), gradient.to(like.dtype)
+            refreshed.append(Refreshed(KroneckerEigenbasis(*bases_of_layer, *numbers)))
     return refreshed
 
 

@@ -68,7 +68,7 @@ class MomentAccumulator:
     def add(self, rows: Tensor) -> None:
         """Add rows, ``[num_blocks, rows, d]``; they are kept if there is room."""
         if self.has_room(rows.shape[1]):
-            self.keep(RowsFactor(rows.clone()))  # rows may be a view of a buffer that the caller goes on using
+            self.keep(RowsFactor(rows.clone()))  # rows may be a view of a buffer that the caller uses again
         else:
             self.add_moment(moment_form(rows.shape[-1]).of_rows(rows))
 

@@ -197,8 +197,8 @@ class LowRankFactor(Factor):
     """A factor stored as rows U, so that its rank is at most the number of rows: the block is UᵀU.
 
     Attributes:
-        num_sizes: Number of dimensions of :attr:`values`, at most 4, as many as a description has room for. The last
-            but one counts rows, or examples: along it the rows of several processes are concatenated.
+        num_sizes: Number of dimensions of :attr:`values`, at most 4, the room in a description. The second to last
+            dimension counts rows, or examples; along it the rows of several processes are concatenated.
     """
 
     num_sizes: ClassVar[int]

@@ -77,7 +77,7 @@ def holds_pixels(names: tuple[str, ...]) -> bool:
 
 
 class RefreshResult(NamedTensors):
-    """The inverse of a damped factor, or its eigenbasis, as a refresh computes it, on whichever process."""
+    """The inverse of a damped factor, or its eigenbasis, as a refresh computes it, on one of the processes."""
 
     @classmethod
     @abstractmethod

@@ -9,7 +9,8 @@ from torch import Tensor
 from kfac_sua.preconditioner.geometry import ChannelGroups, LayerGeometry
 
 MAX_CACHED_SIZES = 256
-"""Read counts kept at most, a few kB each: more than a network has different convolutions and image sizes."""
+"""Largest number of read counts in the cache, a few kB each: more than the pairs of convolution and image size in a
+network."""
 
 
 def to_locations(values: Tensor, geometry: LayerGeometry) -> Tensor:
@@ -91,7 +92,7 @@ def pixel_read_counts(geometry: LayerGeometry, height: int, width: int) -> Tenso
     Args:
         geometry: The layer's geometry.
         height: Height of the input, without padding if the padding is zeros, with it in all other modes.
-        width: Width of the input, likewise.
+        width: Width of the input, as the height.
 
     Returns:
         Integer counts w_p, the product of a vertical and a horizontal count.
@@ -127,7 +128,7 @@ def output_size(geometry: LayerGeometry, height: int, width: int) -> tuple[int, 
     Args:
         geometry: The layer's geometry.
         height: Height of the input, without padding.
-        width: Width of the input, likewise.
+        width: Width of the input, as the height.
     """
     left, right, top, bottom = geometry.padding
     (kh, kw), (sh, sw), (dh, dw) = geometry.kernel_size, geometry.stride, geometry.dilation
