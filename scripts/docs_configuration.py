@@ -157,7 +157,7 @@ def _settings_docs() -> dict[str, str]:
     hints, meanings = get_type_hints(KroneckerSettings), {}
     for field in dataclasses.fields(KroneckerSettings):
         choices = docs.get(getattr(hints[field.name], "__name__", ""), {})
-        lines = [docs["KroneckerSettings"][field.name], *(f"`{name}`: {text}" for name, text in choices.items())]
+        lines = [f"`{name}`: {text}" for name, text in choices.items()] or [docs["KroneckerSettings"][field.name]]
         if field.metadata:
             lines.append(f"Must be {field.metadata['allowed']}.")
         meanings[field.name] = _one_line("<br>".join(lines))
