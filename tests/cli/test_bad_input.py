@@ -212,7 +212,7 @@ def test_missing_muon_is_named_with_the_version(monkeypatch):
 def test_failed_factorisation_is_one_sentence(monkeypatch, capsys):
     """A RuntimeError of PyTorch or the preconditioner keeps its message and says how to see where."""
 
-    def fail(config, launch):
+    def fail(config, launch, invocation):
         raise RuntimeError("Factors of layer 'x'\nare not positive definite; raise the damping.")
 
     monkeypatch.setattr(train, "run", fail)
@@ -225,7 +225,7 @@ def test_failed_factorisation_is_one_sentence(monkeypatch, capsys):
 def test_bug_keeps_its_traceback(monkeypatch):
     """What no user can cause is not passed off as Hydra's fault."""
 
-    def fail(config, launch):
+    def fail(config, launch, invocation):
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr(train, "run", fail)
