@@ -184,7 +184,7 @@ def test_the_environment_says_which_process_this_is(monkeypatch):
         return subprocess.CompletedProcess(command, 0, stdout="node03\nnode04\n")
 
     monkeypatch.setattr(launch_module.subprocess, "run", answer)
-    assert read_launch(SRUN | {"SLURM_STEP_NODELIST": "node[03-04]"}).address == "node03"
+    assert read_launch(SRUN | {"SLURM_STEP_NODELIST": "node[03-04]"}).master_address == "node03"
     assert said == [["scontrol", "show", "hostnames", "node[03-04]"]]
 
 
