@@ -71,8 +71,8 @@ def flip_crop(images: Tensor, flips: Tensor, offsets: Tensor) -> Tensor:
     """
     height, width = images.shape[-2:]
     padded = F.pad(images, [CROP_PADDING] * 4)
-    # A view of every crop of every image: [batch, channels, 9, 9, height, width].
-    windows = padded.unfold(2, height, 1).unfold(3, width, 1)
+    # A view of every crop of every image.
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # [batch, channels, 9, 9, height, width]
     batch = torch.arange(len(images), device=images.device)
     crops = windows[batch, :, offsets[:, 0], offsets[:, 1]]  # copies rows of pixels, faster than single ones
     return torch.where(flips[:, None, None, None], crops.flip(3), crops)
@@ -231,7 +231,7 @@ class BatchLoader:
     def _by_batch(self, values: Tensor) -> Tensor:
         """Return this process's part of values that are given per image, ``[mini-batches, own part, ...]``."""
         batch_size = self._training_batch_size()
-        whole = values[: len(self) * batch_size].unflatten(0, (len(self), batch_size))
+        whole = values[: len(self) * batch_size].unflatten(0, (len(self), batch_size))  # [batches, batch_size, ...]
         return whole[:, self._own_part(0, batch_size)]
 
     def _own_part(self, start: int, stop: int) -> slice:

@@ -34,10 +34,10 @@ class CPUSyncBatchNorm2d(nn.BatchNorm2d):
             return super().forward(input)
         values = input.to(self.weight.dtype)  # under autocast the input may have half of the digits
         count = input.numel() // input.shape[1]
-        sums = _AddUp.apply(torch.cat([values.sum((0, 2, 3)), values.new_tensor([count])]))
+        sums = _AddUp.apply(torch.cat([values.sum((0, 2, 3)), values.new_tensor([count])]))  # [channels + 1]
         total = sums[-1].detach()
         mean = sums[:-1] / total
-        centred = values - mean[:, None, None]
+        centred = values - mean[:, None, None]  # of [channels, 1, 1]
         variance = _AddUp.apply(centred.square().sum((0, 2, 3))) / total
         self._track(mean.detach(), variance.detach() * (total / (total - 1)))
         scale = self.weight * (variance + self.eps).rsqrt()

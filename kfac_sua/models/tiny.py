@@ -41,4 +41,4 @@ class TinyConvNet(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the logits, ``[batch, num_classes]``, of images ``[batch, 3, 32, 32]``."""
-        return self.classifier(self.features(inputs).flatten(1))
+        return self.classifier(self.features(inputs).flatten(1))  # of [batch, 4 · channels]

@@ -49,4 +49,4 @@ class VGG11(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the logits, ``[batch, num_classes]``, of images ``[batch, 3, 32, 32]``."""
-        return self.classifier(self.features(inputs).flatten(1))
+        return self.classifier(self.features(inputs).flatten(1))  # of [batch, channels]

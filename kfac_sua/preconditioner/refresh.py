@@ -134,7 +134,7 @@ def _inverses(
 
 def _of_blocks(dampings: Tensor, num_blocks: int) -> Tensor:
     """Return the damping of every block, ``[conv_groups · num_blocks]``, from those of convolution groups."""
-    return dampings[:, None].expand(-1, num_blocks).reshape(-1)  # a view if there is one convolution group
+    return dampings[:, None].expand(-1, num_blocks).reshape(-1)  # [conv_groups · num_blocks]; a view of one group
 
 
 def _filled(number: float, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:

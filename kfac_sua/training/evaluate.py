@@ -92,7 +92,7 @@ class ErrorCounter:
     def _totals(self) -> tuple[Tensor, Tensor, int]:
         """Return the sums over all processes."""
         # Counts of images are whole numbers far below 2**53, which float64 holds exactly.
-        own = torch.stack([self._loss_sum, self._num_errors.double(), self._num_images.double()])
+        own = torch.stack([self._loss_sum, self._num_errors.double(), self._num_images.double()])  # [3]
         loss_sum, num_errors, num_images = self._process_group.all_reduce_sum(own).unbind()
         return loss_sum, num_errors.long(), int(num_images)
 

@@ -170,7 +170,7 @@ def _gather_rows(sides: Sequence[_Side], processes: Processes) -> Iterator[Facto
     gathered = processes.all_gather(padded, "rows")
     received = [[*_split(flat, [rows.sizes[rank] for _, rows in kept])] for rank, flat in enumerate(gathered)]
     for index, (side, rows) in enumerate(kept):
-        values = torch.cat([parts[index] for parts in received], dim=-2)  # rows, or examples, of all processes
+        values = torch.cat([parts[index] for parts in received], dim=-2)  # [..., rows or examples of all processes, d]
         yield rows.form.of(values, side.layer.geometry)
 
 

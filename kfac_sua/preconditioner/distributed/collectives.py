@@ -44,7 +44,7 @@ class Processes:
             what: What they hold, for :attr:`sent_bytes`.
         """
         gathered = self.all_gather(torch.tensor(values, device=device), what)
-        integers: list[list[list[int]]] = torch.stack(gathered).tolist()
+        integers: list[list[list[int]]] = torch.stack(gathered).tolist()  # [processes, rows, integers]
         return integers
 
     def all_gather(self, values: Tensor, what: str) -> list[Tensor]:

@@ -184,9 +184,9 @@ def read_inverse(factor: Factor, kind: type[P], parts: Sequence[tuple[slice, _Re
         if form.is_triangle:
             unpack_(matrices[blocks], flat)
         else:
-            matrices[blocks] = flat.view(num_blocks, form.height, form.width)
+            matrices[blocks] = flat.view(num_blocks, form.height, form.width)  # [blocks, height, width]
         flat = reader.take(num_blocks * form.num_extra)
-        extra[blocks] = flat.view(num_blocks, form.num_extra)
+        extra[blocks] = flat.view(num_blocks, form.num_extra)  # [blocks, num_extra]
     return kind.from_message(factor, matrices, extra)
 
 

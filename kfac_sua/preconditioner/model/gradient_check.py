@@ -194,7 +194,7 @@ def judge(checks: Sequence[GradientCheck], weights: Sequence[Tensor]) -> Tensor:
             _filled(read(check, weight) if is_compared else None, device)
             for check, weight, is_compared in zip(checks, weights, are_compared, strict=True)
         ]
-        return torch.stack(rows).flatten(1)
+        return torch.stack(rows).flatten(1)  # [layers, 16]
 
     compared = [check for check, is_compared in zip(checks, are_compared, strict=True) if is_compared]
     terms = [one for check in compared for one in check.terms]
@@ -217,7 +217,7 @@ def judge(checks: Sequence[GradientCheck], weights: Sequence[Tensor]) -> Tensor:
         others = (got, last, got - last, discarded, discarded + got)
         misfits = torch.stack([_misfit(now, one, along) for one in others])  # [5, layers]
         is_replaced |= (misfits[0] > TOLERANCE) & (misfits[1:].amin(0) < EXACT)
-    return torch.stack([fail, is_replaced])
+    return torch.stack([fail, is_replaced])  # [2, layers]
 
 
 def _largest(weights: Sequence[Tensor], device: torch.device) -> Tensor:
