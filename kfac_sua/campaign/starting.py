@@ -57,14 +57,30 @@ def start(
     resource_tracker.ensure_running()  # it would let the signals through that are held below
     if METHOD == "forkserver":
         context.set_forkserver_preload(list(PRELOADED))
-        with _held_signals():
-            forkserver.ensure_running()
-        process.start()
+        _start_from_server(process)
     else:
         with _held_signals():
             process.start()
     theirs.close()  # so that the end of the process is the end of the pipe
     return process, ours
+
+
+def _start_from_server(process: BaseProcess) -> None:
+    """Start a process from the fork server, and a new server if it is gone.
+
+    A server that was killed refuses connections a moment before it is seen to be gone.
+    """
+    for pause in (0.1, 1.0, None):  # seconds: a busy machine may take longer to bury a process
+        with _held_signals():
+            forkserver.ensure_running()
+        try:
+            process.start()
+        except ConnectionRefusedError:
+            if pause is None:
+                raise
+            time.sleep(pause)
+        else:
+            return
 
 
 @contextlib.contextmanager
