@@ -37,7 +37,11 @@ def precondition_(
         return
     dtype = inverse.reference_tensor.dtype
     blocks = _to_blocks(weight_grad.to(dtype), None if bias_grad is None else bias_grad.to(dtype), layout)
-    if blocks.data_ptr() == weight_grad.data_ptr() and _is_dense(weight_grad):
+    # Without gaps or overlap in memory, so that a product can be written over it.
+    is_dense = weight_grad.is_contiguous() or (
+        weight_grad.dim() == 4 and weight_grad.is_contiguous(memory_format=torch.channels_last)
+    )
+    if is_dense and blocks.data_ptr() == weight_grad.data_ptr():
         # The blocks are a view of the whole gradient: there was nothing to pad, append or reorder.
         inverse.apply_(blocks, sides)
         bias = None
@@ -45,7 +49,8 @@ def precondition_(
         bias = _from_blocks(inverse.apply(blocks, sides), layout, weight_grad)
     if bias_grad is not None and layout.bias is BiasBlock.SEPARATE:
         columns = _bias_blocks(bias_grad.to(dtype), layout)  # [g · P, p, 1]
-        bias = _merge_bias(inverse.apply_to_bias(columns), layout)
+        split = inverse.apply_to_bias(columns).view(layout.conv_groups, layout.gradient.count, -1)  # [g, P, p]
+        bias = layout.gradient.merge(split)  # [g, out]
     if bias_grad is not None and bias is not None:
         bias_grad.copy_(bias.reshape(bias_grad.shape))  # [out]
 
@@ -79,21 +84,10 @@ def quadratic_form(weight: Tensor, bias: Tensor | None, layout: BlockLayout, fac
     return factors.scale * total
 
 
-def _is_dense(values: Tensor) -> bool:
-    """Whether the numbers lie in memory without gaps or overlap, so that a product can be written over them."""
-    return values.is_contiguous() or (values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last))
-
-
 def _bias_blocks(bias_grad: Tensor, layout: BlockLayout) -> Tensor:
     """Return the gradient of a separate bias, ``[out]``, as ``[g · P, p, 1]``."""
     split = layout.gradient.split(bias_grad.view(layout.conv_groups, -1))  # [g, P, p]
     return split.flatten(0, 1).unsqueeze(-1)  # [g · P, p, 1]
-
-
-def _merge_bias(columns: Tensor, layout: BlockLayout) -> Tensor:
-    """Undo :func:`_bias_blocks`."""
-    split = columns.view(layout.conv_groups, layout.gradient.count, -1)  # [g, P, p]
-    return layout.gradient.merge(split)  # [g, out]
 
 
 def _to_blocks(weight_grad: Tensor, bias_grad: Tensor | None, layout: BlockLayout) -> Tensor:

@@ -124,7 +124,10 @@ class LayerTable:
     def __str__(self) -> str:
         treated = [row for row in self.layers if not row.reason]
         total = ["total", "", "", "", *_costs(treated)]
-        sizes = [[_name(row), row.structure, *map(_blocks, _sides(row)), *_costs([row])] for row in treated]
+        sizes = [
+            [_name(row), row.structure, *map(_blocks, (row.activation_blocks, row.gradient_blocks)), *_costs([row])]
+            for row in treated
+        ]
         lines = [*_aligned([_SIZES, *sizes, total], num_left=2)]
         if treated:
             lines += ["", "of activation and gradient each:", *_aligned([_WAYS, *map(_ways, treated)], num_left=4), ""]
@@ -220,10 +223,6 @@ _WAYS = ["layer", "Woodbury up to rows", "applied as", "in backward below rows"]
 
 def _name(row: LayerReport) -> str:
     return row.name or "(model)"
-
-
-def _sides(row: LayerReport) -> tuple[tuple[int, int], tuple[int, int]]:
-    return row.activation_blocks, row.gradient_blocks
 
 
 def _costs(rows: Sequence[LayerReport]) -> list[str]:

@@ -86,7 +86,9 @@ class StepInspection(TorchDispatchMode):
         kwargs = kwargs or {}
         inputs = list(tensors((*args, *kwargs.values())))
         for tensor in inputs:
-            self._find(tensor)
+            if (key := _storage_key(tensor)) not in self._made and key not in self._found:
+                description = f"{tensor.dtype} {list(tensor.shape)}"
+                self._found[key] = StorageWeakRef(tensor.untyped_storage()), description
         result = func(*args, **kwargs)
         outputs = list(tensors(result))
         for tensor in outputs:
@@ -95,12 +97,6 @@ class StepInspection(TorchDispatchMode):
         if func.namespace != "profiler" and (clause := self._clause(func, args, kwargs, inputs, outputs)):
             self.refusals.append(f"{clause} ({func}{_users_line()})")
         return result
-
-    def _find(self, tensor: Tensor) -> None:
-        key = _storage_key(tensor)
-        if key not in self._made and key not in self._found:
-            description = f"{tensor.dtype} {list(tensor.shape)}"
-            self._found[key] = StorageWeakRef(tensor.untyped_storage()), description
 
     def _clause(
         self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], inputs: list[Tensor], outputs: list[Tensor]

@@ -147,7 +147,13 @@ class StepOptimizers:
 
     def _follow_groups(self) -> None:
         """Make a learning rate on the device for each group; loading a state replaces all groups."""
-        groups = [group for one in self.all for group in one.param_groups if _reads_rate_from_device(one, group)]
+        groups = [
+            group
+            for one in self.all
+            if isinstance(one, SGD | Adam)
+            for group in one.param_groups
+            if group.get("fused") or group.get("capturable")  # these kernels read the rate from the device
+        ]
         if [id(group) for group in groups] != [id(rate.group) for rate in self._rates]:
             # In float32, which the fused kernels read.
             self._rates = [_Rate(group, torch.zeros((), device=self._device)) for group in groups]
@@ -157,10 +163,6 @@ def _with_inner(optimizers: Sequence[Optimizer]) -> Iterator[Optimizer]:
     for optimizer in optimizers:
         yield optimizer
         yield from _with_inner([value for value in vars(optimizer).values() if isinstance(value, Optimizer)])
-
-
-def _reads_rate_from_device(optimizer: Optimizer, group: Group) -> bool:
-    return isinstance(optimizer, SGD | Adam) and bool(group.get("fused") or group.get("capturable"))
 
 
 def _attributes(optimizer: Optimizer) -> dict[str, Any]:

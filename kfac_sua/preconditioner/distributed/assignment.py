@@ -208,19 +208,16 @@ def plan_assignment(works: Sequence[Work], num_processes: int, flops_per_byte: f
         as when one block is most of the work.
     """
     nothing = Assignment(tuple(works), (None,) * len(works), num_processes)
-    worthwhile = [i for i, work in enumerate(works) if _is_worth_sharing(work, num_processes, flops_per_byte)]
+    if num_processes == 1 or math.isinf(flops_per_byte):
+        return nothing
+    saved_share = 1 - 1 / num_processes
+    worthwhile = [i for i, one in enumerate(works) if one.flops * saved_share > one.block_bytes * flops_per_byte]
     if not worthwhile:
         return nothing
     shares = _assigned(works, worthwhile, num_processes)
     plan = Assignment(tuple(works), tuple(shares.get(i) for i in range(len(works))), num_processes)
     cost = plan.most_flops + flops_per_byte * plan.received_bytes
     return nothing if cost > plan.flops_alone else plan
-
-
-def _is_worth_sharing(work: Work, num_processes: int, flops_per_byte: float) -> bool:
-    if num_processes == 1 or math.isinf(flops_per_byte):
-        return False
-    return work.flops * (1 - 1 / num_processes) > work.block_bytes * flops_per_byte
 
 
 def _assigned(works: Sequence[Work], chosen: Sequence[int], num_processes: int) -> dict[int, tuple[int, ...]]:

@@ -73,7 +73,11 @@ class SharedInversion:
         """Decompose factors as ``invert.eigendecompose_factors`` does, all processes together."""
 
         def make(parts: Sequence[tuple[int, slice]]) -> list[Outcome[EigenBasis]]:
-            return _decompose([factors[i].part(blocks) for i, blocks in parts])
+            own = [factors[i].part(blocks) for i, blocks in parts]
+            return [  # a basis that fails is sent as zeros
+                Outcome(basis or EigenBasis.zeros(factor), num_failed=int(basis is None))
+                for factor, basis in zip(own, alone.eigendecompose_factors(own), strict=True)
+            ]
 
         made = self._make_all(factors, lambda factor: EigenBasis, make)
         return [None if one.num_failed else one.inverse for one in made]
@@ -195,11 +199,3 @@ def _numbers(inverse: RefreshResult, form: BlockMessage) -> Iterator[Tensor]:
     matrices, extra = inverse.to_message()
     yield packed(matrices) if form.is_triangle else matrices.flatten()  # [numbers]
     yield extra.flatten()  # [numbers]
-
-
-def _decompose(factors: list[Factor]) -> list[Outcome[EigenBasis]]:
-    """Decompose factors; an eigenbasis that fails is sent as zeros."""
-    return [
-        Outcome(basis or EigenBasis.zeros(factor), num_failed=int(basis is None))
-        for factor, basis in zip(factors, alone.eigendecompose_factors(factors), strict=True)
-    ]

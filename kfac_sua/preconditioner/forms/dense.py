@@ -57,7 +57,16 @@ def gram(rows: Tensor) -> Tensor:
         upper = torch.cat([gram(left), product], dim=-1)  # [num_blocks, d / 2, d]
         return torch.cat([upper, torch.cat([product.mT, gram(right)], dim=-1)], dim=-2)  # [num_blocks, d, d]
     num_chunks = row_chunks(num_blocks, num_rows, width, rates)
-    return torch.bmm(rows.mT, rows) if num_chunks == 1 else _gram_in_chunks(rows, num_chunks)  # [num_blocks, d, d]
+    if num_chunks == 1:
+        return torch.bmm(rows.mT, rows)  # [num_blocks, d, d]
+    # A sum over parts of the rows, all of them in one call. Equal parts leave no rest: any number of parts from just
+    # above half of num_chunks up to it will do.
+    num_chunks = next((n for n in range(num_chunks, num_chunks // 2, -1) if num_rows % n == 0), num_chunks)
+    size = num_rows // num_chunks
+    parts = rows[:, : num_chunks * size].reshape(num_blocks * num_chunks, size, width)  # [num_blocks · chunks, size, d]
+    total = torch.bmm(parts.mT, parts).view(num_blocks, num_chunks, width, width).sum(1)  # [num_blocks, d, d]
+    rest = rows[:, num_chunks * size :]  # [num_blocks, fewer than chunks, d]
+    return total.baddbmm_(rest.mT, rest) if rest.shape[1] else total
 
 
 def row_chunks(num_blocks: int, num_rows: int, width: int, rates: DeviceRates) -> int:
@@ -81,18 +90,6 @@ def row_chunks(num_blocks: int, num_rows: int, width: int, rates: DeviceRates) -
     # The copy that makes the parts contiguous and their sum are two more launches.
     is_long = num_rows * rates.tile_row_s > 2 * rates.launch_s
     return most_chunks if rates.parallel > 1 and most_chunks > 1 and is_long else 1
-
-
-def _gram_in_chunks(rows: Tensor, num_chunks: int) -> Tensor:
-    """Return UᵀU as a sum over parts of the rows, all of them in one call."""
-    num_blocks, num_rows, width = rows.shape
-    # Equal parts leave no rest: any number of parts from just above half of num_chunks up to it will do.
-    num_chunks = next((n for n in range(num_chunks, num_chunks // 2, -1) if num_rows % n == 0), num_chunks)
-    size = num_rows // num_chunks
-    parts = rows[:, : num_chunks * size].reshape(num_blocks * num_chunks, size, width)  # [num_blocks · chunks, size, d]
-    total = torch.bmm(parts.mT, parts).view(num_blocks, num_chunks, width, width).sum(1)  # [num_blocks, d, d]
-    rest = rows[:, num_chunks * size :]  # [num_blocks, fewer than chunks, d]
-    return total.baddbmm_(rest.mT, rest) if rest.shape[1] else total
 
 
 def inverses_of_triangles(triangles: Tensor) -> Tensor:

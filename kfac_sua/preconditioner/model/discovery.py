@@ -7,6 +7,7 @@ why it keeps the plain gradient.
 import fnmatch
 import functools
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import FunctionType
@@ -269,20 +270,14 @@ def _names(model: nn.Module) -> dict[int, tuple[str, ...]]:
 
 def _surroundings(model: nn.Module, candidates: Sequence[tuple[str, nn.Module]]) -> _Surroundings:
     weights = [parameter for _, module in candidates for parameter in _own_parameters(module)]
+    counts = Counter(
+        id(parameter) for _, module in candidates for parameter in module._parameters.values() if parameter is not None
+    )
     return _Surroundings(
-        _shared_parameters(candidates),
+        {key for key, count in counts.items() if count > 1},
         is_offloading=any(hook_of(module) is not None for module in model.modules()),
         is_on_several_devices=len({weight.device for weight in weights if not weight.is_meta}) > 1,
     )
-
-
-def _shared_parameters(candidates: Sequence[tuple[str, nn.Module]]) -> set[int]:
-    counts: dict[int, int] = {}
-    for _, module in candidates:
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                counts[id(parameter)] = counts.get(id(parameter), 0) + 1
-    return {key for key, count in counts.items() if count > 1}
 
 
 def preconditioned(layers: Sequence[DiscoveredLayer]) -> Iterator[tuple[str, nn.Module, LayerGeometry]]:

@@ -76,7 +76,14 @@ class GradientCheck:
         self._geometry = geometry
         self._ins = Spread.over(geometry.in_channels)
         self._outs = Spread.over(geometry.out_channels)
-        self._tap = _unpadded_tap(geometry)
+        # The first tap, down and across, that reads no padding before an image: a view of its inputs will do.
+        vertical, horizontal = (
+            min(-(-padding // dilation), size - 1)
+            for padding, dilation, size in zip(
+                geometry.padding_before, geometry.dilation, geometry.kernel_size, strict=True
+            )
+        )
+        self._tap = vertical, horizontal
         self.discarded: Tensor | None = None
         self._expected: dict[int, list[Terms]] = {}
         self.clear()
@@ -258,14 +265,3 @@ def _filled(matrix: Tensor | None, device: torch.device) -> Tensor:
     is_full = height == width == MOST_CHANNELS
     matrix = matrix if is_full else F.pad(matrix, (0, MOST_CHANNELS - width, 0, MOST_CHANNELS - height))
     return matrix.to(device)
-
-
-def _unpadded_tap(geometry: LayerGeometry) -> tuple[int, int]:
-    """Return the first tap, down and across, that reads no padding before an image: a view of its inputs will do."""
-    vertical, horizontal = (
-        min(-(-padding // dilation), size - 1)
-        for padding, dilation, size in zip(
-            geometry.padding_before, geometry.dilation, geometry.kernel_size, strict=True
-        )
-    )
-    return vertical, horizontal
