@@ -126,7 +126,8 @@ def _carry_out() -> int:
     except Exception as error:
         if was_killed(error):
             return say(killed_sentence(error))
-        if _is_from_run(error):
+        # A run raised it itself, and not Hydra before it, whose exceptions have any type.
+        if any(frame.f_code is train_and_report.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)):
             raise
         return say(f"Hydra cannot carry this out: {_one_line(error)}. (--debug shows where.)", BAD_INPUT)
 
@@ -217,11 +218,6 @@ def train_and_report(raw: DictConfig) -> float | None:
     if HydraConfig.get().mode is RunMode.MULTIRUN:
         raise SweepCellError(sentence, os.getpid())
     raise SystemExit(code)
-
-
-def _is_from_run(error: BaseException) -> bool:
-    """Return whether a run raised an exception itself, and not Hydra before it, whose exceptions have any type."""
-    return any(frame.f_code is train_and_report.__code__ for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def _say_why(error: BaseException) -> int:

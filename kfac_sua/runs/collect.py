@@ -55,7 +55,12 @@ def collect_runs(root: Path) -> pd.DataFrame:
     if orphans:
         raise CollectError(f"{orphans[0]} has metrics.csv but no run.json; restore it or remove the directory.")
     frame = collect_directories(root, [path.parent for path in paths])
-    _check_unique(frame)
+    # A setting that has a seed twice would count one run twice in every mean.
+    runs = frame.drop_duplicates("run")
+    twice = runs[runs.duplicated(["fingerprint", "seed"], keep=False)].sort_values(["fingerprint", "seed"])
+    if len(twice):
+        first, second = twice["run"].iloc[:2]
+        raise CollectError(f"{first} and {second} are the same run (equal configuration and seed); move one away.")
     return frame
 
 
@@ -72,15 +77,6 @@ def collect_directories(root: Path, directories: Sequence[Path]) -> pd.DataFrame
     """
     rows = [row for path in directories for row in run_rows(root, path / "run.json")]
     return pd.DataFrame(rows, columns=[*RUN_COLUMNS, *COLUMNS])
-
-
-def _check_unique(frame: pd.DataFrame) -> None:
-    """Raise if a setting has a seed twice, which would count one run twice in every mean."""
-    runs = frame.drop_duplicates("run")
-    twice = runs[runs.duplicated(["fingerprint", "seed"], keep=False)].sort_values(["fingerprint", "seed"])
-    if len(twice):
-        first, second = twice["run"].iloc[:2]
-        raise CollectError(f"{first} and {second} are the same run (equal configuration and seed); move one away.")
 
 
 def final_runs_root(root: Path) -> Path:
@@ -112,7 +108,9 @@ def run_rows(root: Path, path: Path) -> list[dict[str, Any]]:
     if not records and info.status == "finished":
         raise CollectError(f"{path.parent} is marked as finished but has no epoch; remove it and start it again.")
     run = _run_values(root, path, info)
-    return [run | dataclasses.asdict(record) for record in records] or [run | _no_epoch()]
+    if not records:  # no epoch is complete: one row without metrics
+        records = [EpochRecord(0, 0, *[math.nan] * (len(COLUMNS) - 2))]  # type: ignore[arg-type]  # counts are NaN as well
+    return [run | dataclasses.asdict(record) for record in records]
 
 
 def _run_values(root: Path, path: Path, info: RunInfo) -> dict[str, Any]:
@@ -140,12 +138,6 @@ def _run_values(root: Path, path: Path, info: RunInfo) -> dict[str, Any]:
         }
     except (KeyError, TypeError, ValueError) as error:
         raise CollectError(f"The config in {path} lacks or misuses a key ({error!r}); move the run away.") from error
-
-
-def _no_epoch() -> dict[str, float]:
-    """Return the metrics of a run that has not completed an epoch."""
-    nothing = EpochRecord(0, 0, *[math.nan] * (len(COLUMNS) - 2))  # type: ignore[arg-type]  # counts are NaN as well
-    return dataclasses.asdict(nothing)
 
 
 def table_text(frame: pd.DataFrame) -> str:

@@ -86,7 +86,10 @@ def run_directory(config: Config, device: str, num_processes: int = 1) -> RunDir
     """
     digest = fingerprint(config, device, num_processes)
     setting = f"{config.dataset.name}-{config.model.name}-{config.preconditioner.name}"
-    cell = f"{_cell_name(config)}-{digest[:8]}"
+    parts = {"lr": config.optimizer.lr}  # the values that a grid usually varies
+    if isinstance(config.preconditioner, KroneckerConfig):
+        parts["damping"] = config.preconditioner.damping
+    cell = f"{','.join(f'{name}={value:g}' for name, value in parts.items())}-{digest[:8]}"
     return RunDirectory(Path(config.output_dir) / setting / cell / f"seed={config.seed}", digest, config.seed)
 
 
@@ -108,7 +111,8 @@ def fingerprint(config: Config, device: str, num_processes: int = 1, source: str
     }
     if device == "cuda":  # older runs with precision=float32 had TF32 in convolutions, so they must not match
         values["precision"] += " in convolutions and products"
-    if num_processes > 1 and _depends_on_processes(config):
+    samples = isinstance(config.preconditioner, KroneckerConfig) and config.preconditioner.activation_rows is not None
+    if num_processes > 1 and (samples or not config.sync_batch_norm):  # several processes train differently from one
         values["num_processes"] = num_processes
     del values["seed"]
     for node, key, default in ADDED_LATER:
@@ -167,12 +171,6 @@ def end_of(path: str) -> str:
         raise ConfigError(f"start_from={path} is not the directory of a run: {error}") from error
 
 
-def _depends_on_processes(config: Config) -> bool:
-    """Whether several processes train differently from one."""
-    samples = isinstance(config.preconditioner, KroneckerConfig) and config.preconditioner.activation_rows is not None
-    return samples or not config.sync_batch_norm
-
-
 def resolved(config: Config, device: str) -> dict[str, Any]:
     """Return the configuration as plain values, with ``auto`` replaced in ``device`` and ``precision``.
 
@@ -188,11 +186,3 @@ def resolved(config: Config, device: str) -> dict[str, Any]:
     """
     values: dict[str, Any] = to_plain(config)
     return values | {"device": device, "precision": choose_precision(config.precision, device).value}
-
-
-def _cell_name(config: Config) -> str:
-    """Return the readable part of the name: the values that a grid usually varies."""
-    parts = {"lr": config.optimizer.lr}
-    if isinstance(config.preconditioner, KroneckerConfig):
-        parts["damping"] = config.preconditioner.damping
-    return ",".join(f"{name}={value:g}" for name, value in parts.items())

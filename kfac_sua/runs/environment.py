@@ -33,7 +33,16 @@ def environment(device: str = "auto") -> Environment:
         Versions of Python and of the packages that numbers depend on (None if not installed), the commit with
         ``+dirty`` if the checkout has changes (None outside a checkout), and the name of the device.
     """
-    return Environment(versions=_versions(), commit=source_commit(), device_name=_device_name(device))
+    import torch  # imported here, as reading and writing records does not need it
+
+    # Of torch itself, as only torch.__version__ names its CUDA build; of the others, from package metadata.
+    versions: dict[str, str | None] = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    for name in ("torchvision", "numpy", "hydra-core", "kfac_sua"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return Environment(versions, source_commit(), _device_name(device))
 
 
 def source_commit() -> str | None:
@@ -48,19 +57,6 @@ def source_digest() -> str:
     for path in sorted(root.rglob("*.py")):
         digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
-
-
-def _versions() -> dict[str, str | None]:
-    """Return versions from package metadata; torch is imported, as only ``torch.__version__`` names its CUDA build."""
-    import torch  # imported here, as reading and writing records does not need it
-
-    versions: dict[str, str | None] = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    for name in ("torchvision", "numpy", "hydra-core", "kfac_sua"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    return versions
 
 
 def _commit(root: Path) -> str | None:

@@ -44,13 +44,10 @@ def hyper_parameters(config: Mapping[str, Any], prefix: str = "") -> dict[str, V
         if isinstance(value, dict):
             values |= hyper_parameters(value, f"{key}.")
         elif value is not None and key not in BOOKKEEPING:
-            values[key] = value if isinstance(value, int | float) else _text(str(value))
+            # Event files cannot hold undecodable bytes, as in the name of a directory: these become escapes.
+            text = str(value).encode(errors="backslashreplace").decode()
+            values[key] = value if isinstance(value, int | float) else text
     return values
-
-
-def _text(value: str) -> str:
-    """Return text that event files can hold: undecodable bytes, as in the name of a directory, become escapes."""
-    return value.encode(errors="backslashreplace").decode()
 
 
 def hyper_parameter_summaries(values: Mapping[str, Value], started_unix_s: float) -> "list[Summary]":

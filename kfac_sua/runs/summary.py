@@ -64,8 +64,22 @@ def _one_table(rows: pd.DataFrame, *, is_brief: bool) -> str:
         columns = {name: columns[name] for name in ("method",) if name in columns} | digits | columns
     if "seeds" in shared and shared.get("runs", "").isdecimal():  # all runs have finished
         del shared["runs"]
-    columns |= _quantities(rows, is_brief=is_brief)
-    return "\n".join([_heading(rows.iloc[0], shared), *_aligned(columns)])
+    # The measured quantities; if brief, only means, and no test error.
+    columns |= {
+        heading: [
+            _spread(row[f"{name}_mean"], math.nan if is_brief else row[f"{name}_std"], is_percent)
+            for _, row in rows.iterrows()
+        ]
+        for heading, name, is_percent in _QUANTITIES
+        if not is_brief or name != "test_error"
+    }
+    # The heading is what all rows share, in one line if it fits.
+    first = rows.iloc[0]
+    width = "" if first.get("width", 1.0) == 1 else f" (width {first['width']:g})"
+    phrases = [f"{first['model']}{width} on {first['dataset']}", *(_phrase(*each) for each in shared.items())]
+    unbroken = ", ".join(phrase.replace(" ", _NO_BREAK) for phrase in phrases)
+    heading = "\n".join(textwrap.wrap(unbroken, MAX_WIDTH)).replace(_NO_BREAK, " ")
+    return "\n".join([heading, *_aligned(columns)])
 
 
 def _settings(rows: pd.DataFrame) -> dict[str, list[str]]:
@@ -74,26 +88,6 @@ def _settings(rows: pd.DataFrame) -> dict[str, list[str]]:
     order = ("preconditioner", "optimizer", "schedule", "precision", "epochs", "base_lr", "damping", "seeds")
     found = {names.get(name, name): [_text(value) for value in rows[name]] for name in order if name in rows}
     return found | {"runs": [_count_text(row) for _, row in rows.iterrows()]}
-
-
-def _quantities(rows: pd.DataFrame, *, is_brief: bool) -> dict[str, list[str]]:
-    """Return the columns of measured quantities; if brief, only means, and no test error."""
-    return {
-        heading: [
-            _spread(row[f"{name}_mean"], math.nan if is_brief else row[f"{name}_std"], is_percent)
-            for _, row in rows.iterrows()
-        ]
-        for heading, name, is_percent in _QUANTITIES
-        if not is_brief or name != "test_error"
-    }
-
-
-def _heading(first: "pd.Series[Any]", shared: Mapping[str, str]) -> str:
-    """Return the settings that all rows share, in one line if it fits."""
-    width = "" if first.get("width", 1.0) == 1 else f" (width {first['width']:g})"
-    phrases = [f"{first['model']}{width} on {first['dataset']}", *(_phrase(*each) for each in shared.items())]
-    unbroken = ", ".join(phrase.replace(" ", _NO_BREAK) for phrase in phrases)
-    return "\n".join(textwrap.wrap(unbroken, MAX_WIDTH)).replace(_NO_BREAK, " ")
 
 
 def _phrase(name: str, text: str) -> str:

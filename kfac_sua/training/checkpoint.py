@@ -120,7 +120,12 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         if path.exists():
             path.replace(previous_path(path))
         temporary.replace(path)
-    _sync_directory(path.parent)
+    # So that the renames survive a power cut.
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def load_checkpoint(
@@ -191,16 +196,12 @@ def _read(path: Path, device: torch.device) -> Checkpoint:
     if version != FORMAT_VERSION or values.keys() != names:
         raise CheckpointError(f"{path} is not a checkpoint of format {FORMAT_VERSION}, got {version!r}; {_CURE}.")
     checkpoint = Checkpoint(**values)
-    _check_types(checkpoint, path)
-    return checkpoint
-
-
-def _check_types(checkpoint: Checkpoint, path: Path) -> None:
     for name, hint in get_type_hints(Checkpoint).items():
         value = getattr(checkpoint, name)
         kinds = tuple(get_origin(kind) or kind for kind in (get_args(hint) if isinstance(hint, UnionType) else (hint,)))
         if not isinstance(value, kinds) or isinstance(value, bool) or (hint is int and value < 0):
             raise CheckpointError(f"{path} is not a checkpoint ({name} is {type(value).__name__}); {_CURE}.")
+    return checkpoint
 
 
 def _payload(path: Path) -> bytes:
@@ -233,15 +234,6 @@ def _check_content(checkpoint: Checkpoint, path: Path, check: Callable[[Checkpoi
             check(checkpoint)
     except ValueError as error:
         raise CheckpointError(f"{path} does not fit ({str(error).removesuffix('.')}); {_CURE}.") from error
-
-
-def _sync_directory(path: Path) -> None:
-    """Make renames in a directory survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 _CURE = "move it away to start this run from the beginning"

@@ -46,8 +46,10 @@ def check_fits(training: Training, checkpoint: Checkpoint) -> None:
         check_diagnostics(checkpoint.diagnostics, checkpoint.batch)
     is_between_epochs = checkpoint.batch == 0  # then an evaluation has just given a finite loss
     _check_model(training.model.state_dict(), checkpoint.model, is_finite=is_between_epochs)
+    last = training.config.epochs - 1
+    rates = [training.lr(min(max(epoch, 0), last)) for epoch in (checkpoint.epoch, checkpoint.epoch - 1)]
     for name, optimizer, state in _optimizers(training.optimizer, checkpoint.optimizer):
-        _check_groups(name, optimizer, state, _rates(training, checkpoint))
+        _check_groups(name, optimizer, state, rates)
         _check_moments(name, optimizer, state, checkpoint.step, is_finite=is_between_epochs)
     _check_preconditioner(training, checkpoint)
     _check_best(training, checkpoint)
@@ -154,12 +156,6 @@ def _optimizers(optimizer: torch.optim.Optimizer, state: Any) -> list[tuple[str,
         if not isinstance(part_state["state"], Mapping) or not isinstance(groups, list):
             _refuse(name, "without them", "a mapping and a list of parameter groups")
     return found
-
-
-def _rates(training: Training, checkpoint: Checkpoint) -> list[float]:
-    """Return the learning rates that the optimizer may have: that of the present epoch or that of the one before."""
-    last = training.config.epochs - 1
-    return [training.lr(min(max(epoch, 0), last)) for epoch in (checkpoint.epoch, checkpoint.epoch - 1)]
 
 
 def _check_groups(name: str, optimizer: torch.optim.Optimizer, state: Mapping[str, Any], rates: list[float]) -> None:

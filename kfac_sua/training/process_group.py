@@ -234,23 +234,18 @@ def open_process_group(launch: Launch, device: torch.device, store: dist.Store |
         logging.getLogger("kfac_sua").setLevel(logging.ERROR)
     with connection_errors(launch.rank, launch.world_size):
         with interruptible():
-            control = _init_process_group(launch, device, store)
+            os.environ |= {"MASTER_ADDR": launch.master_address, "MASTER_PORT": str(launch.master_port)}
+            backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+            rank, size = launch.rank, launch.world_size
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+            control = dist.new_group(backend="gloo", timeout=TIMEOUT)  # for what stays on the CPU
+            assert isinstance(control, dist.ProcessGroup)
         signal.signal(signal.SIGTERM, _exit_after_grace)
         try:
             yield ProcessGroup(launch.rank, launch.world_size, control)
         finally:
             gc.collect()  # an object that still refers to the group would outlive its threads
             dist.destroy_process_group()
-
-
-def _init_process_group(launch: Launch, device: torch.device, store: dist.Store | None) -> dist.ProcessGroup:
-    """Wait until all processes have joined, and return a group of them for the CPU."""
-    os.environ |= {"MASTER_ADDR": launch.master_address, "MASTER_PORT": str(launch.master_port)}
-    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=TIMEOUT)
-    control = dist.new_group(backend="gloo", timeout=TIMEOUT)
-    assert isinstance(control, dist.ProcessGroup)
-    return control
 
 
 def _select_gpu(launch: Launch) -> None:

@@ -56,7 +56,8 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            preemption = _preemption_signal()
+            name = os.environ.get(_PREEMPTION_VARIABLE, "USR2")
+            preemption = getattr(signal, f"SIG{name}", signal.SIGUSR2)
             if callable(signal.getsignal(preemption)):
                 self._preemption = preemption
             for number in (*STOP_SIGNALS, *([preemption] if self._preemption else [])):
@@ -91,11 +92,6 @@ class StopRequest:
             _write_line(b"stopping after this step; Ctrl-C stops at once.\n")
         elif self._is_main_process:  # torchrun does not forward a second Ctrl-C
             _write_line(b"stopping after this step.\n")
-
-
-def _preemption_signal() -> int:
-    name = os.environ.get(_PREEMPTION_VARIABLE, "USR2")
-    return getattr(signal, f"SIG{name}", signal.SIGUSR2)
 
 
 def _write_line(line: bytes) -> None:

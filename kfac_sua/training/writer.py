@@ -177,7 +177,7 @@ class RunWriter:
             except Interrupted:
                 raise
             except KeyboardInterrupt as interrupt:
-                raise self._interrupted(self._signal_number) from interrupt
+                raise self._interrupted(self._stop.signal_number or signal.SIGINT) from interrupt
             finally:
                 self.progress.close()
 
@@ -245,11 +245,6 @@ class RunWriter:
             print(summary_line(self.directory, self._info), flush=True)
 
     # --- private ----------------------------------------------------------------------------------------------------
-
-    @property
-    def _signal_number(self) -> int:
-        """The signal that has come, SIGINT if none has."""
-        return self._stop.signal_number or signal.SIGINT
 
     def _request(self) -> int:
         """Return 0 to go on, ``_SAVE`` to save, or ``_SAVE`` plus the number of a signal to save and stop."""
