@@ -55,7 +55,7 @@ class Cell:
     def name(self) -> str:
         """What progress and errors call it, such as ``grid vgg11/sua lr=0.03 damping=0.1 seed=0``."""
         config = self.config
-        damping = _damping(config)
+        damping = config.preconditioner.damping if isinstance(config.preconditioner, KroneckerConfig) else None
         shown = "" if damping is None else f" damping={damping:g}"
         return f"{self.stage} {self.panel}/{self.method} lr={config.optimizer.lr:g}{shown} seed={config.seed}"
 
@@ -144,7 +144,7 @@ def read_state(cell: Cell) -> CellState:
 def sound_records(cell: Cell) -> list[EpochRecord]:
     """Return the epochs of a run, for display: none if there are none or they are damaged."""
     try:
-        return _records(cell)
+        return read_records(cell.directory.metrics) if cell.directory.metrics.exists() else []
     except RecordError:  # ``read_state`` says so
         return []
 
@@ -181,10 +181,6 @@ def run_log(directory: RunDirectory) -> Path:
     return directory.path / "log.txt"
 
 
-def _records(cell: Cell) -> list[EpochRecord]:
-    return read_records(cell.directory.metrics) if cell.directory.metrics.exists() else []
-
-
 @functools.cache
 def _composed(base: tuple[str, ...]) -> Config:
     """Compose once per curve, as Hydra takes a tenth of a second and the cells of a grid differ in two numbers."""
@@ -200,7 +196,3 @@ def _set_damping(config: Config, damping: float | None) -> None:
         )
     if isinstance(preconditioner, KroneckerConfig) and damping is not None:
         preconditioner.damping = damping
-
-
-def _damping(config: Config) -> float | None:
-    return config.preconditioner.damping if isinstance(config.preconditioner, KroneckerConfig) else None

@@ -65,7 +65,13 @@ def conduct(plan: Plan, rule: Rule, engine: Engine, first: Mapping[StageKey, Fir
         grids, choices = settled(plan, rule)
     grid_cells = plan.all_grid_cells(grids)
     for choice in choices:
-        print(_choice_line(choice), flush=True)
+        damping = "" if choice.damping is None else f", damping {choice.damping:g}"
+        edges = f"; {' and '.join(choice.edges)}" if choice.edges else ""
+        print(
+            f"chosen for {choice.panel}/{choice.method}: lr {choice.lr:g}{damping} of {choice.num_cells} cells"
+            f" (train loss {choice.train_loss:.3f}, best val error {choice.val_error:.1%}){edges}",
+            flush=True,
+        )
     chosen = {(choice.panel, choice.method): (choice.lr, choice.damping) for choice in choices}
     final_cells = plan.final_cells(chosen)
     _run(f"{plan.campaign.name} final runs", final_cells, engine, first, is_final=True, like=grid_cells)
@@ -128,7 +134,9 @@ def _run(
 
     def end(cell: Cell, reason: str | None) -> None:
         if reason is None:
-            reason = _why_not_ended(cell)
+            state = read_state(cell)
+            if not state.has_ended:  # although its process came to an end; it would be tried for ever
+                reason = state.failure or f"{cell.directory.info} does not say how the run ended."
         else:
             mark_failed(cell, reason)
         progress.end(cell, reason)
@@ -144,12 +152,6 @@ def _run(
         raise CampaignError(_failure_sentence(failures, len(waiting), len(waiting) - len(ended)))
 
 
-def _why_not_ended(cell: Cell) -> str | None:
-    """Return why a run has not ended although its process came to an end; otherwise it would be tried for ever."""
-    state = read_state(cell)
-    return None if state.has_ended else state.failure or f"{cell.directory.info} does not say how the run ended."
-
-
 def _failure_sentence(failures: Mapping[str, str], num_runs: int, num_left: int) -> str:
     """Name every run that failed, with the reasons of the first few, and the number of runs not begun."""
     reasons = [f"{name}: {reason}" for name, reason in list(failures.items())[:MAX_REASONS]]
@@ -159,12 +161,3 @@ def _failure_sentence(failures: Mapping[str, str], num_runs: int, num_left: int)
     if num_left:
         return f"{failed} {num_left} were not begun. The same command tries the former again and begins the latter."
     return f"{failed} The same command tries these again, and no other."
-
-
-def _choice_line(choice: Choice) -> str:
-    damping = "" if choice.damping is None else f", damping {choice.damping:g}"
-    edges = f"; {' and '.join(choice.edges)}" if choice.edges else ""
-    return (
-        f"chosen for {choice.panel}/{choice.method}: lr {choice.lr:g}{damping} of {choice.num_cells} cells"
-        f" (train loss {choice.train_loss:.3f}, best val error {choice.val_error:.1%}){edges}"
-    )

@@ -34,16 +34,13 @@ def describe(plan: Plan, rule: Rule, engine: Engine, forecast: Forecast) -> str:
 
 
 def _line(cell: Cell, state: CellState, estimator: Estimator) -> str:
-    left = "" if state.has_ended else f", {shown_seconds(estimator.seconds(cell, state))}"
-    return f"  {cell.name}: {_status(cell, state)}{left}"
-
-
-def _status(cell: Cell, state: CellState) -> str:
     if state.has_ended:
-        return state.status
+        return f"  {cell.name}: {state.status}"
     if state.failure is not None:
-        return f"failed: {state.failure.rstrip('.')}, will be retried"
-    return f"epoch {state.epochs} of {cell.config.epochs} done" if state.epochs else "to do"
+        status = f"failed: {state.failure.rstrip('.')}, will be retried"
+    else:
+        status = f"epoch {state.epochs} of {cell.config.epochs} done" if state.epochs else "to do"
+    return f"  {cell.name}: {status}, {shown_seconds(estimator.seconds(cell, state))}"
 
 
 def _sum(title: str, states: CellStates, seconds: float | None, how: str) -> str:

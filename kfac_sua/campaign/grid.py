@@ -47,7 +47,11 @@ class Grid:
         """
         axes = {LR: self.lr, DAMPING: self.damping}
         for (key, is_highest), _ in self._edges(lr, damping):
-            axes[key] = _extended(axes[key] or (), is_highest)
+            values = axes[key] or ()
+            if is_highest:
+                axes[key] = (*values, _next(values[-1], values[-1] / values[-2], values))
+            else:
+                axes[key] = (_next(values[0], values[0] / values[1], values), *values)
         return Grid(axes[LR] or (), axes[DAMPING])
 
     def most_grown(self, steps: int) -> int:
@@ -93,12 +97,6 @@ def _values(sweep: str, text: object) -> tuple[float, ...]:
     except ValueError as error:
         raise ConfigError(f"sweep={sweep} must hold numbers separated by commas, got '{text}'.") from error
     return tuple(sorted(values))
-
-
-def _extended(values: tuple[float, ...], is_highest: bool) -> tuple[float, ...]:
-    if is_highest:
-        return (*values, _next(values[-1], values[-1] / values[-2], values))
-    return (_next(values[0], values[0] / values[1], values), *values)
 
 
 def _next(value: float, ratio: float, values: tuple[float, ...]) -> float:

@@ -116,15 +116,12 @@ class Plan:
     def _overrides(self, key: CurveKey, stage: Stage) -> Sequence[str]:
         by_stage = [*self.scale.run, *(self.scale.grid if stage is Stage.grid else [])]
         output_dir = f"output_dir={quoted(str(self.root / stage))}"
-        return _last_of_each([*self.curves()[key].overrides, *by_stage, *self.overrides, output_dir, "progress=lines"])
+        overrides = [*self.curves()[key].overrides, *by_stage, *self.overrides, output_dir, "progress=lines"]
+        # The last value of each key, at the place of its first, as Hydra would read them.
+        return list({override.partition("=")[0]: override for override in overrides}.values())
 
     def _sweep(self, curve: Curve) -> str:
         if curve.tuning not in self.scale.sweeps:
             known = ", ".join(self.scale.sweeps)
             raise ConfigError(f"{curve.method} is tuned over '{curve.tuning}', but this scale has grids for {known}.")
         return self.scale.sweeps[curve.tuning]
-
-
-def _last_of_each(overrides: Sequence[str]) -> list[str]:
-    """Return the overrides with the last value of each key, at the place of its first, as Hydra would read them."""
-    return list({override.partition("=")[0]: override for override in overrides}.values())

@@ -59,7 +59,9 @@ def run_all(
         while waiting or any(worker.cell for worker in workers):
             while waiting and len(busy := [worker for worker in workers if worker.cell is not None]) < jobs:
                 gpu = least_busy(gpus, [worker.gpu for worker in busy])
-                _give(_idle(workers, gpu), waiting.pop(0), make_task)
+                worker = _idle(workers, gpu)
+                worker.cell = waiting.pop(0)
+                worker.connection.send(make_task(worker.cell))
             busy = [worker for worker in workers if worker.cell is not None]
             ready = wait([worker.connection for worker in busy], timeout=POLL_PERIOD_S)
             for worker in busy:
@@ -90,11 +92,6 @@ def _idle(workers: list[_Worker], gpu: str | None) -> _Worker:
     process, connection = start(work, visible_alone(gpu))
     workers.append(_Worker(process, connection, gpu))
     return workers[-1]
-
-
-def _give(worker: _Worker, cell: "Cell", make_task: "Callable[[Cell], Task]") -> None:
-    worker.cell = cell
-    worker.connection.send(make_task(cell))
 
 
 def _receive(worker: _Worker) -> "tuple[Cell, str | None]":

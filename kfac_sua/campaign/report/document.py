@@ -87,7 +87,9 @@ def write_report(report: ReportInput, out_dir: Path) -> tuple[Path, Path]:
         OSError: If a figure cannot be read or a file not be written.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
-    addresses = {caption: _address(path, out_dir) for caption, path in report.figures.items()}
+    addresses = {
+        caption: quote(Path(os.path.relpath(path, out_dir)).as_posix()) for caption, path in report.figures.items()
+    }
     text = _document(report, addresses)
     files = {addresses[caption]: path for caption, path in report.figures.items()}
     page = render_html(text, report.campaign.title, files)
@@ -138,8 +140,3 @@ def _opening(report: ReportInput) -> list[str]:
     warnings = [dirty_warning(report.infos), timing_warning(report.final_infos)]
     shared = shared_paragraph(report.campaign, report.finals)
     return [about, shared, f"Verdicts: {summary}" if summary else "", problems, *warnings]
-
-
-def _address(path: Path, out_dir: Path) -> str:
-    """Return the address of a file from a document in a directory."""
-    return quote(Path(os.path.relpath(path, out_dir)).as_posix())

@@ -61,17 +61,19 @@ def difference_section(campaign: Campaign, finals: pd.DataFrame, infos: Sequence
             continue
         stated = {curve: setting.stated(campaign.figure, curve[0]) for curve in here}
         others = {curve: value for curve, value in here.items() if _differs(stated[curve], value)}
-        row = [escape(setting.name), _grouped(campaign, curves, stated), _grouped(campaign, curves, here)]
+        row = [escape(setting.name), _grouped(campaign, stated), _grouped(campaign, here)]
         if others:
             theirs = {curve: stated[curve] for curve in others}
             departures.append(
-                f"{escape(setting.name)} {_grouped(campaign, curves, others)} instead of"
-                f" {_grouped(campaign, curves, theirs)}{_whose(campaign, others, here)}"
+                f"{escape(setting.name)} {_grouped(campaign, others)} instead of"
+                f" {_grouped(campaign, theirs)}{_whose(campaign, others, here)}"
             )
         is_open = not any(stated.values())
         open_choices += [escape(setting.name)] if is_open else []
         rows.append([*row, "–" if is_open else "**no**" if others else "yes"])
-    rows.append(["seeds per method", "not stated", _seed_text(finals), "–"])
+    seeds = sorted({int(seed) for seed in finals["seed"]})
+    seeds_here = f"{len(seeds)} ({', '.join(map(str, seeds))})" if seeds else "none"
+    rows.append(["seeds per method", "not stated", seeds_here, "–"])
     columns = [("Setting", "left"), ("Paper", "left"), ("Here", "left"), ("As in the paper", "center")]
     return join(
         [
@@ -182,7 +184,7 @@ def _paragraph(departures: Sequence[str], open_choices: Sequence[str]) -> str:
     )
 
 
-def _grouped(campaign: Campaign, curves: Mapping[Curve, RunInfo], values: Mapping[Curve, str | None]) -> str:
+def _grouped(campaign: Campaign, values: Mapping[Curve, str | None]) -> str:
     """Return the distinct values: the most common first, and after each of the others the curves that have it."""
     groups: dict[str, list[Curve]] = {}
     for curve, value in values.items():
@@ -212,11 +214,6 @@ def _names(campaign: Campaign, members: Sequence[Curve], every: Mapping[Curve, A
     return "; ".join(f"{titles[panel]}: {method_label(campaign, method)}" for panel, method in members)
 
 
-def _seed_text(finals: pd.DataFrame) -> str:
-    seeds = sorted({int(seed) for seed in finals["seed"]})
-    return f"{len(seeds)} ({', '.join(map(str, seeds))})" if seeds else "none"
-
-
 def _value(config: Config, key: str) -> Any:
     """Return the value of a dotted key; None where the configuration has no such key."""
     node: Any = config
@@ -239,17 +236,14 @@ def _from(key: str) -> Callable[[RunInfo], str | None]:
     return here
 
 
-def _available_images(info: RunInfo) -> int | None:
-    size = SIZES.get(str(_value(info.config, "dataset.name")))
-    held_out = _value(info.config, "dataset.validation_size")
-    return None if size is None or held_out is None else size.train - int(held_out)
-
-
 def training_images(info: RunInfo) -> str | None:
     """Return how many of the images that are not held out a run trains on."""
-    available, used = _available_images(info), _value(info.config, "dataset.train_size")
-    if available is None:
+    size = SIZES.get(str(_value(info.config, "dataset.name")))
+    held_out = _value(info.config, "dataset.validation_size")
+    used = _value(info.config, "dataset.train_size")
+    if size is None or held_out is None:
         return None if used is None else f"{used:,}"
+    available = size.train - int(held_out)
     return f"all {available:,}" if used in (None, available) else f"{used:,} of {available:,}"
 
 

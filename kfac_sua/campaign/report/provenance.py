@@ -37,9 +37,10 @@ def environment_section(
     period = f"{_minute(min(starts, key=datetime.fromisoformat))} to " + (
         _minute(max(ends, key=datetime.fromisoformat)) if ends else "no end recorded"
     )
+    machines = Counter(escape(" and then ".join(info.machines)) or _NOT_RECORDED for info in infos)
     items = [
         f"Hardware: {_with_counts(hardware)}",
-        *_machines_item(infos),
+        *([f"Machines: {_with_counts(machines)}"] if len(machines) > 1 else []),
         f"Precision of convolutions and products: {_with_counts(Counter(escape(info.precision) for info in infos))}",
         f"Versions: {', '.join(versions)}",
         f"Commit of the runs: {_with_counts(Counter(_commit(info.commit) for info in infos))}",
@@ -127,12 +128,6 @@ def _scale_items(campaign: Campaign, scale: Scale, by_user: Sequence[str]) -> li
         *(f"grid of {listed([*map(code, names)])}: {code(f'sweep={sweep}')}" for sweep, names in methods.items()),
         f"growth of a grid beyond an edge: at most {count(scale.growth_steps, 'step')}",
     ]
-
-
-def _machines_item(infos: Sequence[RunInfo]) -> list[str]:
-    """Return the machines of the runs, if there are several."""
-    machines = Counter(escape(" and then ".join(info.machines)) or _NOT_RECORDED for info in infos)
-    return [f"Machines: {_with_counts(machines)}"] if len(machines) > 1 else []
 
 
 def _with_counts(texts: "Counter[str]") -> str:
