@@ -146,19 +146,29 @@ def _draw(figure: "Figure", methods: list[Method], styles: Mapping[str, MethodSt
     loss_axes, error_axes = figure.subplots(1, 2)
     losses = method_lines(methods, [method.loss for method in methods], styles)
     artists = _draw_loss_panel(loss_axes, losses)
-    _draw_error_panel(error_axes, method_lines(methods, [method.val_error for method in methods], styles))
-    draw_legend(figure, artists, _labels(methods, styles), seeds_title(methods))
+    lines = method_lines(methods, [method.val_error for method in methods], styles)
+    draw_lines(error_axes, lines)
+    limit_errors(error_axes, lines)
+    error_axes.set(xlabel="Training time (s)", ylabel="Validation error (%)")
+    draw_crosses(error_axes, lines)
+    labels = [styles[method.name].label for method in methods]
+    if not have_all_finished(methods):
+        labels = [f"{label} ({counts_text(method.counts)})" for label, method in zip(labels, methods, strict=True)]
+    draw_legend(figure, artists, labels, seeds_title(methods))
 
 
 def _draw_loss_panel(axes: "Axes", lines: list[Line]) -> "list[Line2D]":
     """Draw the left panel; a logarithmic axis, where the losses span a decade, tells small ones apart."""
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     artists = draw_lines(axes, lines)
     low, high, _ = extent(lines)
     if low > 0 and high > 10 * low:
         axes.set_yscale("log")
-        _label_logarithmic(axes, high / low)
+        # Plain numbers at 1, 2 and 5 times the powers of ten, or at these alone if there are many.
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         margin = (high / low) ** 0.04
         axes.set_ylim(low / margin, high * margin)
     else:
@@ -167,31 +177,6 @@ def _draw_loss_panel(axes: "Axes", lines: list[Line]) -> "list[Line2D]":
     axes.set(xlabel="Epoch", ylabel="Training loss (nats)")
     draw_crosses(axes, lines)
     return artists
-
-
-def _label_logarithmic(axes: "Axes", ratio: float) -> None:
-    """Write plain numbers at 1, 2 and 5 times the powers of ten, or at these alone if there are many."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if ratio < 300 else (1,)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _draw_error_panel(axes: "Axes", lines: list[Line]) -> None:
-    """Draw the right panel."""
-    draw_lines(axes, lines)
-    limit_errors(axes, lines)
-    axes.set(xlabel="Training time (s)", ylabel="Validation error (%)")
-    draw_crosses(axes, lines)
-
-
-def _labels(methods: list[Method], styles: Mapping[str, MethodStyle]) -> list[str]:
-    """Return the label of each method, with the outcomes of its runs if not all are the same."""
-    labels = [styles[method.name].label for method in methods]
-    if have_all_finished(methods):
-        return labels
-    return [f"{label} ({counts_text(method.counts)})" for label, method in zip(labels, methods, strict=True)]
 
 
 if __name__ == "__main__":

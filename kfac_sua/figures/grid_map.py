@@ -33,7 +33,6 @@ def draw_grid_map(
     out_dir: Path,
     styles: Mapping[str, MethodStyle] = METHODS,
     chosen: Mapping[tuple[str, str], str] | None = None,
-    name: str = "grid",
     title: str | None = None,
     panels: Sequence[tuple[str, str]] = (),
 ) -> list[Path]:
@@ -47,7 +46,6 @@ def draw_grid_map(
         out_dir: Directory of the files, made if missing.
         styles: Labels by method, in the order of the maps.
         chosen: From panel and method to the fingerprint of the chosen cell.
-        name: File name without ending.
         title: Line above everything.
         panels: Names and titles of the panels, in order; empty draws all under their names.
 
@@ -83,7 +81,7 @@ def draw_grid_map(
             _draw_map(figure, page, place, maps[place.panel][place.index], norms[place.panel, place.quantity])
         _draw_key(figure, key)
 
-    return write_figure(draw, cells, out_dir, name, (page.width, page.height), title, is_placed=True)
+    return write_figure(draw, cells, out_dir, "grid", (page.width, page.height), title, is_placed=True)
 
 
 def _cells(

@@ -3,7 +3,6 @@
 Solid lines are the whole overhead, thin dashed ones the application alone, which no process takes from another.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,7 @@ import pandas as pd
 from kfac_sua.figures.files import PAGE_WIDTH, write_figure
 from kfac_sua.figures.lines import draw_legend
 from kfac_sua.figures.panels import method_names
-from kfac_sua.methods import METHODS, MethodStyle
+from kfac_sua.methods import METHODS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,14 +21,13 @@ _MODELS = {"vgg11": "VGG11", "preact_resnet50": "PreAct-ResNet50"}
 _DASHED = (0, (4, 1.5))
 
 
-def draw_scaling_out(frame: pd.DataFrame, out_dir: Path, limit: float, name: str = "study") -> list[Path]:
+def draw_scaling_out(frame: pd.DataFrame, out_dir: Path, limit: float) -> list[Path]:
     """Draw overheads on logarithmic axes.
 
     Args:
         frame: A row per model, scaling, method and number of processes, as in study.csv.
         out_dir: Directory of the files, made if missing.
         limit: Overhead to draw a line at, a share of SGD's mini-batch.
-        name: File name without ending.
 
     Returns:
         Paths of the PNG, the SVG and the CSV (the table).
@@ -49,9 +47,9 @@ def draw_scaling_out(frame: pd.DataFrame, out_dir: Path, limit: float, name: str
             axes.set_title(_title(rows, model, scaling), loc="left", fontsize=8.5)
             axes.set_xlabel("GPUs" if position >= len(panels) - 2 else "")
             axes.set_ylabel("Overhead over SGD (%)" if position % 2 == 0 else "")
-        _draw_legend(figure, names, METHODS, limit)
+        _draw_legend(figure, names, limit)
 
-    return write_figure(draw, frame, out_dir, name, (PAGE_WIDTH, 1.0 + 2.5 * num_rows))
+    return write_figure(draw, frame, out_dir, "study", (PAGE_WIDTH, 1.0 + 2.5 * num_rows))
 
 
 def _title(rows: pd.DataFrame, model: str, scaling: str) -> str:
@@ -80,11 +78,11 @@ def _draw_panel(axes: "Axes", rows: pd.DataFrame, names: list[str], limit: float
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def _draw_legend(figure: "Figure", names: list[str], styles: Mapping[str, MethodStyle], limit: float) -> None:
+def _draw_legend(figure: "Figure", names: list[str], limit: float) -> None:
     from matplotlib.lines import Line2D
 
-    lines = [Line2D([], [], color=styles[name].color, marker=styles[name].marker) for name in names]
-    labels = [styles[name].label for name in names]
+    lines = [Line2D([], [], color=METHODS[name].color, marker=METHODS[name].marker) for name in names]
+    labels = [METHODS[name].label for name in names]
     lines.append(Line2D([], [], color="#555555", linestyle=_DASHED, linewidth=0.8))
     lines.append(Line2D([], [], color="#555555", linestyle=(0, (1, 1.5)), linewidth=0.8))
     draw_legend(figure, lines, [*labels, "Application alone", f"{100 * limit:g} %"], "Arithmetic, not a measurement")

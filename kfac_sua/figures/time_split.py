@@ -70,7 +70,7 @@ def draw_time_split(
     frame = frame[frame["panel"].isin(list(titles))]
     require_one_precision(frame)
     numbers = _seconds_per_epoch(frame, names, list(titles))
-    counts = [len(_methods(numbers, panel)) for panel in titles]
+    counts = [numbers.loc[numbers["panel"] == panel, "method"].nunique() for panel in titles]
     height = row_height(names, styles, least=0.3)
     size = (PAGE_WIDTH, 0.75 + 0.4 * bool(title) + sum(0.4 + height * count for count in counts))
 
@@ -110,11 +110,6 @@ def _mean_split(runs: pd.DataFrame) -> tuple[dict[str, float], int]:
     total = float((last["train_time_s"] / last["epoch"]).mean())
     other = total - sum(split.values())
     return split | {"other": other if other > _NEGLIGIBLE * total else 0.0, "total": total}, len(last)
-
-
-def _methods(numbers: pd.DataFrame, panel: str) -> list[str]:
-    """Return the methods of a panel in the order of the bars."""
-    return list(dict.fromkeys(numbers.loc[numbers["panel"] == panel, "method"]))
 
 
 def _draw_bars(axes: "Axes", numbers: pd.DataFrame, styles: Mapping[str, MethodStyle]) -> None:

@@ -28,7 +28,6 @@ def draw_time_to_target(
     table: pd.DataFrame,
     out_dir: Path,
     styles: Mapping[str, MethodStyle] = METHODS,
-    name: str = "time_to_target",
     title: str | None = None,
     panels: Sequence[tuple[str, str]] = (),
 ) -> list[Path]:
@@ -41,7 +40,6 @@ def draw_time_to_target(
         table: Result of ``campaign.targets.target_table``.
         out_dir: Directory of the files, made if missing.
         styles: Looks by method, in the order of the bars.
-        name: File name without ending.
         title: Line above the panels.
         panels: Names and titles of the panels, in order; empty draws all under their names. One without targets, as its
             baseline did not finish, is left out.
@@ -83,7 +81,7 @@ def draw_time_to_target(
         for axes, label in zip(grid[-1], UNITS.values(), strict=True):
             axes.set_xlabel(label)
 
-    return write_figure(draw, numbers, out_dir, name, size, title, cautions=seconds_cautions(shown))
+    return write_figure(draw, numbers, out_dir, "time_to_target", size, title, cautions=seconds_cautions(shown))
 
 
 def _heading(panel: str, target: str, value: float) -> str:

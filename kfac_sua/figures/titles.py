@@ -4,6 +4,8 @@ from typing import Any
 
 import pandas as pd
 
+from kfac_sua.markdown import listed
+
 # Names of the configuration as the literature writes them; any other is written as it is.
 _WRITTEN = {
     **{"vgg11": "VGG11", "preact_resnet50": "PreAct-ResNet50"},
@@ -48,7 +50,7 @@ def _networks(rows: pd.DataFrame) -> str:
     """Return the networks, each with its width unless that is the published one."""
     columns = ["model", *(["width"] if "width" in rows else [])]
     kinds = rows[columns].drop_duplicates().to_dict("records")
-    return _listed([_name(kind["model"]) + _width(kind.get("width", 1.0)) for kind in kinds])
+    return listed([_name(kind["model"]) + _width(kind.get("width", 1.0)) for kind in kinds])
 
 
 def _width(width: float) -> str:
@@ -56,12 +58,8 @@ def _width(width: float) -> str:
 
 
 def _written(rows: pd.DataFrame, column: str) -> str:
-    return _listed([_name(value) for value in rows[column].unique()]) if column in rows else ""
+    return listed([_name(value) for value in rows[column].unique()]) if column in rows else ""
 
 
 def _name(value: Any) -> str:
     return _WRITTEN.get(str(value), str(value))
-
-
-def _listed(items: list[str]) -> str:
-    return " and ".join(filter(None, [", ".join(items[:-1]), items[-1]]))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from kfac_sua.markdown import listed
 from kfac_sua.runs.run_info import ENDED, RunInfo
 from kfac_sua.runs.summary import APART
 
@@ -43,9 +44,9 @@ class Circumstance:
             is_first: Whether this is the first phrase of the sentence; only the first one has the unit.
         """
         if self.unit is None:
-            what = _listed(values) if len(values) <= _MAX_NAMED else f"{len(values)} {self.plural}"
+            what = listed(values) if len(values) <= _MAX_NAMED else f"{len(values)} {self.plural}"
         else:
-            what = _listed(values) + (f" {self.unit[list(values) != ['1']]}" if is_first else "")
+            what = listed(values) + (f" {self.unit[list(values) != ['1']]}" if is_first else "")
         return f"{self.preposition} {what}"
 
 
@@ -108,7 +109,7 @@ def seconds_cautions(frame: pd.DataFrame) -> list[str]:
         for difference in _differences(rows):
             groups_by_difference.setdefault(difference, []).append(group)
     return [
-        f"Seconds{'' if len(found) == len(groups) else f' of {_listed(found)}'} {verdict}: {who}."
+        f"Seconds{'' if len(found) == len(groups) else f' of {listed(found)}'} {verdict}: {who}."
         for (verdict, who), found in groups_by_difference.items()
     ]
 
@@ -131,7 +132,7 @@ def _who(circumstance: Circumstance, column: "pd.Series[Any]", methods: "pd.Seri
         if values := tuple(_values(cells)):
             by_values.setdefault(values, []).append(str(method))
     parts = [
-        f"{_listed(names)} {'' if index else 'ran '}{circumstance.phrase(values, is_first=not index)}"
+        f"{listed(names)} {'' if index else 'ran '}{circumstance.phrase(values, is_first=not index)}"
         for index, (values, names) in enumerate(by_values.items())
     ]
     return (", " if max(map(len, by_values.values())) == 1 else "; ").join(parts)
@@ -153,7 +154,3 @@ def _values(column: "pd.Series[Any]") -> list[str]:
 
 def _text(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _listed(items: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(items[:-1]), items[-1]]))
