@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from kfac_sua.bench.against import changes, circumstances, refuse_other_capture, refuse_other_conditions
-from kfac_sua.bench.arithmetic import FLOAT64, NAMES, Arithmetic
+from kfac_sua.bench.arithmetic import FLOAT64, NAMES
 from kfac_sua.bench.contender import STEPS_TOGETHER
 from kfac_sua.bench.measure import Plan, carry_out
-from kfac_sua.bench.record import Arguments, BenchRecord, read_record, write_record
+from kfac_sua.bench.record import Arguments, read_record, write_record
 from kfac_sua.bench.settings import (
     DEFAULT_SETTINGS,
     PERIOD_KEY,
@@ -87,11 +87,21 @@ def _carry_out(options: argparse.Namespace) -> int:
     record = carry_out(plan)
     if options.json:
         write_record(options.json, record)
-    print("\n\n".join(_tables(record, plan.arithmetic)))
+    tables = [costs_table(record), split_table(record.costs), memory_table(record.costs)]
+    tables += [operations_table(record.costs), rates_table(record.rates)]
+    if record.steps:
+        tables.append(steps_table(record.steps, record.rates, plan.arithmetic))
+    if record.layers:
+        tables.append(layers_table(record.layers, record.rates, plan.arithmetic))
+    print("\n\n".join(tables))
     if old is None:
         return 0
     refuse_other_capture(options.against, old.costs, {cost.setting: cost.is_captured for cost in record.costs})
-    return _compare(old, record, options.tolerance)
+    changed = changes(old, record)
+    print("\n" + changes_table(changed, options.tolerance))
+    for difference in circumstances(old, record):
+        print(f"note: {difference}")
+    return SLOWER if any(change.relative > options.tolerance for change in changed) else 0
 
 
 def _plan(options: argparse.Namespace) -> Plan:
@@ -150,25 +160,6 @@ def _refuse_exact_fisher(settings: Sequence[Setting]) -> None:
                 f"--layers measures one backward pass per layer, but setting {setting.name} has fisher_type=exact, "
                 "with one per class; leave out --layers, or use empirical or mc."
             )
-
-
-def _tables(record: BenchRecord, arithmetic: Arithmetic) -> list[str]:
-    tables = [costs_table(record), split_table(record.costs), memory_table(record.costs)]
-    tables += [operations_table(record.costs), rates_table(record.rates)]
-    if record.steps:
-        tables.append(steps_table(record.steps, record.rates, arithmetic))
-    if record.layers:
-        tables.append(layers_table(record.layers, record.rates, arithmetic))
-    return tables
-
-
-def _compare(old: BenchRecord, new: BenchRecord, tolerance: float) -> int:
-    """Print what changed, and return the exit code."""
-    changed = changes(old, new)
-    print("\n" + changes_table(changed, tolerance))
-    for difference in circumstances(old, new):
-        print(f"note: {difference}")
-    return SLOWER if any(change.relative > tolerance for change in changed) else 0
 
 
 def _parser() -> argparse.ArgumentParser:

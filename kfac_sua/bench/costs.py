@@ -142,14 +142,12 @@ def _step_cost(repeats: Sequence[Sequence[StepTime]], baseline: Sequence[float])
         seconds=Spread.of(seconds),
         ratio=Spread.of([own / plain_sgd for own, plain_sgd in zip(seconds, baseline, strict=True)]),
         split={
-            phase: statistics.median(_median_part(times, phase) for times in repeats)
+            phase: statistics.median(
+                statistics.median(time.split.get(phase, 0.0) for time in times) for times in repeats
+            )
             for phase in ((*PHASES, CAPTURED) if has_replays else PHASES)
         },
     )
-
-
-def _median_part(times: Sequence[StepTime], phase: str) -> float:
-    return statistics.median(time.split.get(phase, 0.0) for time in times)
 
 
 def _median_seconds(times: Sequence[StepTime]) -> float:

@@ -10,6 +10,7 @@ that run. The profiler's tables hold only net bytes per operator, so the events 
 """
 
 import gc
+import itertools
 import json
 import os
 import tempfile
@@ -58,13 +59,5 @@ def _peak_on_cpu(work: Callable[[], object]) -> int:
     changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]"]
     if not changes:
         raise RuntimeError(f"torch.profiler of PyTorch {torch.__version__} reports no memory events on the CPU.")
-    return _peak([change for _, change in sorted(changes, key=lambda event: event[0])])
-
-
-def _peak(changes: list[int]) -> int:
-    """Return the largest running sum of changes in bytes."""
-    live = peak = 0
-    for change in changes:
-        live += change
-        peak = max(peak, live)
-    return peak
+    in_order = (change for _, change in sorted(changes, key=lambda event: event[0]))
+    return max(itertools.accumulate(in_order, initial=0))  # the largest running sum

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kfac_sua.bench.contender import Contender
@@ -73,11 +72,9 @@ def waits_for_device(name: str, args: Sequence[Any]) -> bool:
         name: Its name, without ``aten::``.
         args: Its arguments.
     """
-    return name in WAITS or (name == "index" and _selects_by_mask(args[1]))
-
-
-def _selects_by_mask(indices: Sequence[Tensor | None]) -> bool:
-    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
+    if name == "index":  # by a mask, which selects as many entries as it has ones
+        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    return name in WAITS
 
 
 def count_operations(contender: Contender) -> dict[str, Operations]:

@@ -22,6 +22,7 @@ CHOLESKY_WIDTHS = (1024, 2304)
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 LEAST_SECONDS = 0.05
 """Least seconds of a measurement. Shorter calls are repeated, so that clock and launch matter little."""
+_CALLS = 5  # measurements per rate, of which the median counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +42,12 @@ class Rate:
     gflop_per_s: float
 
 
-def measure_rates(arithmetic: Arithmetic, announcer: Announcer, calls: int = 5) -> list[Rate]:
+def measure_rates(arithmetic: Arithmetic, announcer: Announcer) -> list[Rate]:
     """Measure the rates that bound a step from below.
 
     Args:
         arithmetic: The number formats, and where to compute.
         announcer: Told of every rate.
-        calls: Measurements per rate, of which the median counts.
 
     Returns:
         The rates of matrix products in every number format of a step, then those of Cholesky inverses.
@@ -61,12 +61,12 @@ def measure_rates(arithmetic: Arithmetic, announcer: Announcer, calls: int = 5) 
             work = gemm_in_parts(shape, device) if in_parts else gemm(shape, DTYPES[kind], device)
             flops = (3 if in_parts else 1) * 2 * math.prod(shape)
             with computing_in(Precision.tf32 if kind == "tf32" else Precision.float32, device):
-                rates.append(_rate("gemm", kind, shape, work, flops, device, calls))
+                rates.append(_rate("gemm", kind, shape, work, flops, device))
     for width in CHOLESKY_WIDTHS:
         announcer.show("machine rates", f"Cholesky inverse of width {width}")
         work = _cholesky_inverse(width, DTYPES[of_factors], device)
         with computing_in(Precision.float32, device):
-            rates.append(_rate("cholesky_inverse", of_factors, (width,), work, width**3, device, calls))
+            rates.append(_rate("cholesky_inverse", of_factors, (width,), work, width**3, device))
     return rates
 
 
@@ -82,9 +82,8 @@ def _rate(
     work: Callable[[], object],
     flops: int,
     device: torch.device,
-    calls: int,
 ) -> Rate:
-    seconds = statistics.median(seconds_per_call(work, device, calls))
+    seconds = statistics.median(seconds_per_call(work, device, _CALLS))
     return Rate(operation, dtype, list(shape), flops / seconds / 1e9)
 
 

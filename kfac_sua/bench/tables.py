@@ -8,7 +8,6 @@ from kfac_sua.bench.compiled import COMPILED
 from kfac_sua.bench.contender import CAPTURED, PHASES
 from kfac_sua.bench.costs import Spread, StepCost
 from kfac_sua.bench.layers import LayerWork, StepWork, Work
-from kfac_sua.bench.operations import Operations
 from kfac_sua.bench.rates import Rate, best_gemm_rate
 from kfac_sua.bench.record import Arguments, BenchRecord, Cost
 from kfac_sua.bench.step_kinds import StepKind
@@ -60,9 +59,10 @@ def operations_table(costs: Sequence[Cost]) -> str:
     """Return the operations of eager steps, and those beyond plain SGD's."""
     plain_sgd = costs[0].operations.get(StepKind.plain.value)
     rows = [
-        [cost.setting, kind, str(own.launches), str(own.views), _more(own.launches, plain_sgd), str(own.waits)]
+        [cost.setting, kind, str(own.launches), str(own.views), beyond, str(own.waits)]
         for cost in costs
         for kind, own in cost.operations.items()
+        for beyond in [NOTHING if plain_sgd is None else str(own.launches - plain_sgd.launches)]
     ]
     title = "Operations of an eager step: each on numbers is a launch on a GPU, views take the host's time"
     return table(title, ["setting", "step", "launches", "views", "beyond SGD", "waits"], rows)
@@ -127,12 +127,11 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> s
         rows: Cells.
     """
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = ["  ".join([f"{row[0]:<{widths[0]}}", *_right(row[1:], widths[1:])]).rstrip() for row in [header, *rows]]
-    return "\n".join([title, *lines])
-
-
-def _right(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
-    return [f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)]
+    lines = [title]
+    for row in [header, *rows]:
+        others = [f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join([f"{row[0]:<{widths[0]}}", *others]).rstrip())
+    return "\n".join(lines)
 
 
 def _conditions(arguments: Arguments) -> str:
@@ -162,10 +161,6 @@ def _ratio(spread: Spread) -> str:
     """Return the median with the least and the largest, where they differ."""
     text = f"{spread.median:.3f}×"
     return text if spread.low == spread.high else f"{text} ({spread.low:.3f} to {spread.high:.3f})"
-
-
-def _more(launches: int, plain_sgd: Operations | None) -> str:
-    return NOTHING if plain_sgd is None else str(launches - plain_sgd.launches)
 
 
 def _part(seconds: float) -> str:

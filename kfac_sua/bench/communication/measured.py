@@ -178,7 +178,10 @@ class _Rank:
         peak = peak_bytes(lambda: self._step(StepKind.refresh), _CPU)
         return {
             "numbers": {**sent, "kept_bytes": kept_bytes(self._preconditioner), "peak_bytes": peak},
-            **{f"{kind}_s": _medians(of_kind) for kind, of_kind in splits.items()},
+            **{
+                f"{kind}_s": {phase: statistics.median(split[phase] for split in of_kind) for phase in PHASES}
+                for kind, of_kind in splits.items()
+            },
         }
 
     def _step(self, kind: StepKind) -> dict[str, float]:
@@ -222,7 +225,3 @@ class _Watch(Stopwatch):
     def current(self) -> str | None:
         """The phase that time is attributed to."""
         return self._open[-1] if self._open else None
-
-
-def _medians(splits: list[dict[str, float]]) -> dict[str, float]:
-    return {phase: statistics.median(split[phase] for split in splits) for phase in PHASES}

@@ -32,8 +32,8 @@ def describe_study(frame: pd.DataFrame, cluster: Cluster, command: str) -> str:
     blocks.append("![Overhead over SGD against the number of GPUs](study.png)")
     for (model, scaling), rows in frame.groupby(["model", "scaling"], sort=False):
         blocks += [f"## {model}, {_scaling(rows, str(scaling))}", "Overhead over SGD:", _overheads(rows)]
-        blocks += [_where(rows), "Microseconds per mini-batch, averaged over a refresh period:"]
-        blocks.append(_split(rows))
+        blocks.append(bullets([_sentence(rows[rows["method"] == name], name) for name in METHODS]))
+        blocks += ["Microseconds per mini-batch, averaged over a refresh period:", _split(rows)]
     return join(blocks) + "\n"
 
 
@@ -82,10 +82,6 @@ def _overheads(rows: pd.DataFrame) -> str:
 def _marked(overhead: float) -> str:
     """Return an overhead, in bold if it is small."""
     return f"**{percent(overhead)}**" if overhead < MOST_OVERHEAD else percent(overhead)
-
-
-def _where(rows: pd.DataFrame) -> str:
-    return bullets([_sentence(rows[rows["method"] == name], name) for name in METHODS])
 
 
 def _sentence(rows: pd.DataFrame, name: str) -> str:

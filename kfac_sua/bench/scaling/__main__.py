@@ -69,7 +69,10 @@ def _carry_out(options: argparse.Namespace) -> None:
     device = choose_device(options.device)
     if device.type == "cpu":
         torch.set_num_threads(options.threads)
-    machine, commit = _machine(device)
+    found = environment(device.type)
+    versions = {name: found.versions[name] or "unknown" for name in ("torch", "kfac_sua")}
+    machine = Machine(device.type, found.device_name, torch.get_num_threads(), **versions)
+    commit = found.commit or ""
     with exclusive(options.out):
         path = options.out / "scaling.csv"
         known = from_frame(read_table(path), path, machine) if path.exists() else {}
@@ -93,13 +96,6 @@ def _limited(sweep: Sweep, options: argparse.Namespace) -> Sweep:
     if sweep.name == "width":
         sweep = sweep.up_to(options.largest_width)
     return sweep.up_to(_QUICK[sweep.name]) if options.quick else sweep
-
-
-def _machine(device: torch.device) -> tuple[Machine, str]:
-    """Return what is measured on, and the commit."""
-    found = environment(device.type)
-    versions = {name: found.versions[name] or "unknown" for name in ("torch", "kfac_sua")}
-    return Machine(device.type, found.device_name, torch.get_num_threads(), **versions), found.commit or ""
 
 
 def _tell_of_other_commits(known: Mapping[Case, Measurement], commit: str, path: Path) -> None:

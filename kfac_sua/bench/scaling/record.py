@@ -141,7 +141,9 @@ def from_frame(frame: pd.DataFrame, path: Path, machine: Machine) -> dict[Case, 
     for _, rows in frame.groupby(["sweep", *keys], sort=False, dropna=False):
         first = rows.iloc[0]
         _check_machine(first, path, machine)
-        case = _case(first)
+        size = None if pd.isna(first["group_size"]) else int(first["group_size"])
+        layer = Layer(int(first["channels"]), int(first["kernel_size"]), int(first["batch_size"]))
+        case = Case(layer, PreconditionerName(first["method"]), size, InverseMethod(first["inverse_method"]))
         measurements[case] = _measurement(rows, path, case)
     return measurements
 
@@ -179,12 +181,6 @@ def _check_machine(row: "pd.Series[Any]", path: Path, machine: Machine) -> None:
                 f"{path} was measured with {name} {row[name]}, here it is {here}; give another --out, or remove the"
                 " file to measure everything anew."
             )
-
-
-def _case(row: "pd.Series[Any]") -> Case:
-    size = None if pd.isna(row["group_size"]) else int(row["group_size"])
-    layer = Layer(int(row["channels"]), int(row["kernel_size"]), int(row["batch_size"]))
-    return Case(layer, PreconditionerName(row["method"]), size, InverseMethod(row["inverse_method"]))
 
 
 def _measurement(rows: pd.DataFrame, path: Path, case: Case) -> Measurement:

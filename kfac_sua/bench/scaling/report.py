@@ -16,6 +16,10 @@ _LABELS = {
     "grouped": f"{METHODS['grouped'].label} of {GROUP_SIZE}",
     "sua_grouped": f"{METHODS['sua_grouped'].label} of {GROUP_SIZE}",
 }
+_LEGEND = (
+    "Refresh (statistics and inversion) / application. The application is due at every mini-batch, a refresh only"
+    " every 50 (VGG11) or 64 (ResNet50) of them in the paper."
+)
 _PAPER = (
     "The paper counts the inverse only. Sec. 2.1: SUA reduces “the computational requirement of the inverse” from"
     " O((k_w k_h m)³) for K-FAC “to only O(m³) under the SUA approximation, where m is the channel size”, so 6 in k (0"
@@ -35,13 +39,15 @@ def describe_study(frame: pd.DataFrame, exponents: pd.DataFrame) -> str:
     widths = frame[frame["sweep"] == "width"]
     blocks = ["# Cost of refresh and application against the size of a layer", _introduction(frame)]
     if len(widths):
-        blocks += ["## Multiples of the layer's forward and backward", _legend()]
+        blocks += ["## Multiples of the layer's forward and backward", _LEGEND]
         blocks += ["Dense inverses (`inverse_method=cholesky`), what the paper counts:", _multiples(widths, "cholesky")]
         blocks += ["The form of fewer FLOPs (`inverse_method=auto`):", _multiples(widths, "auto")]
     dense = exponents[exponents["inverse_method"] == "cholesky"]
     if len(dense):
         blocks += ["## Exponents of growth with dense inverses", _exponents(dense), _how_to_read(exponents)]
-    left_out = _left_out(frame)
+    keys = ["channels", "kernel_size", "batch_size", "method", "group_size", "inverse_method"]
+    noted = frame[frame["note"] != ""].drop_duplicates(keys)
+    left_out = bullets([_note(row) for _, row in noted.iterrows()])
     return join([*blocks, *(["## Not measured", left_out] if left_out else [])]) + "\n"
 
 
@@ -65,13 +71,6 @@ def _introduction(frame: pd.DataFrame) -> str:
 def _short(commit: str) -> str:
     digest, _, dirty = commit.partition("+")
     return f"{digest[:7]} with uncommitted changes" if dirty else digest[:7]
-
-
-def _legend() -> str:
-    return (
-        "Refresh (statistics and inversion) / application. The application is due at every mini-batch, a refresh only"
-        " every 50 (VGG11) or 64 (ResNet50) of them in the paper."
-    )
 
 
 def _multiples(widths: pd.DataFrame, inverse_method: str) -> str:
@@ -142,12 +141,6 @@ def _fixed(name: str) -> str:
     base = _BASES[name]
     fixed = {"m": base.channels, "k": base.kernel_size, "N": base.batch_size}
     return ", ".join(f"{symbol} = {value}" for symbol, value in fixed.items() if value)
-
-
-def _left_out(frame: pd.DataFrame) -> str:
-    keys = ["channels", "kernel_size", "batch_size", "method", "group_size", "inverse_method"]
-    noted = frame[frame["note"] != ""].drop_duplicates(keys)
-    return bullets([_note(row) for _, row in noted.iterrows()])
 
 
 def _note(row: "pd.Series[Any]") -> str:

@@ -68,13 +68,13 @@ def measure_missing(
 
 def _measure(layer: Layer, cases: Sequence[Case], settings: StudySettings) -> dict[Case, Measurement]:
     """Measure the cases of one layer that fit into memory; the others get a note on what they need."""
-    excluded = {case: _left_out(case) for case in cases if case.needed_gib() > settings.memory_limit_gib}
+    excluded = {
+        case: Measurement({}, repeats=0, note=f"not measured: needs {case.needed_gib():.3g} GiB")
+        for case in cases
+        if case.needed_gib() > settings.memory_limit_gib
+    }
     fitting = [case for case in cases if case not in excluded]
     measured = measure_layer(layer, fitting, settings.device, settings.repeats) if fitting else {}
     if settings.device.type == "cuda":
         torch.cuda.empty_cache()  # the next layer has other sizes
     return excluded | {case: replace(result, commit=settings.commit) for case, result in measured.items()}
-
-
-def _left_out(case: Case) -> Measurement:
-    return Measurement({}, repeats=0, note=f"not measured: needs {case.needed_gib():.3g} GiB")
