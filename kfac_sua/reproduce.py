@@ -152,13 +152,10 @@ def _resources(options: argparse.Namespace) -> tuple[str, list[str], Launcher | 
     if options.launcher == SLURM:  # this machine knows nothing about its machines
         launcher = load_launcher(SLURM, of_launcher, options.jobs)
     else:
-        launcher = load_launcher(options.launcher, of_launcher, options.jobs, _default_jobs(_device(overrides)))
+        default_jobs = num_cores() if _device(overrides) == "cpu" else 1
+        launcher = load_launcher(options.launcher, of_launcher, options.jobs, default_jobs)
     launcher, overrides = with_device(launcher, overrides)
     return device_type(compose_config(_device_overrides(overrides)).device), overrides, launcher
-
-
-def _default_jobs(device: str) -> int:
-    return num_cores() if device == "cpu" else 1
 
 
 def _device(overrides: Sequence[str]) -> str:

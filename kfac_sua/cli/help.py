@@ -30,7 +30,8 @@ def help_text(flags: Mapping[str, str], config_dir: Path | None = None) -> str:
     Raises:
         ConfigError: If the configurations cannot be read.
     """
-    chosen = _defaults()
+    pairs = (line.strip().removeprefix("- ").partition("#")[0].partition(":") for line in _primary())
+    chosen = {group: option.strip() for group, _, option in pairs if option.strip()}
     options = {
         group: ", ".join(f"{name} (default)" if name == chosen.get(group) else name for name in names)
         for group, names in group_options(config_dir).items()
@@ -82,12 +83,6 @@ def _top_level() -> str:
             start = f"{f'{key}={value.strip()}':<28}"
             lines.append(textwrap.fill(comment.strip(), _WIDTH - 2, initial_indent=start, subsequent_indent=" " * 28))
     return "\n".join(lines)
-
-
-def _defaults() -> dict[str, str]:
-    """Return the option of each group that is chosen unless another one is."""
-    pairs = (line.strip().removeprefix("- ").partition("#")[0].partition(":") for line in _primary())
-    return {group: option.strip() for group, _, option in pairs if option.strip()}
 
 
 def _primary() -> Sequence[str]:
