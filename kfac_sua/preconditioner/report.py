@@ -124,10 +124,10 @@ class LayerTable:
     def __str__(self) -> str:
         treated = [row for row in self.layers if not row.reason]
         total = ["total", "", "", "", *_costs(treated)]
-        sizes = [
-            [_name(row), row.structure, *map(_blocks, (row.activation_blocks, row.gradient_blocks)), *_costs([row])]
-            for row in treated
-        ]
+        sizes = []
+        for row in treated:
+            blocks = [f"{count}x{width}^2" for count, width in (row.activation_blocks, row.gradient_blocks)]
+            sizes.append([_name(row), row.structure, *blocks, *_costs([row])])
         lines = [*_aligned([_SIZES, *sizes, total], num_left=2)]
         if treated:
             lines += ["", "of activation and gradient each:", *_aligned([_WAYS, *map(_ways, treated)], num_left=4), ""]
@@ -259,10 +259,6 @@ def _wrapped(line: str) -> str:
 
 def _rows(limit: int) -> str:
     return "any" if limit >= ANY_ROWS else str(limit) if limit else "never"
-
-
-def _blocks(blocks: tuple[int, int]) -> str:
-    return f"{blocks[0]}x{blocks[1]}^2"
 
 
 def _mib(num_bytes: int) -> str:

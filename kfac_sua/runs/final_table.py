@@ -44,19 +44,15 @@ def require_runs(frame: pd.DataFrame, names: Sequence[str]) -> None:
     ended = set(frame.loc[frame["status"].isin(ENDED), "preconditioner"])
     missing = [name for name in names if name not in ended]
     if missing:
-        note = _unended_note(frame[frame["preconditioner"].isin(missing)])
+        runs = frame[frame["preconditioner"].isin(missing)]
+        unended = {status: sorted(set(runs.loc[runs["status"] == status, "preconditioner"])) for status in UNENDED}
+        words = {"running": "still marked as running", "failed": "failed"}
+        notes = [f"{', '.join(unended[status])} {words[status]}" for status in UNENDED if unended[status]]
+        note = f" ({'; '.join(notes)})" if notes else ""
         raise CollectError(
             f"Of {len(names)} preconditioners needed, {len(missing)} have no finished run:"
             f" {', '.join(missing)}{note}; start the missing runs, the same command resumes an interrupted one."
         )
-
-
-def _unended_note(runs: pd.DataFrame) -> str:
-    """Return a note in brackets on methods with runs that failed or still run; empty if there are none."""
-    names = {status: sorted(set(runs.loc[runs["status"] == status, "preconditioner"])) for status in UNENDED}
-    words = {"running": "still marked as running", "failed": "failed"}
-    notes = [f"{', '.join(names[status])} {words[status]}" for status in UNENDED if names[status]]
-    return f" ({'; '.join(notes)})" if notes else ""
 
 
 def require_one_precision(frame: pd.DataFrame) -> None:
