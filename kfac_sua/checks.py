@@ -11,16 +11,13 @@ from typing import Any
 import torch
 
 from kfac_sua.config import (
-    AdamWConfig,
+    MODEL_TYPES,
+    OPTIMIZER_TYPES,
     Config,
     ConfigError,
     DatasetName,
     KroneckerConfig,
-    ModelConfig,
-    ModelName,
     MuonConfig,
-    OptimizerName,
-    PlainNetConfig,
     PreconditionerName,
     ScheduleName,
     SGDConfig,
@@ -28,26 +25,17 @@ from kfac_sua.config import (
     shown,
 )
 from kfac_sua.data.sizes import SIZES
-from kfac_sua.preconditioner.settings import FisherType, Likelihood, LossReduction, Structure
+from kfac_sua.preconditioner.settings import (
+    LARGEST_FLOAT,
+    LEAST_FLOAT,
+    FisherType,
+    Likelihood,
+    LossReduction,
+    Structure,
+)
 
 # An exact Fisher costs one backward pass per class. More classes than this need preconditioner.allow_exact_fisher.
 MAX_EXACT_FISHER_CLASSES = 10
-
-# Training computes in float32, in which a number outside of this range becomes 0 or infinite.
-LEAST_FLOAT, LARGEST_FLOAT = 1e-37, 1e37
-
-# The type of the node that has each name. A YAML file that changes the name alone would keep the keys of another type.
-MODEL_TYPES = {
-    ModelName.vgg11: PlainNetConfig,
-    ModelName.preact_resnet50: ModelConfig,
-    ModelName.transformer: ModelConfig,
-    ModelName.tiny: PlainNetConfig,
-}
-OPTIMIZER_TYPES = {
-    OptimizerName.sgd: SGDConfig,
-    OptimizerName.adamw: AdamWConfig,
-    OptimizerName.muon: MuonConfig,
-}
 
 
 def _at_least_one(value: int) -> bool:

@@ -270,6 +270,20 @@ class Config:
     schedule: ScheduleConfig
 
 
+# The type of the node that has each name. A YAML file that changes the name alone would keep the keys of another type.
+MODEL_TYPES: dict[ModelName, type[ModelConfig]] = {
+    ModelName.vgg11: PlainNetConfig,
+    ModelName.preact_resnet50: ModelConfig,
+    ModelName.transformer: ModelConfig,
+    ModelName.tiny: PlainNetConfig,
+}
+OPTIMIZER_TYPES: dict[OptimizerName, type[OptimizerConfig]] = {
+    OptimizerName.sgd: SGDConfig,
+    OptimizerName.adamw: AdamWConfig,
+    OptimizerName.muon: MuonConfig,
+}
+
+
 def register_schema() -> None:
     """Store the schema where the defaults lists of ``configs`` find it."""
     store = ConfigStore.instance()

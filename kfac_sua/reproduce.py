@@ -149,7 +149,7 @@ def _resources(options: argparse.Namespace) -> tuple[str, list[str], Launcher | 
         if of_launcher:
             raise ConfigError(f"{of_launcher[0]} means nothing to --launcher local; give {' or '.join(LAUNCHERS)}.")
         return _device(overrides), overrides, None
-    if options.launcher == SLURM:  # this machine knows nothing about its machines
+    if options.launcher == SLURM:  # the machines of a cluster are not known here
         launcher = load_launcher(SLURM, of_launcher, options.jobs)
     else:
         default_jobs = num_cores() if _device(overrides) == "cpu" else 1

@@ -32,7 +32,7 @@ class Tuned:
     Attributes:
         lr: Learning rate.
         damping: Tikhonov ε; None for the baseline, which has none.
-        evidence: Where it was tried, in words; with the word ``provisional`` where that was not here.
+        evidence: Where it was tried, in words; ``provisional`` if it was not tried in this project.
     """
 
     lr: float
@@ -114,8 +114,17 @@ def tuned(
         model: The network.
         width: Its width.
         optimizer: The optimizer; all but ``sgd`` are comparators on the plain gradient.
+
+    Raises:
+        ConfigError: If the table has no row for the network, or no learning rate for the optimizer.
     """
-    row = min((row for row in TABLE if row.model is model), key=lambda row: abs(row.width - width))
+    rows = [row for row in TABLE if row.model is model]
+    if not rows or optimizer not in (OptimizerName.sgd, *_COMPARATORS):
+        what = f"model={model}" if not rows else f"optimizer={optimizer}"
+        raise ConfigError(
+            f"{AUTO} has no value for {what} yet; give optimizer.lr, and preconditioner.damping, as numbers."
+        )
+    row = min(rows, key=lambda row: abs(row.width - width))
     lr, damping = row.settings[preconditioner]
     if optimizer in _COMPARATORS:
         return Tuned(_COMPARATORS[optimizer], damping, "provisional: its authors' default, not tuned here")
@@ -141,11 +150,13 @@ def resolve_auto(raw: DictConfig) -> None:
     Raises:
         ConfigError: If a learning rate or a damping is neither a number nor ``auto``.
     """
-    best = tuned(raw.preconditioner.name, raw.model.name, raw.model.width, raw.optimizer.name)
-    numbers = {"lr": best.lr, "damping": best.damping}
     for node, key in _KEYS:
         if key in raw[node]:
-            raw[node][key] = numbers[key] if raw[node][key] == AUTO else _number(f"{node}.{key}", raw[node][key])
+            if raw[node][key] == AUTO:
+                best = tuned(raw.preconditioner.name, raw.model.name, raw.model.width, raw.optimizer.name)
+                raw[node][key] = getattr(best, key)
+            else:
+                raw[node][key] = _number(f"{node}.{key}", raw[node][key])
 
 
 def opening_line(config: Config, auto: Sequence[str]) -> str:

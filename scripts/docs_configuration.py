@@ -3,10 +3,7 @@
 A hook of MkDocs: the page exists while the site is built, so that it cannot fall behind.
 """
 
-import ast
 import dataclasses
-import inspect
-import itertools
 import re
 from collections.abc import Iterator, Mapping
 from enum import Enum
@@ -19,8 +16,7 @@ import yaml
 from kfac_sua.checks import RANGES
 from kfac_sua.compose import compose_config
 from kfac_sua.config import AUTO, CONFIG_DIR, AutoFloat, to_plain
-from kfac_sua.preconditioner import settings
-from kfac_sua.preconditioner.settings import KroneckerSettings
+from kfac_sua.preconditioner.settings import KroneckerSettings, texts_below_names
 
 PAGE = "configuration.md"
 
@@ -152,26 +148,14 @@ def _comments(path: Path) -> dict[str, str]:
 
 def _settings_docs() -> dict[str, str]:
     """Return the meaning of each field of :class:`KroneckerSettings`, of each of its choices, and its range."""
-    source = ast.parse(inspect.getsource(settings)).body
-    docs = {node.name: dict(_described(node.body)) for node in source if isinstance(node, ast.ClassDef)}
-    hints, meanings = get_type_hints(KroneckerSettings), {}
+    texts, hints, meanings = texts_below_names(), get_type_hints(KroneckerSettings), {}
     for field in dataclasses.fields(KroneckerSettings):
-        choices = docs.get(getattr(hints[field.name], "__name__", ""), {})
-        lines = [f"`{name}`: {text}" for name, text in choices.items()] or [docs["KroneckerSettings"][field.name]]
+        choices = texts.get(getattr(hints[field.name], "__name__", ""), {})
+        lines = [f"`{name}`: {text}" for name, text in choices.items()] or [texts["KroneckerSettings"][field.name]]
         if field.metadata:
             lines.append(f"Must be {field.metadata['allowed']}.")
         meanings[field.name] = _one_line("<br>".join(lines))
     return meanings
-
-
-def _described(body: list[ast.stmt]) -> Iterator[tuple[str, str]]:
-    """Yield the names that are given a value and the text in the statement below, which Python does not keep."""
-    for statement, below in itertools.pairwise(body):
-        text = ast.literal_eval(below.value) if isinstance(below, ast.Expr) else None
-        if isinstance(statement, ast.Assign | ast.AnnAssign) and isinstance(text, str):
-            target = statement.target if isinstance(statement, ast.AnnAssign) else statement.targets[0]
-            if isinstance(target, ast.Name):
-                yield target.id, text
 
 
 def _one_line(text: str) -> str:

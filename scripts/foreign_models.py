@@ -60,7 +60,7 @@ def row(name: str, foreign: Any) -> str:
     lr, losses, preconditioner = best(foreign, is_preconditioned=True)
     plain_lr, plain, _ = best(foreign, is_preconditioned=False)
     assert preconditioner is not None
-    rows = preconditioner.describe().layers
+    rows = preconditioner.describe().rows
     reasons = Counter(one.reason for one in rows if one.reason)
     events = Counter(key.split(":")[0].replace("_", " ") for key in preconditioner.events)
     left = [f"{count} × {reason}" for reason, count in reasons.items()]

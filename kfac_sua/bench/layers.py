@@ -102,7 +102,7 @@ def measure_layers(
         if contender.preconditioner is None:
             continue
         settings = contender.preconditioner.settings
-        for row in contender.preconditioner.describe().layers:
+        for row in contender.preconditioner.describe().rows:
             if row.reason:
                 continue
             announcer.show("layers", f"{setting}, {row.name}")

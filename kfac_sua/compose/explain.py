@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -13,36 +13,40 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 
 from kfac_sua.compose.launchers import missing_plugin
 from kfac_sua.config import (
-    AdamWConfig,
+    MODEL_TYPES,
+    OPTIMIZER_TYPES,
     Config,
     KroneckerConfig,
     ModelConfig,
-    MuonConfig,
     OptimizerConfig,
-    PlainNetConfig,
     PreconditionerConfig,
     ScheduleConfig,
-    SGDConfig,
     StepScheduleConfig,
     shown,
 )
 
+
+def _options(group: str, types_of_names: Mapping[Any, type]) -> dict[type, str]:
+    """Return for each type what a user types to get it: ``model=vgg11 or tiny``."""
+    names: dict[type, list[str]] = {}
+    for name, kind in types_of_names.items():
+        names.setdefault(kind, []).append(str(name))
+    return {kind: f"{group}={' or '.join(of_kind)}" for kind, of_kind in names.items()}
+
+
 # Options of one group that differ in their keys: the type of the node -> what the user typed to get it.
 OPTION_OF_TYPE: dict[type, str] = {
-    ModelConfig: "model=preact_resnet50 or transformer",
-    PlainNetConfig: "model=vgg11 or tiny",
+    **_options("model", MODEL_TYPES),
     PreconditionerConfig: "preconditioner=baseline",
-    SGDConfig: "optimizer=sgd",
-    AdamWConfig: "optimizer=adamw",
-    MuonConfig: "optimizer=muon",
+    **_options("optimizer", OPTIMIZER_TYPES),
     ScheduleConfig: "schedule=constant or cosine",
     StepScheduleConfig: "schedule=step",
 }
 # Type of a group -> the types that its node may have. Suggestions look at all of them: a key may be another option's.
 TYPES_OF_GROUP: dict[type, tuple[type, ...]] = {
-    ModelConfig: (PlainNetConfig,),
+    ModelConfig: tuple(dict.fromkeys(MODEL_TYPES.values())),
     PreconditionerConfig: (KroneckerConfig,),
-    OptimizerConfig: (SGDConfig, AdamWConfig, MuonConfig),
+    OptimizerConfig: tuple(OPTIMIZER_TYPES.values()),
     ScheduleConfig: (StepScheduleConfig,),
 }
 

@@ -709,7 +709,9 @@ class KroneckerPreconditioner:
             layer.follow_weight()
 
 
-KroneckerPreconditioner.__signature__ = signature_with_settings(KroneckerPreconditioner)  # type: ignore[attr-defined]
+KroneckerPreconditioner.__init__.__signature__ = signature_with_settings(  # type: ignore[attr-defined]
+    KroneckerPreconditioner.__init__
+)
 
 
 def _release(capture: Capture, replaced: Sequence[UncompiledWhileRecording | PreconditionedLayer]) -> None:

@@ -54,6 +54,11 @@ class LayerReport:
     backward_rows: tuple[int, int] = (0, 0)
     reason: str = ""
 
+    @property
+    def two_sided_rows(self) -> tuple[int, int]:
+        """Former name of :attr:`backward_rows`."""
+        return self.backward_rows
+
 
 @dataclass(frozen=True)
 class SharingReport:
@@ -95,22 +100,22 @@ class LayerTable:
     """The layers of a model; ``str()`` gives the printable table, :meth:`summary` three lines.
 
     Args:
-        layers: One row per layer.
+        rows: One per layer.
         chosen_by: The rates by which forms are chosen.
         sharing: What the processes share; ``None`` for a single process.
         large: Warning of layers that are large for their device (see ``large.py``); empty if none is.
     """
 
-    layers: tuple[LayerReport, ...]
+    rows: tuple[LayerReport, ...]
     chosen_by: str = ""
     sharing: SharingReport | None = None
     large: str = ""
 
     def summary(self) -> str:
         """Return three lines: the number of layers of each structure, their cost, and what is left out."""
-        treated = [row for row in self.layers if not row.reason]
+        treated = [row for row in self.rows if not row.reason]
         structures = Counter(row.structure for row in treated)
-        left = names_by_reason((row.name, row.reason) for row in self.layers)
+        left = names_by_reason((row.name, row.reason) for row in self.rows)
         counted = ", ".join(f"{count} {structure}" for structure, count in structures.items())
         lines = [
             f"{len(treated)} layers preconditioned ({counted})" if treated else "no layer preconditioned",
@@ -122,7 +127,7 @@ class LayerTable:
         return "\n".join([*lines, f"large: {self.large}"] if self.large else lines)
 
     def __str__(self) -> str:
-        treated = [row for row in self.layers if not row.reason]
+        treated = [row for row in self.rows if not row.reason]
         total = ["total", "", "", "", *_costs(treated)]
         sizes = []
         for row in treated:
@@ -135,7 +140,7 @@ class LayerTable:
             lines.append(f"forms chosen by: {self.chosen_by}")
         if self.large:
             lines.append(f"large: {self.large}")
-        by_reason = names_by_reason((row.name, row.reason) for row in self.layers)
+        by_reason = names_by_reason((row.name, row.reason) for row in self.rows)
         lines += [f"plain gradient ({reason}): {', '.join(names)}" for reason, names in by_reason.items()]
         lines += [] if self.sharing is None else str(self.sharing).splitlines()
         return "\n".join(_wrapped(line) for line in lines)

@@ -4,10 +4,15 @@ A setting is one field of :class:`KroneckerSettings`: name, type, default, range
 preconditioner, the configuration of the command line and their documentation take it from there.
 """
 
+import ast
+import contextlib
 import dataclasses
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Set
+import itertools
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
@@ -111,6 +116,10 @@ class Products(Choice):
     """In bfloat16 parts, always."""
 
 
+LEAST_FLOAT, LARGEST_FLOAT = 1e-37, 1e37
+"""Bounds of numbers that float32 holds with their full precision: beyond them numbers become 0 or infinite."""
+
+
 def _field(default: Any, is_allowed: Callable[[Any], bool], allowed: str) -> Any:
     """Return a field of :class:`KroneckerSettings` with a range.
 
@@ -138,7 +147,9 @@ class KroneckerSettings:
     """Structure of the activation factor of convolutions."""
     group_size: int | None = _field(None, lambda size: size >= 1, ">= 1 or null (no grouping)")
     """Channels per group, on the activation side and on the gradient side; ``None`` for no grouping."""
-    damping: float = _field(0.1, lambda value: 1e-37 <= value <= 1e37, "a number > 0 within the range of float32")
+    damping: float = _field(
+        0.1, lambda value: LEAST_FLOAT <= value <= LARGEST_FLOAT, "a number > 0 within the range of float32"
+    )
     """Tikhonov ε added to a layer's Fisher block. It means the same in every structure."""
     damping_rule: DampingRule = DampingRule.factored
     """Where ε goes: on the factors or on their product."""
@@ -170,7 +181,7 @@ class KroneckerSettings:
     """The arithmetic in which inverses are applied."""
     kl_clip: float | None = _field(
         None,
-        lambda kappa: 1e-37 <= kappa <= 1e37,
+        lambda kappa: LEAST_FLOAT <= kappa <= LARGEST_FLOAT,
         "> 0 within the range of float32, or null (no clipping)",
     )
     """κ: shorten steps whose lr² Σ g·u exceeds it (see ``kl_clip.py``); then ``step()`` needs ``lr``, and
@@ -309,7 +320,38 @@ def signature_with_settings(function: Callable[..., Any]) -> inspect.Signature:
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=getattr(values, name), annotation=kind)
         for name, kind in get_type_hints(KroneckerOptions).items()
     ]
-    return signature.replace(parameters=[own[0], *fields, *own[1:]])
+    return signature.replace(parameters=[*own[:2], *fields, *own[2:]])  # after self and the model
+
+
+def texts_below_names() -> dict[str, dict[str, str]]:
+    """Return, for each class of this file, the text below each of its names, which Python does not keep.
+
+    Raises:
+        OSError: If the source is not there.
+    """
+    source = ast.parse(inspect.getsource(sys.modules[__name__]))
+    return {node.name: dict(_texts(node.body)) for node in source.body if isinstance(node, ast.ClassDef)}
+
+
+def _texts(body: list[ast.stmt]) -> Iterator[tuple[str, str]]:
+    for statement, below in itertools.pairwise(body):
+        text = ast.literal_eval(below.value) if isinstance(below, ast.Expr) else None
+        if isinstance(statement, ast.Assign | ast.AnnAssign) and isinstance(text, str):
+            target = statement.target if isinstance(statement, ast.AnnAssign) else statement.targets[0]
+            if isinstance(target, ast.Name):
+                yield target.id, " ".join(text.split())
+
+
+def _with_fields(docstring: str) -> str:
+    """Return the docstring of the settings with the meaning, choices and range of each field, for ``help()``."""
+    texts, lines = texts_below_names(), []
+    for field in dataclasses.fields(KroneckerSettings):
+        choices = texts.get(_field_types()[field.name].__name__, {})
+        allowed = [f"Must be {field.metadata['allowed']}."] if field.metadata else []
+        parts = [texts["KroneckerSettings"][field.name], *(f"``{name}``: {text}" for name, text in choices.items())]
+        entry = f"{field.name}: {' '.join([*parts, *allowed])}"
+        lines.append(textwrap.indent(textwrap.fill(entry, 108, subsequent_indent="    "), " " * 8))
+    return "\n".join([docstring.rstrip(), "", "    Attributes:", *lines, "    "])
 
 
 def checked_damping(value: object) -> float:
@@ -377,3 +419,7 @@ def _checked_names(skip: object) -> list[str]:
                 f"nn.Sequential as a string, such as '3'."
             )
     return [str(name) for name in (sorted(names) if isinstance(skip, Set) else names)]
+
+
+with contextlib.suppress(OSError):  # without its source, as in a frozen application, the docstring stays short
+    KroneckerSettings.__doc__ = _with_fields(KroneckerSettings.__doc__ or "")

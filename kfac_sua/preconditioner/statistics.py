@@ -14,13 +14,10 @@ from torch import Tensor
 from kfac_sua.preconditioner.factors import LayerFactors
 from kfac_sua.preconditioner.forms import moments
 from kfac_sua.preconditioner.forms.accumulator import ActivationAccumulator, MomentAccumulator, Scalings
+from kfac_sua.preconditioner.forms.cost import MAX_KEPT_ROWS
 from kfac_sua.preconditioner.forms.unfold import to_locations
 from kfac_sua.preconditioner.geometry import BlockLayout, LayerGeometry
 from kfac_sua.preconditioner.precision import at_least_float32
-
-MAX_KEPT_ROWS = 16384
-"""Largest number of rows that the Woodbury identity may factorise: a matrix of 1 GiB in float32. Only
-``inverse_method=low_rank`` can reach it, as ``auto`` keeps fewer rows than a factor is wide."""
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def test_dense_inverses_have_the_flops_that_describe_states(name):
     contender.timed_step()
     contender.make_due(StepKind.refresh)
     flops = count_flops(contender.step)
-    rows = [row for row in contender.preconditioner.describe().layers if not row.reason]
+    rows = [row for row in contender.preconditioner.describe().rows if not row.reason]
     assert flops["inversion"] == sum(row.inverse_flops for row in rows)
     assert flops["application"] == sum(row.apply_flops for row in rows)
 

@@ -63,7 +63,7 @@ def test_blocks_and_flops_are_those_of_the_preconditioner(method, group_size):
     """What the study counts by itself is what describe() says, and SUA forms no taps."""
     one = case(Layer(32, 3, 2), method, group_size)
     contender = Contender(one.layer, one, *_tensors(one.layer, CPU))
-    (row,) = contender.preconditioner.describe().layers
+    (row,) = contender.preconditioner.describe().rows
     assert (row.activation_blocks, row.gradient_blocks) == (one.activation_blocks, one.gradient_blocks)
     assert (row.inverse_flops, row.apply_flops) == (one.dense_flops("inversion"), one.dense_flops("application"))
 

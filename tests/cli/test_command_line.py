@@ -196,7 +196,7 @@ def test_sweep_over_three_axes_in_a_real_process(tmp_path):
 @pytest.mark.slow
 def test_two_processes_do_not_share_a_run(tmp_path):
     """While one process trains, the same command leaves with a sentence; the records hold every epoch once."""
-    arguments = ("preconditioner=baseline", "epochs=40")
+    arguments = ("preconditioner=baseline", "epochs=200")
     first = start(*arguments, cwd=tmp_path)
     wait_for("run.json", tmp_path)
     (lock,) = tmp_path.rglob(".lock")

@@ -9,6 +9,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from kfac_sua import train
+from kfac_sua import tuned as tuned_module
 from kfac_sua.checks import check
 from kfac_sua.compose import compose_config, to_config
 from kfac_sua.config import (
@@ -123,3 +124,15 @@ def test_the_command_prints_numbers_and_writes_them(monkeypatch, tmp_path, capsy
     written = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert written["optimizer"]["lr"] == config.optimizer.lr
     assert written["preconditioner"]["damping"] == config.preconditioner.damping
+
+
+def test_what_the_table_does_not_know_is_refused_for_auto_alone(monkeypatch):
+    """A network that was just added, or an optimizer, must not train with the numbers of another one."""
+    monkeypatch.setattr(tuned_module, "TABLE", tuple(row for row in tuned_module.TABLE if row.model != "tiny"))
+    with pytest.raises(ConfigError, match=r"auto has no value for model=tiny yet; give optimizer\.lr, and"):
+        compose_config(["model=tiny", "dataset=digits"])
+    numbers = ["optimizer.lr=0.1", "preconditioner.damping=1"]
+    assert compose_config(["model=tiny", "dataset=digits", *numbers]).optimizer.lr == 0.1
+    monkeypatch.setattr(tuned_module, "_COMPARATORS", {})
+    with pytest.raises(ConfigError, match="auto has no value for optimizer=adamw yet"):
+        compose_config(["optimizer=adamw", "preconditioner=baseline"])

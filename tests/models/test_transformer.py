@@ -199,7 +199,7 @@ def test_every_linear_layer_is_preconditioned(structure: str) -> None:
     torch.manual_seed(0)
     model = VisionTransformer(10, width=0.125)
     preconditioner = KroneckerPreconditioner(model, damping=0.1, **STRUCTURES[structure])
-    rows = preconditioner.describe().layers
+    rows = preconditioner.describe().rows
     assert [row.name for row in rows if not row.reason] == list(linear_layers(model))
     reasons = {row.reason for row in rows if row.reason}
     assert reasons == {"normalisation layer", "positions of VisionTransformer itself"}

@@ -170,7 +170,7 @@ def test_products_are_split_where_tf32_is_allowed_and_parts_are_faster():
             preconditioner.step()
         finally:
             torch.backends.cuda.matmul.allow_tf32 = before
-        forms = preconditioner.describe().layers[0].forms
+        forms = preconditioner.describe().rows[0].forms
         assert forms == (("dense bf16x3",) * 2 if allowed else ("dense",) * 2)
         grads[allowed] = net[1].weight.grad
     assert (grads[True] - grads[False]).norm() < 1e-3 * grads[False].norm()

@@ -192,7 +192,7 @@ def test_float64_is_never_split_by_itself(monkeypatch, dtype):
         preconditioner = KroneckerPreconditioner(net)
         nn.functional.cross_entropy(net(torch.randn(90, 60, dtype=dtype)), torch.randint(0, 5, (90,))).backward()
         preconditioner.step()
-    forms = {form for row in preconditioner.describe().layers for form in row.forms if form}
+    forms = {form for row in preconditioner.describe().rows for form in row.forms if form}
     assert forms == ({"dense bf16x3"} if dtype == torch.float32 else {"dense"})
 
 

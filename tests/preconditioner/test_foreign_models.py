@@ -41,7 +41,7 @@ def start(net: nn.Module) -> KroneckerPreconditioner:
 def test_every_parameter_belongs_to_exactly_one_row_of_the_table(name):
     """A row is preconditioned or has its reason; together the rows hold every parameter of the model once."""
     foreign, net, _ = make(name)
-    rows = start(net).describe().layers
+    rows = start(net).describe().rows
     assert sum(not row.reason for row in rows) == foreign.preconditioned
     assert Counter(row.reason for row in rows if row.reason) == foreign.left
     held = [id(parameter) for row in rows for parameter in parameters_of(net.get_submodule(row.name))]
@@ -83,7 +83,7 @@ def check_plain_gradients(foreign, net, twin, inputs, preconditioner):
     foreign.loss(twin(inputs)).backward()
     reported = {key.split(":")[1] for key in preconditioner.events}
     changed = 0
-    for row in preconditioner.describe().layers:
+    for row in preconditioner.describe().rows:
         pairs = zip(
             parameters_of(net.get_submodule(row.name)), parameters_of(twin.get_submodule(row.name)), strict=True
         )

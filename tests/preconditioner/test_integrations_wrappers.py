@@ -137,7 +137,7 @@ def test_a_compiled_model_trains_as_the_bare_one(graph_breaks, application, comp
     model, given = compiling(make_net(), "eager")
     preconditioner = start(given, application=application)
     assert train(model, preconditioner) == pytest.approx(reference(application=application), rel=1e-9)
-    names = [row.name for row in preconditioner.describe().layers]
+    names = [row.name for row in preconditioner.describe().rows]
     assert names == ["first", "norm", "second", "head"]
     assert preconditioner.events == {}
 
@@ -293,7 +293,7 @@ def test_copies_of_a_preconditioned_model_can_have_a_preconditioner_of_their_own
     preconditioner = start(net, application="auto")
     for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         other = start(twin, application="auto")
-        assert [row.reason for row in other.describe().layers] == ["", "normalisation layer", "", ""]
+        assert [row.reason for row in other.describe().rows] == ["", "normalisation layer", "", ""]
         assert train(twin, other) == reference(application="auto")
     assert preconditioner.num_steps == 0
 
@@ -662,7 +662,7 @@ def test_a_preconditioner_made_again_takes_over():
     preconditioner = start(net, application="auto")
     train(net, preconditioner, range(2))
     preconditioner = start(net, application="auto")
-    assert [row.reason for row in preconditioner.describe().layers] == ["", "normalisation layer", "", ""]
+    assert [row.reason for row in preconditioner.describe().rows] == ["", "normalisation layer", "", ""]
     assert len(net.second._forward_hooks) == 1
     train(net, preconditioner, range(2))
     preconditioner.remove_hooks()

@@ -6,7 +6,8 @@ from foreign_models import FOREIGN_MODELS
 from torch import nn
 
 from kfac_sua.models import VGG11, PreActResNet50
-from kfac_sua.preconditioner import KroneckerPreconditioner, large
+from kfac_sua.preconditioner import KroneckerPreconditioner, large, statistics
+from kfac_sua.preconditioner.forms import cost
 
 DENSE = {
     "ema_decay=0.95": {"ema_decay": 0.95},
@@ -98,3 +99,19 @@ def test_many_layers_that_fill_the_memory_together_are_said(caplog, monkeypatch)
     KroneckerPreconditioner(nn.Sequential(*layers), ema_decay=0.5)
     (message,) = warnings(caplog)
     assert message.startswith("Large: all layers together keep 0.3 GiB of the 0.5 GiB of device cpu. ema_decay=0.5")
+
+
+def test_auto_forms_a_factor_rather_than_factorise_too_many_rows(monkeypatch):
+    """A layer wider than the most rows that the Woodbury identity may factorise."""
+    monkeypatch.setattr(cost, "MAX_KEPT_ROWS", 8)
+    monkeypatch.setattr(statistics, "MAX_KEPT_ROWS", 8)
+    net = nn.Linear(64, 2, bias=False)
+    grads = {}
+    for method in ("auto", "cholesky"):
+        preconditioner = KroneckerPreconditioner(net, inverse_method=method)
+        net.zero_grad()
+        net(torch.arange(12 * 64.0).reshape(12, 64).sin()).square().mean().backward()
+        preconditioner.step()
+        grads[method] = net.weight.grad
+        preconditioner.remove_hooks()
+    torch.testing.assert_close(grads["auto"], grads["cholesky"])

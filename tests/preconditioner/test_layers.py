@@ -105,7 +105,7 @@ def test_a_frozen_bias_counts_as_none():
     preconditioner = KroneckerPreconditioner(layer)
     layer(torch.randn(4, 3)).square().mean().backward()
     preconditioner.step()
-    assert preconditioner.describe().layers[0].activation_blocks == (1, 3)
+    assert preconditioner.describe().rows[0].activation_blocks == (1, 3)
     assert layer.bias.grad is None
 
 
@@ -118,7 +118,7 @@ def test_the_largest_factors_of_vgg11_are_the_papers():
 
     def widest(**options):
         preconditioner = KroneckerPreconditioner(net, **options)
-        rows = preconditioner.describe().layers
+        rows = preconditioner.describe().rows
         preconditioner.remove_hooks()
         convolutions = [row for row in rows if row.kind == "Conv2d"]
         return max(max(row.activation_blocks[1], row.gradient_blocks[1]) for row in convolutions)
@@ -134,7 +134,7 @@ def test_describe_counts_blocks_memory_and_flops():
     net = nn.Sequential(nn.Conv2d(40, 70, 3, bias=False), nn.BatchNorm2d(70), nn.Flatten(), nn.Linear(70, 10))
     preconditioner = KroneckerPreconditioner(net, structure="sua", group_size=32, skip=["3"])
     table = preconditioner.describe()
-    conv = table.layers[0]
+    conv = table.rows[0]
     assert (conv.activation_blocks, conv.gradient_blocks) == ((2, 32), (3, 32))
     assert conv.memory_bytes == 4 * (2 * 32**2 + 3 * 32**2)
     assert conv.inverse_flops == 5 * 32**3
@@ -154,12 +154,12 @@ def test_the_table_fits_a_terminal():
     table = KroneckerPreconditioner(net, application="auto").describe()
     lines = str(table).splitlines()
     assert max(map(len, lines)) <= 100
-    for row in table.layers:
+    for row in table.rows:
         told = [line.split() for line in lines if row.name in line]
         assert len(told) == (1 if row.reason else 2), row.name  # sizes, and how its factors are inverted and applied
-    sizes, ways = [line.split(maxsplit=1)[1] for line in lines if line.startswith(table.layers[0].name)]
+    sizes, ways = [line.split(maxsplit=1)[1] for line in lines if line.startswith(table.rows[0].name)]
     assert sizes.split()[:3] == ["K-FAC", "1x2101^2", "1x2100^2"]
-    assert f"{', '.join(table.layers[0].forms)}  " in ways
+    assert f"{', '.join(table.rows[0].forms)}  " in ways
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,10 @@ import ast
 import dataclasses
 import inspect
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import NoneType
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -96,6 +99,29 @@ def test_the_signature_shows_the_defaults_of_the_settings():
     assert set(KroneckerOptions.__annotations__) == fields
     parameters = inspect.signature(KroneckerPreconditioner).parameters
     assert {name: parameters[name].default for name in fields} == vars(KroneckerSettings())
+    held, taken = get_type_hints(KroneckerSettings), get_type_hints(KroneckerOptions)
+    for name in fields:
+        more = {str, NoneType, Callable[[int], float], Iterable[str]}  # a choice's name, the default, a function, names
+        assert {*get_args(taken[name])} - more <= {held[name], *get_args(held[name])}, name
+
+
+def test_a_subclass_has_the_signature_of_its_own_constructor():
+    """Which help() and completion show."""
+
+    class Own(KroneckerPreconditioner):
+        def __init__(self, model, extra=1):
+            super().__init__(model, damping=extra)
+
+    assert list(inspect.signature(Own).parameters) == ["model", "extra"]
+
+
+def test_help_tells_the_meaning_of_every_setting():
+    """And the range of those that have one."""
+    told = inspect.getdoc(KroneckerSettings)
+    for field in dataclasses.fields(KroneckerSettings):
+        assert f"    {field.name}: " in told
+    assert "Must be in [0, 1)." in told
+    assert "``sua``: Spatially uncorrelated activations" in " ".join(told.split())
 
 
 def test_an_unknown_option_is_refused_with_the_name_that_was_meant():

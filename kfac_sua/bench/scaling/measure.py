@@ -93,7 +93,7 @@ class Contender:
         """Return whether a factor with this number of rows is kept as rows."""
         if self.preconditioner is None:
             return False
-        (row,) = self.preconditioner.describe().layers
+        (row,) = self.preconditioner.describe().rows
         return any(num_rows <= limit for limit in row.low_rank_rows)
 
     def _forward_backward(self, watch: Stopwatch) -> None:

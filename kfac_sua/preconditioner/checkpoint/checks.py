@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TypeGuard
 from torch import Tensor
 
 from kfac_sua.preconditioner.checkpoint.versions import OLDEST_VERSION
+from kfac_sua.preconditioner.settings import LARGEST_FLOAT, LEAST_FLOAT
 
 CURE = (
     "make the preconditioner for the model and with the settings that the state was saved from, or start without the "
@@ -76,7 +77,7 @@ def is_count(value: object) -> TypeGuard[int]:
 
 def is_damping(value: object) -> TypeGuard[int | float]:
     """Return whether a value can be a damping; see ``settings.checked_damping``."""
-    return is_number(value) and 1e-37 <= value <= 1e37
+    return is_number(value) and LEAST_FLOAT <= value <= LARGEST_FLOAT
 
 
 def is_number(value: object) -> TypeGuard[int | float]:

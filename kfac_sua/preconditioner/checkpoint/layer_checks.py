@@ -21,7 +21,7 @@ from kfac_sua.preconditioner.forms.unfold import output_size
 from kfac_sua.preconditioner.geometry import BlockLayout, LayerGeometry
 from kfac_sua.preconditioner.kronecker import KroneckerEigenbasis, KroneckerInverse
 from kfac_sua.preconditioner.precision import on_one_device
-from kfac_sua.preconditioner.settings import DampingRule, InverseMethod, KroneckerSettings, Products
+from kfac_sua.preconditioner.settings import LEAST_FLOAT, DampingRule, InverseMethod, KroneckerSettings, Products
 
 LAYER_KEYS = ("average", "is_fresh", "num_examples", "inverse", "factors")
 SIDES = ("activation", "gradient")
@@ -120,7 +120,7 @@ def _factors_findings(entry: str, state: Mapping[str, Any], holder: StateHolder)
     if set(state) != set(names):
         holder.refuse(entry, outlined(state), f"a mapping of {', '.join(names)}")
     scale = state["scale"]
-    if not is_number(scale) or not 1e-37 <= scale <= MOST_STEPS:
+    if not is_number(scale) or not LEAST_FLOAT <= scale <= MOST_STEPS:
         holder.refuse(f"{entry}.scale", outlined(scale), f"a number of locations in (0, {MOST_STEPS}]")
     for side in SIDES:
         forms = (*MOMENT_FORMS, *(() if holder.needs_moments else LOW_RANK_FORMS))

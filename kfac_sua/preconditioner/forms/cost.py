@@ -17,6 +17,10 @@ from kfac_sua.preconditioner.forms.split import PART_BYTES, SPLIT_OPERATIONS
 from kfac_sua.preconditioner.geometry import BiasBlock, BlockLayout, LayerGeometry
 from kfac_sua.preconditioner.settings import InverseMethod, KroneckerSettings, Products, WeightSharing
 
+MAX_KEPT_ROWS = 16384
+"""Largest number of rows that the Woodbury identity may factorise: a matrix of 1 GiB in float32. ``auto`` forms wider
+factors with more rows densely; under ``inverse_method=low_rank`` more rows are an error."""
+
 ANY_ROWS = 2**62
 """Number of rows above that of every mini-batch: no limit."""
 
@@ -171,7 +175,7 @@ class SideCost:
         if settings.inverse_method is InverseMethod.low_rank:
             return ANY_ROWS
         dense_only = settings.inverse_method is InverseMethod.cholesky or settings.needs_dense_factors
-        return 0 if dense_only else self.most_low_rank_rows()
+        return 0 if dense_only else min(self.most_low_rank_rows(), MAX_KEPT_ROWS)
 
     # --- where an inverse is applied ------------------------------------------------------------------------------
 

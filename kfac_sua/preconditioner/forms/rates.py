@@ -28,7 +28,8 @@ class DeviceRates:
         source: What was measured, and how; shown by ``describe()``.
         product: FLOP/s of IEEE float32 matrix products.
         split_product: FLOP/s of the same products computed as three products of bfloat16 parts (see
-            ``forms/split.py``); their FLOPs are counted once, not three times. 0 where the device has no tensor cores.
+            ``forms/split.py``); their FLOPs are counted once, not three times. 0 where the
+            device has no units for bfloat16 that make it worth trying.
         cholesky: FLOP/s of factorising one matrix, d³/3 each.
         triangular: FLOP/s of triangular solves with a matrix on the right, d² per column.
         inverse: FLOP/s of factorising and inverting dense blocks, d³ each.
@@ -138,8 +139,8 @@ NEVER = 2**31
 """A width above that of every block, for choices that are never made."""
 
 _COUNTED = 2.0**35
-"""FLOP/s of a device that is chosen for by counted FLOPs: near the speed of a core, and a power of two, so that
-division by it is exact."""
+"""FLOP/s that turn counted FLOPs into seconds on a CPU: near the speed of a core, and a power of two, so that division
+by it is exact."""
 
 CPU = DeviceRates(
     source="counted FLOPs",

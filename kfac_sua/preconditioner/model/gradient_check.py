@@ -25,8 +25,8 @@ MOST_CHANNELS = 4
 read more of inputs and gradients."""
 
 TOLERANCE = 0.05
-"""Relative difference of the entries from which on they do not agree. Uses without a recorded call made at least 0.16
-of it in all cases seen."""
+"""Relative difference of the entries from which on they do not agree. In all cases seen, uses
+without a recorded call made them differ by 0.16 or more."""
 
 ROUNDING = 0.01
 """Difference relative to the root of the terms' summed squares that rounding may make where the terms cancel. Rounding

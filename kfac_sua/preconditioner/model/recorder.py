@@ -81,9 +81,9 @@ class LayerRecorder:
     def add_call(self, inputs: Tensor, output_shape: torch.Size, model_pass: ModelPass) -> Call:
         """Record a call, and measure its inputs at once.
 
-        Inside a backward pass the inputs wait: there activation checkpointing runs the layer again. In its reentrant
-        mode the new call is the one whose gradient will come; in the other mode it gets none, as the call before it was
-        recorded.
+        Inside a backward pass the inputs wait, as activation checkpointing runs the layer again there. In its reentrant
+        mode the gradient belongs to this second call; in its other mode it belongs to the first one, which was recorded
+        in the forward pass.
 
         Returns:
             The call, to be held on to as long as a gradient may come.
