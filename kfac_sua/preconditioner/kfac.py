@@ -112,9 +112,9 @@ class KroneckerPreconditioner:
     layers have their names in the bare model. A compiled model runs uncompiled on mini-batches with statistics, and
     compiled on all others. The model may be moved to another device or precision between steps, and layers may be
     frozen; layers that become trainable, are replaced or added later need a new preconditioner. Clip gradients after
-    :meth:`step`, which bounds what the optimizer gets; under ``application="weight"`` clipping before it has the same
-    effect. Do not use it with an optimizer that evaluates a closure several times (``LBFGS``): that one needs gradients
-    of its loss and would get preconditioned directions.
+    :meth:`step`, which bounds what the optimizer gets; clipping before it, under ``application="weight"``, scales the
+    preconditioned gradient by the same factor as the plain one. Do not use it with an optimizer that evaluates a
+    closure several times (``LBFGS``): that one needs gradients of its loss and would get preconditioned directions.
 
     The per-example loss is averaged (``loss_reduction="mean"``) or summed over the first dimension of the layers'
     inputs. With gradient accumulation, the accumulated gradient must be that of the mean over all micro-batches.
