@@ -69,7 +69,7 @@ communication: $(INSTALLED) ## What processes send each other: counted, measured
 torture: $(INSTALLED) ## Kill, corrupt, starve and exhaust small runs, one table (MINUTES=15; 2 is the short cut)
 	$(TEST_ENV) $(RUN) scripts/torture.py --minutes $(MINUTES) $(ARGS)
 
-test: $(INSTALLED) ## Tests without a GPU and without a download, 13 minutes on 2 cores
+test: $(INSTALLED) ## Tests without a GPU and without a download, 10 minutes on 2 cores
 	$(TEST_ENV) $(RUN) -m pytest -n $(TEST_JOBS) --dist worksteal -m "not slow and not gpu"
 
 test-slow: $(INSTALLED) ## The tests that `make test` leaves out because they take long
