@@ -25,6 +25,7 @@ from kfac_sua.config import (
     shown,
 )
 from kfac_sua.data.sizes import SIZES
+from kfac_sua.methods import BASELINE
 from kfac_sua.preconditioner.settings import (
     LARGEST_FLOAT,
     LEAST_FLOAT,
@@ -148,7 +149,7 @@ def _contradictions(config: Config) -> Iterator[str]:
     if isinstance(config.preconditioner, KroneckerConfig):
         yield from _kronecker_problems(config.preconditioner, config.dataset.name)
         yield from _damping_problems(config.preconditioner, config.epochs)
-    elif config.preconditioner.name is not PreconditionerName.baseline:
+    elif config.preconditioner.name != BASELINE:
         yield _only_renamed("preconditioner", config.preconditioner.name)
     if isinstance(config.schedule, StepScheduleConfig) != (config.schedule.name is ScheduleName.step):
         yield _only_renamed("schedule", config.schedule.name)
@@ -184,7 +185,7 @@ def _step_schedule_problems(schedule: StepScheduleConfig) -> Iterator[str]:
 
 def _kronecker_problems(preconditioner: KroneckerConfig, dataset: DatasetName) -> Iterator[str]:
     expected = _name_of(preconditioner.structure, preconditioner.group_size)
-    if preconditioner.name is not expected:
+    if preconditioner.name != expected:
         yield (
             f"preconditioner.structure={preconditioner.structure} with preconditioner.group_size="
             f"{shown(preconditioner.group_size)} is called {expected} in records and figures, not "
@@ -224,8 +225,7 @@ def _only_renamed(group: str, name: str) -> str:
     return f"{group}.name={name} changes the name but not the other keys of {group}; give {group}={name}."
 
 
-def _name_of(structure: Structure, group_size: int | None) -> PreconditionerName:
+def _name_of(structure: str, group_size: int | None) -> str:
     """Return the one name under which a structure is recorded and drawn."""
-    if structure is Structure.sua:
-        return PreconditionerName.sua if group_size is None else PreconditionerName.sua_grouped
-    return PreconditionerName.kfac if group_size is None else PreconditionerName.grouped
+    grouped = {Structure.kfac: PreconditionerName.grouped, Structure.sua: PreconditionerName.sua_grouped}
+    return structure if group_size is None else grouped[Structure(structure)]

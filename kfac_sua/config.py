@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_store import ConfigStore
 
+from kfac_sua.preconditioner.registry import structure_names
 from kfac_sua.preconditioner.settings import Choice, KroneckerSettings
 
 # A wheel carries the YAML files inside the package; a checkout has them at its root.
@@ -82,7 +83,7 @@ class Augmentation(Choice):
 
 
 class PreconditionerName(Choice):
-    """The five curves of Figure 1."""
+    """The five curves of Figure 1. A preconditioner may also have the name of any other structure."""
 
     baseline = "baseline"
     kfac = "kfac"
@@ -169,7 +170,7 @@ class DatasetConfig:
 class PreconditionerConfig:
     """The baseline, which has no settings; :class:`KroneckerConfig` is everything else."""
 
-    name: PreconditionerName
+    name: str
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -294,6 +295,15 @@ def register_schema() -> None:
     store.store(group="schema", name="adamw", node=AdamWConfig)
     store.store(group="schema", name="muon", node=MuonConfig)
     store.store(group="schema", name="step", node=StepScheduleConfig)
+    register_structures()
+
+
+def register_structures() -> None:
+    """Store a ``preconditioner=NAME`` for every registered structure that has no file in ``configs/preconditioner``."""
+    for name in structure_names():
+        if not (CONFIG_DIR / "preconditioner" / f"{name}.yaml").is_file():
+            node = {"defaults": ["/kronecker/defaults@_here_", "_self_"], "name": name, "structure": name}
+            ConfigStore.instance().store(group="preconditioner", name=name, node=node)
 
 
 register_schema()

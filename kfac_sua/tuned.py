@@ -104,13 +104,11 @@ _KEYS = (("optimizer", "lr"), ("preconditioner", "damping"))
 _COMPARATORS = {OptimizerName.adamw: 0.001, OptimizerName.muon: 0.02}
 
 
-def tuned(
-    preconditioner: PreconditionerName, model: ModelName, width: float, optimizer: OptimizerName = OptimizerName.sgd
-) -> Tuned:
+def tuned(preconditioner: str, model: ModelName, width: float, optimizer: OptimizerName = OptimizerName.sgd) -> Tuned:
     """Return what ``auto`` stands for: the row of the network with the nearest width.
 
     Args:
-        preconditioner: The structure, or ``baseline``.
+        preconditioner: Its name; one that the table does not have takes the values of K-FAC.
         model: The network.
         width: Its width.
         optimizer: The optimizer; all but ``sgd`` are comparators on the plain gradient.
@@ -125,11 +123,13 @@ def tuned(
             f"{AUTO} has no value for {what} yet; give optimizer.lr, and preconditioner.damping, as numbers."
         )
     row = min(rows, key=lambda row: abs(row.width - width))
-    lr, damping = row.settings[preconditioner]
+    is_known = preconditioner in row.settings
+    lr, damping = row.settings[PreconditionerName(preconditioner) if is_known else PreconditionerName.kfac]
     if optimizer in _COMPARATORS:
         return Tuned(_COMPARATORS[optimizer], damping, "provisional: its authors' default, not tuned here")
     elsewhere = "" if row.width == width else f"provisional at this width: tried at {row.width:g}; "
-    return Tuned(lr, damping, elsewhere + row.evidence)
+    evidence = row.evidence if is_known else f"provisional: those of K-FAC, not tried with {preconditioner}"
+    return Tuned(lr, damping, elsewhere + evidence)
 
 
 def auto_keys(raw: DictConfig) -> tuple[str, ...]:

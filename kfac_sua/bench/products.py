@@ -31,6 +31,7 @@ from kfac_sua.files.atomic import refuse_unwritable, write_atomically
 from kfac_sua.files.openers import cannot_use
 from kfac_sua.preconditioner import KroneckerPreconditioner
 from kfac_sua.preconditioner.apply import precondition_, quadratic_form
+from kfac_sua.preconditioner.factors import LayerFactors
 from kfac_sua.preconditioner.forms import DenseInverse, Inverse
 from kfac_sua.preconditioner.kronecker import KroneckerInverse
 from kfac_sua.preconditioner.layer import PreconditionedLayer
@@ -138,7 +139,7 @@ def _errors(layer: PreconditionedLayer) -> dict[str, tuple[float, float]]:
     """Return the relative errors of a layer's preconditioned gradient in both norms, against the same in float64."""
     inverse, factors = layer.inverse, layer.factors
     assert isinstance(inverse, KroneckerInverse)
-    assert factors is not None
+    assert isinstance(factors, LayerFactors)
     activation, gradient = (side.tensors()["blocks"] for side in (inverse.activation, inverse.gradient))
     exact_factors = dataclasses.replace(
         factors,

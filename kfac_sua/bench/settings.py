@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from kfac_sua.compose import compose_config
 from kfac_sua.config import Config, ConfigError, KroneckerConfig, PreconditionerName
 from kfac_sua.device import choose_device
+from kfac_sua.preconditioner import structure_names
 
 BASELINE = PreconditionerName.baseline.value
 DEFAULT_SETTINGS = tuple(name.value for name in PreconditionerName)
@@ -115,10 +116,11 @@ def _parse(text: str) -> Item:
     name, colon, rest = text.partition(":")
     if name == BASELINE and colon:
         raise ConfigError(f"--settings {text!r}: plain SGD has no keys of its own; give {BASELINE} alone.")
-    if name not in DEFAULT_SETTINGS:
-        close = difflib.get_close_matches(name, DEFAULT_SETTINGS, n=1)
+    known = list(dict.fromkeys((*DEFAULT_SETTINGS, *structure_names())))
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
         guess = f"; did you mean {close[0]}?" if close else "."
-        raise ConfigError(f"--settings must name {', '.join(DEFAULT_SETTINGS)}, got {name!r}{guess}")
+        raise ConfigError(f"--settings must name {', '.join(known)}, got {name!r}{guess}")
     keys = re.split(r",(?=[\w.]+=)", rest) if colon else []
     for key in keys:
         if not re.match(r"[\w.]+=", key) or "," in re.sub(r"\[.*?\]|'.*?'", "", key):

@@ -5,6 +5,7 @@ from kfac_sua.preconditioner.captured import CapturedStep, StepGraph
 from kfac_sua.preconditioner.damping_schedule import DampingScheduler, exponential_damping
 from kfac_sua.preconditioner.forms.rates import DeviceRates, rates_of, use_rates
 from kfac_sua.preconditioner.kfac import KroneckerPreconditioner
+from kfac_sua.preconditioner.registry import register_structure, structure_names
 from kfac_sua.preconditioner.report import LayerReport, LayerTable
 from kfac_sua.preconditioner.settings import (
     Application,
@@ -18,6 +19,9 @@ from kfac_sua.preconditioner.settings import (
     Structure,
     WeightSharing,
 )
+from kfac_sua.preconditioner.structures.row_structure import RowStructure
+from kfac_sua.preconditioner.structures.rows import LayerRows
+from kfac_sua.preconditioner.structures.structure import FisherStructure
 
 __all__ = [
     "AdaptiveDamping",
@@ -26,19 +30,24 @@ __all__ = [
     "DampingRule",
     "DampingScheduler",
     "DeviceRates",
+    "FisherStructure",
     "FisherType",
     "InverseMethod",
     "KroneckerPreconditioner",
     "KroneckerSettings",
     "LayerReport",
+    "LayerRows",
     "LayerTable",
     "Likelihood",
     "LossReduction",
     "Products",
+    "RowStructure",
     "StepGraph",
     "Structure",
     "WeightSharing",
     "exponential_damping",
     "rates_of",
+    "register_structure",
+    "structure_names",
     "use_rates",
 ]

@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfac_sua.preconditioner.apply import quadratic_form
 from kfac_sua.preconditioner.checkpoint.checks import RESTART, checked_entries, is_count, outlined
 from kfac_sua.preconditioner.kfac import KroneckerPreconditioner
 from kfac_sua.preconditioner.plain_numbers import checked_integer, checked_number, plain_number, shown
@@ -212,7 +211,7 @@ class AdaptiveDamping:
         for layer in self._preconditioner.layers:
             if layer.factors is not None and layer.weight in steps:
                 bias = None if layer.bias is None else steps.get(layer.bias)
-                curvature = quadratic_form(steps[layer.weight], bias, layer.layout, layer.factors)
+                curvature = layer.structure.quadratic_form(steps[layer.weight], bias, layer.factors)
                 parts.append(curvature.double() / 2)
         return torch.stack(on_one_device(parts)).sum()  # the sum of [parameters and layers]
 

@@ -36,7 +36,7 @@ def precondition_(
     if not (sides.activation or sides.gradient):
         return
     dtype = inverse.reference_tensor.dtype
-    blocks = _to_blocks(weight_grad.to(dtype), None if bias_grad is None else bias_grad.to(dtype), layout)
+    blocks = to_blocks(weight_grad.to(dtype), None if bias_grad is None else bias_grad.to(dtype), layout)
     # Without gaps or overlap in memory, so that a product can be written over it.
     is_dense = weight_grad.is_contiguous() or (
         weight_grad.dim() == 4 and weight_grad.is_contiguous(memory_format=torch.channels_last)
@@ -46,13 +46,41 @@ def precondition_(
         inverse.apply_(blocks, sides)
         bias = None
     else:
-        bias = _from_blocks(inverse.apply(blocks, sides), layout, weight_grad)
+        bias = from_blocks(inverse.apply(blocks, sides), layout, weight_grad)
     if bias_grad is not None and layout.bias is BiasBlock.SEPARATE:
         columns = _bias_blocks(bias_grad.to(dtype), layout)  # [g · P, p, 1]
         split = inverse.apply_to_bias(columns).view(layout.conv_groups, layout.gradient.count, -1)  # [g, P, p]
         bias = layout.gradient.merge(split)  # [g, out]
     if bias_grad is not None and bias is not None:
         bias_grad.copy_(bias.reshape(bias_grad.shape))  # [out]
+
+
+def multiplied(
+    weight: Tensor, bias: Tensor | None, layout: BlockLayout, factors: LayerFactors
+) -> tuple[Tensor, Tensor | None]:
+    """Return (scale · Ḡ ⊗ Ā) v, with the layer's undamped Fisher block, for a vector v of its parameters.
+
+    Args:
+        weight: Entries of v for the weight, ``[out, in, kh, kw]`` or ``[out, in]``.
+        bias: Entries of v for the bias, ``[out]``; ``None`` where the layer has no trainable bias.
+        layout: The layer's block layout.
+        factors: Its undamped factors.
+
+    Returns:
+        The same shapes, in the precision of the factors.
+
+    Reference: (B ⊗ A) vec(V) = vec(A V Bᵀ), Martens & Grosse (2015), Sec. 4.2.
+    """
+    dtype = factors.gradient.values.dtype
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    product = weight.clone(memory_format=torch.preserve_format)
+    bias_product = from_blocks(_block_product(to_blocks(weight, bias, layout), factors), layout, product)
+    if bias is not None and layout.bias is BiasBlock.SEPARATE:
+        columns = factors.gradient.matmul(_bias_blocks(bias, layout))  # [g · P, p, 1]; its activation factor is 1
+        split = columns.view(layout.conv_groups, layout.gradient.count, -1)  # [g, P, p]
+        bias_product = layout.gradient.merge(split)  # [g, out]
+    scaled_bias = None if bias is None or bias_product is None else factors.scale * bias_product.reshape(bias.shape)
+    return product.mul_(factors.scale), scaled_bias  # the bias is [out]
 
 
 def quadratic_form(weight: Tensor, bias: Tensor | None, layout: BlockLayout, factors: LayerFactors) -> Tensor:
@@ -71,17 +99,21 @@ def quadratic_form(weight: Tensor, bias: Tensor | None, layout: BlockLayout, fac
     """
     dtype = factors.gradient.values.dtype
     bias = None if bias is None else bias.to(dtype)
-    blocks = _to_blocks(weight.to(dtype), bias, layout)  # [g, P, p, t, Q, d]
-    g, num_p, p, t, num_q, d = blocks.shape
-    # [g · P, p, t · Q · d] and back, then [g · Q, d, P · p · t] and back. The reshaped tensors
-    # have no names, so that copies are freed at once.
-    left = factors.gradient.matmul(blocks.reshape(g * num_p, p, t * num_q * d)).view(blocks.shape)
-    product = weight_view(factors.activation.matmul(activation_view(left).mT).mT, blocks.shape)
-    total = (blocks * product).sum()
+    blocks = to_blocks(weight.to(dtype), bias, layout)  # [g, P, p, t, Q, d]
+    total = (blocks * _block_product(blocks, factors)).sum()
     if bias is not None and layout.bias is BiasBlock.SEPARATE:
         columns = _bias_blocks(bias, layout)  # [g · P, p, 1]; the bias's activation factor is 1
         total = total + (columns * factors.gradient.matmul(columns)).sum()
     return factors.scale * total
+
+
+def _block_product(blocks: Tensor, factors: LayerFactors) -> Tensor:
+    """Multiply ``[g, P, p, t, Q, d]`` by both factors, block by block."""
+    g, num_p, p, t, num_q, d = blocks.shape
+    # [g · P, p, t · Q · d] and back, then [g · Q, d, P · p · t] and back. The reshaped tensors
+    # have no names, so that copies are freed at once.
+    left = factors.gradient.matmul(blocks.reshape(g * num_p, p, t * num_q * d)).view(blocks.shape)
+    return weight_view(factors.activation.matmul(activation_view(left).mT).mT, blocks.shape)
 
 
 def _bias_blocks(bias_grad: Tensor, layout: BlockLayout) -> Tensor:
@@ -90,7 +122,7 @@ def _bias_blocks(bias_grad: Tensor, layout: BlockLayout) -> Tensor:
     return split.flatten(0, 1).unsqueeze(-1)  # [g · P, p, 1]
 
 
-def _to_blocks(weight_grad: Tensor, bias_grad: Tensor | None, layout: BlockLayout) -> Tensor:
+def to_blocks(weight_grad: Tensor, bias_grad: Tensor | None, layout: BlockLayout) -> Tensor:
     """Return the gradient as ``[g, P, p, t, Q, d]``, without a copy where its memory format allows (channels_last)."""
     values = weight_grad.permute(0, 2, 3, 1) if weight_grad.dim() == 4 else weight_grad  # [out, kh, kw, in], [out, in]
     if layout.is_order_of_weights:  # one view instead of all below, as each takes the host's time at every step
@@ -109,7 +141,7 @@ def _to_blocks(weight_grad: Tensor, bias_grad: Tensor | None, layout: BlockLayou
     return values.unflatten(1, (groups.count, groups.size))  # [g, P, p, t, Q, d]
 
 
-def _from_blocks(blocks: Tensor, layout: BlockLayout, weight_grad: Tensor) -> Tensor | None:
+def from_blocks(blocks: Tensor, layout: BlockLayout, weight_grad: Tensor) -> Tensor | None:
     """Write ``[g, P, p, t, Q, d]`` back into the weight gradient, and return the joint bias, if there is one."""
     values = blocks.flatten(1, 2)[:, : layout.gradient.num_channels].flatten(0, 1)  # [out, t, Q, d]
     bias = None

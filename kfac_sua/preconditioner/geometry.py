@@ -127,9 +127,9 @@ class BlockLayout:
     bias: BiasBlock
 
     @classmethod
-    def of(cls, geometry: LayerGeometry, structure: Structure, group_size: int | None) -> "BlockLayout":
+    def of(cls, geometry: LayerGeometry, structure: str, group_size: int | None) -> "BlockLayout":
         """Return the layout of a layer. On 1×1 kernels and linear layers SUA *is* K-FAC."""
-        taps_in_features = structure is Structure.kfac or geometry.num_taps == 1
+        taps_in_features = structure == Structure.kfac or geometry.num_taps == 1
         activation = ChannelGroups.of(geometry.in_channels, group_size)
         joint = taps_in_features and activation.count == 1
         bias = BiasBlock.JOINT if joint else BiasBlock.SEPARATE

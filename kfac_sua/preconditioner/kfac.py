@@ -17,7 +17,6 @@ from kfac_sua.preconditioner.checkpoint.in_place import written_over
 from kfac_sua.preconditioner.checkpoint.layer_checks import check_findings
 from kfac_sua.preconditioner.checkpoint.versions import STATE_VERSION, check_state, up_to_date
 from kfac_sua.preconditioner.distributed.assignment import checked_flops_per_byte
-from kfac_sua.preconditioner.distributed.averaging import average_factors
 from kfac_sua.preconditioner.distributed.collectives import Processes, default_processes
 from kfac_sua.preconditioner.distributed.inversion import SharedInversion
 from kfac_sua.preconditioner.events import (
@@ -48,8 +47,8 @@ from kfac_sua.preconditioner.model.discovery import discover_layers, log_plain_l
 from kfac_sua.preconditioner.model.wrappers import bare_model
 from kfac_sua.preconditioner.phases import Phase, PhaseSource
 from kfac_sua.preconditioner.plain_numbers import checked_integer, shown
-from kfac_sua.preconditioner.precision import application_precision, factor_precision
-from kfac_sua.preconditioner.refresh import refresh_layers, small_dampings
+from kfac_sua.preconditioner.precision import application_precision, at_least_float32, factor_precision
+from kfac_sua.preconditioner.registry import structure_class
 from kfac_sua.preconditioner.report import LayerTable, layer_table, report_sharing
 from kfac_sua.preconditioner.settings import (
     FisherType,
@@ -60,6 +59,7 @@ from kfac_sua.preconditioner.settings import (
     settings_from,
     signature_with_settings,
 )
+from kfac_sua.preconditioner.structures.structure import FisherStructure
 
 _COPY_CURE = "make one for the other model and give it load_state_dict(preconditioner.state_dict())"
 
@@ -163,7 +163,14 @@ class KroneckerPreconditioner:
         self._events = EventLog()
         if not isinstance(distributed, bool):
             raise TypeError(f"distributed must be True or False, got {shown(distributed)}.")
+        self._structure: type[FisherStructure[Any]] = structure_class(self.settings.structure)
         self._processes = default_processes() if distributed else None
+        if self._processes is not None and not self._structure.can_be_shared:
+            raise ValueError(
+                f"structure={self.settings.structure} measures each process's examples by themselves, and cannot be "
+                f"averaged over {self._processes.size} processes; train on one process, use structure=kfac or sua, or "
+                f"give distributed=False where every process has a model of its own."
+            )
         self._shared_inversion = SharedInversion(self._processes, flops_per_byte) if self._processes else None
         self._phases = PhaseSource()
         self._observer: weakref.ref[GradientObserver] | None = None
@@ -273,6 +280,13 @@ class KroneckerPreconditioner:
         """Whether the coming :meth:`step` only applies the inverses at hand: no statistics, no refresh, no observer."""
         is_recording = self.statistics_due or self._capture.enabled
         return not (is_recording or self.inverses_due) and self._interested_observer() is None
+
+    @property
+    def why_not_captured(self) -> str:
+        """Why steps that apply its structure cannot be captured, as a clause; empty if they can."""
+        if self._structure.can_be_captured:
+            return ""
+        return f"structure={self.settings.structure} does not say that its application can be captured"
 
     @property
     def phase(self) -> Phase:
@@ -452,8 +466,12 @@ class KroneckerPreconditioner:
                 self._fisher_passes = 0
             flags = settled.flags
             if self._processes is not None:
-                shared = [layer.shared for layer in self._layers.values()]
-                averaged = average_factors([*measured.values()], shared, self._processes)
+                layers = self._layers.values()
+                structures = [layer.structure for layer in layers]
+                likes = [at_least_float32(layer.weight.detach()) for layer in layers]
+                averaged = self._structure.average_over_processes(
+                    structures, [*measured.values()], likes, self._processes
+                )
                 measured = dict(zip(measured, averaged, strict=True))
                 counts = flags.float()
                 self._processes.all_reduce_(counts, "checks")
@@ -480,13 +498,12 @@ class KroneckerPreconditioner:
             RuntimeError: If a layer's first inverse fails.
         """
         layers = [layer for layer in self._layers.values() if layer.is_fresh]
-        costs = [layer.current_costs() for layer in layers]
+        structures = [layer.structure_at_hand for layer in layers]
         with self._phases.phase("inversion"), factor_precision():
             factors = [layer.average.corrected() for layer in layers]
-            layouts = [layer.layout for layer in layers]
             settings = dataclasses.replace(self.settings, damping=self.damping)
-            are_small = HostCopy(small_dampings(factors, settings)) if layers else None
-            refreshed = refresh_layers(factors, layouts, costs, settings, self._shared_inversion or invert)
+            are_small = HostCopy(self._structure.small_dampings(factors, settings)) if layers else None
+            refreshed = self._structure.refresh(structures, factors, settings, self._shared_inversion or invert)
             new = []
             try:
                 for layer, result, factors_used in zip(layers, refreshed, factors, strict=True):
@@ -526,7 +543,7 @@ class KroneckerPreconditioner:
         table = layer_table(self._discovered, self._layers, self.settings)
         if self._shared_inversion is None:
             return table
-        like = next(iter(self._layers.values())).shared.like
+        like = at_least_float32(next(iter(self._layers.values())).weight.detach())
         layouts = [layer.layout for layer in self._layers.values()]
         sharing = report_sharing(self._shared_inversion, layouts, self.settings, like)
         return dataclasses.replace(table, sharing=sharing)
@@ -686,12 +703,8 @@ class KroneckerPreconditioner:
 
     @property
     def _inversion_judges(self) -> bool:
-        """Whether the coming inversion tells which of the coming statistics are not finite, at no cost.
-
-        A matrix that is not finite has no Cholesky factorisation. Eigendecompositions would raise instead, and a
-        running average would keep the numbers.
-        """
-        return self.inverses_due and not self.settings.needs_dense_factors
+        """Whether the coming inversion tells which of the coming statistics are not finite, at no cost."""
+        return self.inverses_due and self._structure.finds_non_finite(self.settings)
 
     def _forget_passes(self) -> None:
         self._capture.forget()

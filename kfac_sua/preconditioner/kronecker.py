@@ -8,7 +8,7 @@ is formed: (B ⊗ A) vec(V) = vec(A V Bᵀ) (Martens & Grosse 2015, Sec. 4.2; La
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -51,13 +51,7 @@ NEITHER_SIDE = Sides(activation=False, gradient=False)
 
 
 class LayerInverse(ABC):
-    """Inverse of a layer's damped Fisher block.
-
-    Attributes:
-        names: Names of what a checkpoint stores, by which it recognises the class.
-    """
-
-    names: ClassVar[tuple[str, ...]]
+    """Inverse of a layer's damped Fisher block."""
 
     @property
     @abstractmethod
@@ -76,12 +70,7 @@ class LayerInverse(ABC):
 
     @abstractmethod
     def to_state(self) -> dict[str, Any]:
-        """Return what a checkpoint stores: nested dicts of tensors, by :attr:`names`."""
-
-    @classmethod
-    @abstractmethod
-    def from_state(cls, state: Mapping[str, Any], geometry: LayerGeometry) -> Self:
-        """Undo :meth:`to_state`, for a layer of this geometry."""
+        """Return what a checkpoint stores: nested dicts of tensors."""
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors that an application reads: those that a checkpoint stores."""
@@ -237,7 +226,9 @@ class KroneckerEigenbasis(LayerInverse):
         return torch.bmm(self.gradient.vectors, rotated)  # [g · P, p, 1]
 
 
-def layer_inverse_from_state(state: Mapping[str, Any], geometry: LayerGeometry) -> LayerInverse | None:
+def layer_inverse_from_state(
+    state: Mapping[str, Any], geometry: LayerGeometry
+) -> KroneckerInverse | KroneckerEigenbasis | None:
     """Undo ``to_state``, for a layer of this geometry; ``None`` where the state is empty.
 
     Raises:
@@ -245,7 +236,8 @@ def layer_inverse_from_state(state: Mapping[str, Any], geometry: LayerGeometry) 
     """
     if not state:
         return None
-    return form_of(state, (KroneckerInverse, KroneckerEigenbasis)).from_state(state, geometry)
+    forms: tuple[type[KroneckerInverse] | type[KroneckerEigenbasis], ...] = (KroneckerInverse, KroneckerEigenbasis)
+    return form_of(state, forms).from_state(state, geometry)
 
 
 def activation_view(blocks: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,24 +11,22 @@ from torch import Tensor, nn
 from kfac_sua.preconditioner.apply import precondition_
 from kfac_sua.preconditioner.checkpoint.in_place import to_be_written_over, written_over
 from kfac_sua.preconditioner.checkpoint.layer_checks import Finding, StateHolder, check_findings, layer_findings
-from kfac_sua.preconditioner.distributed.averaging import SharedLayer
-from kfac_sua.preconditioner.factors import LayerFactors, RunningAverage
-from kfac_sua.preconditioner.forms.cost import SideCost
-from kfac_sua.preconditioner.forms.rates import rates_of
+from kfac_sua.preconditioner.factors import LayerMeasurement, RunningAverage
 from kfac_sua.preconditioner.geometry import BlockLayout, LayerGeometry
 from kfac_sua.preconditioner.kronecker import (
     BOTH_SIDES,
     LayerInverse,
     Sides,
-    layer_inverse_from_state,
 )
 from kfac_sua.preconditioner.model.backward_application import BackwardApplication, can_apply_in_backward
 from kfac_sua.preconditioner.model.discovery import foreign_forward
 from kfac_sua.preconditioner.model.used_gradient import GradientWatch, is_preconditioned
 from kfac_sua.preconditioner.phases import PhaseSource
-from kfac_sua.preconditioner.precision import at_least_float32, fits, has_fast_products
-from kfac_sua.preconditioner.settings import Application, KroneckerSettings, Products, WeightSharing
+from kfac_sua.preconditioner.precision import at_least_float32, fits
+from kfac_sua.preconditioner.registry import structure_class
+from kfac_sua.preconditioner.settings import Application, KroneckerSettings
 from kfac_sua.preconditioner.statistics import LayerStatistics
+from kfac_sua.preconditioner.structures.structure import FisherStructure
 
 
 @dataclass
@@ -38,11 +36,10 @@ class PreconditionedLayer:
     Args:
         name: Dotted name in the model.
         module: ``nn.Linear`` or ``nn.Conv2d``.
-        layout: Its block layout.
+        structure: How its Fisher block is approximated.
         statistics: What its hooks feed.
         average: Running average of its factors.
         settings: Settings of the preconditioner.
-        costs: Work on the activation and on the gradient side, by the rates of the weight's device.
         backward_application: Its replaced forward, if its inverse may be applied in the backward pass.
         inverse: Inverse of its damped block; ``None`` before the first refresh.
         is_fresh: Whether factors have been measured since the last refresh.
@@ -54,18 +51,17 @@ class PreconditionedLayer:
 
     name: str
     module: nn.Module
-    layout: BlockLayout
+    structure: FisherStructure[Any]
     statistics: LayerStatistics
     average: RunningAverage
     settings: KroneckerSettings
-    costs: tuple[SideCost, SideCost]
     backward_application: BackwardApplication | None = None
     inverse: LayerInverse | None = None
     is_fresh: bool = False
     num_examples: int | None = None
     num_processes: int = 1
     keeps_factors: bool = False
-    factors: LayerFactors | None = None
+    factors: LayerMeasurement | None = None
     _watched: tuple[nn.Parameter, GradientWatch] | None = None
 
     @classmethod
@@ -79,33 +75,23 @@ class PreconditionedLayer:
         num_processes: int = 1,
     ) -> "PreconditionedLayer":
         """Lay out a discovered layer as the settings say."""
-        layout = BlockLayout.of(geometry, settings.structure, settings.group_size)
         assert isinstance(module.weight, Tensor)
-        costs = side_costs(geometry, layout, settings, module.weight.device)
-        statistics = LayerStatistics(
-            name,
-            geometry,
-            layout,
-            reduce=settings.weight_sharing is WeightSharing.reduce,
-            max_activation_rows=costs[0].max_kept_rows(settings),
-            max_gradient_rows=costs[1].max_kept_rows(settings),
-            sampled_rows=math.ceil(settings.activation_rows / num_processes) if settings.activation_rows else None,
-        )
+        structure = structure_class(settings.structure)(geometry, settings, module.weight.device)
+        statistics = structure.new_statistics(name, num_processes)
         average = RunningAverage(settings.ema_decay)
-        layer = cls(name, module, layout, statistics, average, settings, costs, num_processes=num_processes)
+        layer = cls(name, module, structure, statistics, average, settings, num_processes=num_processes)
         is_plain = foreign_forward(module) is None  # a foreign forward, which may do more, is not replaced
-        if settings.application is Application.auto and is_plain and can_apply_in_backward(module, geometry):
+        costs = structure.side_costs
+        wants_backward = settings.application is Application.auto and costs is not None
+        if wants_backward and is_plain and can_apply_in_backward(module, geometry):
             assert isinstance(module, nn.Conv2d)
-            layer.backward_application = BackwardApplication(name, module, geometry, layout, costs, phases)
+            layer.backward_application = BackwardApplication(name, module, geometry, structure.layout, costs, phases)
         return layer
 
     @property
-    def shared(self) -> SharedLayer:
-        """What the other processes know of the layer too."""
-        statistics = self.statistics
-        return SharedLayer(
-            self.layout, statistics.geometry, statistics.max_rows, at_least_float32(self.weight.detach())
-        )
+    def layout(self) -> BlockLayout:
+        """How its weight gradient is viewed when it is multiplied."""
+        return self.structure.layout
 
     @property
     def weight(self) -> nn.Parameter:
@@ -139,7 +125,7 @@ class PreconditionedLayer:
         was_paused, self.backward_application.is_paused = self.backward_application.is_paused, is_paused
         return was_paused
 
-    def add_measurement(self, factors: LayerFactors) -> None:
+    def add_measurement(self, factors: LayerMeasurement) -> None:
         """Add the factors of a mini-batch to the running average."""
         self.average.update(factors)
         self.num_examples = round(factors.num_rows / factors.scale)
@@ -148,29 +134,24 @@ class PreconditionedLayer:
     def follow_weight(self) -> None:
         """Move inverse and running average to the weight's device and precision, if these have changed."""
         weight, kept = self.module.weight, self._kept_tensor()
-        if isinstance(weight, Tensor) and self.costs[0].rates is not rates_of(weight.device):
-            self.costs = side_costs(self.statistics.geometry, self.layout, self.settings, weight.device)
-            activation, gradient = (cost.max_kept_rows(self.settings) for cost in self.costs)
-            self.statistics.max_rows = activation, gradient
-            if self.backward_application is not None:
-                self.backward_application.costs = self.costs
+        if isinstance(weight, Tensor):
+            self.structure.follow(weight.device, self.statistics)
+            if self.backward_application is not None and self.structure.side_costs is not None:
+                self.backward_application.costs = self.structure.side_costs
         if kept is not None and isinstance(weight, Tensor) and not fits(kept, weight):
             self.prepare_state(self.state_dict())()
 
-    def current_costs(self) -> tuple[SideCost, SideCost]:
-        """Return the work on both sides under the precision switches that the caller has set now."""
-        products = self.settings.products
-        if products is Products.auto and not has_fast_products(at_least_float32(self.weight.detach())):
-            products = Products.ieee
-        activation, gradient = (replace(cost, products=products) for cost in self.costs)
-        return activation, gradient
+    @property
+    def structure_at_hand(self) -> FisherStructure[Any]:
+        """Its structure under the precision switches that the caller has set now."""
+        return self.structure.at_hand(at_least_float32(self.weight.detach()))
 
     @property
     def read_tensors(self) -> list[Tensor]:
         """The tensors that a plain step reads of the layer, apart from its parameters."""
         return [] if self.inverse is None else self.inverse.tensors()
 
-    def finish_refresh(self, factors: LayerFactors) -> None:
+    def finish_refresh(self, factors: LayerMeasurement) -> None:
         """Drop what the next refresh does not need of the refresh that has just been made.
 
         Factors that are kept are written over those of the refresh before: new tensors would lie in memory that the
@@ -181,8 +162,8 @@ class PreconditionedLayer:
         """
         self.is_fresh = False
         kept = factors.to_state() if self.keeps_factors else {}
-        state = written_over(_state_of(self.factors), kept, factors.gradient.values)
-        self.factors = LayerFactors.from_state(state, self.statistics.geometry)
+        state = written_over(_state_of(self.factors), kept, factors.reference_tensor)
+        self.factors = self.structure.measurement_from_state(state)
         if self.average.decay == 0:
             self.average = RunningAverage(0.0)
 
@@ -261,9 +242,8 @@ class PreconditionedLayer:
     def state_findings(self, state: object) -> Iterator[Finding]:
         """Check a state that the layer is to continue from; see ``checkpoint.layer_checks.layer_findings``."""
         like = at_least_float32(self.weight.detach())
-        yield from layer_findings(
-            state, StateHolder(self.name, self.statistics.geometry, self.layout, self.settings, like)
-        )
+        holder = StateHolder(self.name, self.statistics.geometry, self.layout, self.settings, like)
+        yield from layer_findings(state, holder, self.structure)
 
     def prepare_state(self, state: Mapping[str, Any]) -> Callable[[], None]:
         """Prepare a state, and return the function that makes the layer take it; until then the layer is unchanged.
@@ -273,10 +253,10 @@ class PreconditionedLayer:
         """
         with torch.no_grad():
             state, write = to_be_written_over(self.state_dict(), state, at_least_float32(self.weight.detach()))
-        geometry = self.statistics.geometry
-        average = RunningAverage.from_state(state["average"], self.average.decay, geometry)
-        inverse = layer_inverse_from_state(state["inverse"], geometry)
-        factors = LayerFactors.from_state(state["factors"], geometry)
+        structure = self.structure
+        average = RunningAverage.from_state(state["average"], self.average.decay, structure.measurement_from_state)
+        inverse = structure.inverse_from_state(state["inverse"])
+        factors = structure.measurement_from_state(state["factors"])
 
         def take_over() -> None:
             with torch.no_grad():
@@ -290,7 +270,7 @@ class PreconditionedLayer:
         """Return one of the tensors that are kept from step to step, if there is any."""
         if self.inverse is not None:
             return self.inverse.reference_tensor
-        return None if self.average.value is None else self.average.value.gradient.values
+        return None if self.average.value is None else self.average.value.reference_tensor
 
     def remove(self) -> None:
         """Give the module its own forward back, and take the hook off its weight."""
@@ -302,14 +282,6 @@ class PreconditionedLayer:
         if self._watched is not None:
             self._watched[1].leave()
             self._watched = None
-
-
-def side_costs(
-    geometry: LayerGeometry, layout: BlockLayout, settings: KroneckerSettings, device: torch.device
-) -> tuple[SideCost, SideCost]:
-    """Return the work on the activation and on the gradient side of a layer on a device."""
-    rates = rates_of(device)
-    return SideCost.of_activation(geometry, layout, settings, rates), SideCost.of_gradient(layout, settings, rates)
 
 
 def take_inverses(taken: Sequence[tuple[PreconditionedLayer, LayerInverse]]) -> None:
@@ -324,10 +296,10 @@ def take_inverses(taken: Sequence[tuple[PreconditionedLayer, LayerInverse]]) -> 
     kept = {layer.name: _state_of(layer.inverse) for layer, _ in taken}
     state = written_over(kept, {layer.name: inverse.to_state() for layer, inverse in taken})
     for layer, _ in taken:
-        layer.inverse = layer_inverse_from_state(state[layer.name], layer.statistics.geometry)
+        layer.inverse = layer.structure.inverse_from_state(state[layer.name])
 
 
-def _state_of(kept: LayerInverse | LayerFactors | None) -> dict[str, Any]:
+def _state_of(kept: LayerInverse | LayerMeasurement | None) -> dict[str, Any]:
     """Return what a checkpoint keeps of an inverse or of factors; empty for ``None``."""
     return {} if kept is None else kept.to_state()
 

@@ -11,11 +11,9 @@ from torch import Tensor
 from kfac_sua.preconditioner.distributed.assignment import Work, machine_balance, plan_assignment
 from kfac_sua.preconditioner.distributed.averaging import DESCRIPTION_BYTES
 from kfac_sua.preconditioner.distributed.inversion import SharedInversion
-from kfac_sua.preconditioner.forms import DenseInverse, SplitInverse, moment_form
+from kfac_sua.preconditioner.forms import moment_form
 from kfac_sua.preconditioner.forms.cost import ANY_ROWS
-from kfac_sua.preconditioner.forms.split import PART_BYTES
 from kfac_sua.preconditioner.geometry import BlockLayout
-from kfac_sua.preconditioner.kronecker import EIGENBASIS
 from kfac_sua.preconditioner.large import large_layers
 from kfac_sua.preconditioner.layer import PreconditionedLayer
 from kfac_sua.preconditioner.model.discovery import DiscoveredLayer, names_by_reason
@@ -151,12 +149,13 @@ def layer_table(
 ) -> LayerTable:
     """Return a row for every discovered layer."""
     rows = tuple(
-        _report(layers[layer.name], settings)
+        _report(layers[layer.name])
         if layer.name in layers
         else LayerReport(layer.name, type(layer.module).__name__, "plain gradient", reason=layer.reason)
         for layer in discovered
     )
-    sources = dict.fromkeys(cost.rates.source for layer in layers.values() for cost in layer.costs)
+    costs = [cost for layer in layers.values() for cost in layer.structure.side_costs or ()]
+    sources = dict.fromkeys(cost.rates.source for cost in costs)
     sizes = [(layers[row.name], row.memory_bytes, row.inverse_flops) for row in rows if row.name in layers]
     return LayerTable(rows, "; ".join(sources), large=large_layers(sizes, settings))
 
@@ -195,28 +194,23 @@ def report_sharing(
     )
 
 
-def _report(layer: PreconditionedLayer, settings: KroneckerSettings) -> LayerReport:
-    layout, costs = layer.layout, layer.current_costs()
-    is_exact = settings.damping_rule is DampingRule.exact
-    splits = [not is_exact and cost.dense_application().is_split for cost in costs]
-    # Bytes per number of a dense block: of its inverse, and of its running average.
-    sizes = [(PART_BYTES if is_split else 4) + (4 if settings.ema_decay > 0 else 0) for is_split in splits]
-    if_dense = EIGENBASIS, EIGENBASIS
-    if not is_exact:
-        activation, gradient = ((SplitInverse if is_split else DenseInverse).form for is_split in splits)
-        if_dense = activation, gradient
-    rows = [max(0, math.ceil(cost.backward_rows)) if layer.backward_application is not None else 0 for cost in costs]
+def _report(layer: PreconditionedLayer) -> LayerReport:
+    structure = layer.structure_at_hand
+    sizes, costs = structure.sizes(), structure.side_costs
+    rows = [0, 0]
+    if layer.backward_application is not None and costs is not None:
+        rows = [max(0, math.ceil(cost.backward_rows)) for cost in costs]
     return LayerReport(
         name=layer.name,
         kind=type(layer.module).__name__,
-        structure="K-FAC" if layout.taps_in_features else "SUA",
-        activation_blocks=layout.activation_blocks,
-        gradient_blocks=layout.gradient_blocks,
-        memory_bytes=sum(size * cost.num_blocks * cost.width**2 for size, cost in zip(sizes, costs, strict=True)),
-        inverse_flops=sum(cost.eigenbasis() if is_exact else cost.dense_inverse() for cost in costs),
-        apply_flops=sum(cost.eigenbasis_apply() if is_exact else cost.dense_apply() for cost in costs),
-        low_rank_rows=layer.statistics.max_rows,
-        forms=if_dense if layer.inverse is None else layer.inverse.forms,
+        structure=structure.label,
+        activation_blocks=sizes.activation_blocks,
+        gradient_blocks=sizes.gradient_blocks,
+        memory_bytes=sizes.memory_bytes,
+        inverse_flops=sizes.inverse_flops,
+        apply_flops=sizes.apply_flops,
+        low_rank_rows=sizes.low_rank_rows,
+        forms=sizes.forms if layer.inverse is None else layer.inverse.forms,
         backward_rows=(rows[0], rows[1]),
     )
 

@@ -20,6 +20,7 @@ from types import NoneType
 from typing import Any, TypedDict, get_args, get_type_hints
 
 from kfac_sua.preconditioner.plain_numbers import checked_integer, checked_number, shown
+from kfac_sua.preconditioner.registry import structure_class, structure_names
 
 
 class Choice(StrEnum):
@@ -27,7 +28,7 @@ class Choice(StrEnum):
 
 
 class Structure(Choice):
-    """Structure of the activation factor (Laurent et al. 2018, Sec. 1 and 2.1)."""
+    """Structure of the activation factor (Laurent et al. 2018, Sec. 1 and 2.1), under the names of these structures."""
 
     kfac = "kfac"
     """Channels and kernel taps together: ``d = channels · taps``."""
@@ -116,6 +117,14 @@ class Products(Choice):
     """In bfloat16 parts, always."""
 
 
+READ_BY_ALL = frozenset(
+    (
+        *("structure", "damping", "fisher_type", "likelihood", "loss_reduction", "inverse_period", "factor_period"),
+        *("application", "kl_clip", "skip"),
+    )
+)
+"""Settings that every structure has. ``application=auto`` takes the weight where a structure has no sides."""
+
 LEAST_FLOAT, LARGEST_FLOAT = 1e-37, 1e37
 """Bounds of numbers that float32 holds with their full precision: beyond them numbers become 0 or infinite."""
 
@@ -143,8 +152,11 @@ class KroneckerSettings:
             the field's name.
     """
 
-    structure: Structure = Structure.kfac
-    """Structure of the activation factor of convolutions."""
+    structure: str = Structure.kfac
+    """How a layer's Fisher block is approximated: ``kfac``: a Kronecker product with channels and kernel taps together;
+    ``sua``: one with the identity over taps; ``activation_only``: the activation factor alone (FOOF);
+    ``eigenvalue_corrected``: K-FAC's eigenbasis with exact second moments (EKFAC); or any other that is registered (see
+    ``register_structure``)."""
     group_size: int | None = _field(None, lambda size: size >= 1, ">= 1 or null (no grouping)")
     """Channels per group, on the activation side and on the gradient side; ``None`` for no grouping."""
     damping: float = _field(
@@ -203,6 +215,7 @@ class KroneckerSettings:
             setattr(self, field.name, _checked(field, getattr(self, field.name)))
         self._validate_factor_period()
         self._validate_inverse_method()
+        self._validate_read_settings()
         if self.activation_rows is not None and self.weight_sharing is WeightSharing.reduce:
             raise ValueError(
                 f"activation_rows={self.activation_rows} takes some of a mini-batch's locations, but "
@@ -239,6 +252,17 @@ class KroneckerSettings:
                 f"set ema_decay > 0 or factor_period=null."
             )
 
+    def _validate_read_settings(self) -> None:
+        """Refuse settings that the structure would ignore."""
+        reads = structure_class(self.structure).reads | READ_BY_ALL
+        for field in dataclasses.fields(KroneckerSettings):
+            value = getattr(self, field.name)
+            if field.name not in reads and value != field.default:
+                raise ValueError(
+                    f"{field.name}={value} is not read by structure={self.structure}; leave it out, or use a "
+                    f"structure that reads it, such as kfac."
+                )
+
     def _validate_inverse_method(self) -> None:
         if self.inverse_method is not InverseMethod.low_rank:
             return
@@ -257,7 +281,7 @@ class KroneckerSettings:
 class KroneckerOptions(TypedDict, total=False):
     """The types in which :class:`KroneckerPreconditioner` takes the settings; ``None`` is the default."""
 
-    structure: Structure | str | None
+    structure: str | None
     group_size: int | None
     damping: float | Callable[[int], float] | None
     damping_rule: DampingRule | str | None
@@ -381,6 +405,8 @@ def _checked(field: "dataclasses.Field[Any]", value: Any) -> Any:
     name, kind = field.name, _field_types()[field.name]
     if name == "skip":
         return _checked_names(value)
+    if name == "structure":
+        return _checked_structure(value)
     if issubclass(kind, Choice):
         return _as_choice(kind, name, value)
     if value is None and field.default is None:
@@ -397,6 +423,14 @@ def _as_choice(kind: type[Choice], name: str, value: str) -> Choice:
     except ValueError:
         choices = ", ".join(str(member) for member in kind)
         raise ValueError(f"{name} must be one of {choices}, got {value!r}.") from None
+
+
+def _checked_structure(name: object) -> str:
+    """Return the name of a structure, if there is one that has it."""
+    names = structure_names()
+    if not isinstance(name, str) or name not in names:
+        raise ValueError(f"structure must be one of {', '.join(names)}, got {shown(name)}.")
+    return str(name)
 
 
 def _checked_names(skip: object) -> list[str]:

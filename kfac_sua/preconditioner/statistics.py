@@ -1,22 +1,22 @@
-"""Statistics of one layer over the mini-batch, or the accumulated micro-batches, of one optimisation step.
+"""The calls of one layer over the mini-batch, or the accumulated micro-batches, of one optimisation step.
 
 Each call of the layer is measured separately, and *counted* once it is known that its weight gradient is part of
-``.grad`` (see ``model.recorder``). Calls that are not counted have no effect.
+``.grad`` (see ``model.recorder``). Calls that are not counted have no effect. What is kept of inputs and output
+gradients is up to the structure (see ``structures``).
 """
 
 import weakref
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from kfac_sua.preconditioner.factors import LayerFactors
-from kfac_sua.preconditioner.forms import moments
-from kfac_sua.preconditioner.forms.accumulator import ActivationAccumulator, MomentAccumulator, Scalings
-from kfac_sua.preconditioner.forms.cost import MAX_KEPT_ROWS
+from kfac_sua.preconditioner.factors import LayerMeasurement
+from kfac_sua.preconditioner.forms.accumulator import Scalings
 from kfac_sua.preconditioner.forms.unfold import to_locations
-from kfac_sua.preconditioner.geometry import BlockLayout, LayerGeometry
+from kfac_sua.preconditioner.geometry import LayerGeometry
 from kfac_sua.preconditioner.precision import at_least_float32
 
 
@@ -35,6 +35,30 @@ class ModelPass:
     start: int = 0
 
 
+class CallRows(ABC):
+    """What a structure keeps of one call of a layer."""
+
+    @abstractmethod
+    def read_inputs(self, inputs: Tensor) -> None:
+        """Read the inputs, ``[n, h, w, conv_groups · in_channels]``, in float32 at least; they may change afterwards.
+
+        A linear layer has its extra dimensions as locations: ``[n, locations, 1, in_features]``.
+        """
+
+    @abstractmethod
+    def read_output_grads(self, output_grads: Tensor, sample: int) -> None:
+        """Read the output gradients, ``[n, h', w', conv_groups · out_channels]``; they may change afterwards.
+
+        Args:
+            output_grads: Gradients with respect to the call's output, in float32 at least.
+            sample: Index of the backward pass: one, or one per class for the ``exact`` Fisher.
+        """
+
+    @abstractmethod
+    def forget_output_grads(self) -> None:
+        """Forget the output gradients that have been read."""
+
+
 @dataclass(eq=False)
 class Call:
     """One call of a layer.
@@ -43,11 +67,8 @@ class Call:
         model_pass: The model's forward pass that it belongs to.
         num_examples: First dimension of its inputs.
         num_locations: Output locations per example.
-        inputs: Its inputs until they are measured, ``[n, h, w, channels]``; ``None`` afterwards.
-        activation: Moment of its inputs under ``expand``; ``None`` until they are measured.
-        gradient: Moment of its output gradients under ``expand``; ``None`` until one has arrived.
-        input_sums: Under ``reduce``, sums of the inputs over locations, per example.
-        output_grad_sums: Under ``reduce``, sums of the output gradients over locations, per example, by ``sample``.
+        rows: What is kept of it.
+        inputs: Its inputs until they are read, ``[n, h, w, channels]``; ``None`` afterwards.
         samples: Indices of the backward passes that have sent an output gradient: one, or one per class for the
             ``exact`` Fisher.
         counted_in: The step that it was counted in; ``None`` if it has not been counted.
@@ -59,11 +80,8 @@ class Call:
     model_pass: ModelPass
     num_examples: int
     num_locations: int
+    rows: CallRows
     inputs: Tensor | None = None
-    activation: ActivationAccumulator | None = None
-    gradient: MomentAccumulator | None = None
-    input_sums: Tensor | None = None
-    output_grad_sums: dict[int, Tensor] = field(default_factory=dict)
     samples: set[int] = field(default_factory=set)
     counted_in: object = None
     is_forgotten: bool = False
@@ -72,24 +90,21 @@ class Call:
 
     def forget_output_grads(self) -> None:
         """Forget the output gradients of a backward pass that did not add a weight gradient to ``.grad``."""
-        self.gradient = None
-        self.output_grad_sums.clear()
+        self.rows.forget_output_grads()
         self.samples.clear()
 
 
 @dataclass
-class _Pass:
+class CountedPass:
     """The counted calls of one forward pass of the model: its examples, and the locations of all calls together."""
 
     model_pass: ModelPass
     num_examples: int
     num_locations: int = 0
-    input_sums: Tensor | None = None
-    output_grad_sums: dict[int, Tensor] = field(default_factory=dict)
 
 
-class LayerStatistics:
-    """Collects inputs and output gradients of one layer and turns them into normalised factors.
+class LayerStatistics(ABC):
+    """Collects inputs and output gradients of one layer, and hands those of the counted calls to a structure.
 
     A layer that is called several times within one forward pass shares its weight over the calls, as a convolution
     shares it over locations: the locations of all calls count together. Several forward passes before one step
@@ -98,11 +113,6 @@ class LayerStatistics:
     Args:
         name: The layer's name, for messages.
         geometry: Its geometry.
-        layout: Its block layout.
-        reduce: Whether ``weight_sharing`` is ``reduce``.
-        max_activation_rows: Number of rows up to which the activation factor is kept as rows.
-        max_gradient_rows: The same for the gradient factor.
-        sampled_rows: Largest number of rows of the activation factor measured per call; ``None`` for all.
 
     A call that is not counted yet is kept only by autograd's graph: when no backward pass can reach it any more, its
     memory is freed.
@@ -112,26 +122,43 @@ class LayerStatistics:
         was_empty: Whether the layer was called without examples.
     """
 
-    def __init__(
-        self,
-        name: str,
-        geometry: LayerGeometry,
-        layout: BlockLayout,
-        *,
-        reduce: bool,
-        max_activation_rows: int,
-        max_gradient_rows: int,
-        sampled_rows: int | None = None,
-    ) -> None:
+    def __init__(self, name: str, geometry: LayerGeometry) -> None:
         self.name = name
         self.geometry = geometry
-        self.layout = layout
-        self.reduce = reduce
-        self.max_rows = (max_activation_rows, max_gradient_rows)
-        self._max_sampled_rows = sampled_rows
         self._calls: weakref.WeakValueDictionary[int, Call] = weakref.WeakValueDictionary()  # by their number
         self._num_calls = 0
         self.clear()
+
+    # --- what a structure decides -----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _new_rows(self) -> CallRows:
+        """Return what is to be kept of a call, before anything has been read."""
+
+    @abstractmethod
+    def _absorb(self, calls: Sequence[Call]) -> None:
+        """Take the rows of calls that count, in their order; the calls will not be read again."""
+
+    @abstractmethod
+    def _forget_absorbed(self) -> None:
+        """Forget the rows of all counted calls."""
+
+    @abstractmethod
+    def _measured(
+        self, num_examples: int, num_rows: int, *, num_averaged: int, loss_scale: float, scalings: Scalings
+    ) -> LayerMeasurement:
+        """Return what the counted calls say of the layer's Fisher block.
+
+        Args:
+            num_examples: Examples of all passes.
+            num_rows: Output locations of all examples.
+            num_averaged: Examples that the loss was averaged over, 1 if it was not; the output gradients times this are
+                those of the per-example loss.
+            loss_scale: What the loss was multiplied by; the output gradients are to be divided by it.
+            scalings: Collects the multiplications that may be carried out for several layers at once.
+        """
+
+    # --- what is the same for all -----------------------------------------------------------------------------------
 
     def clear(self) -> None:
         """Forget the calls counted for a step, but not those that a backward pass may still reach."""
@@ -146,10 +173,8 @@ class LayerStatistics:
 
     def forget_counted(self) -> None:
         """Forget the calls that were counted, for example as their gradient is discarded."""
-        max_activation_rows, max_gradient_rows = self.max_rows
-        self._activation = self._activation_accumulator(max_activation_rows)
-        self._gradient = MomentAccumulator(max_gradient_rows)
-        self._passes: dict[int, _Pass] = {}
+        self._forget_absorbed()
+        self._passes: dict[int, CountedPass] = {}
         self._unequal_examples: tuple[int, int] | None = None
 
     @property
@@ -182,15 +207,15 @@ class LayerStatistics:
             inputs: The layer's inputs.
             output_shape: Shape of its outputs.
             model_pass: The model's forward pass.
-            waits: Keep the inputs, and measure them when an output gradient arrives.
+            waits: Keep the inputs, and read them when an output gradient arrives.
 
         Returns:
             The call, for :meth:`add_output_grads` and :meth:`count`. The caller must keep a reference to it.
         """
         inputs = to_locations(inputs.detach(), self.geometry)
-        call = Call(model_pass, inputs.shape[0], self._num_locations(output_shape), inputs)
+        call = Call(model_pass, inputs.shape[0], self._num_locations(output_shape), self._new_rows(), inputs)
         if not waits:
-            self._measure_inputs(call)
+            self._read_inputs(call)
         self._calls[self._num_calls] = call
         self._num_calls += 1
         return call
@@ -214,16 +239,10 @@ class LayerStatistics:
                 f"add losses up for one backward pass, and run passes that are not the training step's inside "
                 f"preconditioner.paused()."
             )
-        self._measure_inputs(call)
+        self._read_inputs(call)
         call.samples.add(sample)
         grads = to_locations(at_least_float32(output_grads.detach()), self.geometry)
-        rows = moments.gradient_rows(grads, self.layout, reduce=self.reduce)
-        if self.reduce:
-            call.output_grad_sums[sample] = rows
-            return
-        if call.gradient is None:
-            call.gradient = MomentAccumulator(self.max_rows[1])
-        call.gradient.add(rows)
+        call.rows.read_output_grads(grads, sample)
 
     @torch.no_grad()
     def count(self, calls: Iterable[Call]) -> None:
@@ -232,10 +251,10 @@ class LayerStatistics:
         Rows are added in the order of the calls, as those of several processes with a call each.
         """
         chosen = set(map(id, calls))
-        expanded = []
+        counted = []
         for call in [call for call in self.open_calls if id(call) in chosen]:
             call.counted_in = self.step
-            one = self._passes.setdefault(call.model_pass.index, _Pass(call.model_pass, call.num_examples))
+            one = self._passes.setdefault(call.model_pass.index, CountedPass(call.model_pass, call.num_examples))
             if one.num_examples != call.num_examples:
                 self._unequal_examples = (
                     min(one.num_examples, call.num_examples),
@@ -243,31 +262,19 @@ class LayerStatistics:
                 )
                 continue
             one.num_locations += call.num_locations
-            if not self.reduce:
-                expanded.append(call)
-                continue
-            assert call.input_sums is not None
-            one.input_sums = call.input_sums if one.input_sums is None else one.input_sums + call.input_sums
-            for sample, sums in call.output_grad_sums.items():
-                before = one.output_grad_sums.get(sample)
-                one.output_grad_sums[sample] = sums if before is None else before + sums
-        self._activation.absorb([call.activation for call in expanded if call.activation is not None])
-        self._gradient.absorb([call.gradient for call in expanded if call.gradient is not None])
-        for call in expanded:
-            call.activation = call.gradient = None
+            counted.append(call)
+        self._absorb(counted)
 
     def factors(
         self, *, grads_of_mean_loss: bool, loss_scale: float = 1.0, scalings: Scalings | None = None
-    ) -> LayerFactors | None:
-        """Return the normalised factors of the counted calls, or ``None`` if there are none.
-
-        Reference: the normalisation of ``expand`` and ``reduce`` in ``forms.moments``.
+    ) -> LayerMeasurement | None:
+        """Return what the counted calls say of the layer's Fisher block, or ``None`` if there are none.
 
         Args:
             grads_of_mean_loss: Whether the output gradients are those of the *mean* over examples; they are then
                 multiplied by the number of examples (of all micro-batches together).
             loss_scale: What the loss was multiplied by; the output gradients are divided by it.
-            scalings: Collects the multiplications that the factors still need, so that the caller carries them out for
+            scalings: Collects the multiplications that are still needed, so that the caller carries them out for
                 several layers at once; ``None`` to multiply here.
 
         Raises:
@@ -283,49 +290,23 @@ class LayerStatistics:
             return None
         num_examples = self.num_examples
         num_rows = sum(one.num_examples * one.num_locations for one in self._passes.values())
-        per_gradient = (num_examples if grads_of_mean_loss else 1) ** 2 / loss_scale**2
-        self._activation.fold_inputs()
-        if self.reduce:
-            self._fold_passes()
-            num_rows = num_examples  # every example is one row
-        kept = max(self._activation.num_rows, self._gradient.num_rows)
-        if kept > MAX_KEPT_ROWS:
-            raise RuntimeError(
-                f"Layer {self.name!r}: inverse_method=low_rank would factorise a {kept}x{kept} matrix; use "
-                f"inverse_method=auto, which takes the smaller side."
-            )
         own = Scalings() if scalings is None else scalings
-        factors = LayerFactors(
-            activation=self._activation.factor(1 / (num_rows * self.layout.identity_taps), own),
-            gradient=self._gradient.factor(per_gradient / num_rows, own),
-            scale=num_rows / num_examples,
-            num_rows=num_rows,
+        measured = self._measured(
+            num_examples,
+            num_rows,
+            num_averaged=num_examples if grads_of_mean_loss else 1,
+            loss_scale=loss_scale,
+            scalings=own,
         )
         if scalings is None:
             own.carry_out()
-        return factors
+        return measured
 
-    def _measure_inputs(self, call: Call) -> None:
-        """Measure the inputs of a call, unless they have been measured."""
-        if call.inputs is None:
-            return
-        inputs, call.inputs = at_least_float32(call.inputs), None
-        if self.reduce:
-            call.input_sums = moments.reduced_activation_rows(inputs, self.geometry, self.layout)
-            return
-        call.activation = self._activation_accumulator(self.max_rows[0])
-        call.activation.add_inputs(inputs)
-
-    def _activation_accumulator(self, max_rows: int) -> ActivationAccumulator:
-        return ActivationAccumulator(max_rows, self.geometry, self.layout, self._max_sampled_rows)
-
-    def _fold_passes(self) -> None:
-        """Turn the sums of every pass into rows: inputs averaged and output gradients summed over locations."""
-        for one in self._passes.values():
-            assert one.input_sums is not None
-            self._activation.add(one.input_sums / one.num_locations)
-            for sums in one.output_grad_sums.values():
-                self._gradient.add(sums)
+    def _read_inputs(self, call: Call) -> None:
+        """Read the inputs of a call, unless they have been read."""
+        if call.inputs is not None:
+            inputs, call.inputs = at_least_float32(call.inputs), None
+            call.rows.read_inputs(inputs)
 
     def _num_locations(self, output_shape: torch.Size) -> int:
         if self.geometry.is_convolution:

@@ -18,7 +18,7 @@ from kfac_sua.config import Config, ConfigError, KroneckerConfig
 from kfac_sua.data.sizes import IMAGE_SHAPE
 from kfac_sua.preconditioner import FisherType, KroneckerPreconditioner
 from kfac_sua.preconditioner.distributed.assignment import Work, plan_assignment
-from kfac_sua.preconditioner.distributed.averaging import average_factors, description
+from kfac_sua.preconditioner.distributed.averaging import description
 from kfac_sua.preconditioner.distributed.collectives import Processes
 from kfac_sua.preconditioner.distributed.inversion import read_inverse
 from kfac_sua.preconditioner.factors import LayerFactors
@@ -26,7 +26,10 @@ from kfac_sua.preconditioner.forms import EigenBasis, Factor
 from kfac_sua.preconditioner.geometry import BlockLayout
 from kfac_sua.preconditioner.kronecker import KroneckerEigenbasis, KroneckerInverse, LayerInverse
 from kfac_sua.preconditioner.layer import PreconditionedLayer
+from kfac_sua.preconditioner.precision import at_least_float32
+from kfac_sua.preconditioner.registry import structure_class
 from kfac_sua.preconditioner.settings import DampingRule
+from kfac_sua.preconditioner.structures.kronecker import KroneckerStructure
 
 META = torch.device("meta")
 
@@ -161,6 +164,8 @@ class ShapeModel:
             raise ConfigError(f"Counting needs fisher_type=empirical, got {settings.fisher_type}; leave the key out.")
         if settings.activation_rows is not None:  # what a process samples would depend on how many they are
             raise ConfigError(f"Counting needs activation_rows=null, got {settings.activation_rows}; leave it out.")
+        if not issubclass(structure_class(settings.structure), KroneckerStructure):
+            raise ConfigError(f"Counting needs structure=kfac or sua, which have factors, got {settings.structure}.")
         self.model = build_model(self.config, NUM_CLASSES, META)
         self.preconditioner = KroneckerPreconditioner(self.model, settings=settings, distributed=False)
 
@@ -187,6 +192,7 @@ class ShapeModel:
             if factors is not None:
                 layer.add_measurement(factors)
                 corrected = layer.average.corrected()
+                assert isinstance(corrected, LayerFactors)
                 sides += [corrected.activation, corrected.gradient]
                 layer.inverse = _inverse(corrected, layer.layout, is_exact)
                 layer.finish_refresh(corrected)
@@ -197,8 +203,8 @@ class ShapeModel:
         if num_examples not in self._measured:
             with self.preconditioner.capture():
                 self.run(num_examples)
-            statistics = [layer.statistics.factors(grads_of_mean_loss=True) for layer in self.layers]
-            self._measured[num_examples] = statistics
+            measured = [layer.statistics.factors(grads_of_mean_loss=True) for layer in self.layers]
+            self._measured[num_examples] = [one if isinstance(one, LayerFactors) else None for one in measured]
             self.preconditioner.discard()
         return self._measured[num_examples]
 
@@ -225,7 +231,9 @@ def joined_factors(
         return by_size[batch_size], Counter()
     described = {size: [description(factors) for factors in measured] for size, measured in by_size.items()}
     processes = ShapeProcesses([described[size] for size in sizes])
-    averaged = average_factors(by_size[sizes[0]], [layer.shared for layer in shapes.layers], processes)
+    structures = [layer.structure for layer in shapes.layers if isinstance(layer.structure, KroneckerStructure)]
+    likes = [at_least_float32(layer.weight.detach()) for layer in shapes.layers]
+    averaged = KroneckerStructure.average_over_processes(structures, by_size[sizes[0]], likes, processes)
     return averaged, processes.sent_bytes
 
 

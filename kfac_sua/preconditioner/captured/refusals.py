@@ -25,6 +25,8 @@ def of_model(model: nn.Module, preconditioner: KroneckerPreconditioner | None) -
     """
     if isinstance(model, DistributedDataParallel) or (preconditioner is not None and preconditioner.processes):
         return "several processes share its mini-batch, and their communication is not captured"
+    if preconditioner is not None and (told := preconditioner.why_not_captured):
+        return told
     if any(True for _ in compiled_modules(model)):
         return 'the model is compiled; torch.compile(mode="reduce-overhead") makes graphs of its own'
     return ""

@@ -6,7 +6,7 @@ layers are read in one copy: until then the check of a tensor is a :data:`Findin
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -65,12 +65,23 @@ class StateHolder:
         return sentence(f"{entry} of layer {self.name!r}", got, expected)
 
 
-def layer_findings(state: object, holder: StateHolder) -> Iterator[Finding]:
+class StateReader(Protocol):
+    """Checks what a structure keeps of a layer (``structures.structure.FisherStructure``)."""
+
+    def measurement_findings(self, entry: str, state: Mapping[str, Any], holder: StateHolder) -> Iterator[Finding]:
+        """Check the state of a measurement."""
+
+    def inverse_findings(self, state: Mapping[str, Any], holder: StateHolder) -> Iterator[Finding]:
+        """Check the state of an inverse."""
+
+
+def layer_findings(state: object, holder: StateHolder, reader: StateReader) -> Iterator[Finding]:
     """Check everything in a layer's state.
 
     Args:
         state: What should be a result of ``PreconditionedLayer.state_dict``.
         holder: The layer.
+        reader: Checks what the layer's structure keeps.
 
     Yields:
         The checks of numbers, which the device carries out.
@@ -91,11 +102,11 @@ def layer_findings(state: object, holder: StateHolder) -> Iterator[Finding]:
     if count is not None and not (is_whole(count) and 1 <= count <= MOST_STEPS):
         holder.refuse("num_examples", outlined(count), f"none, or a whole number in [1, {MOST_STEPS}]")
     if state["average"]:
-        yield from _average_findings(state["average"], holder)
+        yield from _average_findings(state["average"], holder, reader)
     if state["factors"]:
-        yield from _factors_findings("factors", state["factors"], holder)
+        yield from reader.measurement_findings("factors", state["factors"], holder)
     if state["inverse"]:
-        yield from _inverse_findings(state["inverse"], holder)
+        yield from reader.inverse_findings(state["inverse"], holder)
 
 
 def check_findings(findings: Iterable[Finding]) -> None:
@@ -107,37 +118,46 @@ def check_findings(findings: Iterable[Finding]) -> None:
             raise ValueError(told)
 
 
-def _average_findings(state: Mapping[str, Any], holder: StateHolder) -> Iterator[Finding]:
+def _average_findings(state: Mapping[str, Any], holder: StateHolder, reader: StateReader) -> Iterator[Finding]:
     weight, least = state.get("weight"), 1 - holder.settings.ema_decay
     if not is_number(weight) or not least - _ROUNDING <= weight <= 1 + _ROUNDING:
         holder.refuse("average.weight", outlined(weight), f"a number in [1 - ema_decay, 1] = [{least:g}, 1]")
-    factors = {key: value for key, value in state.items() if key != "weight"}
-    yield from _factors_findings("average", factors, holder)
+    measured = {key: value for key, value in state.items() if key != "weight"}
+    yield from reader.measurement_findings("average", measured, holder)
 
 
-def _factors_findings(entry: str, state: Mapping[str, Any], holder: StateHolder) -> Iterator[Finding]:
-    names = ("scale", *SIDES)
+def check_entries(entry: str, state: Mapping[str, Any], names: Sequence[str], holder: StateHolder) -> None:
+    """Refuse a mapping that has other entries than these."""
     if set(state) != set(names):
         holder.refuse(entry, outlined(state), f"a mapping of {', '.join(names)}")
-    scale = state["scale"]
+
+
+def check_scale(entry: str, scale: object, holder: StateHolder) -> None:
+    """Refuse what cannot be a number of locations per example."""
     if not is_number(scale) or not LEAST_FLOAT <= scale <= MOST_STEPS:
         holder.refuse(f"{entry}.scale", outlined(scale), f"a number of locations in (0, {MOST_STEPS}]")
+
+
+def factors_findings(entry: str, state: Mapping[str, Any], holder: StateHolder) -> Iterator[Finding]:
+    """Check the state of a layer's two factors (``factors.LayerFactors``)."""
+    check_entries(entry, state, ("scale", *SIDES), holder)
+    check_scale(entry, state["scale"], holder)
     for side in SIDES:
         forms = (*MOMENT_FORMS, *(() if holder.needs_moments else LOW_RANK_FORMS))
         yield from _form_findings(f"{entry}.{side}", state[side], forms, side, holder)
 
 
-def _inverse_findings(state: Mapping[str, Any], holder: StateHolder) -> Iterator[Finding]:
+def kronecker_inverse_findings(state: Mapping[str, Any], holder: StateHolder) -> Iterator[Finding]:
+    """Check the state of a layer's inverse by sides, or of its eigenbases (``kronecker``)."""
     is_exact = holder.settings.damping_rule is DampingRule.exact
     names = (KroneckerEigenbasis if is_exact else KroneckerInverse).names
-    if set(state) != set(names):
-        holder.refuse("inverse", outlined(state), f"a mapping of {', '.join(names)}")
+    check_entries("inverse", state, names, holder)
     for side in SIDES:
         forms = (EigenBasis,) if is_exact else _inverse_forms(holder)
         yield from _form_findings(f"inverse.{side}", state[side], forms, side, holder)
     for name in names[len(SIDES) :]:
         shape: Shape = () if is_exact else ("b",)
-        yield from _tensor_findings(
+        yield from tensor_findings(
             f"inverse.{name}", state[name], shape, {"b": holder.layout.conv_groups}, holder, is_positive=True
         )
 
@@ -165,7 +185,7 @@ def _form_findings(
     num_blocks, width = holder.layout.activation_blocks if is_activation else holder.layout.gradient_blocks
     sizes = {"b": num_blocks, "d": width, "d'": aligned(width), "c": holder.geometry.in_channels}
     for name, shape in zip(form.names, form.shapes, strict=True):
-        yield from _tensor_findings(
+        yield from tensor_findings(
             f"{entry}.{name}",
             state[name],
             shape,
@@ -187,7 +207,7 @@ def _num_patches(entry: str, pixels: Tensor, holder: StateHolder) -> int:
     return PatchFactor.num_rows_of(sizes, holder.geometry)
 
 
-def _tensor_findings(
+def tensor_findings(
     entry: str,
     tensor: object,
     shape: Shape,
@@ -198,7 +218,18 @@ def _tensor_findings(
     is_not_negative: bool = False,
     is_triangle: bool = False,
 ) -> Iterator[Finding]:
-    """Check a tensor, and note in ``sizes`` those that no tensor before it has fixed."""
+    """Check a tensor, and note in ``sizes`` those that no tensor before it has fixed.
+
+    Args:
+        entry: Where in the layer's state it stands, for messages.
+        tensor: What should be a tensor.
+        shape: Its shape: numbers, and letters for sizes.
+        sizes: Sizes by their letters.
+        holder: The layer.
+        is_positive: Whether all numbers must be > 0.
+        is_not_negative: Whether all numbers must be ≥ 0.
+        is_triangle: Whether it holds lower triangles with positive diagonals.
+    """
     wanted = f"[{', '.join(str(sizes.get(str(size), size)) for size in shape)}]"
     if not isinstance(tensor, Tensor) or not _fits(tensor, shape, sizes):
         holder.refuse(entry, outlined(tensor), f"a tensor of shape {wanted}")

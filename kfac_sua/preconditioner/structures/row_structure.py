@@ -1,0 +1,359 @@
+"""Structures that are computed from all rows of a mini-batch at once: the protocol of a structure in one file.
+
+A subclass says in four methods what it measures, what a refresh makes of it, how a gradient is multiplied, and what the
+block is as a matrix. What it measures and keeps are named tensors; checkpoints, captured steps, running averages,
+several processes and the table of layers follow from their shapes.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from kfac_sua.preconditioner.apply import from_blocks, to_blocks
+from kfac_sua.preconditioner.checkpoint.layer_checks import (
+    Finding,
+    StateHolder,
+    check_entries,
+    check_scale,
+    tensor_findings,
+)
+from kfac_sua.preconditioner.distributed.collectives import Processes
+from kfac_sua.preconditioner.factors import LayerMeasurement
+from kfac_sua.preconditioner.forms.accumulator import Scalings
+from kfac_sua.preconditioner.forms.inverse import Shape
+from kfac_sua.preconditioner.geometry import BlockLayout
+from kfac_sua.preconditioner.invert import Inverter
+from kfac_sua.preconditioner.kronecker import BOTH_SIDES, LayerInverse, Sides
+from kfac_sua.preconditioner.refresh import Refreshed
+from kfac_sua.preconditioner.settings import KroneckerSettings, Structure
+from kfac_sua.preconditioner.statistics import Call, CallRows, LayerStatistics
+from kfac_sua.preconditioner.structures.rows import LayerRows, ReadCall, joined_rows
+from kfac_sua.preconditioner.structures.structure import BlockSizes, FisherStructure
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass
+class RowMeasurement(LayerMeasurement):
+    """What :meth:`RowStructure.measure` returned of a mini-batch, or an average of it."""
+
+    tensors: Tensors
+    scale: float
+    num_rows: int = 0
+
+    @property
+    def reference_tensor(self) -> Tensor:
+        """A tensor that has the device and the dtype of the measurement."""
+        return next(iter(self.tensors.values()))
+
+    def is_finite(self) -> Tensor:
+        """Whether no entry is NaN or infinite, as a 0-d bool tensor on the device."""
+        return torch.stack([tensor.isfinite().all() for tensor in self.tensors.values()]).all()  # of [tensors]
+
+    def blended(self, old: "RowMeasurement | None", decay: float) -> "RowMeasurement":
+        """Return ``decay · old + (1 − decay) · self``."""
+        blended = {name: tensor * (1 - decay) for name, tensor in self.tensors.items()}
+        if old is not None:
+            for name, tensor in blended.items():
+                tensor += decay * old.tensors[name].to(tensor)
+        return RowMeasurement(blended, self.scale)
+
+    def divided(self, weight: float) -> "RowMeasurement":
+        """Return all tensors divided by a number."""
+        return RowMeasurement({name: tensor / weight for name, tensor in self.tensors.items()}, self.scale)
+
+    def to_state(self) -> dict[str, Any]:
+        """Return what a checkpoint stores."""
+        return {"scale": self.scale, **self.tensors}
+
+
+class RowStructure(FisherStructure[RowMeasurement]):
+    """A structure of the blocks ``[g, p · d, p · d]`` of a layer's gradient ``[g, p, d]``, computed from its rows.
+
+    g are the groups of a convolution, p its output channels per group, and d the taps times input channels per group,
+    one more where there is a bias: the last column.
+
+    Attributes:
+        measured_shapes: Name and shape of what :meth:`measure` returns, by the letters g, p and d.
+        kept_shapes: Name and shape of what :meth:`invert` returns.
+        forms: What the table of layers says about how the inverse is applied, on both sides.
+        can_be_averaged: Whether measurements are means over examples, so that their average is the measurement of more
+            examples. Then ``ema_decay`` may be given, and several processes may share a mini-batch.
+    """
+
+    measured_shapes: ClassVar[Mapping[str, Shape]]
+    kept_shapes: ClassVar[Mapping[str, Shape]]
+    forms: ClassVar[tuple[str, str]]
+    can_be_averaged: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        """Let structures that can be averaged read what that needs."""
+        super().__init_subclass__()
+        if cls.can_be_averaged:
+            cls.reads = cls.reads | {"ema_decay"}
+            cls.can_be_shared = True
+
+    # --- what a structure defines -----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def measure(self, rows: LayerRows) -> Tensors:
+        """Return what defines the block, without damping, by :attr:`measured_shapes`."""
+
+    @abstractmethod
+    def invert(self, measured: Tensors, damping: float) -> Tensors:
+        """Return what :meth:`precondition` needs, by :attr:`kept_shapes`.
+
+        Raises:
+            torch.linalg.LinAlgError: If it cannot be computed; the layer then keeps its last inverse.
+        """
+
+    @abstractmethod
+    def precondition(self, gradient: Tensor, kept: Tensors) -> Tensor:
+        """Multiply a gradient ``[g, p, d]`` by the inverse of the damped block, ``(K + ε I)⁻¹``."""
+
+    @abstractmethod
+    def product(self, vector: Tensor, measured: Tensors) -> Tensor:
+        """Multiply a vector ``[g, p, d]`` by the block K."""
+
+    @abstractmethod
+    def dense(self, rows: LayerRows) -> Tensor:
+        """Return K by its definition, ``[g, p · d, p · d]``: the oracle of all other methods, for small layers."""
+
+    @abstractmethod
+    def inversion_flops(self) -> int:
+        """Return the FLOPs of a refresh, apart from :meth:`measure`."""
+
+    @abstractmethod
+    def application_flops(self) -> int:
+        """Return the FLOPs of :meth:`precondition`."""
+
+    # --- what follows from it ---------------------------------------------------------------------------------------
+
+    @property
+    def sizes_by_letter(self) -> dict[str, int]:
+        """g, p and d of the layer."""
+        g, _, p, _, _, d = self.layout.weight_shape
+        return {"g": g, "p": p, "d": d}
+
+    @property
+    def label(self) -> str:
+        """The name of its class, in words."""
+        name = type(self).__name__
+        return "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in name).strip()
+
+    @property
+    def layout(self) -> BlockLayout:
+        """The view ``[g, 1, p, 1, 1, d]`` of a gradient."""
+        return BlockLayout.of(self.geometry, Structure.kfac, None)
+
+    def sizes(self) -> BlockSizes:
+        """Return memory and FLOPs."""
+        sizes = self.sizes_by_letter
+        shapes = [*self.kept_shapes.values(), *(self.measured_shapes.values() if self.settings.ema_decay > 0 else ())]
+        return BlockSizes(
+            activation_blocks=(sizes["g"], sizes["d"]),
+            gradient_blocks=(sizes["g"], sizes["p"]),
+            memory_bytes=4 * sum(prod(_numbers(shape, sizes)) for shape in shapes),
+            inverse_flops=self.inversion_flops(),
+            apply_flops=self.application_flops(),
+            forms=self.forms,
+        )
+
+    def new_statistics(self, name: str, num_processes: int) -> LayerStatistics:
+        """Return what keeps a copy of all inputs and output gradients until the step."""
+        del num_processes
+        return _RowStatistics(name, self)
+
+    @classmethod
+    def average_over_processes(
+        cls,
+        structures: Sequence[Self],
+        measured: Sequence[RowMeasurement | None],
+        likes: Sequence[Tensor],
+        processes: Processes,
+    ) -> list[RowMeasurement | None]:
+        """Return the means over all processes' examples, in two collective calls."""
+        counts = [[0, 0] if one is None else [one.num_rows, round(one.num_rows / one.scale)] for one in measured]
+        of_all = processes.all_gather_integers(counts, likes[0].device, "header")  # [processes, layers, 2]
+        before = processes.sent_bytes.total()
+        totals = [[sum(of_process[i][k] for of_process in of_all) for k in (0, 1)] for i in range(len(measured))]
+        sums: list[Tensor] = []
+        for structure, one, like, (_, num_examples), (_, own) in zip(
+            structures, measured, likes, totals, counts, strict=True
+        ):
+            for name, shape in cls.measured_shapes.items():
+                empty = like.new_zeros(_numbers(shape, structure.sizes_by_letter))
+                sums.append(empty if one is None else one.tensors[name] * (own / num_examples))
+        flat = torch.cat([tensor.flatten() for tensor in sums])  # [numbers of all layers]
+        processes.all_reduce_(flat, "moments")
+        parts = iter(flat.split([tensor.numel() for tensor in sums]))
+        result: list[RowMeasurement | None] = []
+        for structure, (num_rows, num_examples) in zip(structures, totals, strict=True):
+            tensors = {
+                name: next(parts).view(_numbers(shape, structure.sizes_by_letter))
+                for name, shape in cls.measured_shapes.items()
+            }
+            result.append(RowMeasurement(tensors, num_rows / num_examples, num_rows) if num_rows else None)
+        processes.statistics_bytes = processes.sent_bytes.total() - before
+        return result
+
+    @classmethod
+    def refresh(
+        cls,
+        structures: Sequence[Self],
+        measured: Sequence[RowMeasurement],
+        settings: KroneckerSettings,
+        inverter: Inverter,
+    ) -> list[Refreshed]:
+        """Invert layer by layer, every process by itself."""
+        del inverter
+        return [structure._refreshed(one, settings) for structure, one in zip(structures, measured, strict=True)]
+
+    def multiply(self, weight: Tensor, bias: Tensor | None, measured: RowMeasurement) -> tuple[Tensor, Tensor | None]:
+        """Multiply by the block, without damping."""
+        dtype = measured.reference_tensor.dtype
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        blocks = to_blocks(weight, bias, self.layout)  # [g, 1, p, 1, 1, d]
+        product = self.product(self._as_matrices(blocks), measured.tensors).view(blocks.shape)  # as blocks
+        result = torch.empty_like(weight)
+        bias_product = from_blocks(product, self.layout, result)
+        return result, None if bias is None or bias_product is None else bias_product.reshape(bias.shape)  # [out]
+
+    def measurement_from_state(self, state: Mapping[str, Any]) -> RowMeasurement | None:
+        """Undo ``to_state`` of a measurement."""
+        return RowMeasurement({name: state[name] for name in self.measured_shapes}, state["scale"]) if state else None
+
+    def inverse_from_state(self, state: Mapping[str, Any]) -> "RowInverse | None":
+        """Undo ``to_state`` of an inverse."""
+        return RowInverse(self, dict(state)) if state else None
+
+    def measurement_findings(self, entry: str, state: Mapping[str, Any], holder: StateHolder) -> Iterator[Finding]:
+        """Check names, shapes and numbers."""
+        check_entries(entry, state, ("scale", *self.measured_shapes), holder)
+        check_scale(entry, state["scale"], holder)
+        for name, shape in self.measured_shapes.items():
+            yield from tensor_findings(f"{entry}.{name}", state[name], shape, self.sizes_by_letter, holder)
+
+    def inverse_findings(self, state: Mapping[str, Any], holder: StateHolder) -> Iterator[Finding]:
+        """Check names, shapes and numbers."""
+        check_entries("inverse", state, tuple(self.kept_shapes), holder)
+        for name, shape in self.kept_shapes.items():
+            yield from tensor_findings(f"inverse.{name}", state[name], shape, self.sizes_by_letter, holder)
+
+    def _as_matrices(self, blocks: Tensor) -> Tensor:
+        """View ``[g, 1, p, 1, 1, d]`` as ``[g, p, d]``."""
+        sizes = self.sizes_by_letter
+        return blocks.reshape(sizes["g"], sizes["p"], sizes["d"])  # [g, p, d]
+
+    def _refreshed(self, measured: RowMeasurement, settings: KroneckerSettings) -> Refreshed:
+        try:
+            kept = self.invert(measured.tensors, settings.damping)
+        except torch.linalg.LinAlgError:
+            return Refreshed(None, num_failed=1)
+        return Refreshed(RowInverse(self, kept))
+
+
+@dataclass
+class RowInverse(LayerInverse):
+    """Inverse of a damped block, as a structure computed from rows keeps it.
+
+    Args:
+        structure: The structure.
+        kept: What its ``invert`` returned.
+    """
+
+    structure: RowStructure
+    kept: Tensors
+
+    @property
+    def by_sides(self) -> None:
+        """``None``: it is applied as a whole."""
+        return None
+
+    @property
+    def forms(self) -> tuple[str, str]:
+        """What the structure says."""
+        return self.structure.forms
+
+    @property
+    def reference_tensor(self) -> Tensor:
+        """A tensor that has the device and the dtype of the inverse."""
+        return next(iter(self.kept.values()))
+
+    def to_state(self) -> dict[str, Any]:
+        """Return what a checkpoint stores."""
+        return dict(self.kept)
+
+    def apply(self, blocks: Tensor, sides: Sides = BOTH_SIDES) -> Tensor:
+        """Multiply ``[g, 1, p, 1, 1, d]`` by the inverse."""
+        assert sides == BOTH_SIDES, "one side does not determine an inverse"
+        return self.structure.precondition(self.structure._as_matrices(blocks), self.kept).view(blocks.shape)
+
+    def apply_to_bias(self, columns: Tensor) -> Tensor:
+        """Never called: the bias is a column of the gradient."""
+        raise AssertionError("the bias is a column of the gradient")
+
+
+class _RowStatistics(LayerStatistics):
+    """Keeps copies of all inputs and output gradients, and hands them to a structure.
+
+    Args:
+        name: The layer's name, for messages.
+        structure: The structure.
+    """
+
+    def __init__(self, name: str, structure: RowStructure) -> None:
+        self._structure = structure
+        super().__init__(name, structure.geometry)
+
+    def _new_rows(self) -> CallRows:
+        return _ReadRows()
+
+    def _forget_absorbed(self) -> None:
+        self._read: dict[int, list[ReadCall]] = {}
+
+    def _absorb(self, calls: Sequence[Call]) -> None:
+        for call in calls:
+            assert isinstance(call.rows, _ReadRows)
+            self._read.setdefault(call.model_pass.index, []).append(call.rows.taken())
+
+    def _measured(
+        self, num_examples: int, num_rows: int, *, num_averaged: int, loss_scale: float, scalings: Scalings
+    ) -> RowMeasurement:
+        del scalings
+        rows = joined_rows([*self._read.values()], self.geometry, num_averaged / loss_scale)
+        return RowMeasurement(self._structure.measure(rows), num_rows / num_examples, num_rows)
+
+
+class _ReadRows(CallRows):
+    """Copies of one call's inputs and output gradients."""
+
+    def __init__(self) -> None:
+        self._inputs: Tensor | None = None
+        self._output_grads: dict[int, Tensor] = {}
+
+    def taken(self) -> ReadCall:
+        """Return what has been read, which is not kept here any more."""
+        assert self._inputs is not None
+        taken = ReadCall(self._inputs, self._output_grads)
+        self._inputs, self._output_grads = None, {}
+        return taken
+
+    def read_inputs(self, inputs: Tensor) -> None:
+        self._inputs = inputs.clone()
+
+    def read_output_grads(self, output_grads: Tensor, sample: int) -> None:
+        self._output_grads[sample] = output_grads.clone()
+
+    def forget_output_grads(self) -> None:
+        self._output_grads = {}
+
+
+def _numbers(shape: Shape, sizes: Mapping[str, int]) -> list[int]:
+    """Return a shape with its letters replaced by sizes."""
+    return [size if isinstance(size, int) else sizes[size] for size in shape]
