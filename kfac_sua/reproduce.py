@@ -183,7 +183,9 @@ def _parser() -> argparse.ArgumentParser:
         "over several seeds, draw the figures, and report on each claim. The same command again does what is missing.",
         epilog="Selection rules: " + " ".join(f"{rule}: {text}" for rule, text in RULE_SENTENCES.items()),
     )
-    parser.add_argument("campaign", choices=campaign_names(), metavar="CAMPAIGN", help=", ".join(campaign_names()))
+    parser.add_argument(
+        "campaign", metavar="CAMPAIGN", help=f"{', '.join(campaign_names())}, or the YAML file of one's own"
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings of every run, as for kfac_sua.train: device=cpu"
     )

@@ -16,7 +16,7 @@ import yaml
 from kfac_sua.checks import RANGES
 from kfac_sua.compose import compose_config
 from kfac_sua.config import AUTO, CONFIG_DIR, AutoFloat, to_plain
-from kfac_sua.preconditioner.settings import KroneckerSettings, texts_below_names
+from kfac_sua.preconditioner.settings import KroneckerSettings, choices_of, texts_below_names
 
 PAGE = "configuration.md"
 
@@ -148,9 +148,9 @@ def _comments(path: Path) -> dict[str, str]:
 
 def _settings_docs() -> dict[str, str]:
     """Return the meaning of each field of :class:`KroneckerSettings`, of each of its choices, and its range."""
-    texts, hints, meanings = texts_below_names(), get_type_hints(KroneckerSettings), {}
+    texts, meanings = texts_below_names(), {}
     for field in dataclasses.fields(KroneckerSettings):
-        choices = texts.get(getattr(hints[field.name], "__name__", ""), {})
+        choices = texts.get(choices_of(field).__name__, {})
         lines = [f"`{name}`: {text}" for name, text in choices.items()] or [texts["KroneckerSettings"][field.name]]
         if field.metadata:
             lines.append(f"Must be {field.metadata['allowed']}.")

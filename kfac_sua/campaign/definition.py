@@ -6,10 +6,12 @@ the grid that tunes it. A scale says how large all this is (``configs/campaign/s
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from kfac_sua.compose.explain import explain
 from kfac_sua.config import CONFIG_DIR, ConfigError
@@ -113,23 +115,33 @@ def load_campaign(name: str) -> Campaign:
     """Return a campaign.
 
     Args:
-        name: File in ``configs/campaign``, without its ending.
+        name: File in ``configs/campaign``, without its ending; or the path of a file of one's own, which ends with
+            ``.yaml``.
 
     Raises:
         ConfigError: If there is none of that name, or the file does not hold what a campaign needs.
     """
-    _check_name("campaign", name, campaign_names())
-    campaign = _read(Campaign, OmegaConf.load(_CAMPAIGNS / f"{name}.yaml"), f"configs/campaign/{name}.yaml")
+    path = Path(name)
+    if path.suffix == ".yaml":
+        source = name
+        if not path.is_file():
+            raise ConfigError(
+                f"There is no campaign file {name}; give a file, or one of {', '.join(campaign_names())}."
+            )
+    else:
+        _check_name("campaign", name, campaign_names())
+        path, source = _CAMPAIGNS / f"{name}.yaml", f"configs/campaign/{name}.yaml"
+    campaign = _read(Campaign, _load(path, source), source)
     assert isinstance(campaign, Campaign)
-    if campaign.name != name:
-        raise ConfigError(f"configs/campaign/{name}.yaml calls itself '{campaign.name}'; give it the name of its file.")
+    if campaign.name != path.stem:
+        raise ConfigError(f"{source} calls itself '{campaign.name}'; give it the name of its file.")
     if campaign.figure not in ("fig1", "fig2"):
-        raise ConfigError(f"configs/campaign/{name}.yaml: figure must be fig1 or fig2, got '{campaign.figure}'.")
+        raise ConfigError(f"{source}: figure must be fig1 or fig2, got '{campaign.figure}'.")
     for panel in campaign.panels:
         methods = [curve.method for curve in panel.curves]
         twice = {method for method in methods if methods.count(method) > 1}
         if twice:
-            raise ConfigError(f"configs/campaign/{name}.yaml has {min(twice)} twice in panel {panel.name}; rename one.")
+            raise ConfigError(f"{source} has {min(twice)} twice in panel {panel.name}; rename one.")
     return campaign
 
 
@@ -183,6 +195,14 @@ def keep_methods(campaign: Campaign, methods: Sequence[str], extra: Sequence[str
 def _check_name(kind: str, name: str, known: list[str]) -> None:
     if name not in known:
         raise ConfigError(f"There is no {kind} '{name}'; choose one of {', '.join(known)}.")
+
+
+def _load(path: Path, source: str) -> Any:
+    """Return what a YAML file holds."""
+    try:
+        return OmegaConf.load(path)
+    except (OSError, UnicodeDecodeError, YAMLError) as error:
+        raise ConfigError(f"{source} cannot be read as YAML: {error}") from error
 
 
 def _read(schema: type, values: Any, source: str) -> Any:

@@ -27,9 +27,9 @@ class LayerReport:
     Args:
         name: The layer's name.
         kind: Class of the module.
-        structure: ``K-FAC``, ``SUA`` or ``plain gradient``.
-        activation_blocks: Number and width of the activation factor's blocks.
-        gradient_blocks: Number and width of the gradient factor's blocks.
+        structure: ``K-FAC``, ``SUA``, the name of another structure, or ``plain gradient``.
+        activation_blocks: Number and width of the activation factor's blocks; zeros if the structure has none.
+        gradient_blocks: Number and width of the gradient factor's blocks; zeros if the structure has none.
         memory_bytes: Inverses kept, and running averages of factors if there are any, in float32, if dense.
         inverse_flops: FLOPs of a refresh's inversions, if dense.
         apply_flops: FLOPs of one application, if dense.
@@ -129,7 +129,8 @@ class LayerTable:
         total = ["total", "", "", "", *_costs(treated)]
         sizes = []
         for row in treated:
-            blocks = [f"{count}x{width}^2" for count, width in (row.activation_blocks, row.gradient_blocks)]
+            sides = row.activation_blocks, row.gradient_blocks
+            blocks = [f"{count}x{width}^2" if count else "-" for count, width in sides]
             sizes.append([_name(row), row.structure, *blocks, *_costs([row])])
         lines = [*_aligned([_SIZES, *sizes, total], num_left=2)]
         if treated:

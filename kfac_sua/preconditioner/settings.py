@@ -20,7 +20,7 @@ from types import NoneType
 from typing import Any, TypedDict, get_args, get_type_hints
 
 from kfac_sua.preconditioner.plain_numbers import checked_integer, checked_number, shown
-from kfac_sua.preconditioner.registry import structure_class, structure_names
+from kfac_sua.preconditioner.registry import BUILT_IN, structure_class, structure_names
 
 
 class Choice(StrEnum):
@@ -28,12 +28,16 @@ class Choice(StrEnum):
 
 
 class Structure(Choice):
-    """Structure of the activation factor (Laurent et al. 2018, Sec. 1 and 2.1), under the names of these structures."""
+    """The package's own structures of a layer's Fisher block. Others may be registered (``registry.py``)."""
 
     kfac = "kfac"
-    """Channels and kernel taps together: ``d = channels · taps``."""
+    """A Kronecker product with channels and kernel taps together: ``d = channels · taps`` (Laurent et al. 2018)."""
     sua = "sua"
-    """Spatially uncorrelated activations: identity over taps ⊗ channel factor, ``d = channels``."""
+    """Spatially uncorrelated activations: identity over taps ⊗ channel factor, ``d = channels`` (Sec. 2.1 there)."""
+    activation_only = "activation_only"
+    """The activation factor alone, FOOF (Benzing 2022)."""
+    eigenvalue_corrected = "eigenvalue_corrected"
+    """K-FAC's eigenbasis with exact second moments along it, EKFAC (George et al. 2018)."""
 
 
 class DampingRule(Choice):
@@ -153,10 +157,8 @@ class KroneckerSettings:
     """
 
     structure: str = Structure.kfac
-    """How a layer's Fisher block is approximated: ``kfac``: a Kronecker product with channels and kernel taps together;
-    ``sua``: one with the identity over taps; ``activation_only``: the activation factor alone (FOOF);
-    ``eigenvalue_corrected``: K-FAC's eigenbasis with exact second moments (EKFAC); or any other that is registered (see
-    ``register_structure``)."""
+    """How a layer's Fisher block is approximated: one of the package's own structures, or the name of another that is
+    registered."""
     group_size: int | None = _field(None, lambda size: size >= 1, ">= 1 or null (no grouping)")
     """Channels per group, on the activation side and on the gradient side; ``None`` for no grouping."""
     damping: float = _field(
@@ -370,12 +372,17 @@ def _with_fields(docstring: str) -> str:
     """Return the docstring of the settings with the meaning, choices and range of each field, for ``help()``."""
     texts, lines = texts_below_names(), []
     for field in dataclasses.fields(KroneckerSettings):
-        choices = texts.get(_field_types()[field.name].__name__, {})
+        choices = texts.get(choices_of(field).__name__, {})
         allowed = [f"Must be {field.metadata['allowed']}."] if field.metadata else []
         parts = [texts["KroneckerSettings"][field.name], *(f"``{name}``: {text}" for name, text in choices.items())]
         entry = f"{field.name}: {' '.join([*parts, *allowed])}"
         lines.append(textwrap.indent(textwrap.fill(entry, 108, subsequent_indent="    "), " " * 8))
     return "\n".join([docstring.rstrip(), "", "    Attributes:", *lines, "    "])
+
+
+def choices_of(field: "dataclasses.Field[Any]") -> type:
+    """Return the class whose members a field may hold, or its type if it has no choices."""
+    return Structure if field.name == "structure" else _field_types()[field.name]
 
 
 def checked_damping(value: object) -> float:
@@ -426,11 +433,11 @@ def _as_choice(kind: type[Choice], name: str, value: str) -> Choice:
 
 
 def _checked_structure(name: object) -> str:
-    """Return the name of a structure, if there is one that has it."""
+    """Return the name of a structure, if there is one that has it; of the package's own as a :class:`Structure`."""
     names = structure_names()
     if not isinstance(name, str) or name not in names:
-        raise ValueError(f"structure must be one of {', '.join(names)}, got {shown(name)}.")
-    return str(name)
+        raise ValueError(f"structure must be one of {', '.join(names)}, got {name!r}.")
+    return Structure(name) if name in BUILT_IN else name
 
 
 def _checked_names(skip: object) -> list[str]:

@@ -272,7 +272,7 @@ def test_a_file_that_is_no_json_is_refused(tmp_path):
 
 
 BAD = [
-    (["--settings", "kfca"], "--settings must name baseline, kfac, sua, grouped, sua_grouped, got 'kfca'; did you"),
+    (["--settings", "kfca"], "--settings must name baseline, kfac, sua, grouped, sua_grouped, activation_only, "),
     (["--settings", "kfac:dampin=1"], "There is no key 'preconditioner.dampin' (did you mean"),
     (["--settings", "kfac:damping=-1"], "preconditioner.damping must be"),
     (["--settings", "kfac:damping=1,group"], "write keys as kfac:key=value,key=value"),

@@ -23,7 +23,7 @@ BAD_COMMANDS = {
     "optimizer.lrr=0.1": r"no key 'optimizer.lrr' \(did you mean 'optimizer.lr'\?\); the keys of optimizer=sgd are",
     "lr=0.1": r"no key 'lr' \(did you mean 'optimizer.lr'\?\); the keys of the configuration are seed, device, epochs,",
     "preconditoner=sua": r"no key 'preconditoner' \(did you mean 'preconditioner'\?\)",
-    "preconditioner=suaa": r"no preconditioner=suaa \(did you mean 'sua'\?\); choose one of baseline, grouped, kfac,",
+    "preconditioner=suaa": r"no preconditioner=suaa \(did you mean 'sua'\?\); choose one of activation_only, baseline,",
     "model=resnet": r"no model=resnet.*; choose one of preact_resnet50, tiny, transformer, vgg11\.",
     "optimizer=adam": r"no optimizer=adam \(did you mean 'adamw'\?\); choose one of adamw, muon, sgd\.",
     "dataset=mnist": r"no dataset=mnist; choose one of cifar10, cifar100, digits\.",
@@ -453,7 +453,7 @@ BAD_OUTPUT_DIRS = {
 
 # Of the other commands: module, arguments -> what stderr must say.
 BAD_OTHER_COMMANDS = {
-    "kfac_sua.reproduce fig9": r"invalid choice: 'fig9'",
+    "kfac_sua.reproduce fig9": r"There is no campaign 'fig9'; choose one of ablation_",
     "kfac_sua.reproduce fig1 --seeds 0": r"must be a whole number of at least 1, got '0'",
     "kfac_sua.reproduce fig1 --scale huge": r"invalid choice: 'huge'",
     "kfac_sua.reproduce fig1 --dry-run optimizer.lrr=1": r"There is no key 'optimizer.lrr'",

@@ -118,7 +118,7 @@ def test_sweep_is_the_product_of_its_grids(name):
 def test_multirun_multiplies_settings_and_values():
     """Two preconditioners times two learning rates are four runs, the last key varying fastest."""
     cells = compose_cells(["preconditioner=sua,grouped", "optimizer.lr=0.1,0.2", "epochs=3"], multirun=True).configs
-    assert [(cell.preconditioner.name.value, cell.optimizer.lr) for cell in cells] == [
+    assert [(cell.preconditioner.name, cell.optimizer.lr) for cell in cells] == [
         ("sua", 0.1),
         ("sua", 0.2),
         ("grouped", 0.1),
@@ -144,7 +144,7 @@ def test_command_line_replaces_a_grid_of_the_sweep():
 def test_several_experiments_by_pattern():
     """The five quickstart curves can be asked for by one pattern."""
     cells = compose_cells(["experiment=glob(quickstart_*)"], multirun=True).configs
-    assert {cell.preconditioner.name.value for cell in cells} == set(SETTINGS)
+    assert {cell.preconditioner.name for cell in cells} == set(SETTINGS)
 
 
 def test_defaults_in_yaml_are_the_package_defaults():

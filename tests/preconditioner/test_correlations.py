@@ -13,7 +13,8 @@ from kfac_sua.preconditioner.forms.unfold import to_locations
 from kfac_sua.preconditioner.geometry import BlockLayout
 from kfac_sua.preconditioner.model.module_geometry import geometry_of
 from kfac_sua.preconditioner.settings import Structure
-from kfac_sua.preconditioner.statistics import LayerStatistics, ModelPass
+from kfac_sua.preconditioner.statistics import ModelPass
+from kfac_sua.preconditioner.structures.factor_statistics import FactorStatistics
 
 
 @settings(max_examples=150, deadline=None)
@@ -77,7 +78,7 @@ def test_micro_batches_add_up_whether_inputs_or_moments_are_kept(channels):
     torch.manual_seed(0)
     module = nn.Conv2d(channels, 4, 3, padding=1, bias=False).double()
     geometry, layout = geometry_of(module), layout_of(module, "kfac")
-    statistics = LayerStatistics("conv", geometry, layout, reduce=False, max_activation_rows=0, max_gradient_rows=0)
+    statistics = FactorStatistics("conv", geometry, layout, reduce=False, max_activation_rows=0, max_gradient_rows=0)
     inputs = torch.randn(60, channels, 4, 5, dtype=torch.float64)
     grads = torch.randn(60, 4, 4, 5, dtype=torch.float64)
     for index, part in enumerate((slice(0, 10), slice(10, 60))):

@@ -13,11 +13,11 @@ from thinned import diagonal
 from torch import Tensor, nn
 
 from kfac_sua.preconditioner import DeviceRates, KroneckerPreconditioner
-from kfac_sua.preconditioner import layer as layer_module
 from kfac_sua.preconditioner.forms import DenseInverse, LowRankInverse, PatchInverse, SplitInverse, SplitLowRankInverse
 from kfac_sua.preconditioner.forms.cost import SideCost
 from kfac_sua.preconditioner.forms.dense import FEWEST_CHUNK_ROWS, gram, inverted_triangles, row_chunks
 from kfac_sua.preconditioner.forms.rates import CPU, CUDA, Flops, rates_in_force, rates_of, use_rates
+from kfac_sua.preconditioner.structures import kronecker
 
 STRUCTURES: dict[str, dict[str, Any]] = {
     "kfac": {"structure": "kfac"},
@@ -186,7 +186,7 @@ def test_flops_take_their_time():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_float64_is_never_split_by_itself(monkeypatch, dtype):
     """Where TF32 is allowed, ``auto`` splits float32 inverses, and leaves float64 ones exact."""
-    monkeypatch.setattr(layer_module, "has_fast_products", lambda like: like.dtype == torch.float32)
+    monkeypatch.setattr(kronecker, "has_fast_products", lambda like: like.dtype == torch.float32)
     net = nn.Sequential(nn.Linear(60, 60, bias=False), nn.Tanh(), nn.Linear(60, 5)).to(dtype)
     with rates_in_force(dataclasses.replace(CUDA, kernel_s=0.0, memory=math.inf), "cpu"):
         preconditioner = KroneckerPreconditioner(net)

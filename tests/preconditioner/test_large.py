@@ -6,8 +6,9 @@ from foreign_models import FOREIGN_MODELS
 from torch import nn
 
 from kfac_sua.models import VGG11, PreActResNet50
-from kfac_sua.preconditioner import KroneckerPreconditioner, large, statistics
+from kfac_sua.preconditioner import KroneckerPreconditioner, large
 from kfac_sua.preconditioner.forms import cost
+from kfac_sua.preconditioner.structures import factor_statistics
 
 DENSE = {
     "ema_decay=0.95": {"ema_decay": 0.95},
@@ -104,7 +105,7 @@ def test_many_layers_that_fill_the_memory_together_are_said(caplog, monkeypatch)
 def test_auto_forms_a_factor_rather_than_factorise_too_many_rows(monkeypatch):
     """A layer wider than the most rows that the Woodbury identity may factorise."""
     monkeypatch.setattr(cost, "MAX_KEPT_ROWS", 8)
-    monkeypatch.setattr(statistics, "MAX_KEPT_ROWS", 8)
+    monkeypatch.setattr(factor_statistics, "MAX_KEPT_ROWS", 8)
     net = nn.Linear(64, 2, bias=False)
     grads = {}
     for method in ("auto", "cholesky"):

@@ -265,7 +265,7 @@ def test_a_first_inverse_that_fails_leaves_those_of_layers_before_it(monkeypatch
         return [first, dataclasses.replace(second, num_failed=1)]
 
     with monkeypatch.context() as patch:
-        patch.setattr("kfac_sua.preconditioner.kfac.refresh_layers", second_fails)
+        patch.setattr("kfac_sua.preconditioner.structures.kronecker.refresh_layers", second_fails)
         with pytest.raises(RuntimeError, match=r"layer '2' cannot be inverted"):
             preconditioner.update_inverses()
     assert [layer.inverse is not None for layer in preconditioner.layers] == [True, False]

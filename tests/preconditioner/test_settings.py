@@ -39,7 +39,7 @@ BAD_SETTINGS = {
     "ema_decay must be a number, got True (numpy.bool": {"ema_decay": np.bool_(True)},
     "damping must be a number, got [0.1 0.2] (numpy.ndarray).": {"damping": np.array([0.1, 0.2])},
     "damping must be a number, got tensor(True) (torch.Tensor).": {"damping": torch.tensor(True)},
-    "structure must be one of kfac, sua, got 3.": {"structure": 3},
+    "structure must be one of kfac, sua, activation_only, eigenvalue_corrected, got 3.": {"structure": 3},
     "group_size must be >= 1 or null (no grouping), got 0.": {"group_size": 0},
     "inverse_period must be >= 1 mini-batch, got 0.": {"inverse_period": 0},
     "ema_decay must be in [0, 1), got 1.0.": {"ema_decay": 1.0},
@@ -51,7 +51,7 @@ BAD_SETTINGS = {
     },
     "factor_period must be a divisor of inverse_period=50": {"factor_period": 7, "ema_decay": 0.9},
     "factor_period=10 with ema_decay=0 would measure": {"factor_period": 10},
-    "structure must be one of kfac, sua, got 'suaa'.": {"structure": "suaa"},
+    "structure must be one of kfac, sua, activation_only, eigenvalue_corrected, got 'suaa'.": {"structure": "suaa"},
     "damping_rule must be one of factored, factored_pi, exact, got 'pi'.": {"damping_rule": "pi"},
     "products=bf16x3 splits inverses, but damping_rule=exact": {"products": "bf16x3", "damping_rule": "exact"},
     "inverse_method=low_rank cannot be combined with damping_rule=exact": {

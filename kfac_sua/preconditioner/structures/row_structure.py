@@ -156,8 +156,8 @@ class RowStructure(FisherStructure[RowMeasurement]):
         sizes = self.sizes_by_letter
         shapes = [*self.kept_shapes.values(), *(self.measured_shapes.values() if self.settings.ema_decay > 0 else ())]
         return BlockSizes(
-            activation_blocks=(sizes["g"], sizes["d"]),
-            gradient_blocks=(sizes["g"], sizes["p"]),
+            activation_blocks=(sizes["g"], sizes["d"]) if ("g", "d", "d") in shapes else (0, 0),
+            gradient_blocks=(sizes["g"], sizes["p"]) if ("g", "p", "p") in shapes else (0, 0),
             memory_bytes=4 * sum(prod(_numbers(shape, sizes)) for shape in shapes),
             inverse_flops=self.inversion_flops(),
             apply_flops=self.application_flops(),
