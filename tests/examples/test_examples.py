@@ -26,6 +26,7 @@ SAYS = {
     "amp": "epoch 3: loss of the last mini-batch 0.0",
     "ddp": "epoch 3: loss 0.1",
     "lightning_loop": "loss of the last mini-batch 0.0",
+    "newton_muon": "epoch 5: loss of the last mini-batch 0.0",
     "three_lines": "epoch 5: loss of the last mini-batch 0.0",
     "your_own_model": "bit for bit the same: True",
 }
