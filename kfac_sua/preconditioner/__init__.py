@@ -19,7 +19,7 @@ from kfac_sua.preconditioner.settings import (
     Structure,
     WeightSharing,
 )
-from kfac_sua.preconditioner.structures.row_structure import RowStructure
+from kfac_sua.preconditioner.structures.row_structure import RowStructure, Spectrum
 from kfac_sua.preconditioner.structures.rows import LayerRows
 from kfac_sua.preconditioner.structures.structure import FisherStructure
 
@@ -42,6 +42,7 @@ __all__ = [
     "LossReduction",
     "Products",
     "RowStructure",
+    "Spectrum",
     "StepGraph",
     "Structure",
     "WeightSharing",

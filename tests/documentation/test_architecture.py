@@ -106,7 +106,8 @@ def test_names_that_the_page_names_are_defined():
         "OptimizerName",
         "OPTIMIZER_TYPES",
         "RANGES",
-        "PreconditionerName",
+        "BUILT_IN",
+        "RowStructure",
     ):
         assert f"`{name}`" in PAGE
         assert re.search(rf"^(class )?{name}\b", source, flags=re.MULTILINE), name

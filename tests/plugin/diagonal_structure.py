@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kfac_sua.preconditioner import LayerRows, RowStructure
+from kfac_sua.preconditioner import LayerRows, RowStructure, Spectrum
 
 
 class Diagonal(RowStructure):
@@ -36,6 +36,10 @@ class Diagonal(RowStructure):
     def dense(self, rows: LayerRows) -> Tensor:
         """Return the diagonal matrix."""
         return torch.diag_embed(self.measure(rows)["squares"].flatten(1))  # [g, p · d, p · d]
+
+    def spectrum(self, measured: dict[str, Tensor]) -> Spectrum:
+        """Return the diagonal, in the basis at hand."""
+        return Spectrum(measured["squares"], lambda vector: vector)
 
     def inversion_flops(self) -> int:
         """One division per weight."""

@@ -86,6 +86,10 @@ def test_every_geometry_equals_the_dense_definition(name, structure):
     product = layer.structure.multiply(module.weight.grad, None if bias is None else bias.grad, layer.factors)
     expected = torch.einsum("gij,gj->gi", matrices, actual.flatten(1))
     assert_near(as_matrix(layer, *product).flatten(1), expected)
+    spectrum = layer.structure.spectrum(layer.factors.tensors)
+    rotated = spectrum.rotate(torch.stack([actual, expected.view(actual.shape)]))  # [2, g, p, d]
+    assert_near(rotated[1], spectrum.values * rotated[0])
+    assert_near(rotated.square().sum(), actual.square().sum() + expected.square().sum())
     form = layer.structure.quadratic_form(module.weight.grad, None if bias is None else bias.grad, layer.factors)
     assert_near(form, (expected * actual.flatten(1)).sum())
 

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kfac_sua.preconditioner.structures.row_structure import RowStructure, Tensors
+from kfac_sua.preconditioner.structures.row_structure import RowStructure, Spectrum, Tensors
 from kfac_sua.preconditioner.structures.rows import LayerRows
 
 
@@ -43,6 +43,12 @@ class ActivationOnly(RowStructure):
     def product(self, vector: Tensor, measured: Tensors) -> Tensor:
         """Return V A."""
         return torch.bmm(vector, measured["factor"])
+
+    def spectrum(self, measured: Tensors) -> Spectrum:
+        """Return A's eigenvalues, the same for every output."""
+        values, vectors = torch.linalg.eigh(measured["factor"])  # [g, d], [g, d, d]
+        sizes = self.sizes_by_letter
+        return Spectrum(values[:, None].expand(-1, sizes["p"], -1), lambda vector: vector @ vectors)  # [g, p, d]
 
     def dense(self, rows: LayerRows) -> Tensor:
         """Return I ⊗ A, as d is the last dimension of a gradient."""

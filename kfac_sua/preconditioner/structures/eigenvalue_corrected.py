@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kfac_sua.preconditioner.forms.eigen import EigenBasis, decomposed
-from kfac_sua.preconditioner.structures.row_structure import RowStructure, Tensors
+from kfac_sua.preconditioner.structures.row_structure import RowStructure, Spectrum, Tensors
 from kfac_sua.preconditioner.structures.rows import LayerRows
 
 _BASIS = {"activation_basis": ("g", "d", "d"), "gradient_basis": ("g", "p", "p")}
@@ -56,6 +56,11 @@ class EigenvalueCorrected(RowStructure):
     def product(self, vector: Tensor, measured: Tensors) -> Tensor:
         """Multiply by s in the basis."""
         return _scaled(vector, measured, measured["moments"])
+
+    def spectrum(self, measured: Tensors) -> Spectrum:
+        """Return s and the basis."""
+        activation, gradient = measured["activation_basis"], measured["gradient_basis"]
+        return Spectrum(measured["moments"], lambda vector: gradient.mT @ vector @ activation)
 
     def dense(self, rows: LayerRows) -> Tensor:
         """Return the diagonal of QᵀFQ in K-FAC's basis Q, with F the exact block."""

@@ -6,7 +6,7 @@ several processes and the table of layers follow from their shapes.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar, Self
@@ -72,6 +72,19 @@ class RowMeasurement(LayerMeasurement):
         return {"scale": self.scale, **self.tensors}
 
 
+@dataclass(frozen=True)
+class Spectrum:
+    """K = Q diag(λ) Qᵀ.
+
+    Args:
+        values: λ, ``[g, p, d]``, a number for each coordinate.
+        rotate: Multiplies vectors ``[..., g, p, d]`` by Qᵀ, which keeps their shape.
+    """
+
+    values: Tensor
+    rotate: Callable[[Tensor], Tensor]
+
+
 class RowStructure(FisherStructure[RowMeasurement]):
     """A structure of the blocks ``[g, p · d, p · d]`` of a layer's gradient ``[g, p, d]``, computed from its rows.
 
@@ -131,6 +144,14 @@ class RowStructure(FisherStructure[RowMeasurement]):
     @abstractmethod
     def application_flops(self) -> int:
         """Return the FLOPs of :meth:`precondition`."""
+
+    def spectrum(self, measured: Tensors) -> "Spectrum | None":
+        """Return K's eigenvalues and eigenbasis, from which introspection tells how near K is to F.
+
+        ``None``, the default, if they are not at hand; then only the directions of the structure are judged.
+        """
+        del measured
+        return None
 
     # --- what follows from it ---------------------------------------------------------------------------------------
 
