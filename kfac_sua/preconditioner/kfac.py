@@ -171,7 +171,9 @@ class KroneckerPreconditioner:
                 f"averaged over {self._processes.size} processes; train on one process, use structure=kfac or sua, or "
                 f"give distributed=False where every process has a model of its own."
             )
-        self._shared_inversion = SharedInversion(self._processes, flops_per_byte) if self._processes else None
+        self._shared_inversion: SharedInversion | None = None
+        if self._processes is not None and self._structure.shares_inversion:
+            self._shared_inversion = SharedInversion(self._processes, flops_per_byte)
         self._phases = PhaseSource()
         self._observer: weakref.ref[GradientObserver] | None = None
         self._discovered = discover_layers(self._model, self.settings.skip)

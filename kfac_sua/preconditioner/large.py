@@ -13,7 +13,7 @@ import torch
 
 from kfac_sua.preconditioner.forms.rates import rates_of
 from kfac_sua.preconditioner.layer import PreconditionedLayer
-from kfac_sua.preconditioner.settings import DampingRule, InverseMethod, KroneckerSettings
+from kfac_sua.preconditioner.settings import DampingRule, InverseMethod, KroneckerSettings, Structure
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,8 @@ def large_layers(layers: Iterable[tuple[PreconditionedLayer, int, int]], setting
         found = [*_totals(layers)]
     if not found:
         return ""
+    if settings.structure not in (Structure.kfac, Structure.sua):
+        return f"{'; '.join(found)}. {cause} keeps them dense: list such layers in skip, or use structure=kfac or sua."
     return (
         f"{'; '.join(found)}. {cause} makes factors dense: list such layers in skip, set group_size, or let "
         f"mini-batches of few rows make it cheaper (ema_decay=0, damping_rule=factored, inverse_method=auto)."
@@ -68,6 +70,8 @@ def device_memory(device: torch.device) -> int | None:
 
 def _dense_because(settings: KroneckerSettings) -> str:
     """Return the setting that makes all factors dense; empty if none does."""
+    if settings.structure not in (Structure.kfac, Structure.sua):
+        return f"structure={settings.structure}"
     if settings.ema_decay > 0:
         return f"ema_decay={settings.ema_decay:g}"
     if settings.damping_rule is DampingRule.exact:

@@ -28,6 +28,8 @@ SETTINGS = {
     "grouped-low_rank": {"structure": "kfac", "group_size": 3, "inverse_method": "low_rank"},
     "sua_grouped-average": {"structure": "sua", "group_size": 4, "ema_decay": 0.5, "factor_period": 1},
     "kfac-exact-fisher": {"structure": "kfac", "fisher_type": "exact"},
+    "activation_only": {"structure": "activation_only"},
+    "activation_only-average": {"structure": "activation_only", "ema_decay": 0.5, "factor_period": 1},
 }
 NUM_STEPS, NUM_EXAMPLES, NUM_CLASSES = 20, 11, 3  # eleven: no process count divides them
 
@@ -146,6 +148,9 @@ def check_training(name: str, ranks: list[dict]) -> None:
         torch.testing.assert_close(got, value.detach(), rtol=1e-8, atol=1e-9, msg=f"{name}: {key}")
     for other in ranks[1:]:
         assert_identical(other, ranks[0], name)
+    if SETTINGS[name]["structure"] == "activation_only":
+        assert all(rank["blocks"] is None for rank in ranks), "every process inverts by itself"
+        return
     num_shared, num_everywhere = ranks[0]["blocks"]
     balance = balances(len(ranks))[name]
     assert (num_shared > 0, num_everywhere > 0) == (balance < math.inf, balance > 0.0), name

@@ -55,6 +55,7 @@ class KroneckerStructure(FisherStructure[LayerFactors]):
     )
     can_be_captured = True
     can_be_shared = True
+    shares_inversion = True
 
     def __init__(self, geometry: LayerGeometry, settings: KroneckerSettings, device: torch.device) -> None:
         super().__init__(geometry, settings, device)

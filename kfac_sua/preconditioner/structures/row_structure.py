@@ -26,7 +26,7 @@ from kfac_sua.preconditioner.distributed.collectives import Processes
 from kfac_sua.preconditioner.factors import LayerMeasurement
 from kfac_sua.preconditioner.forms.accumulator import Scalings
 from kfac_sua.preconditioner.forms.inverse import Shape
-from kfac_sua.preconditioner.geometry import BlockLayout
+from kfac_sua.preconditioner.geometry import BlockLayout, LayerGeometry
 from kfac_sua.preconditioner.invert import Inverter
 from kfac_sua.preconditioner.kronecker import BOTH_SIDES, LayerInverse, Sides
 from kfac_sua.preconditioner.refresh import Refreshed
@@ -104,6 +104,10 @@ class RowStructure(FisherStructure[RowMeasurement]):
     forms: ClassVar[tuple[str, str]]
     can_be_averaged: ClassVar[bool] = False
 
+    def __init__(self, geometry: LayerGeometry, settings: KroneckerSettings, device: torch.device) -> None:
+        super().__init__(geometry, settings, device)
+        self._layout = BlockLayout.of(geometry, Structure.kfac, None)
+
     def __init_subclass__(cls) -> None:
         """Let structures that can be averaged read what that needs."""
         super().__init_subclass__()
@@ -170,7 +174,7 @@ class RowStructure(FisherStructure[RowMeasurement]):
     @property
     def layout(self) -> BlockLayout:
         """The view ``[g, 1, p, 1, 1, d]`` of a gradient."""
-        return BlockLayout.of(self.geometry, Structure.kfac, None)
+        return self._layout
 
     def sizes(self) -> BlockSizes:
         """Return memory and FLOPs."""

@@ -65,11 +65,13 @@ class FisherStructure(ABC, Generic[M]):
         can_be_captured: Whether steps that apply it can be captured: its application neither waits for the device nor
             depends on numbers there.
         can_be_shared: Whether several processes may share a mini-batch (:meth:`average_over_processes`).
+        shares_inversion: Whether :meth:`refresh` lets the inverter share its matrices out among them.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset()
     can_be_captured: ClassVar[bool] = False
     can_be_shared: ClassVar[bool] = False
+    shares_inversion: ClassVar[bool] = False
 
     def __init__(self, geometry: LayerGeometry, settings: KroneckerSettings, device: torch.device) -> None:
         self.geometry = geometry
