@@ -38,6 +38,7 @@ from kfac_sua.figures.lines import (
     seeds_title,
 )
 from kfac_sua.figures.panels import check_uniform, method_names, with_names
+from kfac_sua.figures.style import styles_with
 from kfac_sua.figures.titles import subject
 from kfac_sua.methods import METHODS, MethodStyle
 from kfac_sua.runs.collect import collect_runs, final_runs_root
@@ -108,13 +109,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of the files")
     parser.add_argument("--title", help="line above the panels (the network and the data set)")
     parser.add_argument("--quiet", action="store_true", help="print no table")
-    parser.add_argument("--methods", nargs="+", choices=_PAPER_METHODS, default=_PAPER_METHODS)
+    parser.add_argument(
+        "--methods", nargs="+", default=_PAPER_METHODS, metavar="NAME", help="names of preconditioners (the paper's)"
+    )
     options = parser.parse_args(arguments)
     try:
         frame = without_comparators(collect_runs(final_runs_root(options.root)))
         require_runs(frame, options.methods)
         best = select_best(frame[frame["preconditioner"].isin(options.methods)])
-        paths = draw_figure1(best, options.out, options.title or subject(best))
+        paths = draw_figure1(best, options.out, options.title or subject(best), styles_with(options.methods))
     except (CollectError, RecordError, FigureError) as error:
         return say(error, BAD_INPUT)
     except OSError as error:

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from kfac_sua.command_line import BAD_INPUT, say
-from kfac_sua.config import PreconditionerName
 from kfac_sua.figures.curves import FigureError, Method, method_curves, without_comparators
 from kfac_sua.figures.files import PAGE_WIDTH, write_figure
 from kfac_sua.figures.lines import (
@@ -35,7 +34,7 @@ from kfac_sua.figures.lines import (
     seeds_title,
 )
 from kfac_sua.figures.panels import check_uniform, method_names, panel_titles, with_names
-from kfac_sua.figures.style import wrapped
+from kfac_sua.figures.style import styles_with, wrapped
 from kfac_sua.figures.titles import panel_subjects, subject
 from kfac_sua.methods import METHODS, MethodStyle
 from kfac_sua.runs.collect import collect_runs, final_runs_root
@@ -128,15 +127,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--methods",
         nargs="+",
-        choices=[name.value for name in PreconditionerName],
-        help="only these, all of which each panel must have (all that have ended)",
+        metavar="NAME",
+        help="names of preconditioners: only these, all of which each panel must have (all that have ended)",
     )
     options = parser.parse_args(arguments)
     try:
         runs = without_comparators(collect_runs(final_runs_root(options.root)))
         best = _best_per_panel(runs, options.methods)
         titles = list(panel_subjects(best).items())
-        paths = draw_figure2(best, titles, options.out, options.title or subject(best))
+        paths = draw_figure2(
+            best, titles, options.out, options.title or subject(best), styles_with(best["preconditioner"])
+        )
     except (CollectError, RecordError, FigureError) as error:
         return say(error, BAD_INPUT)
     except OSError as error:

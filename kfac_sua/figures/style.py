@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from kfac_sua.figures.curves import FigureError
 from kfac_sua.methods import METHODS, Dashes, MethodStyle
@@ -48,6 +48,11 @@ def method_styles(methods: Sequence[str], labels: Mapping[str, str] | None = Non
         )
     styles = METHODS | {name: MethodStyle(name, *look) for name, look in zip(others, looks, strict=False)}
     return {name: dataclasses.replace(styles[name], label=labels.get(name, styles[name].label)) for name in methods}
+
+
+def styles_with(methods: Iterable[str]) -> dict[str, MethodStyle]:
+    """Return ``METHODS``, followed by a look for each of the methods that is not among them."""
+    return method_styles([*METHODS, *dict.fromkeys(name for name in methods if name not in METHODS)])
 
 
 def wrapped(label: str, width: int) -> str:
