@@ -53,7 +53,7 @@ reproduce-fig1: $(INSTALLED) ## Figure 1 with grid and report: SCALE=full|small|
 reproduce-fig2: $(INSTALLED) ## Figure 2, the same way
 	$(call REPRODUCE,fig2)
 
-ablation-%: $(INSTALLED) ## sharing, fisher, damping_rule, refresh or group_size, the same way
+ablation-%: $(INSTALLED) ## initialisation, sharing, fisher, damping_rule, refresh or group_size, the same way
 	$(call REPRODUCE,ablation_$*)
 
 bench: $(INSTALLED) ## Cost of each setting beside plain SGD: make bench ARGS="--layers --json new.json --against old.json"

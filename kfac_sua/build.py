@@ -87,11 +87,11 @@ def build_model(config: Config, num_classes: int, device: torch.device) -> nn.Mo
     Returns:
         The network, in training mode.
     """
-    own = config.model
+    own, scheme = config.model, config.model.initialisation.value
     if isinstance(own, PlainNetConfig):
-        model = PLAIN_NETS[own.name](num_classes, width=own.width, batch_norm=own.batch_norm)
+        model = PLAIN_NETS[own.name](num_classes, width=own.width, batch_norm=own.batch_norm, initialisation=scheme)
     else:
-        model = OTHER_NETS[own.name](num_classes, width=own.width)
+        model = OTHER_NETS[own.name](num_classes, width=own.width, initialisation=scheme)
     return model.to(device).to(memory_format=memory_format(config))
 
 

@@ -67,6 +67,15 @@ class ModelName(Choice):
     tiny = "tiny"
 
 
+class Initialisation(Choice):
+    """The schemes of initial weights; ``models/initialisation.py`` says what each is."""
+
+    he_fan_out = "he_fan_out"
+    he_fan_in = "he_fan_in"
+    xavier = "xavier"
+    pytorch = "pytorch"
+
+
 class DatasetName(Choice):
     """The data sets."""
 
@@ -143,6 +152,7 @@ class ModelConfig:
 
     name: ModelName
     width: float
+    initialisation: Initialisation
 
 
 @dataclasses.dataclass(kw_only=True)

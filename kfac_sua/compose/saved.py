@@ -1,6 +1,5 @@
 """The saved configuration of a run as overrides, so that it is composed and checked like any other."""
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from yaml import YAMLError
 
 from kfac_sua.compose.overrides import ONE_OPTION, quoted
 from kfac_sua.config import ConfigError
-from kfac_sua.runs.directory import ADDED_LATER
+from kfac_sua.runs.directory import with_later_keys
 
 
 def saved_overrides(directory: Path, given: Sequence[str] = ()) -> list[str]:
@@ -64,10 +63,7 @@ def overrides_of(values: Any, source: object) -> list[str]:
     """
     if not isinstance(values, dict) or not all(isinstance(_name(values, group), str) for group in ONE_OPTION):
         raise ConfigError(f"{source} is not the configuration of a run: it must name {', '.join(ONE_OPTION)}.")
-    values = copy.deepcopy(values)
-    for node, key, value in ADDED_LATER:
-        if node != "preconditioner" or values[node]["name"] != "baseline":
-            (values[node] if node else values).setdefault(key, value)
+    values = with_later_keys(values)
     chosen = [f"{group}={_name(values, group)}" for group in ONE_OPTION]
     keys = [
         f"{node}.{key}={_written(value)}" if node else f"{key}={_written(value)}"

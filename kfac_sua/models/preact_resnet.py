@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kfac_sua.models.initialisation import initialise_
+from kfac_sua.models.initialisation import DEFAULT_SCHEME, initialise_
 from kfac_sua.models.width import scale_channels
 
 EXPANSION = 4
@@ -62,14 +62,15 @@ class PreActResNet50(nn.Module):
         num_classes: Number of classes.
         width: Multiplies the stem's and all bottleneck channels (rounded, at least 8); 1 is the paper's
             network.
+        initialisation: Scheme of the initial weights (``initialisation.SCHEMES``).
 
     Raises:
-        ValueError: If ``width`` is not finite and positive.
+        ValueError: If ``width`` is not finite and positive, or there is no such scheme.
 
     Reference: Laurent et al. (2018), Sec. 3.2; He et al. (2016b).
     """
 
-    def __init__(self, num_classes: int, width: float = 1.0) -> None:
+    def __init__(self, num_classes: int, width: float = 1.0, initialisation: str = DEFAULT_SCHEME) -> None:
         super().__init__()
         in_channels = scale_channels(STAGE_CHANNELS[0], width)
         self.stem = nn.Conv2d(3, in_channels, 3, padding=1, bias=False)
@@ -83,7 +84,7 @@ class PreActResNet50(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.final_norm = nn.BatchNorm2d(in_channels)
         self.classifier = nn.Linear(in_channels, num_classes)
-        initialise_(self)
+        initialise_(self, initialisation)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the logits, ``[batch, num_classes]``, of images ``[batch, 3, 32, 32]``."""

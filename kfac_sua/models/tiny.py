@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from kfac_sua.models.initialisation import initialise_
+from kfac_sua.models.initialisation import DEFAULT_SCHEME, initialise_
 from kfac_sua.models.width import scale_channels
 
 
@@ -18,12 +18,15 @@ class TinyConvNet(nn.Module):
         num_classes: Number of classes.
         width: Multiplies the 16 and 32 channels (rounded, at least 8).
         batch_norm: Whether batch normalisation follows each convolution; without it each convolution has a bias.
+        initialisation: Scheme of the initial weights (``initialisation.SCHEMES``).
 
     Raises:
-        ValueError: If ``width`` is not finite and positive.
+        ValueError: If ``width`` is not finite and positive, or there is no such scheme.
     """
 
-    def __init__(self, num_classes: int, width: float = 1.0, batch_norm: bool = True) -> None:
+    def __init__(
+        self, num_classes: int, width: float = 1.0, batch_norm: bool = True, initialisation: str = DEFAULT_SCHEME
+    ) -> None:
         super().__init__()
         first, second = scale_channels(16, width), scale_channels(32, width)
         self.features = nn.Sequential(
@@ -37,7 +40,7 @@ class TinyConvNet(nn.Module):
             nn.AvgPool2d(4),
         )
         self.classifier = nn.Linear(4 * second, num_classes)
-        initialise_(self)
+        initialise_(self, initialisation)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the logits, ``[batch, num_classes]``, of images ``[batch, 3, 32, 32]``."""

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kfac_sua.models.initialisation import initialise_
+from kfac_sua.models.initialisation import DEFAULT_SCHEME, initialise_
 from kfac_sua.models.width import scale_channels
 
 NUM_BLOCKS = 4  # a third of ViT-B: a step on 100 images takes about 5 s on one CPU core
@@ -94,15 +94,16 @@ class VisionTransformer(nn.Module):
     Args:
         num_classes: Number of classes.
         width: Multiplies the 64 channels of each of the four heads (rounded, at least 8), and so the 256 of tokens.
+        initialisation: Scheme of the initial weights (``initialisation.SCHEMES``).
 
     Raises:
-        ValueError: If ``width`` is not finite and positive.
+        ValueError: If ``width`` is not finite and positive, or there is no such scheme.
 
     Reference: Dosovitskiy et al. (2021), "An Image Is Worth 16x16 Words", Sec. 3.1; with pre-norm blocks, as there,
     after Xiong et al. (2020).
     """
 
-    def __init__(self, num_classes: int, width: float = 1.0) -> None:
+    def __init__(self, num_classes: int, width: float = 1.0, initialisation: str = DEFAULT_SCHEME) -> None:
         super().__init__()
         channels = NUM_HEADS * scale_channels(HEAD_CHANNELS, width)  # by head, or these would not divide it
         self.embedding = nn.Linear(PATCH_SIZE, channels)
@@ -110,7 +111,7 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.Sequential(*(TransformerBlock(channels) for _ in range(NUM_BLOCKS)))
         self.final_norm = nn.LayerNorm(channels)
         self.classifier = nn.Linear(channels, num_classes)
-        initialise_(self)
+        initialise_(self, initialisation)
         nn.init.normal_(self.positions, std=POSITION_STD)
 
     def forward(self, inputs: Tensor) -> Tensor:

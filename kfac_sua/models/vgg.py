@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from kfac_sua.models.initialisation import initialise_
+from kfac_sua.models.initialisation import DEFAULT_SCHEME, initialise_
 from kfac_sua.models.width import scale_channels
 
 # Output channels of each convolution at width 1; None halves the resolution.
@@ -22,14 +22,17 @@ class VGG11(nn.Module):
         num_classes: Number of classes.
         width: Multiplies all channels (rounded, at least 8); 1 is the paper's network.
         batch_norm: Whether batch normalisation follows each convolution; the paper's network has it.
+        initialisation: Scheme of the initial weights (``initialisation.SCHEMES``).
 
     Raises:
-        ValueError: If ``width`` is not finite and positive.
+        ValueError: If ``width`` is not finite and positive, or there is no such scheme.
 
     Reference: Laurent et al. (2018), Sec. 3.1; Simonyan & Zisserman (2014), Table 1, column A.
     """
 
-    def __init__(self, num_classes: int, width: float = 1.0, batch_norm: bool = True) -> None:
+    def __init__(
+        self, num_classes: int, width: float = 1.0, batch_norm: bool = True, initialisation: str = DEFAULT_SCHEME
+    ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         in_channels = 3
@@ -45,7 +48,7 @@ class VGG11(nn.Module):
             in_channels = out_channels
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(in_channels, num_classes)
-        initialise_(self)
+        initialise_(self, initialisation)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the logits, ``[batch, num_classes]``, of images ``[batch, 3, 32, 32]``."""

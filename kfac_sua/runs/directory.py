@@ -1,7 +1,9 @@
 """Where a run lives: a directory fixed by its configuration, so that the same command finds it again."""
 
+import copy
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ ADDED_LATER = (
     ("", "deterministic", False),
     ("", "device_rates", None),
     ("", "start_from", None),
+    ("model", "initialisation", "he_fan_out"),
     ("preconditioner", "activation_rows", None),
     ("preconditioner", "kl_clip", None),
     ("preconditioner", "damping_final", None),
@@ -154,6 +157,20 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return leaves
+
+
+def with_later_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recorded configuration in which keys that came after the run have the value that says what it did.
+
+    Args:
+        values: As in config.yaml and run.json; it is not changed.
+    """
+    completed = copy.deepcopy(dict(values))
+    for node, key, value in ADDED_LATER:
+        part = completed.get(node) if node else completed
+        if isinstance(part, dict) and part.get("name") != "baseline":
+            part.setdefault(key, value)
+    return completed
 
 
 def end_of(path: str) -> str:

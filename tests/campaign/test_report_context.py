@@ -131,6 +131,19 @@ def test_runs_as_in_the_paper_are_said_to_follow_it(tmp_path):
     assert rows(text, "training images")[0][1:] == ["all", "all 45,000", "yes"]
 
 
+def test_the_initialisation_is_an_open_choice_that_older_runs_made_too(tmp_path):
+    """Runs from before the key had what is its default now."""
+    finals = final_frame(campaign())
+    infos = run_infos(finals)
+    for info in infos:
+        if info.config["preconditioner"]["name"] == "sua":
+            info.config["model"] = info.config["model"] | {"initialisation": "pytorch"}
+    markdown, _ = written(report_input(campaign(), finals, infos=infos), tmp_path)
+    text = section(markdown, "What differs from the paper")
+    assert rows(text, "initialisation")[0][1:] == ["not stated", r"he\_fan\_out; pytorch (SUA)", "–"]
+    assert "What it leaves open was chosen here, as in the table: initialisation, " in text
+
+
 def test_provenance_is_that_of_the_records(tmp_path):
     """Where runs differ in machine or commit, all are listed with their numbers, and the opening warns."""
     finals = final_frame(campaign(TWO))

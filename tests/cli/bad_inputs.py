@@ -44,7 +44,7 @@ BAD_COMMANDS = {
     "optimizer=muon optimizer.ns_step=3": r"no key 'optimizer.ns_step' \(did you mean 'optimizer.ns_steps'\?\)",
     "batch_norm=false": r"no key 'batch_norm' \(did you mean 'model.batch_norm'\?\)",
     "model=preact_resnet50 model.batch_norm=false": (
-        r"no key 'model.batch_norm' with model=preact_resnet50 or transformer; .* or transformer are name, width\."
+        r"no key 'model.batch_norm' with model=preact_resnet50 or transformer; .* or transformer are name, width, initialisation\."
     ),
     "model=transformer model.batch_norm=false": r"no key 'model.batch_norm' with model=preact_resnet50 or transformer;",
     # wrong types
@@ -56,6 +56,9 @@ BAD_COMMANDS = {
         r"preconditioner.fisher_type must be one of empirical, mc, exact, got 'true_fisher'\."
     ),
     "model.batch_norm=maybe": r"model.batch_norm must be true or false, got 'maybe'\.",
+    "model.initialisation=he": (
+        r"model.initialisation must be one of he_fan_out, he_fan_in, xavier, pytorch, got 'he'\."
+    ),
     "optimizer=adamw optimizer.betas=0.9": r"optimizer.betas must be a list such as \[0.5,0.9\], got 0.9\.",
     "schedule=step schedule.milestones=half": r"schedule.milestones must be a list such as \[0.5,0.9\], got 'half'\.",
     "dataset=cifar10 dataset.download=maybe": r"dataset.download must be true or false, got 'maybe'\.",

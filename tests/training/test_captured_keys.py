@@ -101,6 +101,7 @@ NOT_OF_A_STEP = {
     "dataset.train_eval_size": "evaluation",
     "dataset.split_seed": "which images",
     "model.name": "comes with its file; the others below",
+    "model.initialisation": "before the first step",
     "optimizer.name": "comes with its file; all below",
     "preconditioner.name": "comes with its file; all below",
     "preconditioner.structure": "comes with its file; all below",

@@ -82,6 +82,7 @@ def test_output_directory_moves_the_run_but_not_its_fingerprint(tmp_path):
         "schedule=cosine",
         "precision=bfloat16",
         "deterministic=true",
+        "model.initialisation=he_fan_in",
     ],
 )
 def test_fingerprint_depends_on_everything_else(tmp_path, override):
@@ -89,6 +90,12 @@ def test_fingerprint_depends_on_everything_else(tmp_path, override):
     first, second = (run_directory(tiny_config(tmp_path, *more), "cpu") for more in ((), (override,)))
     assert first.fingerprint != second.fingerprint
     assert first.path != second.path
+
+
+@pytest.mark.parametrize("override", ["model.initialisation=he_fan_out"])
+def test_a_key_from_after_the_first_runs_keeps_their_fingerprints(tmp_path, override):
+    """Given the value that says what those runs did; the numbers are pinned further below."""
+    assert run_directory(tiny_config(tmp_path, override), "cpu") == run_directory(tiny_config(tmp_path), "cpu")
 
 
 def test_fingerprint_depends_on_the_device_in_use(tmp_path):

@@ -11,6 +11,7 @@ from kfac_sua.campaign.definition import Campaign
 from kfac_sua.campaign.report.panels import curve_rows, method_label
 from kfac_sua.data.sizes import SIZES
 from kfac_sua.markdown import bullets, count, escape, join, listed, table
+from kfac_sua.runs.directory import with_later_keys
 from kfac_sua.runs.run_info import RunInfo
 
 CITATION = "Laurent, George, Bouthillier, Ballas and Vincent (2018)"
@@ -226,7 +227,7 @@ def _from(key: str) -> Callable[[RunInfo], str | None]:
     """Return a setting's ``here`` that is the value of a key."""
 
     def here(info: RunInfo) -> str | None:
-        value = _value(info.config, key)
+        value = _value(with_later_keys(info.config), key)
         if value is None:
             return None
         if isinstance(value, bool):
@@ -268,6 +269,7 @@ SETTINGS = (
     Setting("network", _from("model.name"), {"fig1": "vgg11", "fig2": "preact_resnet50"}),
     Setting("width", _from("model.width"), {"fig1": "1", "fig2": "1"}),
     Setting("batch norm", _from("model.batch_norm"), {"fig1": "yes", "fig2": "yes"}),
+    Setting("initialisation", _from("model.initialisation")),
     Setting("data set", _from("dataset.name"), {"fig1": "cifar10", "fig2": "cifar10", "fig2/right": "cifar100"}),
     Setting("training images", training_images, {"fig1": "all", "fig2": "all"}),
     Setting("images held out for selection", _from("dataset.validation_size")),
