@@ -137,14 +137,13 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
 
 
 def build_preconditioner(
-    config: PreconditionerConfig, model: nn.Module, seed: int, *, distributed: bool = False
+    config: Config, model: nn.Module, *, distributed: bool = False
 ) -> KroneckerPreconditioner | None:
     """Return the preconditioner, or None for the baseline.
 
     Args:
-        config: Its settings.
+        config: Its settings, the width of the network and the seed of sampled labels.
         model: The network, already on its device.
-        seed: Seed of sampled labels.
         distributed: Whether several processes share every mini-batch.
 
     Returns:
@@ -153,10 +152,12 @@ def build_preconditioner(
     Raises:
         ConfigError: If the settings do not fit the network, such as a pattern in ``skip`` that matches no layer.
     """
-    if not isinstance(config, KroneckerConfig):
+    own = config.preconditioner
+    if not isinstance(own, KroneckerConfig):
         return None
+    settings = own.settings(config.model.width)
     try:
-        return KroneckerPreconditioner(model, settings=config.settings(), seed=seed, distributed=distributed)
+        return KroneckerPreconditioner(model, settings=settings, seed=config.seed, distributed=distributed)
     except ValueError as error:
         raise settings_error(error) from error
 

@@ -101,6 +101,13 @@ class PreconditionerName(Choice):
     sua_grouped = "sua_grouped"
 
 
+class GroupSizeScaling(Choice):
+    """What the channels per group are multiplied by: the width of the network, or nothing."""
+
+    width = "width"
+    none = "none"
+
+
 class OptimizerName(Choice):
     """The paper's optimizer, and two that a reader compares it with."""
 
@@ -188,14 +195,30 @@ class KroneckerConfig(PreconditionerConfig, KroneckerSettings):
     """All settings of the preconditioner; see ``configs/preconditioner`` and :class:`KroneckerSettings`."""
 
     damping: AutoFloat = 0.1
+    group_size_scaling: GroupSizeScaling = GroupSizeScaling.width
     allow_exact_fisher: bool = False
     damping_final: float | None = None
     adaptive_damping: int | None = None
 
-    def settings(self) -> KroneckerSettings:
-        """Return what the preconditioner itself takes, without the keys of the command line."""
+    def channels_per_group(self, width: float) -> int | None:
+        """Return the channels of a group in a network of some width; None without groups.
+
+        Args:
+            width: Of the network, by which ``group_size_scaling=width`` multiplies ``group_size``.
+        """
+        if self.group_size is None or self.group_size_scaling is GroupSizeScaling.none:
+            return self.group_size
+        return scaled_group_size(self.group_size, width)
+
+    def settings(self, width: float) -> KroneckerSettings:
+        """Return what the preconditioner itself takes, without the keys of the command line.
+
+        Args:
+            width: Of the network, by which groups may be scaled; the preconditioner knows of none.
+        """
         names = (field.name for field in dataclasses.fields(KroneckerSettings))
-        return KroneckerSettings(**{name: getattr(self, name) for name in names})
+        values = {name: getattr(self, name) for name in names}
+        return KroneckerSettings(**values | {"group_size": self.channels_per_group(width)})
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -317,6 +340,19 @@ def register_structures() -> None:
 
 
 register_schema()
+
+
+def scaled_group_size(group_size: int, width: float) -> int:
+    """Return the channels of a group with which layers of some width have as many groups as at width 1.
+
+    Args:
+        group_size: Channels per group at width 1.
+        width: The width.
+
+    Returns:
+        The product, rounded as the channels of the network are (ties to even), at least 1.
+    """
+    return max(1, round(group_size * width))
 
 
 def to_plain(config: Any) -> Any:

@@ -160,7 +160,7 @@ def resolve_auto(raw: DictConfig) -> None:
 
 
 def opening_line(config: Config, auto: Sequence[str]) -> str:
-    """Return learning rate and damping of a run in words, and where the values for ``auto`` were tried.
+    """Return the numbers of a run that matter most, in words, and where the values for ``auto`` were tried.
 
     Args:
         config: The configuration, with numbers.
@@ -169,6 +169,8 @@ def opening_line(config: Config, auto: Sequence[str]) -> str:
     values = f"lr {config.optimizer.lr:g}"
     if isinstance(config.preconditioner, KroneckerConfig):
         values += f", damping {config.preconditioner.damping:g}"
+        if (size := config.preconditioner.channels_per_group(config.model.width)) is not None:
+            values += f", groups of {size}"
     if not auto:
         return values
     best = tuned(config.preconditioner.name, config.model.name, config.model.width, config.optimizer.name)

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kfac_sua import tuned
-from kfac_sua.campaign.definition import load_campaign
-from kfac_sua.campaign.report.panels import method_label
+from kfac_sua.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "outputs" / "reference"
@@ -74,8 +73,6 @@ def best_lr_by_damping() -> str:
     with (REFERENCE / "fig1-small-cpu" / "grid.csv").open(newline="", encoding="utf-8") as file:
         cells = [row for row in csv.DictReader(file) if row["damping"]]
     dampings = sorted({float(row["damping"]) for row in cells})
-    campaign = load_campaign("fig1")
-    labels = {name: method_label(campaign, name) for name in campaign.methods()}
     lines = [
         "| lowest | structure | " + " | ".join(f"damping {damping:g}" for damping in dampings) + " |",
         "|---|---|" + "---|" * len(dampings),
@@ -88,7 +85,7 @@ def best_lr_by_damping() -> str:
             row = [
                 f"lr {best[0]:g} ({style.format(best[1])})" if best else "–" for best in _best(cells, method, column)
             ]
-            lines.append(f"| {said} | {labels[method]} | " + " | ".join(row) + " |")
+            lines.append(f"| {said} | {METHODS[method].label} | " + " | ".join(row) + " |")
     return "\n".join(lines)
 
 

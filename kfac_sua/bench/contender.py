@@ -94,7 +94,7 @@ class Contender:
         self._labels = batch.labels
         self._precision = arithmetic.precision
         self.model = build_model(config, NUM_CLASSES, self._device).to(arithmetic.dtype)
-        self.preconditioner = build_preconditioner(config.preconditioner, self.model, config.seed)
+        self.preconditioner = build_preconditioner(config, self.model)
         self._optimizer = build_optimizer(config.optimizer, self.model)
         self._watch = self._new_watch()
         self._captured: CapturedStep[None] | None = None

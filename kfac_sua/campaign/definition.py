@@ -27,7 +27,8 @@ class Curve:
         method: Name of the curve in records and figures, unique within its panel.
         overrides: Arguments of ``python -m kfac_sua.train`` for its runs; usually ``experiment=<name>``.
         tuning: Which of the scale's grids tunes it, such as ``lr`` or ``lr_damping``.
-        label: Name in legends and tables; None takes the one in ``figures/style.py``.
+        label: Name in legends and tables; None takes the one in ``figures/style.py``. ``{group_size}`` in it stands for
+            the channels per group of the curve's runs, which the scale changes (``publish.py``).
         optional: Whether it is trained only if asked for by name, as a comparator that the paper does not have.
     """
 

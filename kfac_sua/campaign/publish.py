@@ -1,7 +1,7 @@
 """From the results of a campaign to its figures, tables and report in one directory."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -9,12 +9,13 @@ import pandas as pd
 from kfac_sua.campaign.cell import Cell, each_once, read_cell_info
 from kfac_sua.campaign.claims import CLAIMS
 from kfac_sua.campaign.conduct import Results
-from kfac_sua.campaign.definition import Campaign
+from kfac_sua.campaign.definition import Campaign, Curve, Panel
 from kfac_sua.campaign.judge import judge, rule_table
 from kfac_sua.campaign.plan import Plan
 from kfac_sua.campaign.report import ReportInput, write_report
 from kfac_sua.campaign.selection import RULE_SENTENCES, Rule
 from kfac_sua.campaign.targets import target_table
+from kfac_sua.config import KroneckerConfig
 from kfac_sua.figures.fig1 import draw_figure1
 from kfac_sua.figures.fig2 import draw_figure2
 from kfac_sua.figures.grid_map import draw_grid_map
@@ -27,6 +28,7 @@ from kfac_sua.methods import MethodStyle
 from kfac_sua.runs.environment import source_commit
 from kfac_sua.runs.run_info import RunInfo
 
+GROUP_SIZE = "{group_size}"  # in labels of configs/campaign
 _WRITTEN = (".csv", ".png", ".svg", ".md", ".html")
 
 
@@ -56,7 +58,7 @@ def publish(plan: Plan, *, scale: str, device: str, rule: Rule, results: Results
             path.unlink()
     for name, runs in (("grid_runs.csv", results.grid), ("final_runs.csv", results.finals)):
         write_atomically(out_dir / name, runs.to_csv(index=False).encode())
-    campaign = titled(plan.campaign, results.finals)
+    campaign = labelled(titled(plan.campaign, results.finals), [*results.grid_cells, *results.final_cells])
     report = ReportInput(
         campaign=campaign,
         scale=scale,
@@ -91,6 +93,31 @@ def titled(campaign: Campaign, finals: pd.DataFrame) -> Campaign:
     titles = panel_subjects(finals)
     panels = [dataclasses.replace(panel, title=titles[panel.name]) for panel in campaign.panels]
     return dataclasses.replace(campaign, title=f"{campaign.title}: {subject(finals)}", panels=panels)
+
+
+def labelled(campaign: Campaign, cells: Iterable[Cell]) -> Campaign:
+    """Return a campaign whose labels have the channels per group of the runs in place of ``GROUP_SIZE``.
+
+    Args:
+        campaign: The campaign as defined.
+        cells: Its runs.
+    """
+    sizes = {
+        cell.curve: cell.config.preconditioner.channels_per_group(cell.config.model.width)
+        for cell in cells
+        if isinstance(cell.config.preconditioner, KroneckerConfig)
+    }
+
+    def named(panel: Panel, curve: Curve) -> Curve:
+        size = sizes.get((panel.name, curve.method))
+        if curve.label is None or size is None:
+            return curve
+        return dataclasses.replace(curve, label=curve.label.replace(GROUP_SIZE, str(size)))
+
+    panels = [
+        dataclasses.replace(panel, curves=[named(panel, curve) for curve in panel.curves]) for panel in campaign.panels
+    ]
+    return dataclasses.replace(campaign, panels=panels)
 
 
 def _infos(cells: Sequence[Cell]) -> list[RunInfo]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kfac_sua.config import Config, ConfigError, KroneckerConfig, to_plain
+from kfac_sua.config import Config, ConfigError, GroupSizeScaling, KroneckerConfig, scaled_group_size, to_plain
 from kfac_sua.device import choose_precision
 from kfac_sua.runs.run_info import RecordError, read_run_info
 
@@ -34,6 +34,7 @@ ADDED_LATER = (
     ("preconditioner", "damping_final", None),
     ("preconditioner", "adaptive_damping", None),
     ("preconditioner", "products", "auto"),
+    ("preconditioner", "group_size_scaling", "none"),
 )
 
 
@@ -136,7 +137,7 @@ def deciding_values(config: Config, source: str | None = None) -> dict[str, Any]
     Raises:
         ConfigError: If ``start_from`` is not the directory of a run.
     """
-    values: dict[str, Any] = to_plain(config)
+    values = with_channels_per_group(to_plain(config))  # however they came to be so many
     for key in _NOT_IN_FINGERPRINT:
         del values[key]
     for key in _DATASET_NOT_IN_FINGERPRINT:
@@ -170,6 +171,21 @@ def with_later_keys(values: Mapping[str, Any]) -> dict[str, Any]:
         part = completed.get(node) if node else completed
         if isinstance(part, dict) and part.get("name") != "baseline":
             part.setdefault(key, value)
+    return completed
+
+
+def with_channels_per_group(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recorded configuration in which ``group_size`` is what the preconditioner got, scaled with the width.
+
+    Args:
+        values: As in config.yaml and run.json; it is not changed.
+    """
+    completed = with_later_keys(values)
+    own = completed.get("preconditioner", {})
+    if own.get("group_size") is not None and own["group_size_scaling"] == GroupSizeScaling.width:
+        own["group_size"] = scaled_group_size(own["group_size"], completed["model"]["width"])
+    if "group_size_scaling" in own:
+        own["group_size_scaling"] = GroupSizeScaling.none.value
     return completed
 
 

@@ -76,7 +76,7 @@ def _build_own(config: Config, device: torch.device, process_group: ProcessGroup
     model = build_model(config, splits.num_classes, device)
     if process_group.size > 1 and config.sync_batch_norm:
         model = synchronise_batch_norm(model, device)
-    preconditioner = build_preconditioner(config.preconditioner, model, config.seed, distributed=process_group.size > 1)
+    preconditioner = build_preconditioner(config, model, distributed=process_group.size > 1)
     watch = Stopwatch(device)
     if preconditioner is not None:
         preconditioner.phase = watch.phase

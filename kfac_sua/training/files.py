@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from kfac_sua.files.atomic import write_atomically
 from kfac_sua.files.lock import Hold, exclusive
-from kfac_sua.runs.directory import RunDirectory
+from kfac_sua.runs.directory import RunDirectory, with_channels_per_group
 from kfac_sua.runs.hyper_parameters import hyper_parameters
 from kfac_sua.runs.log import RunLog
 from kfac_sua.runs.metrics import EpochRecord, append_record, best_epoch, records_digest, rewrite_records
@@ -76,7 +76,7 @@ class RunFiles:
             train_time_s: Seconds of training so far.
         """
         started_unix_s, path = datetime.fromisoformat(info.started).timestamp(), self._directory.path
-        log = TensorBoardLog(path, started_unix_s, hyper_parameters(info.config), records)
+        log = TensorBoardLog(path, started_unix_s, hyper_parameters(with_channels_per_group(info.config)), records)
         self._tensorboard = self._open.enter_context(contextlib.closing(log))
         if logs_steps:
             step_log = StepLog(path, started_unix_s, step, train_time_s)

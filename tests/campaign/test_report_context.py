@@ -131,6 +131,31 @@ def test_runs_as_in_the_paper_are_said_to_follow_it(tmp_path):
     assert rows(text, "training images")[0][1:] == ["all", "all 45,000", "yes"]
 
 
+@pytest.mark.parametrize(
+    ("group_size", "width", "changes", "expected"),
+    [
+        (32, 1.0, {}, ["32", "yes"]),
+        (64, 1.0, {}, ["64", "**no**"]),
+        (32, 0.25, {"group_size_scaling": "width"}, ["8 at width 0.25 (as many groups as of 32 at width 1)", "yes"]),
+        (32, 0.25, {}, ["32 at width 0.25 (as many groups as of 128 at width 1)", "**no**"]),
+        (8, 0.25, {"group_size_scaling": "none"}, ["8 at width 0.25 (as many groups as of 32 at width 1)", "yes"]),
+    ],
+)
+def test_groups_are_as_in_the_paper_where_a_layer_has_as_many(tmp_path, group_size, width, changes, expected):
+    """At a reduced width as many channels per group are fewer groups; runs from before the key scaled nothing."""
+    definition = campaign({"vgg11": ["baseline", "grouped"]}, claims=[])
+    finals = final_frame(definition)
+    infos = run_infos(finals)
+    for info in infos:
+        info.config["model"] = info.config["model"] | {"width": width}
+        if info.config["preconditioner"]["name"] == "grouped":
+            info.config["preconditioner"] |= {"group_size": group_size} | changes
+    markdown, _ = written(report_input(definition, finals, infos=infos), tmp_path)
+    text = section(markdown, "What differs from the paper")
+    assert rows(text, "group size")[0][1:] == ["32", *expected]
+    assert ("group size" in text.split("\n\n")[0]) == (expected[1] != "yes")
+
+
 def test_the_initialisation_is_an_open_choice_that_older_runs_made_too(tmp_path):
     """Runs from before the key had what is its default now."""
     finals = final_frame(campaign())

@@ -2,9 +2,10 @@
 
 import pandas as pd
 from campaign.report_inputs import campaign, final_frame, report_input, written
+from campaign.test_definition import make_plan
 
 from kfac_sua.campaign.definition import campaign_names, load_campaign
-from kfac_sua.campaign.publish import titled
+from kfac_sua.campaign.publish import labelled, titled
 from kfac_sua.campaign.report.shared import shared_paragraph
 
 METHODS = ["baseline", "sua"]
@@ -26,6 +27,13 @@ def test_titles_are_completed_by_the_records():
     small = titled(definition, finals.assign(model="tiny", dataset="digits"))
     assert small.title == "Figure 1: tiny on digits"
     assert [panel.title for panel in small.panels] == ["tiny on digits"]
+
+
+def test_labels_have_the_channels_per_group_of_the_scale(tmp_path):
+    """Figure 2 at an eighth of the width has groups of 8, and at full width those of the paper."""
+    for scale, expected in (("small", "SUA, groups of 8"), ("full", "SUA, groups of 64")):
+        plan = make_plan(tmp_path, "fig2", scale)
+        assert labelled(plan.campaign, plan.all_grid_cells(plan.grids())).labels() == {"sua_grouped": expected}
 
 
 def test_panels_that_share_all_runs_are_said_to(tmp_path):

@@ -44,13 +44,16 @@ BAD_COMMANDS = {
     "optimizer=muon optimizer.ns_step=3": r"no key 'optimizer.ns_step' \(did you mean 'optimizer.ns_steps'\?\)",
     "batch_norm=false": r"no key 'batch_norm' \(did you mean 'model.batch_norm'\?\)",
     "model=preact_resnet50 model.batch_norm=false": (
-        r"no key 'model.batch_norm' with model=preact_resnet50 or transformer; .* or transformer are name, width, initialisation\."
+        r"no key 'model.batch_norm' with model=preact_resnet50 or transformer; .* or transformer are name, width, init"
     ),
     "model=transformer model.batch_norm=false": r"no key 'model.batch_norm' with model=preact_resnet50 or transformer;",
     # wrong types
     "preconditioner.damping=abc": r"preconditioner.damping must be a number or auto, got 'abc'\.",
     "preconditioner.damping=null": r"preconditioner.damping must be a number or auto, got null\.",
     "preconditioner.group_size=2.5": r"preconditioner.group_size must be an integer or null, got 2.5\.",
+    "preconditioner.group_size_scaling=depth": (
+        r"preconditioner.group_size_scaling must be one of width, none, got 'depth'\."
+    ),
     "preconditioner.skip=classifier": r"preconditioner.skip must be a list such as \[a,b\], got 'classifier'\.",
     "preconditioner.fisher_type=true_fisher": (
         r"preconditioner.fisher_type must be one of empirical, mc, exact, got 'true_fisher'\."

@@ -98,6 +98,7 @@ def test_numbers_are_converted():
     [
         (["preconditioner=sua", "optimizer.lr=0.5", "preconditioner.damping=2"], r"lr 0\.5, damping 2"),
         (["preconditioner=baseline", "optimizer.lr=0.5"], r"lr 0\.5"),
+        (["experiment=quickstart_grouped"], r"lr 0\.1, damping 1, groups of 8"),
         (["preconditioner=sua"], r"lr \S+, damping \S+ \(auto lr and damping: .+\)"),
         (["preconditioner=sua", "optimizer.lr=0.5"], r"lr 0\.5, damping \S+ \(auto damping: .+\)"),
         (["preconditioner=baseline"], r"lr \S+ \(auto lr: .+\)"),

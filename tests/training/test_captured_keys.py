@@ -106,6 +106,7 @@ NOT_OF_A_STEP = {
     "preconditioner.name": "comes with its file; all below",
     "preconditioner.structure": "comes with its file; all below",
     "preconditioner.group_size": "comes with its file; all below",
+    "preconditioner.group_size_scaling": "how many channels a group has, before the first step",
     "preconditioner.likelihood": "categorical for the command",
     "preconditioner.loss_reduction": "mean for the command",
     "preconditioner.allow_exact_fisher": "lets fisher_type=exact pass",

@@ -159,7 +159,7 @@ class ShapeModel:
     def __post_init__(self) -> None:
         if not isinstance(self.config.preconditioner, KroneckerConfig):
             raise ConfigError("Plain SGD has no statistics to send; count a setting with a preconditioner.")
-        settings = self.config.preconditioner.settings()
+        settings = self.config.preconditioner.settings(self.config.model.width)
         if settings.fisher_type is not FisherType.empirical:
             raise ConfigError(f"Counting needs fisher_type=empirical, got {settings.fisher_type}; leave the key out.")
         if settings.activation_rows is not None:  # what a process samples would depend on how many they are

@@ -151,7 +151,7 @@ class _Rank:
             contender.preconditioner.remove_hooks()  # it may know of no processes
         net = contender.model
         self._preconditioner = contender.preconditioner = KroneckerPreconditioner(
-            net, settings=config.settings(), flops_per_byte=flops_per_byte
+            net, settings=config.settings(setting.config.model.width), flops_per_byte=flops_per_byte
         )
         if dist.get_world_size() > 1:
             contender.model = self._in_parallel(net)

@@ -9,9 +9,10 @@ import pandas as pd
 
 from kfac_sua.campaign.definition import Campaign
 from kfac_sua.campaign.report.panels import curve_rows, method_label
+from kfac_sua.config import scaled_group_size
 from kfac_sua.data.sizes import SIZES
 from kfac_sua.markdown import bullets, count, escape, join, listed, table
-from kfac_sua.runs.directory import with_later_keys
+from kfac_sua.runs.directory import with_channels_per_group, with_later_keys
 from kfac_sua.runs.run_info import RunInfo
 
 CITATION = "Laurent, George, Bouthillier, Ballas and Vincent (2018)"
@@ -31,15 +32,24 @@ class Setting:
         here: Returns a run's value as text, or None if the run has no such setting.
         paper: The paper's value by figure, or by figure and panel such as ``fig2/right``; its first word is compared
             with the run's. Empty if the paper states none.
+        agrees: Returns whether a run has the paper's value, where that is not told by the first words.
     """
 
     name: str
     here: Callable[[RunInfo], str | None]
     paper: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    agrees: Callable[[RunInfo, str], bool] | None = None
 
     def stated(self, figure: str, panel: str) -> str | None:
         """Return the paper's value; None if it states none."""
         return self.paper.get(f"{figure}/{panel}", self.paper.get(figure))
+
+    def differs(self, stated: str | None, info: RunInfo) -> bool:
+        """Return whether a run's value differs from the paper's; words after the first only explain it."""
+        value = self.here(info)
+        if stated is None or value is None:
+            return False
+        return stated.split()[0] != value.split()[0] if self.agrees is None else not self.agrees(info, stated)
 
 
 def difference_section(campaign: Campaign, finals: pd.DataFrame, infos: Sequence[RunInfo]) -> str:
@@ -61,7 +71,7 @@ def difference_section(campaign: Campaign, finals: pd.DataFrame, infos: Sequence
         if not here:
             continue
         stated = {curve: setting.stated(campaign.figure, curve[0]) for curve in here}
-        others = {curve: value for curve, value in here.items() if _differs(stated[curve], value)}
+        others = {curve: value for curve, value in here.items() if setting.differs(stated[curve], curves[curve])}
         row = [escape(setting.name), _grouped(campaign, stated), _grouped(campaign, here)]
         if others:
             theirs = {curve: stated[curve] for curve in others}
@@ -83,11 +93,6 @@ def difference_section(campaign: Campaign, finals: pd.DataFrame, infos: Sequence
             table(columns, rows),
         ]
     )
-
-
-def _differs(stated: str | None, here: str) -> bool:
-    """Return whether a value differs from the paper's; all words after the first only explain it."""
-    return stated is not None and stated.split()[0] != here.split()[0]
 
 
 def run_sizes(frame: pd.DataFrame, infos: Sequence[RunInfo]) -> str:
@@ -248,6 +253,24 @@ def training_images(info: RunInfo) -> str | None:
     return f"all {available:,}" if used in (None, available) else f"{used:,} of {available:,}"
 
 
+def _group_size(info: RunInfo) -> str | None:
+    """Return the channels per group, and at a width other than 1 with how many at width 1 there are as many groups."""
+    size, width = _channels_per_group(info), _value(info.config, "model.width")
+    if size is None or width in (None, 1):
+        return None if size is None else str(size)
+    return f"{size} at width {width:g} (as many groups as of {round(size / width)} at width 1)"
+
+
+def _has_as_many_groups(info: RunInfo, stated: str) -> bool:
+    """Return whether a layer has as many groups as with the paper's channels per group at width 1."""
+    return _channels_per_group(info) == scaled_group_size(int(stated), _value(info.config, "model.width") or 1)
+
+
+def _channels_per_group(info: RunInfo) -> int | None:
+    size = _value(with_channels_per_group(info.config), "preconditioner.group_size")
+    return None if size is None else int(size)
+
+
 def _learning_rate(info: RunInfo) -> str | None:
     name = _value(info.config, "schedule.name")
     return None if name is None else "constant" if name == "constant" else "decay"
@@ -285,7 +308,7 @@ SETTINGS = (
     Setting("optimizer", _from("optimizer.name"), {"fig1": "sgd", "fig2": "sgd"}),
     Setting("momentum", _from("optimizer.momentum"), {"fig1": "0.9", "fig2": "0.9"}),
     Setting("weight decay", _from("optimizer.weight_decay")),
-    Setting("group size", _from("preconditioner.group_size"), {"fig1": "32", "fig2": "64"}),
+    Setting("group size", _group_size, {"fig1": "32", "fig2": "64"}, _has_as_many_groups),
     Setting("mini-batches between inverses", _from("preconditioner.inverse_period"), {"fig1": "50", "fig2": "64"}),
     Setting("running average of the factors", _from("preconditioner.ema_decay"), {"fig2": "0"}),
     Setting("damping rule", _from("preconditioner.damping_rule")),
