@@ -20,7 +20,8 @@ class Setting:
     """One column of the comparison.
 
     Args:
-        name: What it is called in tables and files: its item of ``--settings``.
+        name: What it is called in tables and files: its item of ``--settings``, and the channels per group where the
+            width has scaled them, so that nothing is compared with a measurement of other groups.
         config: Its configuration.
     """
 
@@ -76,8 +77,16 @@ def compose_settings(items: Sequence[Item], overrides: Sequence[str], options: M
     for item in items:
         if item.group != BASELINE:
             own = [f"preconditioner={item.group}", *for_kronecker, *(f"preconditioner.{key}" for key in item.keys)]
-            settings.append(Setting(item.text, compose_config([*common, *own])))
+            config = compose_config([*common, *own])
+            settings.append(Setting(f"{item.text}{_scaled_groups(config)}", config))
     return settings
+
+
+def _scaled_groups(config: Config) -> str:
+    """Return the channels per group in brackets, where they are others than ``group_size``; else nothing."""
+    assert isinstance(config.preconditioner, KroneckerConfig)
+    size = config.preconditioner.channels_per_group(config.model.width)
+    return "" if size == config.preconditioner.group_size else f" (groups of {size})"
 
 
 def base_config(overrides: Sequence[str], options: Mapping[str, object]) -> Config:

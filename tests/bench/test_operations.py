@@ -44,7 +44,7 @@ TOLERANCE = 0.05
 def operations_of(model: str, names: list[str], rates: str):
     """Return the operations of plain SGD and of settings, by the rates of a type of device, on a CPU."""
     options = {"model": model, "model.width": 0.125, "batch_size": 20, "device": "cpu"}
-    group_sizes = {"grouped": ",group_size=4", "sua_grouped": ",group_size=4"}
+    group_sizes = {"grouped": ",group_size=32", "sua_grouped": ",group_size=32"}  # 4 at this width
     items = parse_items([f"{name}:{WEIGHT}{group_sizes.get(name, '')}" for name in names])
     settings = compose_settings(items, [], options)
     arithmetic = Arithmetic("float32", torch.device("cpu"))

@@ -22,11 +22,12 @@ CPU = torch.device("cpu")
 PERIOD = 6
 # 16 steps an epoch on mini-batches of six, in refresh periods of six: nearly three plain stretches, and a resume's.
 SMALL = ("dataset.train_size=100", "batch_size=6", "epochs=2")
+GROUPS_OF_8 = ("preconditioner.group_size=8", "preconditioner.group_size_scaling=none")  # at every width
 STRUCTURES = {
     "kfac": ("preconditioner=kfac",),
     "sua": ("preconditioner=sua",),
-    "grouped": ("preconditioner=grouped", "preconditioner.group_size=8"),
-    "sua_grouped": ("preconditioner=sua_grouped", "preconditioner.group_size=8"),
+    "grouped": ("preconditioner=grouped", *GROUPS_OF_8),
+    "sua_grouped": ("preconditioner=sua_grouped", *GROUPS_OF_8),
 }
 BASELINE = ("preconditioner=baseline",)
 

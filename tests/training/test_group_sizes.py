@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from kfac_sua.bench.communication.counted import ShapeModel
+from kfac_sua.bench.settings import compose_settings, parse_items
 from kfac_sua.build import build_model, build_preconditioner
 from kfac_sua.compose import compose_config
 from kfac_sua.compose.saved import overrides_of
@@ -12,6 +14,7 @@ from kfac_sua.runs.directory import fingerprint, with_channels_per_group
 
 GIVEN = ("optimizer.lr=0.1", "preconditioner.damping=0.1")  # what auto stands for may change
 UNSCALED = "preconditioner.group_size_scaling=none"
+NARROW = "sua_grouped (groups of 8)"
 NETWORKS = {"vgg11": 32, "preact_resnet50": 64}  # with the paper's channels per group
 # Fingerprints on a CPU of configurations of before the key, which scaled nothing: network, preconditioner and width.
 FINGERPRINTS_OF_BEFORE = {
@@ -112,3 +115,12 @@ def test_a_record_scales_anew_at_another_width():
     record = to_plain(config_of("vgg11", "grouped", 0.25))
     wide = compose_config([*overrides_of(record, "run.json"), "model.width=1"])
     assert fingerprint(wide, "cpu")[:8] == FINGERPRINTS_OF_BEFORE["vgg11", "grouped", 1.0]
+
+
+@pytest.mark.parametrize(("width", "name", "blocks"), [(1.0, "sua_grouped", (2, 32)), (0.25, NARROW, (2, 8))])
+def test_measurements_of_cost_have_the_groups_of_training(width, name, blocks):
+    """And name them where the width has scaled them: an earlier measurement of groups of 32 is of another setting."""
+    items = parse_items(["sua", "sua_grouped"])
+    plain_sgd, sua, grouped = compose_settings(items, [], {"model": "vgg11", "model.width": width, "device": "cpu"})
+    assert [plain_sgd.name, sua.name, grouped.name] == ["baseline", "sua", name]
+    assert ShapeModel(grouped.config).layers[0].layout.gradient_blocks == blocks
