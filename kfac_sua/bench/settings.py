@@ -44,16 +44,20 @@ class Item:
     keys: list[str]
 
 
-def parse_items(items: Sequence[str]) -> list[Item]:
+def parse_items(items: Sequence[str], option: str = "--settings") -> list[Item]:
     """Take ``NAME`` or ``NAME:key=value[,key=value...]`` apart, without composing anything yet.
+
+    Args:
+        items: As they stand on the command line.
+        option: Their option, for messages.
 
     Raises:
         ConfigError: If an item names no setting, names one twice, or its keys are not written like that.
     """
     for text in items:
         if items.count(text) > 1:
-            raise ConfigError(f"--settings names {text} twice; give each setting once.")
-    return [_parse(text) for text in items]
+            raise ConfigError(f"{option} names {text} twice; give each setting once.")
+    return [_parse(text, option) for text in items]
 
 
 def compose_settings(items: Sequence[Item], overrides: Sequence[str], options: Mapping[str, object]) -> list[Setting]:
@@ -120,18 +124,18 @@ def _with_options(overrides: Sequence[str], options: Mapping[str, object]) -> li
     return [*defaults, *overrides]
 
 
-def _parse(text: str) -> Item:
+def _parse(text: str, option: str) -> Item:
     """Split ``NAME:key=value,key=value``; a comma inside a value, as in ``skip=[a,b]``, ends no pair."""
     name, colon, rest = text.partition(":")
     if name == BASELINE and colon:
-        raise ConfigError(f"--settings {text!r}: plain SGD has no keys of its own; give {BASELINE} alone.")
+        raise ConfigError(f"{option} {text!r}: plain SGD has no keys of its own; give {BASELINE} alone.")
     known = list(dict.fromkeys((*DEFAULT_SETTINGS, *structure_names())))
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
         guess = f"; did you mean {close[0]}?" if close else "."
-        raise ConfigError(f"--settings must name {', '.join(known)}, got {name!r}{guess}")
+        raise ConfigError(f"{option} must name {', '.join(known)}, got {name!r}{guess}")
     keys = re.split(r",(?=[\w.]+=)", rest) if colon else []
     for key in keys:
         if not re.match(r"[\w.]+=", key) or "," in re.sub(r"\[.*?\]|'.*?'", "", key):
-            raise ConfigError(f"--settings {text!r}: write keys as {name}:key=value,key=value, got {key!r}.")
+            raise ConfigError(f"{option} {text!r}: write keys as {name}:key=value,key=value, got {key!r}.")
     return Item(text, name, keys)

@@ -116,6 +116,42 @@ def _block_product(blocks: Tensor, factors: LayerFactors) -> Tensor:
     return weight_view(factors.activation.matmul(activation_view(left).mT).mT, blocks.shape)
 
 
+def coordinates(
+    weights: Tensor, biases: Tensor | None, layout: BlockLayout, gradient_vectors: Tensor, activation_vectors: Tensor
+) -> Tensor:
+    """Return vectors of a layer's parameters in the eigenbasis U_G ⊗ U_A of a Kronecker product, Qᵀv for each.
+
+    Args:
+        weights: Entries for the weight, ``[n, out, in, kh, kw]`` or ``[n, out, in]``.
+        biases: Entries for the bias, ``[n, out]``; ``None`` where the layer has no trainable bias.
+        layout: The layer's block layout.
+        gradient_vectors: Eigenvectors of the gradient factor's blocks in columns, ``[g · P, p, p]``.
+        activation_vectors: Eigenvectors of the activation factor's blocks in columns, ``[g · Q, d, d]``.
+
+    Returns:
+        ``[n, g · P · p · t · Q · d]``, and a separate bias's ``g · P · p`` after them, in which the products of
+        eigenvalues are ordered alike. Channels that fill a last group have coordinates of their own.
+
+    Reference: the Kronecker-factored eigenbasis, George et al. (2018), Sec. 3.
+    """
+    if biases is None:
+        blocks = torch.vmap(lambda weight: to_blocks(weight, None, layout))(weights)  # [n, g, P, p, t, Q, d]
+    else:
+        blocks = torch.vmap(lambda weight, bias: to_blocks(weight, bias, layout))(weights, biases)
+    n, g, num_p, p, t, num_q, d = blocks.shape
+    by_gradient = blocks.permute(1, 2, 3, 0, 4, 5, 6).reshape(
+        g * num_p, p, n * t * num_q * d
+    )  # of [g, P, p, n, t, Q, d]
+    blocks = torch.bmm(gradient_vectors.mT, by_gradient).view(g, num_p, p, n, t, num_q, d)
+    by_activation = blocks.permute(0, 5, 3, 1, 2, 4, 6).reshape(g * num_q, n * num_p * p * t, d)
+    blocks = torch.bmm(by_activation, activation_vectors).view(g, num_q, n, num_p, p, t, d)
+    rotated = blocks.permute(2, 0, 3, 4, 5, 1, 6).reshape(n, -1)  # [n, g · P · p · t · Q · d]
+    if biases is None or layout.bias is not BiasBlock.SEPARATE:
+        return rotated
+    columns = torch.vmap(lambda bias: _bias_blocks(bias, layout))(biases)  # [n, g · P, p, 1]
+    return torch.cat([rotated, torch.matmul(gradient_vectors.mT, columns).flatten(1)], dim=1)  # [n, coordinates]
+
+
 def _bias_blocks(bias_grad: Tensor, layout: BlockLayout) -> Tensor:
     """Return the gradient of a separate bias, ``[out]``, as ``[g · P, p, 1]``."""
     split = layout.gradient.split(bias_grad.view(layout.conv_groups, -1))  # [g, P, p]
