@@ -1,6 +1,6 @@
 # Everything runs in .venv, which `make install` (or any target that needs it) makes once.
 .DEFAULT_GOAL := help
-.PHONY: help install data train quickstart reproduce-fig1 reproduce-fig2 bench scaling communication torture test test-slow test-gpu gpu-report lint format docs
+.PHONY: help install data train quickstart reproduce-fig1 reproduce-fig2 bench scaling communication introspect torture test test-slow test-gpu gpu-report lint format docs
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -65,6 +65,9 @@ scaling: $(INSTALLED) ## Cost against width, kernel, group size and mini-batch, 
 communication: $(INSTALLED) ## What processes send each other: counted, measured for 1, 2 and 4, and 1,024 GPUs on paper
 	$(TEST_ENV) $(RUN) -m kfac_sua.bench.communication --out outputs/communication --measure 1 2 4 --width 0.25 $(ARGS)
 	$(RUN) -m kfac_sua.bench.communication.scaling_out --out outputs/communication
+
+introspect: $(INSTALLED) ## How close each approximation is to the Fisher, and what that buys: make introspect ARGS="model=vgg11 model.width=0.125"
+	$(RUN) -m kfac_sua.introspect $(ARGS)
 
 torture: $(INSTALLED) ## Kill, corrupt, starve and exhaust small runs, one table (MINUTES=15; 2 is the short cut)
 	$(TEST_ENV) $(RUN) scripts/torture.py --minutes $(MINUTES) $(ARGS)

@@ -6,11 +6,15 @@ are made from the records in ``outputs/reference``; ``python scripts/docs_pages.
 
 import csv
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from kfac_sua import tuned
+from kfac_sua.bench.settings import Item, parse_items
+from kfac_sua.introspect.looks import styles_of
+from kfac_sua.introspect.measure import REFERENCES
 from kfac_sua.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,6 +26,9 @@ FIGURES = (
     "fig1-small-cpu/time_to_target.png",
     "fig2-small-cpu/fig2.png",
     "first-light/fig1.png",
+    "introspect-cpu/vgg11-width-0.125/introspect.png",
+    "introspect-cpu/vgg11-width-0.25/introspect.png",
+    "introspect-cpu/preact_resnet50-width-0.125/introspect.png",
     "scaling/scaling.png",
 )
 
@@ -119,10 +126,56 @@ def auto_settings() -> str:
     return "\n".join(lines)
 
 
+def introspect_shares() -> str:
+    """Return what each approximation's direction is worth at the end of the runs, beside its block's error."""
+    blocks = []
+    for directory in ("vgg11-width-0.125", "vgg11-width-0.25", "preact_resnet50-width-0.125"):
+        with (REFERENCE / "introspect-cpu" / directory / "introspect.csv").open(newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if row["scope"] != "layer" and row["damping"] == "0.1"]
+        end = [row for row in rows if row["checkpoint"] == "end"]
+        items = parse_items(list(dict.fromkeys(row["method"] for row in end if row["method"] not in REFERENCES)))
+        sizes = {item.text: _group_size(item) for item in items}
+        styles = styles_of({item.text: [item.group, *item.keys] for item in items}, sizes)
+        network, _, width = directory.rpartition("-width-")
+        blocks += [
+            f"{network}, width {width}:",
+            "| | " + " | ".join(f"{fisher}: share, same / other; error" for fisher in ("empirical", "exact")) + " |\n"
+            "|---|---|---|\n"
+            + "\n".join(f"| {style.label} | {' | '.join(_cells(end, name))} |" for name, style in styles.items()),
+        ]
+    return "\n\n".join(blocks)
+
+
+def _group_size(item: Item) -> int | None:
+    """Return the channels per group that an item of ``--methods`` names."""
+    sizes = [key.partition("=")[2] for key in item.keys if key.startswith("group_size=")]
+    return int(sizes[0]) if sizes else None
+
+
+def _cells(rows: list[dict[str, str]], method: str) -> list[str]:
+    """Return, per Fisher, mean shares of all layers at once, and the mean relative error block by block."""
+    cells = []
+    for fisher in ("empirical", "exact"):
+        own = [row for row in rows if row["method"] == method and row["fisher"] == fisher]
+        shares = [
+            statistics.fmean(
+                float(row["share"]) for row in own if row["scope"] == "network" and row["statistics"] == images
+            )
+            for images in ("same", "other")
+        ]
+        errors = [
+            float(row["relative_error"]) for row in own if row["scope"] == "blocks" and row["statistics"] == "same"
+        ]
+        error = f"; {statistics.fmean(errors):.2f}" if errors else ""
+        cells.append(f"{shares[0]:.2f} / {shares[1]:.2f}{error}")
+    return cells
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "auto_settings": auto_settings,
     "best_lr_by_damping": best_lr_by_damping,
     "bench_vgg11": bench_vgg11,
+    "introspect_shares": introspect_shares,
 }
 
 

@@ -12,6 +12,7 @@ if __name__ == "__main__":  # before the imports that take seconds
 
 import argparse
 import functools
+import logging
 import math
 import sys
 import time
@@ -21,7 +22,7 @@ from pathlib import Path
 import torch
 
 from kfac_sua.bench.progress import Announcer
-from kfac_sua.bench.settings import Item, parse_items
+from kfac_sua.bench.settings import BASELINE, Item, parse_items
 from kfac_sua.command_line import BAD_INPUT, FAILED, INTERRUPTED, as_number, count, keep_command, kept_command, say
 from kfac_sua.compose import compose_config
 from kfac_sua.config import Config, ConfigError, Device, KroneckerConfig
@@ -100,6 +101,8 @@ def _measure(study: Study, missing: Sequence[Part], num_parts: int, out_dir: Pat
         flush=True,
     )
     announcer = Announcer()
+    # Asking for the memory has told which layers keep the plain gradient; every preconditioner would tell it again.
+    logging.getLogger("kfac_sua.preconditioner").setLevel(logging.ERROR)
     for number, part in enumerate(missing, start=done + 1):
         label = f"[{number}/{num_parts}] seed {part.seed}, {part.checkpoint}, {part.fisher} Fisher"
         started = time.perf_counter()
@@ -134,7 +137,8 @@ def _own_damping(study: Study) -> float:
 
 def _source(options: argparse.Namespace) -> Source:
     """Return the run directory that was given, or a fresh run of the configuration."""
-    directories = [text for text in options.run if "=" not in text]
+    # The name of a run's directory has an equals sign too.
+    directories = [text for text in options.run if "=" not in text or Path(text).is_dir()]
     if directories and len(options.run) > 1:
         raise ConfigError(f"Give one run directory, or key=value for a fresh run, got {' '.join(options.run)}.")
     if directories:
@@ -174,11 +178,11 @@ def _methods(items: Sequence[Item], config: Config) -> dict[str, KroneckerSettin
     shared = [f"preconditioner.damping_rule={own.damping_rule}"] if isinstance(own, KroneckerConfig) else []
     methods = {}
     for item in items:
-        composed = compose_config(
-            [f"preconditioner={item.group}", *shared, *(f"preconditioner.{key}" for key in item.keys)]
-        ).preconditioner
-        if not isinstance(composed, KroneckerConfig):
+        if item.group == BASELINE:
             raise ConfigError(f"--methods {item.text}: the plain gradient is a line of reference anyway; leave it out.")
+        keys = (f"preconditioner.{key}" for key in item.keys)
+        composed = compose_config([f"preconditioner={item.group}", *shared, *keys]).preconditioner
+        assert isinstance(composed, KroneckerConfig)
         methods[item.text] = composed.settings()
     return methods
 

@@ -210,12 +210,12 @@ def _findings_of(report: ReportInput, fisher: str) -> list[str]:
             f" {escape(report.styles[low].label)} and {100 * known[high]:.0f} % of that of"
             f" {escape(report.styles[high].label)} ({where}); the eigenvalues cause the rest."
         )
-    losses = {name: shares[name] - others[name] for name in [*names, EXACT]}
-    worst = max(names, key=lambda name: losses[name])
+    best = max(names, key=lambda name: others[name])
     sentences.append(
         f"With statistics of other images ({where}) the share of the exact blocks falls from {shares[EXACT]:.2f} to"
-        f" {others[EXACT]:.2f}; of the structures {escape(report.styles[worst].label)} loses most, from"
-        f" {shares[worst]:.2f} to {others[worst]:.2f}."
+        f" {others[EXACT]:.2f}, and that of the exact Fisher over all layers from 1 to {others[WHOLE]:.2f}; of the"
+        f" structures {escape(report.styles[best].label)} has most there, {others[best]:.2f} (with the same images"
+        f" {shares[best]:.2f})."
     )
     return sentences
 

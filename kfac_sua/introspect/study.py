@@ -83,14 +83,11 @@ class Study:
     def batches(self, seed: int, images: int) -> dict[str, tuple[Tensor, Tensor]]:
         """Return images in float64 and labels of the exact Fisher, and as many others, drawn from the training images.
 
-        Raises:
-            IntrospectionError: If there are too few.
+        Args:
+            seed: Seed of the run.
+            images: At most half of the training images.
         """
         train = self.splits.train
-        if 2 * images > len(train):
-            raise IntrospectionError(
-                f"{images} images and as many others are more than the {len(train)} training images; lower --images."
-            )
         order = torch.randperm(len(train), generator=epoch_generator(seed, 0, "introspection"))
         loader = BatchLoader(train.select(order[: 2 * images]), self.splits.mean, self.splits.std, device=self.device)
         (same, same_labels), (other, other_labels) = loader.sequential(images)
@@ -101,8 +98,13 @@ def state_memory(study: Study) -> str:
     """Return in words what the part that needs most memory needs.
 
     Raises:
-        IntrospectionError: If it does not fit, or a pattern matches no layer.
+        IntrospectionError: If it does not fit, there are too few images, or a pattern matches no layer.
     """
+    largest_batch, available = max(study.images.values()), len(study.splits.train)
+    if 2 * largest_batch > available:
+        raise IntrospectionError(
+            f"{largest_batch} images and as many others are more than the {available} training images; lower --images."
+        )
     network = prepared(study.source.blank(), torch.device("cpu"))
     layers = chosen_layers(network, study.layer_patterns)
     needs = {

@@ -202,7 +202,9 @@ class Parsed(Exception):
     """The arguments of a command are valid; it goes no further."""
 
 
-@pytest.mark.parametrize("module", ["runs.collect", "evaluate", "reproduce", "bench.__main__", "data.download"])
+@pytest.mark.parametrize(
+    "module", ["runs.collect", "evaluate", "reproduce", "bench.__main__", "introspect.__main__", "data.download"]
+)
 def test_other_commands_of_the_pages_are_valid(module, monkeypatch):
     """Their parsers take the arguments."""
     for name in ("parse_args", "parse_intermixed_args"):

@@ -1,0 +1,230 @@
+"""The command: a fresh run and a finished one, resuming, refusals, and a report that follows from the records."""
+
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from tiny_runs import TINY, directory_of, tiny_config
+from torch import nn
+
+from kfac_sua.introspect import __main__ as command
+from kfac_sua.introspect import memory, study
+from kfac_sua.introspect.measure import REFERENCES
+from kfac_sua.introspect.record import COLUMNS, Row
+from kfac_sua.preconditioner.settings import FisherType
+from kfac_sua.training.loop import run
+
+FEW = ("--images", "20", "--exact-images", "6", "--methods", "kfac", "sua:damping_rule=exact", "--damping", "0.03", "1")
+FRESH = (*TINY, "preconditioner=sua", *FEW, "--steps", "6")
+
+
+def measured(out: Path) -> pd.DataFrame:
+    """Return the table of a study."""
+    return pd.read_csv(out / "introspect.csv", keep_default_na=False, na_values={"basis_error": [""]})
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    """A study of a fresh run's first and last state, and what it printed."""
+    out = tmp_path_factory.mktemp("introspect")
+    assert command.main([*FRESH, "--checkpoints", "untrained", "end", "--out", str(out)]) == 0
+    return out
+
+
+def test_a_fresh_run_is_trained_and_looked_at(fresh):
+    """A row per state, Fisher, statistics, layer, method and damping; shares and cosines are within their bounds."""
+    frame = measured(fresh)
+    assert tuple(frame.columns) == COLUMNS
+    assert set(zip(frame["checkpoint"], frame["step"], strict=True)) == {("untrained", 0), ("end", 6)}
+    assert set(frame["fisher"]) == {"empirical", "exact"}
+    assert set(frame["method"]) == {"kfac", "sua:damping_rule=exact", *REFERENCES}
+    assert len(frame) == 4 * 2 * 2 * (5 * (3 + 2) + 1)  # 3 layers and both ways to see all; the whole, once
+    assert frame["share"].between(0, 1 + 1e-6).all()
+    assert frame["direction_cosine"].between(-1, 1 + 1e-6).all()
+    by_loss = frame.groupby("checkpoint")["loss"].mean()
+    assert by_loss["end"] < by_loss["untrained"]
+
+
+def test_files_are_drawn_again_and_nothing_is_measured_twice(fresh, monkeypatch, capsys):
+    """The same command gives the same files to the byte, all from the records."""
+    names = ("introspect.csv", "introspect.svg", "report.md")
+    before = {name: (fresh / name).read_bytes() for name in names}
+    for name in names:
+        (fresh / name).unlink()
+    monkeypatch.setattr(command, "measure_part", None)
+    assert command.main([*FRESH, "--checkpoints", "untrained", "end", "--out", str(fresh)]) == 0
+    assert {name: (fresh / name).read_bytes() for name in names} == before
+    assert before["report.md"].decode() in capsys.readouterr().out
+
+
+def test_the_report_says_what_the_table_says(fresh):
+    """Its first finding has the mean shares of all layers together, in their order."""
+    frame, text = measured(fresh), (fresh / "report.md").read_text(encoding="utf-8")
+    where = (frame["scope"] == "network") & (frame["statistics"] == "same") & (frame["checkpoint"] == "end")
+    shares = frame[where & (frame["fisher"] == "exact") & (frame["damping"] == 1)].groupby("method")["share"].mean()
+    sentence = re.search(r"Share of the attainable decrease, all layers at once \(the exact.*", text)[0]
+    for name, label in (("kfac", "K-FAC"), ("sua:damping_rule=exact", "SUA, exact"), ("diagonal", "Diagonal")):
+        assert f"{label} {shares[name]:.2f}" in sentence
+    assert sentence.index("K-FAC") < sentence.index("SUA, exact") or shares["kfac"] < shares["sua:damping_rule=exact"]
+    assert "evaluation mode" in text
+
+
+def test_further_seeds_are_added_and_an_interruption_keeps_what_is_done(fresh, tmp_path, monkeypatch, capsys):
+    """Ctrl-C leaves whole parts; the same command goes on after them."""
+    arguments = [*FRESH, "--checkpoints", "untrained", "--fisher", "empirical", "--seeds", "2", "--out", str(tmp_path)]
+    original, done = command.measure_part, []
+
+    def measure_one(*given):
+        if done:
+            raise KeyboardInterrupt
+        done.append(original(*given))
+
+    monkeypatch.setattr(command, "measure_part", measure_one)
+    assert command.main(arguments) == 130
+    assert "goes on where this one stopped" in capsys.readouterr().err
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "parts").glob("*.csv")}
+    assert [*kept] == ["seed0-untrained-empirical.csv"]
+    same = measured(fresh)
+    assert len(same[(same["checkpoint"] == "untrained") & (same["fisher"] == "empirical")]) == len(
+        pd.read_csv(tmp_path / "parts" / "seed0-untrained-empirical.csv")
+    )
+    monkeypatch.setattr(command, "measure_part", original)
+    assert command.main(arguments) == 0
+    assert "1 of 2 parts to measure" in capsys.readouterr().err
+    assert (tmp_path / "parts" / "seed0-untrained-empirical.csv").read_bytes() == kept["seed0-untrained-empirical.csv"]
+    assert set(measured(tmp_path)["seed"]) == {0, 1}
+
+
+def test_a_finished_run_is_looked_at(tmp_path):
+    """Before its first step, at its best epoch and at its last, with its own damping rule and damping."""
+    config = tiny_config(
+        tmp_path, "preconditioner=kfac", "preconditioner.damping_rule=exact", "preconditioner.damping=1", "epochs=2"
+    )
+    run(config)
+    out = tmp_path / "out"
+    arguments = [str(directory_of(config).path), *FEW, "--fisher", "empirical", "mc", "--out", str(out)]
+    assert command.main(arguments) == 0
+    frame = measured(out)
+    steps = frame.drop_duplicates("checkpoint").set_index("checkpoint")["step"]
+    assert list(steps.index) == ["untrained", "best", "last"]
+    assert steps["untrained"] == 0
+    assert steps["last"] == 8
+    assert "damping_rule=exact." in (out / "report.md").read_text(encoding="utf-8")
+    assert "ε = 1" in (out / "report.md").read_text(encoding="utf-8")
+
+
+def test_the_untrained_state_is_the_one_that_training_begins_with(tmp_path):
+    """Of a fresh run and of a finished one: initialisation follows from configuration and seed."""
+    config = tiny_config(tmp_path, "preconditioner=kfac", "epochs=1")
+    run(config)
+    out = tmp_path / "out"
+    of_fresh = command.FreshRun(config, 2, out, ["untrained"]).state(0, "untrained", lambda line: None).network
+    of_saved = command.SavedRun(directory_of(config).path).state(0, "untrained", lambda line: None).network
+    for one, other in zip(of_fresh.state_dict().values(), of_saved.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("model=huge",), "huge"),
+        (("--methods", "kfak"), "--methods must name"),
+        (("--methods", "baseline"), "line of reference"),
+        (("--methods", "kfac", "kfac"), "--methods names kfac twice"),
+        (("--layers", "nothing.*"), "--layers nothing.* matches no layer; there are features.0"),
+        (("--checkpoints", "best"), "--checkpoints best: there are untrained, early, middle, end"),
+        (("--images", "300"), "300 images and as many others are more than the 400 training images"),
+        (("optimizer.lr=1e20", "--checkpoints", "end"), "lower optimizer.lr"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments, sentence, tmp_path, capsys):
+    """Naming the option, the value and the cure."""
+    given = [*TINY, *(one for one in arguments if "=" in one), *(one for one in arguments if "=" not in one)]
+    assert command.main([*given, "--steps", "30", "--out", str(tmp_path)]) == 2
+    assert sentence in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_what_is_no_run_is_refused(tmp_path, capsys):
+    """A directory without run.json, and options that are for fresh runs only."""
+    assert command.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "run.json" in capsys.readouterr().err
+    assert command.main([str(tmp_path), "--steps", "3", "--out", str(tmp_path / "out")]) == 2
+    assert "--steps is for a fresh run" in capsys.readouterr().err
+
+
+def test_other_settings_do_not_mix(fresh, capsys):
+    """A directory holds parts of one study."""
+    arguments = [*FRESH, "--checkpoints", "untrained", "--out", str(fresh), "--layers", "classifier"]
+    assert command.main(arguments) == 2
+    assert 'with layers [], here it is ["classifier"]; give another --out.' in capsys.readouterr().err
+
+
+def test_too_little_memory_is_refused_with_the_number(tmp_path, monkeypatch, capsys):
+    """Before anything is trained, with the cure of the Fisher that needs most."""
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 2**20)
+    for fisher, cure in (("exact", "lower --exact-images, or take --fisher mc"), ("mc", "lower --images")):
+        assert command.main([*FRESH, "--fisher", fisher, "--out", str(tmp_path / fisher)]) == 2
+        err = capsys.readouterr().err
+        assert re.search(r"needs about 0\.\d GiB of memory, but this machine has 0\.0 GiB free; " + cure, err)
+        assert not (tmp_path / fisher / "networks").exists()
+
+
+def test_memory_grows_with_what_is_asked_for():
+    """Images, labels and structures; the two sets of rows alone are within it."""
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.Flatten(), nn.Linear(64 * 16, 10))
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
+    image = torch.zeros(1, 3, 8, 8, dtype=torch.float64)
+    model.double()
+    settings = list(command._methods(command.parse_items(["kfac", "sua"], "--methods"), tiny_config(Path())).values())
+
+    def needed(images: int, passes: int, methods: int = 2) -> int:
+        return memory.bytes_needed(
+            model, layers, image, settings[:methods], images=images, backward_passes=passes, num_dampings=3
+        )
+
+    rows = 2 * 200 * 64 * 64 * 9 * 8
+    assert rows < needed(200, 1) - needed(1, 1)
+    assert 10 * rows < needed(200, 10) - needed(1, 10)
+    assert needed(200, 1, methods=1) < needed(200, 1)
+
+
+def test_normalisation_is_held_at_the_images():
+    """The outputs are those of training mode, and an example's do not depend on the others any more."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    inputs = 3 + 2 * torch.randn(50, 3, 8, 8)
+    model.double()
+    want = model.train()(inputs.double())
+    study.renew_normalisation(model, inputs.double())
+    assert not any(module.training for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+    model.eval()
+    # The running variance is the unbiased one.
+    torch.testing.assert_close(model(inputs.double()), want, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(model(inputs[:1].double()), model(inputs.double())[:1])
+    assert [module.momentum for module in model.modules() if isinstance(module, nn.BatchNorm2d)] == [0.1, 0.1]
+
+
+def test_sampled_labels_are_drawn_from_the_network():
+    """And are the same each time for a seed."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).double()
+    nn.init.zeros_(model[1].weight)
+    with torch.no_grad():
+        model[1].bias.copy_(torch.tensor([0.0, 1.0, 2.0]))
+    inputs = torch.zeros(4000, 4, dtype=torch.float64)
+    one, other = (
+        study._with_sampled(model, inputs, torch.zeros(4000).long(), torch.Generator().manual_seed(1)).sampled
+        for _ in range(2)
+    )
+    assert torch.equal(one, other)
+    frequencies = torch.bincount(one, minlength=3) / 4000
+    torch.testing.assert_close(
+        frequencies.double(), model[1].bias.detach().softmax(-1), rtol=0, atol=0.03
+    )  # 4 standard deviations
+
+
+def test_the_columns_are_the_rows_fields():
+    """And those of the part before them."""
+    assert COLUMNS[-len(Row.__dataclass_fields__) :] == tuple(Row.__dataclass_fields__)
+    assert {fisher.value for fisher in FisherType} == {"empirical", "mc", "exact"}
