@@ -229,6 +229,16 @@ def _activation_padding(layout: BlockLayout) -> Tensor:
     return F.pad(present, (0, int(layout.bias is BiasBlock.JOINT)), value=1.0) == 0  # [g · Q, d]
 
 
+def factor_numbers(model: nn.Module, settings: KroneckerSettings) -> dict[str, int]:
+    """Return how many numbers a structure keeps of each layer as dense factors."""
+    preconditioner = KroneckerPreconditioner(model, settings=dataclasses.replace(settings, skip=[]), distributed=False)
+    preconditioner.remove_hooks()
+    sides = {
+        layer.name: (layer.layout.activation_blocks, layer.layout.gradient_blocks) for layer in preconditioner.layers
+    }
+    return {name: sum(num_blocks * width**2 for num_blocks, width in both) for name, both in sides.items()}
+
+
 def layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
     """Yield the layers that are preconditioned, with their names."""
     preconditioner = KroneckerPreconditioner(model, distributed=False)

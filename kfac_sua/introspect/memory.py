@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from kfac_sua.introspect.approximations import factor_numbers
 from kfac_sua.introspect.record import IntrospectionError
-from kfac_sua.preconditioner.geometry import BlockLayout
 from kfac_sua.preconditioner.large import device_memory
 from kfac_sua.preconditioner.model.module_geometry import geometry_of
 from kfac_sua.preconditioner.settings import KroneckerSettings
@@ -46,13 +46,12 @@ def bytes_needed(
     sizes = _numbers_per_image(model, layers, image)
     rows = images * backward_passes
     parameters = {name: sum(one.numel() for one in module.parameters()) for name, module in layers.items()}
-    factors = sum(_factor_numbers(module, settings) for module in layers.values() for settings in methods)
-    largest = max(_factor_numbers(module, settings) for module in layers.values() for settings in methods)
+    factors = [number for settings in methods for number in factor_numbers(model, settings).values()]
     passes = sum(taken + backward_passes * given for taken, given, _ in sizes.values())
     graph = _GRAPH_COPIES * sum(taken + given for taken, given, _ in sizes.values())
     patches = max(patch for _, _, patch in sizes.values())
-    held = 2 * factors + 2 * len(methods) * num_dampings * sum(parameters.values()) + 2 * images * passes
-    of_layer = 2 * rows * max(parameters.values()) + _GRAMS * rows**2 + 4 * largest
+    held = 2 * sum(factors) + 2 * len(methods) * num_dampings * sum(parameters.values()) + 2 * images * passes
+    of_layer = 2 * rows * max(parameters.values()) + _GRAMS * rows**2 + 4 * max(factors)
     return _BYTES * (held + images * (graph + patches) + of_layer) + _CHUNKS
 
 
@@ -114,10 +113,3 @@ def _numbers_per_image(
         for handle in handles:
             handle.remove()
     return sizes
-
-
-def _factor_numbers(module: nn.Linear | nn.Conv2d, settings: KroneckerSettings) -> int:
-    """Return the numbers in a layer's two factors."""
-    layout = BlockLayout.of(geometry_of(module), settings.structure, settings.group_size)
-    sides = layout.activation_blocks, layout.gradient_blocks
-    return sum(num_blocks * width**2 for num_blocks, width in sides)
