@@ -37,13 +37,17 @@ from kfac_sua.introspect.networks import FRACTIONS, SAVED, UNTRAINED, FreshRun, 
 from kfac_sua.introspect.record import IntrospectionError, Part, Provenance, keep_settings, read_parts, read_provenances
 from kfac_sua.introspect.report import ReportInput, describe
 from kfac_sua.introspect.study import Study, measure_part, state_memory, title_of
+from kfac_sua.preconditioner.registry import structure_class
 from kfac_sua.preconditioner.settings import FisherType, KroneckerSettings
 from kfac_sua.runs.environment import environment
 from kfac_sua.runs.run_info import RecordError, failure_reason
 from kfac_sua.startup import run_command
 from kfac_sua.training.checkpoint import CheckpointError
 
-METHODS = ("kfac", "grouped", "sua", "sua_grouped", "kfac:weight_sharing=reduce", "sua:weight_sharing=reduce")
+METHODS = (
+    *("eigenvalue_corrected", "kfac", "grouped", "sua", "sua_grouped", "activation_only"),
+    *("kfac:weight_sharing=reduce", "sua:weight_sharing=reduce"),
+)
 DAMPINGS = (0.01, 0.1, 1.0)
 IMAGES, STEPS = 200, 300
 PER_ROW = 5
@@ -174,17 +178,21 @@ def _study(options: argparse.Namespace, source: Source, items: Sequence[Item]) -
 
 def _methods(items: Sequence[Item], config: Config) -> dict[str, KroneckerSettings]:
     """Return the settings of each item; what it does not say is as in the run, but for structure and groups."""
-    own = config.preconditioner
-    shared = [f"preconditioner.damping_rule={own.damping_rule}"] if isinstance(own, KroneckerConfig) else []
-    methods = {}
+    own, methods = config.preconditioner, {}
     for item in items:
         if item.group == BASELINE:
             raise ConfigError(f"--methods {item.text}: the plain gradient is a line of reference anyway; leave it out.")
-        keys = (f"preconditioner.{key}" for key in item.keys)
-        composed = compose_config([f"preconditioner={item.group}", *shared, *keys]).preconditioner
-        assert isinstance(composed, KroneckerConfig)
-        methods[item.text] = composed.settings()
+        composed = _preconditioner(item.group, item.keys)
+        if isinstance(own, KroneckerConfig) and "damping_rule" in structure_class(composed.structure).reads:
+            composed = _preconditioner(item.group, [f"damping_rule={own.damping_rule}", *item.keys])
+        methods[item.text] = composed.settings(config.model.width)
     return methods
+
+
+def _preconditioner(group: str, keys: Sequence[str]) -> KroneckerConfig:
+    composed = compose_config([f"preconditioner={group}", *(f"preconditioner.{key}" for key in keys)]).preconditioner
+    assert isinstance(composed, KroneckerConfig)
+    return composed
 
 
 def _parser() -> argparse.ArgumentParser:

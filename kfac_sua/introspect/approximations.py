@@ -2,8 +2,8 @@
 
 This file is the only one that knows what a structure keeps. A structure is asked for two things: its preconditioned
 directions, through :class:`KroneckerPreconditioner` as a training loop asks, and its undamped block K in eigenvectors
-and eigenvalues. A structure that keeps other things than two factors gets a class beside :class:`KroneckerBlock`, and
-:func:`_block_maker` chooses it; until then its directions are judged, and its closeness is left empty.
+and eigenvalues. Of a structure that does not give these (``RowStructure.spectrum``) the directions are judged, and its
+closeness is left empty.
 """
 
 import dataclasses
@@ -18,18 +18,19 @@ from torch import Tensor, nn
 from kfac_sua.introspect.block import Overlap
 from kfac_sua.introspect.gradients import Batch
 from kfac_sua.preconditioner import KroneckerPreconditioner
-from kfac_sua.preconditioner.apply import coordinates
+from kfac_sua.preconditioner.apply import coordinates, stacked_blocks
 from kfac_sua.preconditioner.factors import LayerFactors
 from kfac_sua.preconditioner.geometry import BiasBlock, BlockLayout
 from kfac_sua.preconditioner.layer import PreconditionedLayer
+from kfac_sua.preconditioner.registry import structure_class
 from kfac_sua.preconditioner.settings import (
     Application,
     FisherType,
     KroneckerSettings,
     Likelihood,
     LossReduction,
-    Products,
 )
+from kfac_sua.preconditioner.structures.row_structure import RowMeasurement, RowStructure, Spectrum
 
 ROTATED_BYTES = 64 * 2**20
 """Bytes of rows that are rotated at a time; the copies that a rotation makes are a few times as large."""
@@ -90,6 +91,21 @@ class KroneckerBlock(Block):
         return coordinates(weights, biases, self._layout, self._gradient_vectors, self._activation_vectors)
 
 
+class SpectrumBlock(Block):
+    """K of a structure that gives its eigenvalues and its eigenbasis."""
+
+    def __init__(self, weight_shape: torch.Size, layout: BlockLayout, spectrum: Spectrum) -> None:
+        self._weight_shape, self._layout, self._spectrum = weight_shape, layout, spectrum
+        self.eigenvalues = spectrum.values.flatten()  # [g · p · d]
+
+    def coordinates(self, rows: Tensor) -> Tensor:
+        """Return rows in the structure's basis."""
+        weights, biases = split_rows(rows, self._weight_shape)
+        blocks = stacked_blocks(weights, biases, self._layout)  # [n, g, 1, p, 1, 1, d]
+        vectors = blocks.reshape(len(rows), *self._spectrum.values.shape)  # [n, g, p, d]
+        return self._spectrum.rotate(vectors).flatten(1)  # [n, g · p · d]
+
+
 def split_rows(rows: Tensor, weight_shape: torch.Size) -> tuple[Tensor, Tensor | None]:
     """Return rows ``[n, P]`` as weights ``[n, *weight_shape]`` and biases ``[n, out]``, ``None`` if there are none."""
     num_weights = weight_shape.numel()
@@ -134,9 +150,7 @@ def approximate(
         fisher_type=FisherType.exact if fisher is FisherType.exact else FisherType.empirical,
         likelihood=Likelihood.categorical,
         loss_reduction=LossReduction.sum,
-        # The same to rounding.
-        application=Application.weight,
-        products=Products.ieee,
+        application=Application.weight,  # the same to rounding
         # One mini-batch, directions rather than steps, and every layer.
         ema_decay=0.0,
         factor_period=None,
@@ -196,10 +210,14 @@ def flat_gradient(module: nn.Module) -> Tensor:
 
 
 def _block_maker(layer: PreconditionedLayer) -> Callable[[], Block] | None:
-    """Return what makes K of a layer that has been refreshed; ``None`` if the structure keeps no two factors."""
-    if not isinstance(layer.factors, LayerFactors):
-        return None
-    return functools.partial(KroneckerBlock, layer.weight.shape, layer.layout, layer.factors)
+    """Return what makes K of a layer that has been refreshed; ``None`` if its structure does not give its spectrum."""
+    shape, layout, measured, structure = layer.weight.shape, layer.layout, layer.factors, layer.structure
+    if isinstance(measured, LayerFactors):
+        return functools.partial(KroneckerBlock, shape, layout, measured)
+    if isinstance(structure, RowStructure) and isinstance(measured, RowMeasurement):
+        spectrum = structure.spectrum(measured.tensors)
+        return None if spectrum is None else functools.partial(SpectrumBlock, shape, layout, spectrum)
+    return None
 
 
 def _eigenbasis(blocks: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
@@ -229,14 +247,16 @@ def _activation_padding(layout: BlockLayout) -> Tensor:
     return F.pad(present, (0, int(layout.bias is BiasBlock.JOINT)), value=1.0) == 0  # [g · Q, d]
 
 
+def keeps_rows(settings: KroneckerSettings) -> bool:
+    """Return whether a structure keeps copies of a mini-batch's inputs and output gradients until it is measured."""
+    return issubclass(structure_class(settings.structure), RowStructure)
+
+
 def factor_numbers(model: nn.Module, settings: KroneckerSettings) -> dict[str, int]:
-    """Return how many numbers a structure keeps of each layer as dense factors."""
+    """Return how many numbers a structure keeps of each layer, if dense."""
     preconditioner = KroneckerPreconditioner(model, settings=dataclasses.replace(settings, skip=[]), distributed=False)
     preconditioner.remove_hooks()
-    sides = {
-        layer.name: (layer.layout.activation_blocks, layer.layout.gradient_blocks) for layer in preconditioner.layers
-    }
-    return {name: sum(num_blocks * width**2 for num_blocks, width in both) for name, both in sides.items()}
+    return {layer.name: layer.structure.sizes().memory_bytes // 4 for layer in preconditioner.layers}  # of float32
 
 
 def layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:

@@ -12,6 +12,11 @@ _REFERENCES = {
     EXACT: MethodStyle("Exact block", "#332288", "-", "p", "the exact block"),
     WHOLE: MethodStyle("Exact, all layers at once", "#882255", "-", "h", "the exact Fisher over all layers"),
 }
+# Structures that the paper does not have, in colours of Paul Tol's that no method has.
+_OTHERS = {
+    "activation_only": MethodStyle("Activation factor (FOOF)", "#44AA99", (0, (3, 1)), "d", "the activation factor"),
+    "eigenvalue_corrected": MethodStyle("EKFAC", "#117733", (0, (6, 1, 1, 1)), "*", "EKFAC"),
+}
 # Looks of a second and a third item of one method, such as kfac and kfac:weight_sharing=reduce, in its colour.
 _VARIANTS: tuple[tuple[tuple[int, tuple[float, ...]], str], ...] = (((0, (1, 1)), "P"), ((0, (4, 1, 1, 1)), "X"))
 
@@ -27,8 +32,8 @@ def styles_of(items: Mapping[str, Sequence[str]], group_sizes: Mapping[str, int 
     styles: dict[str, MethodStyle] = {}
     taken: dict[str, int] = {}
     for item, (method, *keys) in items.items():
-        base = METHODS.get(method, MethodStyle(method, "#44AA99", "-", "d"))
-        said = [key.partition("=")[2] for key in keys if not key.startswith("group_size=")]
+        base = METHODS.get(method) or _OTHERS.get(method) or MethodStyle(method, "#999933", "-", "8")
+        said = [key.partition("=")[2] for key in keys if not key.startswith("group_size")]
         size = group_sizes[item]
         label = base.label if size is None else f"{base.label.removesuffix(', groups')}, groups of {size}"
         label = ", ".join([label, *said])

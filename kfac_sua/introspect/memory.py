@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kfac_sua.introspect.approximations import factor_numbers
+from kfac_sua.introspect.approximations import factor_numbers, keeps_rows
 from kfac_sua.introspect.record import IntrospectionError
 from kfac_sua.preconditioner.large import device_memory
 from kfac_sua.preconditioner.model.module_geometry import geometry_of
@@ -50,7 +50,11 @@ def bytes_needed(
     passes = sum(taken + backward_passes * given for taken, given, _ in sizes.values())
     graph = _GRAPH_COPIES * sum(taken + given for taken, given, _ in sizes.values())
     patches = max(patch for _, _, patch in sizes.values())
-    held = 2 * sum(factors) + 2 * len(methods) * num_dampings * sum(parameters.values()) + 2 * images * passes
+    # Inputs and output gradients that structures copy, of one of them at a time.
+    copied = sum(taken + backward_passes * given for taken, given, _ in sizes.values())
+    copied *= images * any(keeps_rows(settings) for settings in methods)
+    kept = 2 * sum(factors) + 2 * len(methods) * num_dampings * sum(parameters.values())
+    held = copied + kept + 2 * images * passes
     of_layer = 2 * rows * max(parameters.values()) + _GRAMS * rows**2 + 4 * max(factors)
     return _BYTES * (held + images * (graph + patches) + of_layer) + _CHUNKS
 

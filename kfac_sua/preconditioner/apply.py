@@ -116,6 +116,13 @@ def _block_product(blocks: Tensor, factors: LayerFactors) -> Tensor:
     return weight_view(factors.activation.matmul(activation_view(left).mT).mT, blocks.shape)
 
 
+def stacked_blocks(weights: Tensor, biases: Tensor | None, layout: BlockLayout) -> Tensor:
+    """Return many vectors of a layer's parameters as ``[n, g, P, p, t, Q, d]``; see :func:`coordinates`."""
+    if biases is None:
+        return torch.vmap(lambda weight: to_blocks(weight, None, layout))(weights)
+    return torch.vmap(lambda weight, bias: to_blocks(weight, bias, layout))(weights, biases)
+
+
 def coordinates(
     weights: Tensor, biases: Tensor | None, layout: BlockLayout, gradient_vectors: Tensor, activation_vectors: Tensor
 ) -> Tensor:
@@ -134,10 +141,7 @@ def coordinates(
 
     Reference: the Kronecker-factored eigenbasis, George et al. (2018), Sec. 3.
     """
-    if biases is None:
-        blocks = torch.vmap(lambda weight: to_blocks(weight, None, layout))(weights)  # [n, g, P, p, t, Q, d]
-    else:
-        blocks = torch.vmap(lambda weight, bias: to_blocks(weight, bias, layout))(weights, biases)
+    blocks = stacked_blocks(weights, biases, layout)
     n, g, num_p, p, t, num_q, d = blocks.shape
     by_gradient = blocks.permute(1, 2, 3, 0, 4, 5, 6).reshape(
         g * num_p, p, n * t * num_q * d

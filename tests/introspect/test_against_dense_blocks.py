@@ -252,7 +252,7 @@ def test_error_is_split_by_the_nearest_block_in_the_eigenbasis():
         assert (fisher - other).norm() > (fisher - nearest).norm()
 
 
-@pytest.mark.parametrize(("structure", "group_size"), [("kfac", None), ("sua", None), ("kfac", 16), ("sua", 16)])
+@pytest.mark.parametrize(("structure", "group_size"), [("kfac", None), ("sua", 16), ("eigenvalue_corrected", None)])
 def test_a_block_of_1152_parameters(structure, group_size):
     """A convolution 16 to 8 with 3×3 taps on 30 images: everything in the table to seven digits, ε from 1e-3 to 1."""
     model = nn.Sequential(nn.Conv2d(16, 8, 3, padding=1, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))
@@ -279,6 +279,40 @@ def test_a_block_of_1152_parameters(structure, group_size):
             if (row.statistics, row.scope, row.method) == (SAME, LAYER, "own"):
                 check(row, closeness(exact, dense))
                 check(row, judged(exact, gradient, found.directions[row.damping]["0"], row.damping))
+
+
+@pytest.mark.parametrize("structure", ["activation_only", "eigenvalue_corrected"])
+@pytest.mark.parametrize("fisher", [FisherType.empirical, FisherType.exact])
+def test_structures_give_the_block_that_they_invert(structure, fisher):
+    """Eigenvalues and basis make a matrix, and the directions solve it with ε on its diagonal."""
+    model, images = network(), batch()
+    layers = dict(layers_of(model))
+    grads = {name: torch.randn(sum(one.numel() for one in layer.parameters())) for name, layer in layers.items()}
+    found = approximate(model, KroneckerSettings(structure=structure), images, fisher, grads, DAMPINGS)
+    for name, grad in grads.items():
+        block = found.blocks[name]()
+        basis = block.coordinates(torch.eye(len(grad)))
+        torch.testing.assert_close(basis @ basis.mT, torch.eye(len(grad)))
+        dense = basis @ torch.diag(block.eigenvalues) @ basis.mT
+        for damping in DAMPINGS:
+            expected = torch.linalg.solve(dense + damping * torch.eye(len(grad)), grad)
+            torch.testing.assert_close(found.directions[damping][name], expected)
+
+
+def test_corrected_eigenvalues_leave_the_error_of_the_basis():
+    """EKFAC is the nearest to F that K-FAC's basis has: the same basis error, and none of the eigenvalues."""
+    model = network()
+    images = {name: batch() for name in (SAME, OTHER)}
+    methods = {name: KroneckerSettings(structure=name) for name in ("kfac", "eigenvalue_corrected")}
+    measured, _ = measure_network(model, dict(layers_of(model)), images, methods, FisherType.exact, [0.1])
+    rows = {(row.method, row.layer): row for row in measured if (row.statistics, row.scope) == (SAME, LAYER)}
+    for name, _ in layers_of(model):
+        kfac, corrected = rows["kfac", name], rows["eigenvalue_corrected", name]
+        assert corrected.eigenvalue_error == pytest.approx(0, abs=1e-6)
+        assert corrected.relative_error == pytest.approx(corrected.basis_error)
+        assert corrected.basis_error == pytest.approx(kfac.basis_error)
+        assert corrected.trace_ratio == pytest.approx(1)
+        assert kfac.relative_error > corrected.relative_error
 
 
 def test_rounding_makes_no_number_impossible():
