@@ -37,7 +37,18 @@ ROTATED_BYTES = 64 * 2**20
 
 
 class Block(ABC):
-    """An approximation K of one layer's Fisher block, undamped.
+    """An approximation K of one layer's Fisher block, undamped."""
+
+    @abstractmethod
+    def overlap(self, rows: Tensor) -> Overlap:
+        """Return the sums from which the closeness of K and F = Σ_r g_r g_rᵀ follows, for rows g_r, ``[R, P]``.
+
+        A structure that can multiply by K alone has ⟨F, K⟩ = Σ_r g_r · K g_r, and a NaN for what needs an eigenbasis.
+        """
+
+
+class EigenBlock(Block):
+    """A K whose eigenbasis is at hand, so that its error can be split.
 
     Attributes:
         eigenvalues: Those of K, ``[coordinates]``.
@@ -50,14 +61,14 @@ class Block(ABC):
         """Return rows ``[n, P]`` in K's eigenbasis, ``[n, coordinates]``."""
 
     def overlap(self, rows: Tensor) -> Overlap:
-        """Return the sums from which the closeness of K and F = Σ_r g_r g_rᵀ follows, for rows g_r, ``[R, P]``."""
+        """Return the sums, from the rows' squares in the eigenbasis."""
         diagonal = torch.zeros_like(self.eigenvalues)
         for chunk in rows.split(max(1, ROTATED_BYTES // (rows.shape[1] * rows.element_size()))):
             diagonal += self.coordinates(chunk).square().sum(0)
         return Overlap.of(diagonal, self.eigenvalues)
 
 
-class DiagonalBlock(Block):
+class DiagonalBlock(EigenBlock):
     """A diagonal K, such as the Fisher's own diagonal, or a multiple of the identity: the plain gradient's."""
 
     def __init__(self, diagonal: Tensor) -> None:
@@ -68,7 +79,7 @@ class DiagonalBlock(Block):
         return rows
 
 
-class KroneckerBlock(Block):
+class KroneckerBlock(EigenBlock):
     """K = scale · Ḡ ⊗ Ā in the product of the factors' eigenbases, block by block where they have channel groups.
 
     Where eigenvalues are equal, as over the taps of SUA, the basis is the one in which the product is written.

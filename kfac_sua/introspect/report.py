@@ -185,15 +185,16 @@ def _findings_of(report: ReportInput, fisher: str) -> list[str]:
     errors = same.groupby("method")[["relative_error", "basis_error"]].mean()
     names = [name for name in report.styles if name in shares.index and name not in REFERENCES]
     ordered = sorted(names, key=lambda name: -shares[name])
-    by_error = sorted(names, key=lambda name: errors["relative_error"][name])
+    near = [name for name in names if not pd.isna(errors["relative_error"][name])]
+    by_error = sorted(near, key=lambda name: errors["relative_error"][name])
     where = f"{FISHERS[fisher]}, {report.last}, ε = {report.damping:g}"
     order = [f"{escape(report.styles[name].label)} {shares[name]:.2f}" for name in [*ordered, DIAGONAL, PLAIN]]
     sentences = [
         f"Share of the attainable decrease, all layers at once ({where}): {', '.join(order)}; the exact blocks, layer"
         f" by layer, {shares[EXACT]:.2f}."
     ]
-    if len(names) > 1:
-        rank = _rank_correlation([shares[name] for name in names], [-errors["relative_error"][name] for name in names])
+    if len(near) > 1:
+        rank = _rank_correlation([shares[name] for name in near], [-errors["relative_error"][name] for name in near])
         agree = "agrees with" if rank > 0.8 else "disagrees with" if rank < 0.3 else "agrees in part with"
         sentences.append(
             f"Frobenius' error ({where}) ranks {escape(report.styles[by_error[0]].label)} first"

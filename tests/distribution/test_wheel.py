@@ -189,7 +189,13 @@ def test_the_other_commands_start_outside_the_checkout(installed, tmp_path):
     plan = call(installed, tmp_path, ["-m", "kfac_sua.reproduce", "fig1", "--scale", "smoke", "--dry-run"])
     assert (plan.returncode, plan.stderr) == (0, "")
     assert "sua_grouped" in plan.stdout
-    for module in ("kfac_sua.bench", "kfac_sua.bench.scaling", "kfac_sua.runs.collect", "kfac_sua.data.download"):
+    for module in (
+        "kfac_sua.bench",
+        "kfac_sua.bench.scaling",
+        "kfac_sua.introspect",
+        "kfac_sua.runs.collect",
+        "kfac_sua.data.download",
+    ):
         result = call(installed, tmp_path, ["-m", module, "--help"])
         assert result.returncode == 0, result.stderr
     no_images = call(installed, tmp_path, ["-m", "kfac_sua.train", "dataset=cifar10", "dataset.download=false"])

@@ -10,7 +10,7 @@ from tiny_runs import TINY, directory_of, tiny_config
 from torch import nn
 
 from kfac_sua.introspect import __main__ as command
-from kfac_sua.introspect import memory, study
+from kfac_sua.introspect import approximations, memory, study
 from kfac_sua.introspect.measure import REFERENCES
 from kfac_sua.introspect.record import COLUMNS, Row
 from kfac_sua.preconditioner.settings import FisherType
@@ -69,6 +69,17 @@ def test_the_report_says_what_the_table_says(fresh):
         assert f"{label} {shares[name]:.2f}" in sentence
     assert sentence.index("K-FAC") < sentence.index("SUA, exact") or shares["kfac"] < shares["sua:damping_rule=exact"]
     assert "evaluation mode" in text
+
+
+def test_a_structure_without_two_factors_is_judged_by_its_directions(tmp_path, monkeypatch):
+    """What is not known of its block stays empty, in the table and in the report."""
+    monkeypatch.setattr(approximations, "_block_maker", lambda layer: None)
+    arguments = [*FRESH, "--checkpoints", "untrained", "--fisher", "empirical", "--out", str(tmp_path)]
+    assert command.main(arguments) == 0
+    own = pd.read_csv(tmp_path / "introspect.csv").query("method == 'kfac'")
+    assert own[["relative_error", "cosine", "trace_ratio", "basis_error", "eigenvalue_error"]].isna().all(axis=None)
+    assert own[["share", "direction_cosine"]].notna().all(axis=None)
+    assert re.search(r"\| K-FAC \| – \| – \| – \| – \| – \| 0\.", (tmp_path / "report.md").read_text(encoding="utf-8"))
 
 
 def test_further_seeds_are_added_and_an_interruption_keeps_what_is_done(fresh, tmp_path, monkeypatch, capsys):
