@@ -38,12 +38,15 @@ class _Layer:
         self.blocks = {name: ExactBlock(own @ own.mT, own @ gradient, square) for name, own in rows.items()}
         self.crosses = {SAME: self.blocks[SAME].gram, OTHER: rows[SAME] @ rows[OTHER].mT}
 
-    def diagonals(self, statistics: str) -> dict[str, tuple[Tensor, Block]]:
-        """Return v's numerator over which each diagonal line of reference divides, and its block."""
+    def diagonal_lines(
+        self, statistics: str, dampings: Sequence[float]
+    ) -> Iterator[tuple[str, Block, dict[float, Tensor]]]:
+        """Yield the plain gradient and the Fisher's diagonal: name, block, and direction by ε."""
         diagonal = torch.linalg.vector_norm(self.rows[statistics], dim=0).square()  # [P]; without squares of all rows
-        # The multiple of the identity nearest to F; the direction does not depend on the multiple.
-        mean = diagonal.mean().expand_as(diagonal)
-        return {PLAIN: (torch.ones_like(diagonal), DiagonalBlock(mean)), DIAGONAL: (diagonal, DiagonalBlock(diagonal))}
+        # As a block, the plain gradient's is the multiple of the identity that is nearest to F.
+        yield PLAIN, DiagonalBlock(diagonal.mean().expand_as(diagonal)), dict.fromkeys(dampings, self.gradient)
+        directions = {damping: self.gradient / (diagonal + damping) for damping in dampings}
+        yield DIAGONAL, DiagonalBlock(diagonal), directions
 
 
 def measure_network(
@@ -127,16 +130,12 @@ def _judged(
     rows, gradient, block = layer.rows[SAME], layer.gradient, layer.blocks[SAME]
     for (statistics, method), approximation in approximations.items():
         make = approximation.blocks.get(name)
-        directions = {
-            damping: Direction.of(found[name], rows, gradient) for damping, found in approximation.directions.items()
-        }
+        of_layer = {damping: found[name] for damping, found in approximation.directions.items()}
+        directions = {damping: Direction.of(direction, rows, gradient) for damping, direction in of_layer.items()}
         yield statistics, method, _UNKNOWN if make is None else make().overlap(rows), directions
     for statistics, other in layer.blocks.items():
-        for method, (diagonal, own) in layer.diagonals(statistics).items():
-            directions = {}
-            for damping in dampings:
-                direction = gradient if method == PLAIN else gradient / (diagonal + damping)
-                directions[damping] = Direction.of(direction, rows, gradient)
+        for method, own, found in layer.diagonal_lines(statistics, dampings):
+            directions = {damping: Direction.of(direction, rows, gradient) for damping, direction in found.items()}
             yield statistics, method, own.overlap(rows), directions
         cross = layer.crosses[statistics]
         directions = {damping: block.direction_by(other, cross, damping) for damping in dampings}
