@@ -27,8 +27,6 @@ FIGURES = (
     "fig2-small-cpu/fig2.png",
     "first-light/fig1.png",
     "introspect-cpu/vgg11-width-0.125/introspect.png",
-    "introspect-cpu/vgg11-width-0.25/introspect.png",
-    "introspect-cpu/preact_resnet50-width-0.125/introspect.png",
     "scaling/scaling.png",
 )
 
@@ -129,14 +127,14 @@ def auto_settings() -> str:
 def introspect_shares() -> str:
     """Return what each approximation's direction is worth at the end of the runs, beside its block's error."""
     blocks = []
-    for directory in ("vgg11-width-0.125", "vgg11-width-0.25", "preact_resnet50-width-0.125"):
-        with (REFERENCE / "introspect-cpu" / directory / "introspect.csv").open(newline="", encoding="utf-8") as file:
+    for table in sorted((REFERENCE / "introspect-cpu").glob("*/introspect.csv"), reverse=True):
+        with table.open(newline="", encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if row["scope"] != "layer" and row["damping"] == "0.1"]
         end = [row for row in rows if row["checkpoint"] == "end"]
         items = parse_items(list(dict.fromkeys(row["method"] for row in end if row["method"] not in REFERENCES)))
         sizes = {item.text: _group_size(item) for item in items}
         styles = styles_of({item.text: [item.group, *item.keys] for item in items}, sizes)
-        network, _, width = directory.rpartition("-width-")
+        network, _, width = table.parent.name.rpartition("-width-")
         blocks += [
             f"{network}, width {width}:",
             "| | " + " | ".join(f"{fisher}: share, same / other; error" for fisher in ("empirical", "exact")) + " |\n"

@@ -102,7 +102,7 @@ class KroneckerBlock(EigenBlock):
         return coordinates(weights, biases, self._layout, self._gradient_vectors, self._activation_vectors)
 
 
-class SpectrumBlock(Block):
+class SpectrumBlock(EigenBlock):
     """K of a structure that gives its eigenvalues and its eigenbasis."""
 
     def __init__(self, weight_shape: torch.Size, layout: BlockLayout, spectrum: Spectrum) -> None:

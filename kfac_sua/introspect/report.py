@@ -72,7 +72,7 @@ def _introduction(report: ReportInput) -> str:
     return (
         f"{escape(title_of(study))}, {escape(study.source.description)}; {count(len(study.seeds), 'seed')}. Looked at:"
         f" {states}, {count(layers, 'layer')} with {parameters:,} parameters. Images: {images}, and as many others for"
-        " “statistics of other images”. F is the exact Fisher of the images, per layer (“block by block”) or over"
+        " “statistics of other images”. F is the Fisher of the images itself, per layer (“block by block”) or over"
         " all layers (“at once”); it is never formed. v is the gradient of their mean loss. A direction u, such as"
         " (K + εI)⁻¹v, is judged by the damped quadratic model −v·u + ½ uᵀ(F + εI)u: its **share** is the decrease by"
         " the best step along u, divided by the largest decrease ½ vᵀ(F + εI)⁻¹v. Numbers are means over seeds, ±"
