@@ -30,6 +30,11 @@ def bench() -> NoReturn:
     _carry_out("kfac_sua.bench.__main__")
 
 
+def introspect() -> NoReturn:
+    """Carry out ``kfac-sua-introspect`` and leave with its exit code."""
+    _carry_out("kfac_sua.introspect.__main__")
+
+
 def _carry_out(module: str) -> NoReturn:
     begin()
     run_command(importlib.import_module(module).main)

@@ -91,7 +91,9 @@ def test_wheel_has_the_commands(wheel):
         entries = configparser.ConfigParser()
         entries.read_string(archive.read(name).decode())
     scripts = dict(entries["console_scripts"])
-    assert scripts.keys() == {f"kfac-sua-{command}" for command in ("train", "reproduce", "evaluate", "bench")}
+    assert scripts.keys() == {
+        f"kfac-sua-{command}" for command in ("train", "reproduce", "evaluate", "bench", "introspect")
+    }
     for value in scripts.values():
         module, _, function = value.partition(":")
         assert callable(getattr(importlib.import_module(module), function))
