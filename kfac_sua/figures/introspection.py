@@ -15,6 +15,7 @@ from kfac_sua.figures.curves import FigureError
 from kfac_sua.figures.files import PAGE_WIDTH, write_figure
 from kfac_sua.figures.lines import draw_legend
 from kfac_sua.figures.panels import method_names
+from kfac_sua.figures.style import short_number
 from kfac_sua.methods import MethodStyle
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 FISHERS = {"empirical": "Empirical Fisher", "mc": "Fisher by sampled labels", "exact": "Exact Fisher"}
 _LIGHT, _DARK = 0.35, 1.0  # opacities of the two parts of an error
 _EXACT = ("exact", "whole")
+_LARGE = 1.25  # an error beyond which the others would be hard to tell apart; K = 0 has one of 1
 
 
 def draw_introspection(
@@ -75,8 +77,8 @@ def draw_introspection(
             _draw_errors(panels[3], blocks[blocks["statistics"] == "same"], drawn, styles, has_names=column == 0)
             panels[0].set_xlabel(f"Checkpoint (ε = {damping:g})")
             panels[1].set_xlabel(f"Damping ε ({checkpoints[-1]})")
-            panels[2].set_xlabel(f"Frobenius error, block by block ({checkpoints[-1]}, ε = {damping:g})")
-            panels[3].set_xlabel("Squared error: eigenbasis, then eigenvalues")
+            panels[2].set_xlabel(f"Frobenius error ({checkpoints[-1]}, ε = {damping:g})")
+            panels[3].set_xlabel("Squared error: basis, then eigenvalues")
         for row in grid[:2]:
             row[0].set_ylabel("Share, all layers")
         grid[2][0].set_ylabel("Share, block by block")
@@ -110,7 +112,7 @@ def _draw_lines(
 
 
 def _draw_scatter(axes: "Axes", rows: pd.DataFrame, names: Sequence[str], styles: Mapping[str, MethodStyle]) -> None:
-    """Draw error and share of every seed; with statistics of other images in empty markers."""
+    """Draw error and share of every seed: empty markers for statistics of other images, large errors at the edge."""
     for name in names:
         style = styles[name]
         for statistics, face in (("same", style.color), ("other", "white")):
@@ -118,7 +120,7 @@ def _draw_scatter(axes: "Axes", rows: pd.DataFrame, names: Sequence[str], styles
             if name in _EXACT and statistics == "same":
                 continue  # an error of 0 and a share of 1 by definition
             axes.plot(
-                own["relative_error"],
+                own["relative_error"].clip(upper=_LARGE),
                 own["share"],
                 linestyle="none",
                 color=style.color,
@@ -126,13 +128,17 @@ def _draw_scatter(axes: "Axes", rows: pd.DataFrame, names: Sequence[str], styles
                 markerfacecolor=face,
                 zorder=3,
             )
+        largest = rows.loc[rows["method"] == name, ["relative_error", "share"]].max()
+        if largest["relative_error"] > _LARGE:  # of a structure whose scale is not that of F
+            told = f"{short_number(largest['relative_error'])} →"
+            axes.text(_LARGE, largest["share"] + 0.03, told, ha="right", va="bottom", color=style.color)
     axes.set_ylim(bottom=0)
 
 
 def _draw_errors(
     axes: "Axes", rows: pd.DataFrame, names: Sequence[str], styles: Mapping[str, MethodStyle], *, has_names: bool
 ) -> None:
-    """Draw the squares of the error's two parts, which add up, as bars side by side."""
+    """Draw the squares of the error's two parts, which add up, as bars side by side; large ones end at the edge."""
     names = [name for name in names if name not in _EXACT]
     squares = rows.assign(basis=rows["basis_error"] ** 2, eigenvalues=rows["eigenvalue_error"] ** 2)
     means = squares.groupby("method")[["basis", "eigenvalues"]].mean()
@@ -141,8 +147,12 @@ def _draw_errors(
         color = styles[name].color
         axes.barh(position, basis, color=color, alpha=_DARK, height=0.7)
         axes.barh(position, eigenvalues, left=basis, color=color, alpha=_LIGHT, height=0.7)
+        if basis + eigenvalues > _LARGE:
+            axes.text(_LARGE, position, f"{short_number(basis + eigenvalues)} → ", ha="right", va="center")
     axes.set_yticks(range(len(names)), [styles[name].label if has_names else "" for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
+    if (means.sum(axis=1) > _LARGE).any():
+        axes.set_xlim(0, _LARGE)
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
 

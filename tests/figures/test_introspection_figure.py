@@ -50,6 +50,17 @@ def test_the_same_table_gives_the_same_files(tmp_path):
         assert style.color.lower() in svg.lower() or style.label.startswith("Exact, all")
 
 
+def test_a_structure_of_another_scale_does_not_hide_the_others(tmp_path):
+    """Its bar and its markers end at the edge, with the number beside them."""
+    frame = table()
+    is_far = frame["method"] == "kfac:weight_sharing=reduce"
+    frame.loc[is_far, ["relative_error", "eigenvalue_error"]] = 475.0
+    _, svg, _ = draw_introspection(frame, tmp_path, 0.1, STYLES)
+    text = svg.read_text(encoding="utf-8")
+    assert "475 →" in text
+    assert "2e5 →" in text
+
+
 def test_variants_of_a_method_keep_its_colour_and_are_told_apart():
     """By dashes, marker and label."""
     one, other = (STYLES[name] for name in ("kfac", "kfac:weight_sharing=reduce"))
