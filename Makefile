@@ -81,7 +81,7 @@ test-slow: $(INSTALLED) ## The tests that `make test` leaves out because they ta
 test-gpu: $(INSTALLED) ## Tests that need a CUDA device
 	CUBLAS_WORKSPACE_CONFIG=:4096:8 $(RUN) -m pytest -m gpu
 
-gpu-report: $(INSTALLED) ## What runs on this GPU, how fast, and whether captured steps keep their bits: 8 minutes, one archive
+gpu-report: $(INSTALLED) ## What runs on this GPU, how fast, and whether captured steps keep their bits: 10 minutes, one archive
 	$(RUN) scripts/gpu_report.py --out outputs/gpu-report $(ARGS)
 
 docs: $(INSTALLED) ## The documentation as a site, site/index.html, without a network

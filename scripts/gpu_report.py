@@ -1,8 +1,9 @@
 """What the project does on this GPU, within minutes: ``python scripts/gpu_report.py --out outputs/gpu-report``.
 
-Tests, the cost of a step, an epoch of every structure, captured steps compared with eager ones bit by bit, and
-processes that share a card. Each part has processes and a time limit of its own; after each the report is rewritten, so
-that what is done is never lost. At the end all of it but checkpoints is in gpu-report.tar.gz, under 16 MiB.
+Tests, the cost of a step, an epoch of every structure, captured steps compared with eager ones bit by bit, how near
+structures are to the Fisher, and processes that share a card. Each part has processes and a time limit of its own;
+after each the report is rewritten, so that what is done is never lost. At the end all of it but checkpoints is in
+gpu-report.tar.gz, under 16 MiB.
 """
 
 from __future__ import annotations

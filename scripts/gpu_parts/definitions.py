@@ -14,7 +14,7 @@ from kfac_sua.runs.metrics import read_records
 from kfac_sua.runs.run_info import read_run_info
 
 ROOT = Path(__file__).resolve().parents[2]
-MINUTES = 8.0
+MINUTES = 9.5
 """Sum of the limits below, in minutes."""
 
 VGG11 = "--settings baseline kfac kfac:application=weight,inverse_method=cholesky sua grouped sua_grouped"
@@ -23,6 +23,7 @@ RESNET50 = (
     "--rounds 5 --refresh-rounds 2"
 )
 TRANSFORMER = "--model transformer --settings baseline kfac grouped sua_grouped --rounds 5 --refresh-rounds 2"
+OTHER_STRUCTURES = "--settings sua activation_only eigenvalue_corrected --rounds 3 --refresh-rounds 1"
 TINY_BENCH = "--model tiny --device cpu --settings sua --rounds 1 --refresh-rounds 1"
 STRUCTURES = "preconditioner=baseline,kfac,grouped,sua,sua_grouped"
 DENSE_KFAC = "preconditioner=kfac preconditioner.application=weight preconditioner.inverse_method=cholesky"
@@ -45,6 +46,7 @@ def define_parts(out: Path, *, is_tiny: bool) -> list[Part]:
         *_benches(out, is_tiny),
         _training(out, is_tiny),
         _bits(out, is_tiny),
+        _introspection(out, is_tiny),
         *([] if is_tiny else [_compiled_bench(out)]),
         *_processes(is_tiny),
     ]
@@ -72,6 +74,7 @@ def _benches(out: Path, is_tiny: bool) -> list[Part]:
         _bench(out, "bench-resnet50", resnet50, 40),
         _bench(out, "bench-resnet50-eager", f"{resnet50} capture=false", 40),
         _bench(out, "bench-transformer", TINY_BENCH if is_tiny else TRANSFORMER, 30),
+        _bench(out, "bench-structures", TINY_BENCH if is_tiny else OTHER_STRUCTURES, 30),
     ]
 
 
@@ -112,6 +115,15 @@ def _bits(out: Path, is_tiny: bool) -> Part:
         f"{_script('bits.py')} {_quoted(captured)} {_quoted(eager)}",
     )
     return Part("bits", commands, 40, shown_lines=40, shown_from=f"$ {commands[-1]}")
+
+
+def _introspection(out: Path, is_tiny: bool) -> Part:
+    """Return how far each structure is from the Fisher, at half the width."""
+    size = f"{TINY_RUN} --steps 4 --images 20" if is_tiny else "model=vgg11 model.width=0.5 --steps 200 --images 200"
+    if not (is_tiny or _has_cifar10()):
+        size = f"dataset=digits {size}"
+    command = f"{_python()} -m kfac_sua.introspect {size} --checkpoints end --out {_quoted(out / 'introspection')}"
+    return Part("introspection", (command,), 60, shown_from="## What it says", shown_lines=30)
 
 
 def _processes(is_tiny: bool) -> list[Part]:

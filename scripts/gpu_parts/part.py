@@ -66,7 +66,7 @@ class Part:
     Args:
         name: Of the part, and of its log.
         commands: Shell commands, one after the other; one that fails does not keep the next from being tried.
-        limit_s: Seconds that all of them may take together, of a report of eight minutes.
+        limit_s: Seconds that all of them may take together, of a report of ten minutes.
         shown_from: Of a part that is ok, the report shows the log from the last line that begins so; else its end.
         shown_lines: Of the end of the log, that the report shows.
         skipped: Why the part cannot be carried out here; empty if it can.

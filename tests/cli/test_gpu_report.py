@@ -260,7 +260,7 @@ def test_bad_input_is_refused(monkeypatch, capsys, tmp_path):
 
 @pytest.mark.parametrize("is_tiny", one_in(2, [False, True]))
 def test_the_limits_add_up_and_all_training_commands_are_good(tmp_path, is_tiny):
-    """Eight minutes, and keys that the configuration knows."""
+    """The limits add up, and keys that the configuration knows."""
     parts = define_parts(tmp_path, is_tiny=is_tiny)
     assert sum(part.limit_s for part in parts) == MINUTES * 60 - (30 if is_tiny else 0)  # a trial compiles nothing
     words = [shlex.split(command) for part in parts for command in part.commands if "kfac_sua.train" in command]

@@ -26,6 +26,8 @@ CASES: dict[str, dict[str, Any]] = {
     "sua": {"settings": {"structure": "sua"}},
     "grouped": {"settings": {"structure": "kfac", "group_size": 6}},
     "sua_grouped": {"settings": {"structure": "sua", "group_size": 6}},
+    "activation_only": {"settings": {"structure": "activation_only"}},
+    "eigenvalue_corrected": {"settings": {"structure": "eigenvalue_corrected"}},
     "kfac auto": {"settings": {"structure": "kfac", "application": "auto"}},
     "sua auto": {"settings": {"structure": "sua", "application": "auto"}},
     "exact": {"settings": {"structure": "sua", "damping_rule": "exact"}},

@@ -26,6 +26,8 @@ SETTINGS = [
     {"structure": "sua", "group_size": 8, "damping_rule": "exact"},
     {"structure": "kfac", "weight_sharing": "reduce", "inverse_method": "low_rank"},
     {"structure": "sua", "fisher_type": "exact", "ema_decay": 0.5},
+    {"structure": "activation_only", "ema_decay": 0.5},
+    {"structure": "eigenvalue_corrected", "fisher_type": "exact"},
 ]
 
 
