@@ -155,10 +155,11 @@ def approximate(
         grads: Gradients by layer, ``[P]`` each: the weight's, one number after the other, then the bias's.
         dampings: Values of ε.
     """
+    needs_all_labels = fisher is FisherType.exact and structure_class(settings.structure).needs_output_grads
     own = dataclasses.replace(
         settings,
         # Labels that are drawn once make every structure and the exact block see the same sample.
-        fisher_type=FisherType.exact if fisher is FisherType.exact else FisherType.empirical,
+        fisher_type=FisherType.exact if needs_all_labels else FisherType.empirical,
         likelihood=Likelihood.categorical,
         loss_reduction=LossReduction.sum,
         application=Application.weight,  # the same to rounding
@@ -175,7 +176,7 @@ def approximate(
             layer.keeps_factors = True
         with preconditioner.capture():
             logits = model(batch.inputs)
-            if fisher is FisherType.exact:
+            if needs_all_labels:
                 preconditioner.fisher_backward(logits)
             else:
                 F.cross_entropy(logits, batch.fisher_labels(fisher), reduction="sum").backward()

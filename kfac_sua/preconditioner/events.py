@@ -18,6 +18,7 @@ from kfac_sua.preconditioner.model.changes import is_frozen
 from kfac_sua.preconditioner.model.used_gradient import is_unchanged
 from kfac_sua.preconditioner.plain_numbers import plain_number, shown
 from kfac_sua.preconditioner.refresh import Refreshed
+from kfac_sua.preconditioner.registry import structure_class
 from kfac_sua.preconditioner.settings import DampingRule, FisherType, KroneckerSettings
 
 logger = logging.getLogger("kfac_sua.preconditioner.events")  # named for what it logs
@@ -256,6 +257,11 @@ def _first_inverse_failed(name: str, num_failed: int, settings: KroneckerSetting
         return (
             f"The factors of layer {name!r} have no eigendecomposition that converges, in float64 neither, as "
             f"damping_rule=exact needs; use damping_rule=factored."
+        )
+    if not structure_class(settings.structure).has_sides:
+        return (
+            f"The block of layer {name!r} cannot be inverted, also with {DAMPING_RAISES[-1]} times the damping "
+            f"{settings.damping:g}; raise the damping, or use another structure than {settings.structure}."
         )
     return (
         f"The factors of layer {name!r} cannot be inverted ({num_failed} blocks, also in float64 and with "

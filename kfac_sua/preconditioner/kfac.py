@@ -458,7 +458,9 @@ class KroneckerPreconditioner:
             scalings = Scalings()
             try:
                 measured = {
-                    name: layer.statistics.factors(grads_of_mean_loss=mean_loss, loss_scale=scale, scalings=scalings)
+                    name: layer.statistics.factors(
+                        grads_of_mean_loss=mean_loss, loss_scale=scale, scalings=scalings, inverse=layer.inverse
+                    )
                     for name, layer in self._layers.items()
                 }
                 scalings.carry_out()

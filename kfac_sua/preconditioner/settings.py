@@ -1,4 +1,6 @@
-"""What the preconditioner can be asked for, and which combinations make sense. Standard library only.
+"""What the preconditioner can be asked for, and which combinations make sense.
+
+This file imports the standard library only; settings that are checked load the class of their structure.
 
 A setting is one field of :class:`KroneckerSettings`: name, type, default, range and meaning. The constructor of the
 preconditioner, the configuration of the command line and their documentation take it from there.
@@ -223,7 +225,8 @@ class KroneckerSettings:
                 f"activation_rows={self.activation_rows} takes some of a mini-batch's locations, but "
                 f"weight_sharing=reduce averages over them first; use weight_sharing=expand or activation_rows=null."
             )
-        if self.kl_clip is not None and self.application is Application.auto:
+        has_sides = structure_class(self.structure).has_sides
+        if self.kl_clip is not None and self.application is Application.auto and has_sides:
             raise ValueError(
                 f"kl_clip={self.kl_clip:g} needs the plain gradient in every step, but application=auto preconditions "
                 f"that of some layers inside the backward pass; use application=weight or kl_clip=null."
@@ -256,7 +259,10 @@ class KroneckerSettings:
 
     def _validate_read_settings(self) -> None:
         """Refuse settings that the structure would ignore."""
-        reads = structure_class(self.structure).reads | READ_BY_ALL
+        structure = structure_class(self.structure)
+        reads = structure.reads | READ_BY_ALL
+        if not structure.needs_output_grads:
+            reads -= {"fisher_type", "likelihood"}
         for field in dataclasses.fields(KroneckerSettings):
             value = getattr(self, field.name)
             if field.name not in reads and value != field.default:

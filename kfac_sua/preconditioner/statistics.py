@@ -17,6 +17,7 @@ from kfac_sua.preconditioner.factors import LayerMeasurement
 from kfac_sua.preconditioner.forms.accumulator import Scalings
 from kfac_sua.preconditioner.forms.unfold import to_locations
 from kfac_sua.preconditioner.geometry import LayerGeometry
+from kfac_sua.preconditioner.kronecker import LayerInverse
 from kfac_sua.preconditioner.precision import at_least_float32
 
 
@@ -145,7 +146,14 @@ class LayerStatistics(ABC):
 
     @abstractmethod
     def _measured(
-        self, num_examples: int, num_rows: int, *, num_averaged: int, loss_scale: float, scalings: Scalings
+        self,
+        num_examples: int,
+        num_rows: int,
+        *,
+        num_averaged: int,
+        loss_scale: float,
+        scalings: Scalings,
+        inverse: LayerInverse | None,
     ) -> LayerMeasurement:
         """Return what the counted calls say of the layer's Fisher block.
 
@@ -156,6 +164,7 @@ class LayerStatistics(ABC):
                 those of the per-example loss.
             loss_scale: What the loss was multiplied by; the output gradients are to be divided by it.
             scalings: Collects the multiplications that may be carried out for several layers at once.
+            inverse: The layer's inverse at hand, from which an iteration may start; ``None`` before the first.
         """
 
     # --- what is the same for all -----------------------------------------------------------------------------------
@@ -266,7 +275,12 @@ class LayerStatistics(ABC):
         self._absorb(counted)
 
     def factors(
-        self, *, grads_of_mean_loss: bool, loss_scale: float = 1.0, scalings: Scalings | None = None
+        self,
+        *,
+        grads_of_mean_loss: bool,
+        loss_scale: float = 1.0,
+        scalings: Scalings | None = None,
+        inverse: LayerInverse | None = None,
     ) -> LayerMeasurement | None:
         """Return what the counted calls say of the layer's Fisher block, or ``None`` if there are none.
 
@@ -276,6 +290,7 @@ class LayerStatistics(ABC):
             loss_scale: What the loss was multiplied by; the output gradients are divided by it.
             scalings: Collects the multiplications that are still needed, so that the caller carries them out for
                 several layers at once; ``None`` to multiply here.
+            inverse: The layer's inverse at hand.
 
         Raises:
             RuntimeError: If calls of one forward pass had different numbers of examples.
@@ -297,6 +312,7 @@ class LayerStatistics(ABC):
             num_averaged=num_examples if grads_of_mean_loss else 1,
             loss_scale=loss_scale,
             scalings=own,
+            inverse=inverse,
         )
         if scalings is None:
             own.carry_out()

@@ -101,6 +101,8 @@ def test_rows_give_the_gradients_of_single_examples(name):
     seen: list[LayerRows] = []
 
     class Recording(structure_class("activation_only")):
+        needs_output_grads = True
+
         def measure(self, rows: LayerRows) -> dict[str, Tensor]:
             seen.append(rows)
             return super().measure(rows)
@@ -175,8 +177,10 @@ def test_products_of_the_eigenvalue_corrected_block_equal_curvlinops(fisher_type
             assert_near(bias_product, wanted[f"{layer.name}.bias"], 1e-8)
 
 
-@pytest.mark.parametrize("structure", BY_ROWS)
-@pytest.mark.parametrize("fisher_type", ["empirical", "exact"])
+@pytest.mark.parametrize(
+    ("structure", "fisher_type"),
+    [("activation_only", "empirical"), ("eigenvalue_corrected", "empirical"), ("eigenvalue_corrected", "exact")],
+)
 def test_micro_batches_are_one_mini_batch(structure, fisher_type):
     """Accumulated gradients give the block of all examples, for true labels and for all of them."""
     torch.manual_seed(0)
@@ -225,7 +229,143 @@ def test_calls_with_other_numbers_of_locations_share_the_weight(structure):
         basis = torch.kron(measured.tensors["gradient_basis"][0], measured.tensors["activation_basis"][0])
         moments = (grads @ basis).square().mean(0)
         assert_near(measured.tensors["moments"].flatten(), moments)
+    else:
+        hidden = nn.functional.max_pool2d(net.conv(images), 2).detach()
+        rows = torch.cat([nn.functional.unfold(one, 3, padding=1) for one in (images, hidden)], dim=2)  # [n, in · 9, s]
+        rows = rows.unflatten(1, (2, 9)).transpose(1, 2).flatten(1, 2).mT.flatten(0, 1)  # [n · s, 9 · in]
+        rows = nn.functional.pad(rows, (0, 1), value=1.0)
+        assert_near(measured.tensors["factor"][0], rows.mT @ rows / 5)
     assert measured.scale == 16 + 4
+
+
+@pytest.mark.parametrize("structure", BY_ROWS)
+def test_passes_with_images_of_other_sizes_are_filled_up(structure):
+    """Two micro-batches with 16 and with 4 locations have the mean of both blocks, weighted by their examples."""
+    torch.manual_seed(0)
+    net = nn.Conv2d(2, 3, 3, padding=1).double()
+    parts = [torch.randn(n, 2, size, size, dtype=torch.float64) for n, size in ((5, 4), (2, 2))]
+
+    def measured(images: list[Tensor]):
+        preconditioner = KroneckerPreconditioner(net, structure=structure, loss_reduction="sum")
+        for part in images:
+            net(part).square().sum().backward()
+        preconditioner.update_factors()
+        preconditioner.remove_hooks()
+        net.zero_grad()
+        return preconditioner.layers[0].average.corrected()
+
+    both, first, second = measured(parts), measured(parts[:1]), measured(parts[1:])
+    if structure == "activation_only":
+        expected = (5 * first.tensors["factor"] + 2 * second.tensors["factor"]) / 7
+        assert_near(both.tensors["factor"], expected)
+    else:  # the moments add up to the trace in every basis
+        traces = [one.tensors["moments"].sum() for one in (both, first, second)]
+        assert_near(traces[0], (5 * traces[1] + 2 * traces[2]) / 7)
+    assert both.num_rows == 5 * 16 + 2 * 4
+
+
+def test_what_a_structure_returns_is_compared_with_what_it_declares():
+    """A wrong name, shape, dtype or a result of another shape is an error at once, not at the next checkpoint."""
+    wrong = {
+        "names": {"measure": lambda self, rows: {"other": torch.zeros(1, 3, 5)}},
+        "shapes": {"invert": lambda self, measured, damping: {"inverse": measured["squares"].sum(1)}},
+        "dtypes": {"invert": lambda self, measured, damping: {"inverse": measured["squares"].long()}},
+        "turned": {"precondition": lambda self, gradient, kept: gradient.mT},
+    }
+    told = {
+        "names": r"measure\(\) returned 'squares' as nothing, but its class declares \[1, 3, 5\] in torch.float32",
+        "shapes": r"invert\(\) returned 'inverse' as \[1, 5\] in torch.float32 on cpu, but its class declares \[1, 3",
+        "dtypes": r"invert\(\) returned 'inverse' as \[1, 3, 5\] in torch.int64",
+        "turned": r"precondition\(\) made \[1, 5, 3\] of \[1, 3, 5\]",
+    }
+    for name, methods in wrong.items():
+        register_structure(f"wrong_{name}", type(f"Wrong{name}", (Diagonal,), methods))
+        net = nn.Linear(4, 3)
+        preconditioner = KroneckerPreconditioner(net, structure=f"wrong_{name}")
+        net(torch.randn(5, 4)).square().sum(1).mean().backward()
+        with pytest.raises(TypeError, match=rf"structure=wrong_{name}: {told[name]}"):
+            preconditioner.step()
+
+
+@pytest.mark.parametrize("fails", ["raises", "nan"])
+def test_an_inverse_that_fails_is_made_with_more_damping(fails):
+    """Up to a thousand times the damping; beyond that the last inverse stays, and a first one is an error."""
+
+    def invert(self, measured, damping):
+        if damping > self.least:
+            return Diagonal.invert(self, measured, damping)
+        if fails == "raises":
+            raise torch.linalg.LinAlgError("no")
+        return {"inverse": measured["squares"] * float("nan")}
+
+    torch.manual_seed(0)
+    structure = type("Fragile", (Diagonal,), {"invert": invert, "least": 0.5})
+    register_structure(f"fragile_{fails}", structure)
+    net = nn.Linear(4, 3)
+    preconditioner = KroneckerPreconditioner(net, structure=f"fragile_{fails}", damping=0.1, inverse_period=1)
+
+    def step() -> None:
+        net.zero_grad()
+        net(torch.randn(5, 4)).square().sum(1).mean().backward()
+        preconditioner.step()
+
+    step()
+    assert preconditioner.events == {"raised_damping:": 1}
+    assert bool(net.weight.grad.isfinite().all())
+    structure.least = float("inf")
+    step()
+    assert preconditioner.events == {"raised_damping:": 1, "failed_inverse:": 1}
+    assert bool(net.weight.grad.isfinite().all())
+    preconditioner.remove_hooks()
+    preconditioner = KroneckerPreconditioner(net, structure=f"fragile_{fails}", damping=0.1)
+    with pytest.raises(RuntimeError, match=r"cannot be inverted, also with 1000 times the damping 0\.1"):
+        step()
+
+
+def test_an_iteration_may_start_from_what_was_kept():
+    """What the last refresh made is there at the next measurement, and after a checkpoint too."""
+    seen = []
+
+    def measure(self, rows):
+        seen.append(None if rows.kept is None else rows.kept["inverse"].clone())
+        return Diagonal.measure(self, rows)
+
+    register_structure("warm", type("Warm", (Diagonal,), {"measure": measure}))
+    net = nn.Linear(4, 3)
+
+    def made() -> KroneckerPreconditioner:
+        return KroneckerPreconditioner(net, structure="warm", damping=0.1, inverse_period=1)
+
+    def step(preconditioner: KroneckerPreconditioner) -> None:
+        net.zero_grad()
+        net(torch.randn(5, 4)).square().sum(1).mean().backward()
+        preconditioner.step()
+
+    preconditioner = made()
+    step(preconditioner)
+    state = preconditioner.state_dict()
+    kept = state["layers"][""]["inverse"]["inverse"].clone()
+    preconditioner.remove_hooks()
+    resumed = made()
+    resumed.load_state_dict(state)
+    step(resumed)
+    assert seen[0] is None
+    assert torch.equal(seen[1], kept)
+
+
+def test_a_subclass_that_cannot_be_averaged_is_not():
+    """Although its parent can."""
+    register_structure("alone", type("Alone", (Diagonal,), {"can_be_averaged": False}))
+    with pytest.raises(ValueError, match=r"ema_decay=0\.9 is not read by structure=alone"):
+        KroneckerSettings(structure="alone", ema_decay=0.9)
+    assert not structure_class("alone").can_be_shared
+
+
+def test_the_activation_factor_takes_no_output_gradients():
+    """Neither a copy of them, nor a Fisher that only differs in them."""
+    with pytest.raises(ValueError, match="fisher_type=mc is not read by structure=activation_only"):
+        KroneckerSettings(structure="activation_only", fisher_type="mc")
+    KroneckerSettings(structure="activation_only", kl_clip=1e-3, application="auto")  # never in the backward pass
 
 
 @pytest.mark.parametrize("structure", BY_ROWS)
@@ -304,23 +444,25 @@ def test_measurements_that_are_means_are_averaged_over_time_and_processes():
 
 
 def test_adaptive_damping_multiplies_by_any_structure():
-    """The quadratic model is that of the structure's own block."""
+    """The predicted change of the loss is g·s + ½ sᵀKs, with the dense K of the refresh."""
     torch.manual_seed(0)
-    net = nn.Linear(6, 3).double()
-    inputs, labels = torch.randn(8, 6, dtype=torch.float64), torch.arange(8) % 3
-    preconditioner = KroneckerPreconditioner(net, structure="eigenvalue_corrected", damping=0.1, inverse_period=2)
-    adaptive = AdaptiveDamping(preconditioner, period=2)
+    net, inputs = nn.Linear(6, 3).double(), torch.randn(8, 6, dtype=torch.float64)
+    preconditioner = KroneckerPreconditioner(net, structure="eigenvalue_corrected", damping=0.1, inverse_period=4)
+    adaptive = AdaptiveDamping(preconditioner, period=4)
+    (layer,) = preconditioner.layers
+    matrix = layer.structure.dense(rows_by_autograd(net, inputs))[0]
+    loss = mean_loss(net(inputs))
+    loss.backward()
+    before = as_matrix(layer, net.weight.detach().clone(), net.bias.detach().clone()).flatten()
+    gradient = as_matrix(layer, net.weight.grad.clone(), net.bias.grad.clone()).flatten()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    for _ in range(3):
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(net(inputs), labels)
-        loss.backward()
-        with adaptive.measuring():
-            preconditioner.step()
-            optimizer.step()
-        if adaptive.is_due:
-            adaptive.update(loss.detach(), nn.functional.cross_entropy(net(inputs), labels).detach())
-    assert adaptive.reduction_ratio is not None
+    preconditioner.step()
+    optimizer.step()
+    step = as_matrix(layer, net.weight.detach(), net.bias.detach()).flatten() - before
+    predicted = gradient @ step + step @ matrix @ step / 2
+    after = mean_loss(net(inputs)).detach()
+    adaptive.update(loss.detach(), after)
+    assert adaptive.reduction_ratio == pytest.approx(float((after - loss.detach()) / predicted))
 
 
 @pytest.mark.parametrize(
@@ -381,7 +523,7 @@ def test_a_structure_of_ones_own_is_registered_by_hand():
     expected = solved(layer.structure.dense(rows), plain, DAMPING)
     assert_near(as_matrix(layer, module.weight.grad, module.bias.grad), expected)
     (row,) = preconditioner.describe().rows
-    assert (row.structure, row.memory_bytes, row.forms) == ("diagonal", 4 * 2 * 2 * 28, ("diagonal", "diagonal"))
+    assert (row.structure, row.memory_bytes, row.forms) == ("diagonal by hand", 448, ("diagonal", "diagonal"))
     with pytest.raises(ValueError, match=r"is .*Diagonal already"):
         register_structure("diagonal_by_hand", type("Other", (Diagonal,), {}))
     with pytest.raises(ValueError, match="Python identifier"):

@@ -23,6 +23,7 @@ class ActivationOnly(RowStructure):
     measured_shapes: ClassVar = {"factor": ("g", "d", "d")}
     kept_shapes: ClassVar = {"inverse": ("g", "d", "d")}
     forms = ("dense", "identity")
+    needs_output_grads = False
     can_be_averaged = True
     can_be_captured = True
 

@@ -10,6 +10,7 @@ from kfac_sua.preconditioner.forms import moments
 from kfac_sua.preconditioner.forms.accumulator import ActivationAccumulator, MomentAccumulator, Scalings
 from kfac_sua.preconditioner.forms.cost import MAX_KEPT_ROWS
 from kfac_sua.preconditioner.geometry import BlockLayout, LayerGeometry
+from kfac_sua.preconditioner.kronecker import LayerInverse
 from kfac_sua.preconditioner.statistics import Call, CallRows, LayerStatistics
 
 
@@ -68,12 +69,20 @@ class FactorStatistics(LayerStatistics):
             one.activation = one.gradient = None
 
     def _measured(
-        self, num_examples: int, num_rows: int, *, num_averaged: int, loss_scale: float, scalings: Scalings
+        self,
+        num_examples: int,
+        num_rows: int,
+        *,
+        num_averaged: int,
+        loss_scale: float,
+        scalings: Scalings,
+        inverse: LayerInverse | None,
     ) -> LayerFactors:
         """Return the normalised factors of the counted calls.
 
         Reference: the normalisation of ``expand`` and ``reduce`` in ``forms.moments``.
         """
+        del inverse
         per_gradient = num_averaged**2 / loss_scale**2
         self._activation.fold_inputs()
         if self.reduce:

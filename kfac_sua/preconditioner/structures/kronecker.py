@@ -54,6 +54,7 @@ class KroneckerStructure(FisherStructure[LayerFactors]):
         ("group_size", "damping_rule", "weight_sharing", "ema_decay", "activation_rows", "inverse_method", "products")
     )
     can_be_captured = True
+    has_sides = True
     can_be_shared = True
     shares_inversion = True
 

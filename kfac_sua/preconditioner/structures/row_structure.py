@@ -27,8 +27,9 @@ from kfac_sua.preconditioner.factors import LayerMeasurement
 from kfac_sua.preconditioner.forms.accumulator import Scalings
 from kfac_sua.preconditioner.forms.inverse import Shape
 from kfac_sua.preconditioner.geometry import BlockLayout, LayerGeometry
-from kfac_sua.preconditioner.invert import Inverter
+from kfac_sua.preconditioner.invert import DAMPING_RAISES, Inverter
 from kfac_sua.preconditioner.kronecker import BOTH_SIDES, LayerInverse, Sides
+from kfac_sua.preconditioner.precision import on_one_device
 from kfac_sua.preconditioner.refresh import Refreshed
 from kfac_sua.preconditioner.settings import KroneckerSettings, Structure
 from kfac_sua.preconditioner.statistics import Call, CallRows, LayerStatistics
@@ -53,7 +54,7 @@ class RowMeasurement(LayerMeasurement):
 
     def is_finite(self) -> Tensor:
         """Whether no entry is NaN or infinite, as a 0-d bool tensor on the device."""
-        return torch.stack([tensor.isfinite().all() for tensor in self.tensors.values()]).all()  # of [tensors]
+        return _all_finite(self.tensors)
 
     def blended(self, old: "RowMeasurement | None", decay: float) -> "RowMeasurement":
         """Return ``decay · old + (1 − decay) · self``."""
@@ -109,11 +110,10 @@ class RowStructure(FisherStructure[RowMeasurement]):
         self._layout = BlockLayout.of(geometry, Structure.kfac, None)
 
     def __init_subclass__(cls) -> None:
-        """Let structures that can be averaged read what that needs."""
+        """Let structures that can be averaged read what that needs, and no others."""
         super().__init_subclass__()
-        if cls.can_be_averaged:
-            cls.reads = cls.reads | {"ema_decay"}
-            cls.can_be_shared = True
+        cls.reads = cls.reads | {"ema_decay"} if cls.can_be_averaged else cls.reads - {"ema_decay"}
+        cls.can_be_shared = cls.can_be_averaged
 
     # --- what a structure defines -----------------------------------------------------------------------------------
 
@@ -143,7 +143,10 @@ class RowStructure(FisherStructure[RowMeasurement]):
 
     @abstractmethod
     def inversion_flops(self) -> int:
-        """Return the FLOPs of a refresh, apart from :meth:`measure`."""
+        """Return the FLOPs of a refresh that do not depend on the number of rows, wherever they are spent.
+
+        Decompositions that :meth:`measure` makes are among them, though their time counts as that of statistics.
+        """
 
     @abstractmethod
     def application_flops(self) -> int:
@@ -167,9 +170,8 @@ class RowStructure(FisherStructure[RowMeasurement]):
 
     @property
     def label(self) -> str:
-        """The name of its class, in words."""
-        name = type(self).__name__
-        return "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in name).strip()
+        """The name that it is registered by, in words."""
+        return self.settings.structure.replace("_", " ")
 
     @property
     def layout(self) -> BlockLayout:
@@ -214,13 +216,13 @@ class RowStructure(FisherStructure[RowMeasurement]):
             for name, shape in cls.measured_shapes.items():
                 empty = like.new_zeros(_numbers(shape, structure.sizes_by_letter))
                 sums.append(empty if one is None else one.tensors[name] * (own / num_examples))
-        flat = torch.cat([tensor.flatten() for tensor in sums])  # [numbers of all layers]
+        flat = torch.cat(on_one_device([tensor.flatten() for tensor in sums]))  # [numbers of all layers]
         processes.all_reduce_(flat, "moments")
         parts = iter(flat.split([tensor.numel() for tensor in sums]))
         result: list[RowMeasurement | None] = []
-        for structure, (num_rows, num_examples) in zip(structures, totals, strict=True):
+        for structure, like, (num_rows, num_examples) in zip(structures, likes, totals, strict=True):
             tensors = {
-                name: next(parts).view(_numbers(shape, structure.sizes_by_letter))
+                name: next(parts).view(_numbers(shape, structure.sizes_by_letter)).to(like)
                 for name, shape in cls.measured_shapes.items()
             }
             result.append(RowMeasurement(tensors, num_rows / num_examples, num_rows) if num_rows else None)
@@ -235,16 +237,26 @@ class RowStructure(FisherStructure[RowMeasurement]):
         settings: KroneckerSettings,
         inverter: Inverter,
     ) -> list[Refreshed]:
-        """Invert layer by layer, every process by itself."""
+        """Invert layer by layer, every process by itself, with one wait for the device in all unless one fails."""
         del inverter
-        return [structure._refreshed(one, settings) for structure, one in zip(structures, measured, strict=True)]
+        pairs = list(zip(structures, measured, strict=True))
+        kept = [structure._inverted(one, settings.damping) for structure, one in pairs]
+        flags = [_all_finite(tensors) for tensors in kept if tensors is not None]
+        are_finite = iter(torch.stack(on_one_device(flags)).tolist() if flags else [])  # of [layers]
+        return [
+            Refreshed(RowInverse(structure, tensors))
+            if tensors is not None and next(are_finite)
+            else structure._repaired(one, settings.damping)
+            for (structure, one), tensors in zip(pairs, kept, strict=True)
+        ]
 
     def multiply(self, weight: Tensor, bias: Tensor | None, measured: RowMeasurement) -> tuple[Tensor, Tensor | None]:
         """Multiply by the block, without damping."""
         dtype = measured.reference_tensor.dtype
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         blocks = to_blocks(weight, bias, self.layout)  # [g, 1, p, 1, 1, d]
-        product = self.product(self._as_matrices(blocks), measured.tensors).view(blocks.shape)  # as blocks
+        vector = self._as_matrices(blocks)
+        product = self._of_shape("product", self.product(vector, measured.tensors), vector).view(blocks.shape)
         result = torch.empty_like(weight)
         bias_product = from_blocks(product, self.layout, result)
         return result, None if bias is None or bias_product is None else bias_product.reshape(bias.shape)  # [out]
@@ -275,12 +287,50 @@ class RowStructure(FisherStructure[RowMeasurement]):
         sizes = self.sizes_by_letter
         return blocks.reshape(sizes["g"], sizes["p"], sizes["d"])  # [g, p, d]
 
-    def _refreshed(self, measured: RowMeasurement, settings: KroneckerSettings) -> Refreshed:
+    def _inverted(self, measured: RowMeasurement, damping: float) -> Tensors | None:
+        """Return what :meth:`invert` returns; ``None`` if it fails."""
         try:
-            kept = self.invert(measured.tensors, settings.damping)
+            kept = self.invert(measured.tensors, damping)
         except torch.linalg.LinAlgError:
-            return Refreshed(None, num_failed=1)
-        return Refreshed(RowInverse(self, kept))
+            return None
+        return self._declared("invert", kept, self.kept_shapes, measured.reference_tensor)
+
+    def _repaired(self, measured: RowMeasurement, damping: float) -> Refreshed:
+        """Invert with more and more damping."""
+        for multiple in DAMPING_RAISES if bool(measured.is_finite()) else ():  # otherwise no damping helps
+            kept = self._inverted(measured, damping * multiple)
+            if kept is not None and bool(_all_finite(kept)):
+                return Refreshed(RowInverse(self, kept), num_raised=1, raised_by=multiple)
+        return Refreshed(None, num_failed=1)
+
+    def _declared(self, method: str, tensors: Tensors, shapes: Mapping[str, Shape], like: Tensor) -> Tensors:
+        """Return what a method has returned, if it is what the class declares.
+
+        Raises:
+            TypeError: If it has other names, shapes, dtypes or devices.
+        """
+        wanted = {
+            name: (_numbers(shape, self.sizes_by_letter), like.dtype, like.device) for name, shape in shapes.items()
+        }
+        got = {
+            name: (list(one.shape), one.dtype, one.device) if isinstance(one, Tensor) else type(one).__name__
+            for name, one in tensors.items()
+        }
+        if got != wanted:
+            name = next(name for name in [*wanted, *got] if got.get(name) != wanted.get(name))
+            raise TypeError(
+                f"structure={self.settings.structure}: {method}() returned {name!r} as {_told(got.get(name))}, but its "
+                f"class declares {_told(wanted.get(name))}."
+            )
+        return tensors
+
+    def _of_shape(self, method: str, result: Tensor, vector: Tensor) -> Tensor:
+        """Return the result of a method that keeps the shape ``[g, p, d]``, if it has."""
+        if result.shape != vector.shape:
+            raise TypeError(
+                f"structure={self.settings.structure}: {method}() made {list(result.shape)} of {list(vector.shape)}."
+            )
+        return result
 
 
 @dataclass
@@ -317,7 +367,9 @@ class RowInverse(LayerInverse):
     def apply(self, blocks: Tensor, sides: Sides = BOTH_SIDES) -> Tensor:
         """Multiply ``[g, 1, p, 1, 1, d]`` by the inverse."""
         assert sides == BOTH_SIDES, "one side does not determine an inverse"
-        return self.structure.precondition(self.structure._as_matrices(blocks), self.kept).view(blocks.shape)
+        gradient = self.structure._as_matrices(blocks)
+        result = self.structure.precondition(gradient, self.kept)
+        return self.structure._of_shape("precondition", result, gradient).view(blocks.shape)
 
     def apply_to_bias(self, columns: Tensor) -> Tensor:
         """Never called: the bias is a column of the gradient."""
@@ -337,7 +389,7 @@ class _RowStatistics(LayerStatistics):
         super().__init__(name, structure.geometry)
 
     def _new_rows(self) -> CallRows:
-        return _ReadRows()
+        return _ReadRows(self._structure.needs_output_grads)
 
     def _forget_absorbed(self) -> None:
         self._read: dict[int, list[ReadCall]] = {}
@@ -348,17 +400,28 @@ class _RowStatistics(LayerStatistics):
             self._read.setdefault(call.model_pass.index, []).append(call.rows.taken())
 
     def _measured(
-        self, num_examples: int, num_rows: int, *, num_averaged: int, loss_scale: float, scalings: Scalings
+        self,
+        num_examples: int,
+        num_rows: int,
+        *,
+        num_averaged: int,
+        loss_scale: float,
+        scalings: Scalings,
+        inverse: LayerInverse | None,
     ) -> RowMeasurement:
         del scalings
-        rows = joined_rows([*self._read.values()], self.geometry, num_averaged / loss_scale)
-        return RowMeasurement(self._structure.measure(rows), num_rows / num_examples, num_rows)
+        structure = self._structure
+        kept = inverse.kept if isinstance(inverse, RowInverse) else None
+        rows = joined_rows([*self._read.values()], self.geometry, num_averaged / loss_scale, kept)
+        tensors = structure._declared("measure", structure.measure(rows), structure.measured_shapes, rows.inputs)
+        return RowMeasurement(tensors, num_rows / num_examples, num_rows)
 
 
 class _ReadRows(CallRows):
-    """Copies of one call's inputs and output gradients."""
+    """Copies of one call's inputs, and of its output gradients if they are needed."""
 
-    def __init__(self) -> None:
+    def __init__(self, needs_output_grads: bool) -> None:
+        self._needs_output_grads = needs_output_grads
         self._inputs: Tensor | None = None
         self._output_grads: dict[int, Tensor] = {}
 
@@ -373,7 +436,8 @@ class _ReadRows(CallRows):
         self._inputs = inputs.clone()
 
     def read_output_grads(self, output_grads: Tensor, sample: int) -> None:
-        self._output_grads[sample] = output_grads.clone()
+        if self._needs_output_grads:
+            self._output_grads[sample] = output_grads.clone()
 
     def forget_output_grads(self) -> None:
         self._output_grads = {}
@@ -382,3 +446,16 @@ class _ReadRows(CallRows):
 def _numbers(shape: Shape, sizes: Mapping[str, int]) -> list[int]:
     """Return a shape with its letters replaced by sizes."""
     return [size if isinstance(size, int) else sizes[size] for size in shape]
+
+
+def _all_finite(tensors: Tensors) -> Tensor:
+    """Return whether no entry is NaN or infinite, as a 0-d bool tensor on the device."""
+    return torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).all()  # of [tensors]
+
+
+def _told(what: object) -> str:
+    """Return a shape with dtype and device in words."""
+    if isinstance(what, tuple):
+        shape, dtype, device = what
+        return f"{shape} in {dtype} on {device}"
+    return "nothing" if what is None else str(what)

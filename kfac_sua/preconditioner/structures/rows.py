@@ -1,6 +1,6 @@
 """The rows of a mini-batch as structures receive them: a layer's inputs and output gradients, per example."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,13 +27,16 @@ class LayerRows:
         inputs: Patches, ``[g, n, s, d]`` with g convolution groups and d = taps · channels, one more where there is a
             bias, whose coordinate is 1.
         output_grads: ``[g, c, n, s, p]``, with c backward passes: one, or one per class for the ``exact`` Fisher, which
-            add up.
+            add up; c = 0 for a structure that says that it does not need them.
         num_rows: Locations of all examples together, without those filled up.
+        kept: What the structure keeps of its last refresh, from which an iteration may start; ``None`` before the
+            first. Not to be changed.
     """
 
     inputs: Tensor
     output_grads: Tensor
     num_rows: int
+    kept: Mapping[str, Tensor] | None = None
 
     @property
     def num_examples(self) -> int:
@@ -89,23 +92,33 @@ class ReadCall:
     output_grads: dict[int, Tensor]
 
 
-def joined_rows(passes: Sequence[Sequence[ReadCall]], geometry: LayerGeometry, grad_scale: float) -> LayerRows:
+def joined_rows(
+    passes: Sequence[Sequence[ReadCall]],
+    geometry: LayerGeometry,
+    grad_scale: float,
+    kept: Mapping[str, Tensor] | None,
+) -> LayerRows:
     """Return the rows of all calls.
 
     Args:
         passes: Calls by the model's forward pass; the locations of calls of one pass belong to the same examples.
         geometry: The layer's geometry.
         grad_scale: Multiplies the output gradients.
+        kept: What the structure keeps of its last refresh.
     """
     inputs, grads, num_rows = [], [], 0
     for calls in passes:
-        inputs.append(torch.cat([_patch_rows(call.inputs, geometry) for call in calls], dim=2))  # [g, n, s, d]
-        grads.append(torch.cat([_grad_rows(call.output_grads, geometry) for call in calls], dim=3))  # [g, c, n, s, p]
+        by_call = [_patch_rows(call.inputs, geometry) for call in calls]  # [g, n, s, d] each
+        grads_by_call = [
+            _grad_rows(call.output_grads, geometry, rows) for call, rows in zip(calls, by_call, strict=True)
+        ]
+        inputs.append(torch.cat(by_call, dim=2))  # [g, n, s, d]
+        grads.append(torch.cat(grads_by_call, dim=3))  # [g, c, n, s, p]
         num_rows += inputs[-1].shape[1] * inputs[-1].shape[2]
     most = max(one.shape[2] for one in inputs)
     filled_inputs = [F.pad(one, (0, 0, 0, most - one.shape[2])) for one in inputs]  # [g, n, most, d]
     filled_grads = [F.pad(one, (0, 0, 0, most - one.shape[3])) for one in grads]  # [g, c, n, most, p]
-    return LayerRows(torch.cat(filled_inputs, dim=1), torch.cat(filled_grads, dim=2) * grad_scale, num_rows)
+    return LayerRows(torch.cat(filled_inputs, dim=1), torch.cat(filled_grads, dim=2) * grad_scale, num_rows, kept)
 
 
 def _patch_rows(inputs: Tensor, geometry: LayerGeometry) -> Tensor:
@@ -117,8 +130,16 @@ def _patch_rows(inputs: Tensor, geometry: LayerGeometry) -> Tensor:
     return F.pad(rows, (0, 1), value=1.0) if geometry.has_bias else rows  # [g, n, s, d]
 
 
-def _grad_rows(output_grads: dict[int, Tensor], geometry: LayerGeometry) -> Tensor:
-    """Return output gradients ``[n, h', w', g · out_channels]`` by backward pass as ``[g, c, n, s, p]``."""
+def _grad_rows(output_grads: dict[int, Tensor], geometry: LayerGeometry, inputs: Tensor) -> Tensor:
+    """Return output gradients ``[n, h', w', g · out_channels]`` by backward pass as ``[g, c, n, s, p]``.
+
+    Args:
+        output_grads: The gradients, none of them if they were not kept.
+        geometry: The layer's geometry.
+        inputs: Its inputs, ``[g, n, s, d]``.
+    """
+    if not output_grads:
+        return inputs.new_empty(len(inputs), 0, *inputs.shape[1:3], geometry.out_channels)  # [g, 0, n, s, p]
     stacked = torch.stack([output_grads[sample] for sample in sorted(output_grads)])  # [c, n, h', w', g · out]
     split = stacked.flatten(2, 3).unflatten(-1, (geometry.conv_groups, geometry.out_channels))  # [c, n, s, g, out]
     return split.permute(3, 0, 1, 2, 4)  # [g, c, n, s, p]

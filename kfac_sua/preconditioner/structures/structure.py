@@ -64,12 +64,16 @@ class FisherStructure(ABC, Generic[M]):
             that it does not read must keep its default.
         can_be_captured: Whether steps that apply it can be captured: its application neither waits for the device nor
             depends on numbers there.
+        needs_output_grads: Whether the block depends on output gradients, and so on the kind of Fisher.
+        has_sides: Whether it is a product of two sides, each of which may be applied inside the backward pass.
         can_be_shared: Whether several processes may share a mini-batch (:meth:`average_over_processes`).
         shares_inversion: Whether :meth:`refresh` lets the inverter share its matrices out among them.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset()
     can_be_captured: ClassVar[bool] = False
+    needs_output_grads: ClassVar[bool] = True
+    has_sides: ClassVar[bool] = False
     can_be_shared: ClassVar[bool] = False
     shares_inversion: ClassVar[bool] = False
 
