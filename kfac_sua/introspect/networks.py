@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -86,13 +87,26 @@ class FreshRun(Source):
         steps: Optimisation steps.
         directory: Where its states are kept.
         wanted: The checkpoints that will be asked for.
+
+    Raises:
+        IntrospectionError: If so few steps make two of them the same.
     """
 
     def __init__(self, config: Config, steps: int, directory: Path, wanted: Sequence[str]) -> None:
         self.config, self._steps, self._directory = config, steps, directory
         self.checkpoints = tuple(FRACTIONS)
         self.defaults = tuple(FRACTIONS)
-        self._wanted = wanted
+        self._wanted = [name for name in FRACTIONS if name in wanted]
+        for one, following in itertools.pairwise(self._wanted):
+            step = _step_of(one, steps)
+            if step == _step_of(following, steps):
+                enough = next(
+                    more for more in itertools.count(steps) if _step_of(one, more) < _step_of(following, more)
+                )
+                raise IntrospectionError(
+                    f"--steps {steps} makes {one} and {following} both step {step}; give --steps {enough} or more, or"
+                    " leave one of them out with --checkpoints."
+                )
 
     def state(self, seed: int, checkpoint: str, tell: Callable[[str], None]) -> State:
         """Return a state, after training the run if it is not kept."""
@@ -128,14 +142,14 @@ class FreshRun(Source):
         precision = choose_precision(self.config.precision, device.type)
         # Steps are few, and states are taken between them: nothing is captured.
         config = dataclasses.replace(self.config, seed=seed, precision=precision, capture=False)
-        stops = {round(FRACTIONS[name] * self._steps): name for name in self._wanted}
-        self._directory.mkdir(parents=True, exist_ok=True)
+        stops = {_step_of(name, self._steps): name for name in self._wanted}
+        states: dict[str, bytes] = {}
         with computing_in(precision, device), rates_as_configured(config.device_rates, device):
             training = build_training(config, device)
             try:
                 for step in range(max(stops) + 1):
                     if step in stops:
-                        self._keep(training, step, self._path(seed, stops[step]))
+                        states[stops[step]] = _saved(training, step)
                     if step < max(stops):
                         tell(f"training, step {step + 1} of {max(stops)}")
                         _take_step(training)
@@ -145,12 +159,10 @@ class FreshRun(Source):
                 ) from error
             finally:
                 training.close()
-
-    def _keep(self, training: Training, step: int, path: Path) -> None:
-        content = io.BytesIO()
-        model = {name: tensor.detach().cpu() for name, tensor in training.model.state_dict().items()}
-        torch.save({"model": model, "step": step}, content)
-        write_atomically(path, content.getvalue())
+        # All at the end, so that a run that diverged leaves none.
+        self._directory.mkdir(parents=True, exist_ok=True)
+        for name, state in states.items():
+            write_atomically(self._path(seed, name), state)
 
 
 class SavedRun(Source):
@@ -192,6 +204,19 @@ class SavedRun(Source):
             f"of the run {self._directory.name}, trained for {self._last.epoch} epochs with"
             f" preconditioner={self.config.preconditioner.name}"
         )
+
+
+def _step_of(checkpoint: str, steps: int) -> int:
+    """Return the step of a checkpoint in a fresh run of so many steps."""
+    return round(FRACTIONS[checkpoint] * steps)
+
+
+def _saved(training: Training, step: int) -> bytes:
+    """Return a network and its step as ``torch.load`` reads them."""
+    content = io.BytesIO()
+    model = {name: tensor.detach().cpu() for name, tensor in training.model.state_dict().items()}
+    torch.save({"model": model, "step": step}, content)
+    return content.getvalue()
 
 
 def _take_step(training: Training) -> None:

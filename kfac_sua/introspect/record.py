@@ -178,31 +178,47 @@ def read_provenances(directory: Path, parts: Sequence[Part]) -> list[Provenance]
 def keep_settings(path: Path, settings: Mapping[str, Any]) -> None:
     """Write the settings that all parts of a directory share, or check that they are those that are there.
 
+    Settings of which nothing has been measured are replaced, since their command failed or was stopped before, and
+    networks that were trained for them are removed if these settings train others.
+
     Args:
         path: The file, JSON.
         settings: Plain values by name.
 
     Raises:
-        IntrospectionError: If parts of other settings lie there.
+        IntrospectionError: If parts of other settings lie there; the message names the first setting that differs.
     """
-    text = json.dumps(settings, indent=1, sort_keys=True)
+    wanted = json.loads(json.dumps(settings))  # tuples as lists, as in the file
     if path.exists():
         try:
             known = json.loads(read_regular(path))
         except ValueError as error:
             raise IntrospectionError(f"{path} is damaged ({error}); remove it with its directory.") from error
-        wanted = json.loads(text)
-        for name in sorted(known.keys() | wanted.keys()):
-            if known.get(name) != wanted.get(name):
-                raise IntrospectionError(
-                    f"{path.parent} holds measurements with {name} {_shown(known.get(name))}, here it is"
-                    f" {_shown(wanted.get(name))}; give another --out."
-                )
-        return
+        difference = _first_difference(known, wanted)
+        if difference is None:
+            return
+        if any(path.parent.glob("parts/*.csv")):
+            raise IntrospectionError(f"{path.parent} holds measurements {difference}; give another --out.")
+        if any(known.get(name) != wanted.get(name) for name in ("config", "steps")):
+            for network in path.parent.glob("networks/seed*.pt"):
+                network.unlink()
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (text + "\n").encode())
+    write_atomically(path, (json.dumps(wanted, indent=1, sort_keys=True) + "\n").encode())
 
 
-def _shown(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) < 200 else f"{text[:200]}…"
+def _first_difference(known: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> str | None:
+    """Return in words where two trees of settings differ first, in alphabetical order; ``None`` if they do not."""
+    for name in sorted(known.keys() | wanted.keys()):
+        place = f"{prefix}{name}"
+        if name not in known:
+            return f"without {place}, which is given here"
+        if name not in wanted:
+            return f"with {place}, which is not given here"
+        own, other = known[name], wanted[name]
+        if isinstance(own, dict) and isinstance(other, dict):
+            difference = _first_difference(own, other, f"{place}.")
+            if difference is not None:
+                return difference
+        elif own != other:
+            return f"with {place} {json.dumps(own)}, here it is {json.dumps(other)}"
+    return None

@@ -172,6 +172,37 @@ def test_other_settings_do_not_mix(fresh, capsys):
     assert 'with layers [], here it is ["classifier"]; give another --out.' in capsys.readouterr().err
 
 
+def test_the_first_setting_that_differs_is_named(fresh, capsys):
+    """A key of a method, or a method that is new, however many there are."""
+    methods = ["--methods", "kfac", "sua:damping_rule=exact", "sua"]
+    assert command.main([*FRESH, *methods, "--out", str(fresh)]) == 2
+    assert "holds measurements without methods.sua, which is given here; give another --out." in capsys.readouterr().err
+    assert command.main([*FRESH, "optimizer.lr=0.5", "--out", str(fresh)]) == 2
+    assert re.search(r"with config\.optimizer\.lr [\d.]+, here it is 0\.5; give another --out", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--layers", "featurez.*"], ["--images", "300"], ["optimizer.lr=1e20", "--steps", "30"]]
+)
+def test_a_command_that_failed_does_not_bind_its_directory(wrong, tmp_path, capsys):
+    """Refused before anything was measured, or diverged in training: the corrected command goes on."""
+    corrected = [*FRESH, "--checkpoints", "end", "--fisher", "empirical", "--out", str(tmp_path)]
+    assert command.main([*wrong[:-2], *corrected, *wrong[-2:]]) == 2
+    assert "give another --out" not in capsys.readouterr().err
+    assert command.main(corrected) == 0
+    assert set(measured(tmp_path)["step"]) == {6}
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5])
+def test_checkpoints_of_one_step_are_refused(steps, tmp_path, capsys):
+    """With the number of steps that sets them apart."""
+    assert command.main([*TINY, *FEW, "--steps", str(steps), "--out", str(tmp_path)]) == 2
+    sentence = f"--steps {steps} makes untrained and early both step 0; give --steps 6 or more, or leave one of them"
+    assert sentence in capsys.readouterr().err
+    command.FreshRun(tiny_config(tmp_path), 6, tmp_path, ["untrained", "early", "middle", "end"])
+    command.FreshRun(tiny_config(tmp_path), steps, tmp_path, ["untrained", "end"])
+
+
 def test_too_little_memory_is_refused_with_the_number(tmp_path, monkeypatch, capsys):
     """Before anything is trained, with the cure of the Fisher that needs most."""
     monkeypatch.setattr(memory, "free_bytes", lambda device: 2**20)
