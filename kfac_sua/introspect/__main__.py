@@ -13,7 +13,6 @@ if __name__ == "__main__":  # before the imports that take seconds
 import argparse
 import functools
 import logging
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -38,7 +37,7 @@ from kfac_sua.introspect.record import IntrospectionError, Part, Provenance, kee
 from kfac_sua.introspect.report import ReportInput, describe
 from kfac_sua.introspect.study import Study, measure_part, state_memory, title_of
 from kfac_sua.preconditioner.registry import structure_class
-from kfac_sua.preconditioner.settings import FisherType, KroneckerSettings
+from kfac_sua.preconditioner.settings import LARGEST_FLOAT, LEAST_FLOAT, FisherType, KroneckerSettings
 from kfac_sua.runs.environment import environment
 from kfac_sua.runs.run_info import RecordError, failure_reason
 from kfac_sua.startup import run_command
@@ -73,7 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RunBusyError as error:
         return say(str(error).replace("trained", "measured"), FAILED)
     except (RuntimeError, MemoryError) as error:  # on a CPU, PyTorch's allocator raises a plain RuntimeError
-        return say(f"{failure_reason(error)} (Lower --images or --exact-images?)", FAILED)
+        reason = failure_reason(error)
+        if reason.startswith("Out of memory"):
+            reason = f"{reason.removesuffix('.')}, or --images or --exact-images."
+        return say(reason, FAILED)
     except OSError as error:
         return say(cannot_use(error, options.out), BAD_INPUT)
     except KeyboardInterrupt:
@@ -251,8 +253,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _damping(text: str) -> float:
     value = as_number(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number > 0, got '{text}'")
+    if not LEAST_FLOAT <= value <= LARGEST_FLOAT:
+        raise argparse.ArgumentTypeError(f"must be a number from {LEAST_FLOAT:g} to {LARGEST_FLOAT:g}, got '{text}'")
     return value
 
 

@@ -6,6 +6,7 @@ eigendecomposition of the Gram matrix serves all ε.
 """
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -126,12 +127,19 @@ class Fit:
 
     @property
     def share(self) -> float:
-        """Share of the attainable decrease that the best step along u reaches: ½ (u·v)²/(uᵀ(F + εI)u) of it."""
+        """Share of the attainable decrease that the best step along u reaches: ½ (u·v)²/(uᵀ(F + εI)u) of it.
+
+        NaN if v is zero, so that nothing can be attained, or u is.
+        """
+        if not (self.curvature > 0 and self.attainable > 0):  # nor where rounding has left less than zero
+            return math.nan
         return self.gradient**2 / self.curvature / 2 / self.attainable
 
     @property
     def cosine(self) -> float:
-        """Cosine between u and (F + εI)⁻¹v."""
+        """Cosine between u and (F + εI)⁻¹v; NaN if one of them is zero."""
+        if not (self.square > 0 and self.solution_square > 0):  # nor where rounding has left less than zero
+            return math.nan
         return self.with_solution / (self.square**0.5 * self.solution_square**0.5)
 
 
@@ -191,14 +199,19 @@ class Overlap:
             norm: ‖F‖.
             trace: tr F.
 
+        Returns:
+            How near it is; NaN if F is zero, and a NaN for the cosine if K is.
+
         Reference: the split into eigenbasis and eigenvalues: "Better Hessians Matter" (arXiv 2509.23437).
         """
+        if not (norm > 0 and trace > 0):
+            return Closeness(*[math.nan] * 5)
         # Differences of squares, which rounding may make negative; a NaN stays one, as max() keeps its first argument.
         basis = max(norm**2 - self.diagonal_square, 0.0)
         eigenvalues = max(self.diagonal_square - 2 * self.product + self.square, 0.0)
         return Closeness(
             relative_error=max(norm**2 - 2 * self.product + self.square, 0.0) ** 0.5 / norm,
-            cosine=self.product / (norm * self.square**0.5),
+            cosine=self.product / (norm * self.square**0.5) if self.square != 0 else math.nan,
             trace_ratio=self.trace / trace,
             basis_error=basis**0.5 / norm,
             eigenvalue_error=eigenvalues**0.5 / norm,

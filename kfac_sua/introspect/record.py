@@ -25,7 +25,7 @@ class IntrospectionError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What was measured of one approximation at one damping.
+    """What was measured of one approximation at one damping; NaN for what a zero gradient or Fisher leaves undefined.
 
     Attributes:
         statistics: ``same`` or ``other``.

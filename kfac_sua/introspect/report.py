@@ -162,7 +162,7 @@ def _layer_tables(report: ReportInput, fishers: Sequence[str]) -> str:
         means = {name: rows[rows["method"] == name].groupby("layer")["share"].mean().to_dict() for name in names}
         sizes = rows.groupby("layer", sort=False)["parameters"].first()
         lines = [
-            [escape(str(layer)), f"{size:,}", *(f"{means[name][layer]:.3f}" for name in names)]
+            [escape(str(layer)), f"{size:,}", *(_rounded(means[name][layer], 3) for name in names)]
             for layer, size in sizes.items()
         ]
         blocks += [f"Against {FISHERS[fisher]}:", table(columns, lines)]
@@ -184,25 +184,29 @@ def _findings_of(report: ReportInput, fisher: str) -> list[str]:
     same = blocks[blocks["statistics"] == "same"]
     errors = same.groupby("method")[["relative_error", "basis_error"]].mean()
     names = [name for name in report.styles if name in shares.index and name not in REFERENCES]
-    ordered = sorted(names, key=lambda name: -shares[name])
+    ordered = sorted(names, key=lambda name: -shares.fillna(-1)[name])
     near = [name for name in names if not pd.isna(errors["relative_error"][name])]
     by_error = sorted(near, key=lambda name: errors["relative_error"][name])
     where = f"{FISHERS[fisher]}, {report.last}, ε = {report.damping:g}"
-    order = [f"{escape(report.styles[name].label)} {shares[name]:.2f}" for name in [*ordered, DIAGONAL, PLAIN]]
+    order = [f"{escape(report.styles[name].label)} {_rounded(shares[name])}" for name in [*ordered, DIAGONAL, PLAIN]]
     sentences = [
         f"Share of the attainable decrease, all layers at once ({where}): {', '.join(order)}; the exact blocks, layer"
-        f" by layer, {shares[EXACT]:.2f}."
+        f" by layer, {_rounded(shares[EXACT])}."
     ]
     if len(near) > 1:
-        rank = _rank_correlation([shares[name] for name in near], [-errors["relative_error"][name] for name in near])
-        agree = "agrees with" if rank > 0.8 else "disagrees with" if rank < 0.3 else "agrees in part with"
-        sentences.append(
-            f"Frobenius' error ({where}) ranks {escape(report.styles[by_error[0]].label)} first"
-            f" ({errors['relative_error'][by_error[0]]:.2f}) and {escape(report.styles[by_error[-1]].label)} last"
-            f" ({errors['relative_error'][by_error[-1]]:.2f}); its order {agree} that of the shares (rank correlation"
-            f" {number(rank, 2, 2)})."
+        first, last = by_error[0], by_error[-1]
+        ranks = (
+            f"Frobenius' error ({where}) ranks {escape(report.styles[first].label)} first"
+            f" ({errors['relative_error'][first]:.2f}) and {escape(report.styles[last].label)} last"
+            f" ({errors['relative_error'][last]:.2f})"
         )
-    parts = {name: errors["basis_error"][name] ** 2 / errors["relative_error"][name] ** 2 for name in names}
+        rank = _rank_correlation([shares[name] for name in near], [-errors["relative_error"][name] for name in near])
+        if rank is not None:
+            agree = "agrees with" if rank > 0.8 else "disagrees with" if rank < 0.3 else "agrees in part with"
+            ranks += f"; its order {agree} that of the shares (rank correlation {number(rank, 2, 2)})"
+        sentences.append(f"{ranks}.")
+    with_error = [name for name in near if errors["relative_error"][name] > 0]
+    parts = {name: errors["basis_error"][name] ** 2 / errors["relative_error"][name] ** 2 for name in with_error}
     known = {name: part for name, part in parts.items() if not pd.isna(part)}
     if known:
         low, high = min(known, key=lambda name: known[name]), max(known, key=lambda name: known[name])
@@ -211,19 +215,28 @@ def _findings_of(report: ReportInput, fisher: str) -> list[str]:
             f" {escape(report.styles[low].label)} and {100 * known[high]:.0f} % of that of"
             f" {escape(report.styles[high].label)} ({where}); the eigenvalues cause the rest."
         )
-    best = max(names, key=lambda name: others[name])
-    sentences.append(
-        f"With statistics of other images ({where}) the share of the exact blocks falls from {shares[EXACT]:.2f} to"
-        f" {others[EXACT]:.2f}, and that of the exact Fisher over all layers from 1 to {others[WHOLE]:.2f}; of the"
-        f" structures {escape(report.styles[best].label)} has most there, {others[best]:.2f} (with the same images"
-        f" {shares[best]:.2f})."
-    )
+    if not others[names].isna().any():
+        best = max(names, key=lambda name: others[name])
+        sentences.append(
+            f"With statistics of other images ({where}) the share of the exact blocks falls from"
+            f" {_rounded(shares[EXACT])} to {_rounded(others[EXACT])}, and that of the exact Fisher over all layers"
+            f" from 1 to {_rounded(others[WHOLE])}; of the structures {escape(report.styles[best].label)} has most"
+            f" there, {_rounded(others[best])} (with the same images {_rounded(shares[best])})."
+        )
     return sentences
 
 
-def _rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    """Return Spearman's rank correlation."""
-    return float(pd.Series(first).rank().corr(pd.Series(second).rank()))
+def _rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Return Spearman's rank correlation; ``None`` where numbers are unknown, or all of one side are equal."""
+    ranks = pd.DataFrame({"first": first, "second": second}).rank()
+    if ranks.isna().any(axis=None) or (ranks.nunique() == 1).any():
+        return None
+    return float(ranks["first"].corr(ranks["second"]))
+
+
+def _rounded(value: float, decimals: int = 2) -> str:
+    """Return a mean, or a dash where it is undefined."""
+    return NOTHING if pd.isna(value) else f"{value:.{decimals}f}"
 
 
 def _limits(report: ReportInput) -> str:

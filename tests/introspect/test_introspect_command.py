@@ -1,6 +1,7 @@
 """The command: a fresh run and a finished one, resuming, refusals, and a report that follows from the records."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +13,7 @@ from torch import nn
 from kfac_sua.introspect import __main__ as command
 from kfac_sua.introspect import approximations, memory, study
 from kfac_sua.introspect.measure import REFERENCES
-from kfac_sua.introspect.record import COLUMNS, Row
+from kfac_sua.introspect.record import COLUMNS, MEASURES, Row, as_csv, read_table
 from kfac_sua.preconditioner.settings import FisherType
 from kfac_sua.training.loop import run
 
@@ -80,6 +81,74 @@ def test_a_structure_without_two_factors_is_judged_by_its_directions(tmp_path, m
     assert own[["relative_error", "cosine", "trace_ratio", "basis_error", "eigenvalue_error"]].isna().all(axis=None)
     assert own[["share", "direction_cosine"]].notna().all(axis=None)
     assert re.search(r"\| K-FAC \| – \| – \| – \| – \| – \| 0\.", (tmp_path / "report.md").read_text(encoding="utf-8"))
+
+
+def test_equal_shares_have_no_order(fresh, tmp_path):
+    """The report says how the errors rank, and compares that with nothing."""
+    shutil.copytree(fresh, tmp_path, dirs_exist_ok=True)
+    for path in (tmp_path / "parts").glob("*.csv"):
+        frame = read_table(path)
+        path.write_bytes(as_csv(frame.assign(share=0.5)))
+    assert command.main([*FRESH, "--checkpoints", "untrained", "end", "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert re.search(r"Frobenius' error .* ranks .* first \(0\.\d\d\) and .* last \(0\.\d\d\)\.\n", text)
+    assert "rank correlation" not in text
+    assert "rank correlation" in (fresh / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_dead_network_is_measured_where_it_lives(tmp_path, monkeypatch):
+    """Layers without gradient and Fisher have dashes; the others, and all together, have numbers."""
+    original = command.FreshRun.state
+
+    def dead(*given):
+        state = original(*given)
+        for name, parameter in state.network.named_parameters():
+            if name.startswith("features"):
+                parameter.data.zero_()
+        return state
+
+    monkeypatch.setattr(command.FreshRun, "state", dead)
+    arguments = [*TINY, *FEW, "--steps", "6", "--checkpoints", "end"]
+    assert command.main([*arguments, "--out", str(tmp_path / "all")]) == 0
+    frame = pd.read_csv(tmp_path / "all" / "introspect.csv")
+    is_dead = frame["layer"].str.startswith("features", na=False)
+    assert frame.loc[is_dead, list(MEASURES)].isna().all(axis=None)
+    assert frame.loc[~is_dead, ["share", "relative_error"]].notna().all(axis=None)
+    assert re.search(
+        r"\| features\.0 \| 432 (\| – ){4}\|", (tmp_path / "all" / "report.md").read_text(encoding="utf-8")
+    )
+    # Nothing at all is left of these.
+    assert command.main([*arguments, "--layers", "features.*", "--out", str(tmp_path / "features")]) == 0
+    text = (tmp_path / "features" / "report.md").read_text(encoding="utf-8")
+    assert "K-FAC –, SUA, exact –, Diagonal –, Plain gradient –; the exact blocks, layer by layer, –." in text
+    assert "nan" not in text
+
+
+@pytest.mark.parametrize("damping", ["1e-50", "1e50", "0", "nan", "inf"])
+def test_dampings_are_within_the_range_of_the_preconditioner(damping, capsys):
+    """Which computes in float32 in training."""
+    with pytest.raises(SystemExit) as found:
+        command.main(["--damping", "0.1", damping])
+    assert found.value.code == 2
+    assert f"--damping: must be a number from 1e-37 to 1e+37, got '{damping}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (RuntimeError("no such kernel"), "RuntimeError: no such kernel\n"),
+        (MemoryError(), "Out of memory; lower batch_size or model.width, or --images or --exact-images.\n"),
+    ],
+)
+def test_only_a_lack_of_memory_is_one_of_images(error, sentence, tmp_path, monkeypatch, capsys):
+    """Other errors say what they are."""
+
+    def fail(*given):
+        raise error
+
+    monkeypatch.setattr(command, "measure_part", fail)
+    assert command.main([*FRESH, "--checkpoints", "end", "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.endswith(sentence)
 
 
 def test_further_seeds_are_added_and_an_interruption_keeps_what_is_done(fresh, tmp_path, monkeypatch, capsys):
