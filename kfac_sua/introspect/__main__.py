@@ -11,6 +11,8 @@ if __name__ == "__main__":  # before the imports that take seconds
     begin()
 
 import argparse
+import contextlib
+import dataclasses
 import functools
 import logging
 import sys
@@ -35,7 +37,7 @@ from kfac_sua.introspect.looks import styles_of
 from kfac_sua.introspect.networks import FRACTIONS, SAVED, UNTRAINED, FreshRun, SavedRun, Source
 from kfac_sua.introspect.record import IntrospectionError, Part, Provenance, keep_settings, read_parts, read_provenances
 from kfac_sua.introspect.report import ReportInput, describe
-from kfac_sua.introspect.study import Study, measure_part, state_memory, title_of
+from kfac_sua.introspect.study import INHERITED, Study, measure_part, state_memory, title_of
 from kfac_sua.preconditioner.registry import structure_class
 from kfac_sua.preconditioner.settings import LARGEST_FLOAT, LEAST_FLOAT, FisherType, KroneckerSettings
 from kfac_sua.runs.environment import environment
@@ -49,6 +51,14 @@ METHODS = (
 )
 DAMPINGS = (0.01, 0.1, 1.0)
 IMAGES, STEPS = 200, 300
+DECIDED = {
+    **{"fisher_type": "--fisher decides it", "damping": "--damping decides it", "skip": "--layers decides it"},
+    **{"likelihood": "it is that of cross-entropy", "loss_reduction": "it is that of the measurement"},
+    **dict.fromkeys(("inverse_period", "factor_period", "ema_decay"), "statistics are of one mini-batch"),
+    **dict.fromkeys(("damping_final", "adaptive_damping"), "--damping decides each ε"),
+    **dict.fromkeys(("application", "kl_clip", "allow_exact_fisher"), "it changes no direction here"),
+}
+"""Keys of a preconditioner that an item of --methods cannot have, and why."""
 PER_ROW = 5
 """Images of the other Fishers for each of the exact one, which has a row per image and class."""
 
@@ -179,14 +189,30 @@ def _study(options: argparse.Namespace, source: Source, items: Sequence[Item]) -
 
 
 def _methods(items: Sequence[Item], config: Config) -> dict[str, KroneckerSettings]:
-    """Return the settings of each item; what it does not say is as in the run, but for structure and groups."""
+    """Return the settings of each item.
+
+    What an item does not say is as in the run, where its structure reads it and it does not contradict what the item
+    says: how locations are shared and chosen, where the damping goes, how factors are inverted. Groups are the run's in
+    an item of the run's own name only; structures are the item's.
+    """
     own, methods = config.preconditioner, {}
     for item in items:
         if item.group == BASELINE:
             raise ConfigError(f"--methods {item.text}: the plain gradient is a line of reference anyway; leave it out.")
+        given = [key.partition("=")[0] for key in item.keys]
+        for key in given:
+            if key in DECIDED:
+                raise ConfigError(f"--methods {item.text}: {key} has no influence here ({DECIDED[key]}); leave it out.")
         composed = _preconditioner(item.group, item.keys)
-        if isinstance(own, KroneckerConfig) and "damping_rule" in structure_class(composed.structure).reads:
-            composed = _preconditioner(item.group, [f"damping_rule={own.damping_rule}", *item.keys])
+        if isinstance(own, KroneckerConfig):
+            is_own = item.group == own.name
+            wanted = (*INHERITED, *(("group_size", "group_size_scaling") if is_own else ()))
+            reads = structure_class(composed.structure).reads
+            for key in wanted:
+                if key not in given and ("group_size" if key == "group_size_scaling" else key) in reads:
+                    # What contradicts the item gives way, as activation_rows of the run to weight_sharing=reduce.
+                    with contextlib.suppress(ValueError):
+                        composed = dataclasses.replace(composed, **{key: getattr(own, key)})
         methods[item.text] = composed.settings(config.model.width)
     return methods
 
@@ -208,13 +234,14 @@ def _parser() -> argparse.ArgumentParser:
         "run",
         nargs="*",
         metavar="RUN_DIR | key=value",
-        help="directory of a run, or the configuration of a short run that is trained first",
+        help="directory of a run, or the configuration of a short run that is trained first; before the options",
     )
     parser.add_argument("--out", type=Path, default=Path("outputs/introspect"), metavar="DIR", help="(%(default)s)")
     names = list(dict.fromkeys([*FRACTIONS, UNTRAINED, *SAVED]))
     parser.add_argument(
         "--checkpoints",
         nargs="+",
+        type=_value,
         choices=names,
         default=(),
         help="states of the network (of a fresh run untrained, early, middle, end; of a run untrained, best, last)",
@@ -222,6 +249,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--fisher",
         nargs="+",
+        type=_value,
         choices=[fisher.value for fisher in FisherType],
         default=["empirical", "exact"],
         help="labels that make the Fisher: true ones, drawn ones (mc), all (empirical exact)",
@@ -229,6 +257,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--methods",
         nargs="+",
+        type=_value,
         default=METHODS,
         metavar="NAME[:key=value,...]",
         help=f"structures, with keys of the preconditioner ({' '.join(METHODS)})",
@@ -242,7 +271,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--exact-images", type=count, metavar="N", help=f"the same for the exact Fisher (1/{PER_ROW} of --images)"
     )
-    parser.add_argument("--layers", nargs="+", default=[], metavar="PATTERN", help="such as 'features.*' (all)")
+    parser.add_argument(
+        "--layers", nargs="+", type=_value, default=[], metavar="PATTERN", help="such as 'features.*' (all)"
+    )
     parser.add_argument("--steps", type=count, metavar="N", help=f"steps of a fresh run ({STEPS})")
     parser.add_argument("--seeds", type=count, metavar="N", help="fresh runs, from the configuration's seed on (1)")
     parser.add_argument(
@@ -251,8 +282,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _value(text: str) -> str:
+    """Return a value of an option that takes several, if it is not the run or a key of the configuration."""
+    name = text.partition(":")[0]  # after it a method has keys of its own
+    if "=" in name or "/" in name or (Path(text) / "run.json").is_file():
+        raise argparse.ArgumentTypeError(
+            f"takes all values up to the next option, and '{text}' is none of its; put RUN_DIR or key=value first"
+        )
+    return text
+
+
 def _damping(text: str) -> float:
-    value = as_number(text)
+    value = as_number(_value(text))
     if not LEAST_FLOAT <= value <= LARGEST_FLOAT:
         raise argparse.ArgumentTypeError(f"must be a number from {LEAST_FLOAT:g} to {LARGEST_FLOAT:g}, got '{text}'")
     return value

@@ -18,7 +18,8 @@ from kfac_sua.device import choose_device, choose_precision, rates_as_configured
 from kfac_sua.files.atomic import write_atomically
 from kfac_sua.files.openers import read_regular
 from kfac_sua.introspect.record import IntrospectionError
-from kfac_sua.load import load_run
+from kfac_sua.load import LoadedRun, load_run
+from kfac_sua.runs.run_info import RecordError
 from kfac_sua.training.build import build_training
 from kfac_sua.training.determinism import seed_everything
 from kfac_sua.training.divergence import Diverged
@@ -172,15 +173,23 @@ class SavedRun(Source):
         directory: The run's directory.
 
     Raises:
-        RecordError: If it is not that of a run.
+        RecordError: If it is not that of a run, has no weights, or weights that are damaged.
     """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._last = load_run(directory, "last")
-        self.config = self._last.config
+        loaded: dict[str, LoadedRun] = {}
+        for weights in SAVED:
+            try:
+                loaded[weights] = load_run(directory, weights)
+            except RecordError:
+                # A run without a complete epoch has no best weights, and a diverged one no last ones.
+                if (directory / f"{weights}.pt").exists() or (not loaded and weights == SAVED[-1]):
+                    raise
+        *_, self._newest = loaded.values()
+        self.config = self._newest.config
         begins = () if self.config.start_from else (UNTRAINED,)  # else its first weights are another run's
-        self.checkpoints = self.defaults = (*begins, *SAVED)
+        self.checkpoints = self.defaults = (*begins, *loaded)
 
     def state(self, seed: int, checkpoint: str, tell: Callable[[str], None]) -> State:
         """Return a state of the run."""
@@ -194,15 +203,18 @@ class SavedRun(Source):
 
     def identity(self) -> dict[str, Any]:
         """Return the configuration, and how far the run has been trained."""
-        ended = {"epoch": self._last.epoch, "batch": self._last.batch}
+        ended = {"epoch": self._newest.epoch, "batch": self._newest.batch}
         return {"config": _without_circumstances(self.config) | {"seed": self.config.seed}, "ended": ended}
 
     @property
     def description(self) -> str:
         """What it was trained with."""
+        place = Path(*self._directory.resolve().parts[-3:])  # data set and configuration are above the seed
+        diverged_at = self._newest.info.diverged_at_epoch
+        end = "" if diverged_at is None else f" before it diverged in epoch {diverged_at}"
         return (
-            f"of the run {self._directory.name}, trained for {self._last.epoch} epochs with"
-            f" preconditioner={self.config.preconditioner.name}"
+            f"of the run {place}, trained for {self._newest.epoch} epochs with"
+            f" preconditioner={self.config.preconditioner.name}{end}"
         )
 
 

@@ -5,11 +5,13 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
+from kfac_sua.config import KroneckerConfig
 from kfac_sua.introspect.measure import DIAGONAL, EXACT, PLAIN, REFERENCES, WHOLE
 from kfac_sua.introspect.record import Provenance
-from kfac_sua.introspect.study import Study, title_of
+from kfac_sua.introspect.study import INHERITED, Study, title_of
 from kfac_sua.markdown import NOTHING, bullets, code, code_block, count, escape, join, listed, number, table
 from kfac_sua.methods import MethodStyle
+from kfac_sua.preconditioner.settings import KroneckerSettings
 
 FISHERS = {"empirical": "the empirical Fisher", "mc": "the Fisher by sampled labels", "exact": "the exact Fisher"}
 _ERRORS = {
@@ -269,4 +271,10 @@ def _provenance(report: ReportInput) -> str:
         f"Damping of the structures: damping_rule={rules}.",
         "Every number is in introspect.csv.",
     ]
+    own = report.study.source.config.preconditioner
+    if isinstance(own, KroneckerConfig):
+        values = {key: getattr(own, key) for key in INHERITED}
+        set_by_run = [f"{key}={value}" for key, value in values.items() if value != getattr(KroneckerSettings(), key)]
+        if set_by_run:
+            items.insert(2, f"As in the run, for methods that do not say otherwise: {escape(listed(set_by_run))}.")
     return join([bullets(items), code_block([report.command])])

@@ -21,6 +21,9 @@ from kfac_sua.introspect.networks import Source
 from kfac_sua.introspect.record import OTHER, SAME, IntrospectionError, Part, Provenance, write_part
 from kfac_sua.preconditioner.settings import FisherType, KroneckerSettings
 
+INHERITED = ("weight_sharing", "activation_rows", "damping_rule", "inverse_method")
+"""Settings that a method takes from the run, where its structure reads them and it does not say otherwise."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Study:

@@ -1,7 +1,9 @@
 """The command: a fresh run and a finished one, resuming, refusals, and a report that follows from the records."""
 
+import dataclasses
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import pandas as pd
@@ -15,7 +17,10 @@ from kfac_sua.introspect import approximations, memory, study
 from kfac_sua.introspect.measure import REFERENCES
 from kfac_sua.introspect.record import COLUMNS, MEASURES, Row, as_csv, read_table
 from kfac_sua.preconditioner.settings import FisherType
+from kfac_sua.runs.run_info import RecordError, read_run_info, write_run_info
 from kfac_sua.training.loop import run
+from kfac_sua.training.signals import Interrupted
+from kfac_sua.training.writer import RunWriter
 
 FEW = ("--images", "20", "--exact-images", "6", "--methods", "kfac", "sua:damping_rule=exact", "--damping", "0.03", "1")
 FRESH = (*TINY, "preconditioner=sua", *FEW, "--steps", "6")
@@ -195,6 +200,96 @@ def test_a_finished_run_is_looked_at(tmp_path):
     assert "ε = 1" in (out / "report.md").read_text(encoding="utf-8")
 
 
+def test_methods_take_from_the_run_what_they_do_not_say():
+    """Where their structure reads it, groups by the run's own name; what a method says comes first."""
+    config = tiny_config(
+        Path(),
+        *("preconditioner=grouped", "preconditioner.group_size=12", "preconditioner.group_size_scaling=none"),
+        *("preconditioner.activation_rows=64", "preconditioner.inverse_method=low_rank", "model.width=2"),
+    )
+    items = ["grouped", "sua_grouped", "kfac", "grouped:group_size=8", "kfac:activation_rows=9", "activation_only"]
+    items += ["kfac:weight_sharing=reduce", "sua:damping_rule=exact", "eigenvalue_corrected"]
+    methods = command._methods(command.parse_items(items, "--methods"), config)
+    found = {
+        name: (one.group_size, one.activation_rows, str(one.weight_sharing), str(one.inverse_method))
+        for name, one in methods.items()
+    }
+    assert found == {
+        "grouped": (12, 64, "expand", "low_rank"),
+        "sua_grouped": (64, 64, "expand", "low_rank"),
+        "kfac": (None, 64, "expand", "low_rank"),
+        "grouped:group_size=8": (8, 64, "expand", "low_rank"),
+        "kfac:activation_rows=9": (None, 9, "expand", "low_rank"),
+        "activation_only": (None, None, "expand", "auto"),
+        "kfac:weight_sharing=reduce": (None, None, "reduce", "low_rank"),
+        "sua:damping_rule=exact": (None, 64, "expand", "auto"),
+        "eigenvalue_corrected": (None, None, "expand", "auto"),
+    }
+    reduced = tiny_config(Path(), "preconditioner=kfac", "preconditioner.weight_sharing=reduce")
+    methods = command._methods(command.parse_items(["kfac", "kfac:activation_rows=9"], "--methods"), reduced)
+    assert [str(one.weight_sharing) for one in methods.values()] == ["reduce", "expand"]
+
+
+def test_a_run_of_defaults_changes_no_method():
+    """So that what an earlier version measured stays what the same command measures."""
+    items = command.parse_items(command.METHODS, "--methods")
+    plain, own = (
+        command._methods(items, tiny_config(Path(), f"preconditioner={name}")) for name in ("baseline", "sua")
+    )
+    assert own == plain
+
+
+def test_a_run_without_a_whole_epoch_has_no_best_state(tmp_path, monkeypatch):
+    """Its first state and its last are looked at."""
+    config = tiny_config(tmp_path, "preconditioner=kfac", "epochs=2")
+    between = RunWriter.after_batch
+
+    def stop(writer: RunWriter) -> None:
+        if writer.training.batch == 2:
+            writer._stop.signal_number = signal.SIGINT
+        between(writer)
+
+    monkeypatch.setattr(RunWriter, "after_batch", stop)
+    with pytest.raises(Interrupted):
+        run(config)
+    source = command.SavedRun(directory_of(config).path)
+    assert source.checkpoints == source.defaults == ("untrained", "last")
+    assert source.state(0, "last", lambda line: None).step == 2
+
+
+def test_a_run_that_diverged_has_no_last_state(tmp_path):
+    """Its best state is looked at; a damaged file is an error, whichever it is."""
+    config = tiny_config(tmp_path, "preconditioner=baseline", "epochs=1")
+    run(config)
+    path = directory_of(config).path
+    info = read_run_info(path / "run.json")
+    write_run_info(path / "run.json", dataclasses.replace(info, status="diverged", diverged_at_epoch=2))
+    (path / "last.pt").unlink()
+    source = command.SavedRun(path)
+    assert source.checkpoints == ("untrained", "best")
+    assert source.description.endswith(
+        "trained for 1 epochs with preconditioner=baseline before it diverged in epoch 2"
+    )
+    assert f"of the run {'/'.join(path.parts[-3:])}, " in source.description
+    (path / "best.pt").write_bytes(b"")
+    with pytest.raises(RecordError, match=r"best\.pt is damaged"):
+        command.SavedRun(path)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--fisher", "mc"), ("--methods", "kfac:weight_sharing=reduce"), ("--damping", "1"), ("--layers", "features.*")],
+)
+@pytest.mark.parametrize("swallowed", ["model=tiny", "outputs/runs/mine", "dataset.data_dir=/somewhere:else"])
+def test_an_option_that_takes_what_follows_says_so(option, value, swallowed, capsys):
+    """With the order that works."""
+    with pytest.raises(SystemExit) as found:
+        command.main([option, value, swallowed])
+    assert found.value.code == 2
+    sentence = f"argument {option}: takes all values up to the next option, and '{swallowed}' is none of its;"
+    assert f"{sentence} put RUN_DIR or key=value first\n" in capsys.readouterr().err
+
+
 def test_the_untrained_state_is_the_one_that_training_begins_with(tmp_path):
     """Of a fresh run and of a finished one: initialisation follows from configuration and seed."""
     config = tiny_config(tmp_path, "preconditioner=kfac", "epochs=1")
@@ -212,6 +307,10 @@ def test_the_untrained_state_is_the_one_that_training_begins_with(tmp_path):
         (("model=huge",), "huge"),
         (("--methods", "kfak"), "--methods must name"),
         (("--methods", "baseline"), "line of reference"),
+        (("--methods", "sua", "kfac:damping=1"), "--methods kfac:damping=1: damping has no influence here (--damping"),
+        (("--methods", "kfac:fisher_type=mc"), "fisher_type has no influence here (--fisher decides it); leave it out"),
+        (("--methods", "kfac:skip=[classifier]"), "skip has no influence here (--layers decides it)"),
+        (("--methods", "kfac:damping_rule=exact,ema_decay=0.9"), "ema_decay has no influence here (statistics are of"),
         (("--methods", "kfac", "kfac"), "--methods names kfac twice"),
         (("--layers", "nothing.*"), "--layers nothing.* matches no layer; there are features.0"),
         (("--checkpoints", "best"), "--checkpoints best: there are untrained, early, middle, end"),
@@ -221,8 +320,9 @@ def test_the_untrained_state_is_the_one_that_training_begins_with(tmp_path):
 )
 def test_bad_input_is_one_sentence(arguments, sentence, tmp_path, capsys):
     """Naming the option, the value and the cure."""
-    given = [*TINY, *(one for one in arguments if "=" in one), *(one for one in arguments if "=" not in one)]
-    assert command.main([*given, "--steps", "30", "--out", str(tmp_path)]) == 2
+    keys = [one for one in arguments if "=" in one.partition(":")[0]]
+    options = [one for one in arguments if one not in keys]
+    assert command.main([*TINY, *keys, *options, "--steps", "30", "--out", str(tmp_path)]) == 2
     assert sentence in capsys.readouterr().err.strip().splitlines()[-1]
 
 
