@@ -13,6 +13,8 @@ from typing import Any
 
 from kfac_sua import tuned
 from kfac_sua.bench.settings import Item, parse_items
+from kfac_sua.compose import compose_config
+from kfac_sua.config import KroneckerConfig
 from kfac_sua.introspect.looks import styles_of
 from kfac_sua.introspect.measure import REFERENCES
 from kfac_sua.methods import METHODS
@@ -127,16 +129,18 @@ def auto_settings() -> str:
 def introspect_shares() -> str:
     """Return what each approximation's direction is worth at the end of the runs, beside its block's error."""
     blocks = []
-    for table in sorted((REFERENCE / "introspect-cpu").glob("*/introspect.csv"), reverse=True):
+    tables = (REFERENCE / "introspect-cpu").glob("*/introspect.csv")
+    for table in sorted(tables, key=lambda path: (path.parent.name.count("-"), path)):  # with a note last
         with table.open(newline="", encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if row["scope"] != "layer" and row["damping"] == "0.1"]
         end = [row for row in rows if row["checkpoint"] == "end"]
         items = parse_items(list(dict.fromkeys(row["method"] for row in end if row["method"] not in REFERENCES)))
-        sizes = {item.text: _group_size(item) for item in items}
+        network, _, rest = table.parent.name.partition("-width-")
+        width, _, note = rest.partition("-")
+        sizes = {item.text: _group_size(item, float(width)) for item in items}
         styles = styles_of({item.text: [item.group, *item.keys] for item in items}, sizes)
-        network, _, width = table.parent.name.rpartition("-width-")
         blocks += [
-            f"{network}, width {width}:",
+            f"{network}, width {width}{f', {note}' if note else ''}:".replace("-", " "),
             "| | " + " | ".join(f"{fisher}: share, same / other; error" for fisher in ("empirical", "exact")) + " |\n"
             "|---|---|---|\n"
             + "\n".join(f"| {style.label} | {' | '.join(_cells(end, name))} |" for name, style in styles.items()),
@@ -144,10 +148,12 @@ def introspect_shares() -> str:
     return "\n\n".join(blocks)
 
 
-def _group_size(item: Item) -> int | None:
-    """Return the channels per group that an item of ``--methods`` names."""
-    sizes = [key.partition("=")[2] for key in item.keys if key.startswith("group_size=")]
-    return int(sizes[0]) if sizes else None
+def _group_size(item: Item, width: float) -> int | None:
+    """Return the channels per group of an item of ``--methods`` in a network of some width."""
+    keys = (f"preconditioner.{key}" for key in item.keys)
+    preconditioner = compose_config([f"preconditioner={item.group}", *keys]).preconditioner
+    assert isinstance(preconditioner, KroneckerConfig)
+    return preconditioner.channels_per_group(width)
 
 
 def _cells(rows: list[dict[str, str]], method: str) -> list[str]:

@@ -11,6 +11,7 @@ from kfac_sua.introspect.record import Provenance
 from kfac_sua.introspect.study import INHERITED, Study, title_of
 from kfac_sua.markdown import NOTHING, bullets, code, code_block, count, escape, join, listed, number, table
 from kfac_sua.methods import MethodStyle
+from kfac_sua.preconditioner.registry import structure_class
 from kfac_sua.preconditioner.settings import KroneckerSettings
 
 FISHERS = {"empirical": "the empirical Fisher", "mc": "the Fisher by sampled labels", "exact": "the exact Fisher"}
@@ -265,10 +266,15 @@ def _provenance(report: ReportInput) -> str:
     commits = dict.fromkeys(code(one.commit) if one.commit else "a copy without a commit" for one in report.provenances)
     versions = dict.fromkeys(escape(one.torch) for one in report.provenances)
     devices = dict.fromkeys(escape(one.device_name) for one in report.provenances)
-    rules = listed(sorted({str(settings.damping_rule) for settings in report.study.methods.values()}))
+    rules: dict[str, list[str]] = {}
+    for name, settings in report.study.methods.items():
+        is_read = "damping_rule" in structure_class(settings.structure).reads
+        rule = f"damping_rule={settings.damping_rule}" if is_read else "ε on the block itself"
+        rules.setdefault(rule, []).append(escape(report.styles[name].label))
+    damping = "; ".join(f"{rule} for {listed(names)}" for rule, names in rules.items())
     items = [
         f"Measured by {listed([*commits])} with PyTorch {listed([*versions])} on {listed([*devices])}, in float64.",
-        f"Damping of the structures: damping_rule={rules}.",
+        f"Damping: {damping}.",
         "Every number is in introspect.csv.",
     ]
     own = report.study.source.config.preconditioner
