@@ -20,7 +20,15 @@ from omegaconf.errors import OmegaConfBaseException
 from kfac_sua.checks import check
 from kfac_sua.compose.explain import explain, explain_unknown_key
 from kfac_sua.compose.overrides import GROUPS, parse
-from kfac_sua.config import CONFIG_DIR, CONFIG_NAME, VERSION_BASE, Config, ConfigError, settings_error
+from kfac_sua.config import (
+    CONFIG_DIR,
+    CONFIG_NAME,
+    VERSION_BASE,
+    Config,
+    ConfigError,
+    register_structures,
+    settings_error,
+)
 from kfac_sua.tuned import resolve_auto
 
 # Hydra has one state per process, which threads share.
@@ -106,6 +114,7 @@ def initialized_hydra(config_dir: Path | None = None) -> Iterator[None]:
     Args:
         config_dir: Directory with configurations of the user's own.
     """
+    register_structures()  # again, as a program may have registered one since
     path = create_config_search_path(str(CONFIG_DIR))
     if config_dir is not None:  # where Hydra's flag --config-dir puts it
         path.prepend("command-line", f"file://{config_dir.absolute()}", SearchPathQuery(provider="schema"))
