@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_sua.build import build_model
-from kfac_sua.compose import compose_config
-from kfac_sua.compose.saved import overrides_of
+from kfac_sua.compose.saved import config_of
 from kfac_sua.config import Config
 from kfac_sua.data.sizes import SIZES
 from kfac_sua.files.openers import read_regular
@@ -31,7 +30,8 @@ class LoadedRun:
         network: The network with the weights, in evaluation mode. It takes images ``[batch, 3, 32, 32]`` in float32,
             normalised per channel with the mean and deviation of the training images (``build_splits(config.dataset)``
             has both as ``mean`` and ``std``), and returns logits ``[batch, classes]``.
-        config: The run's configuration.
+        config: The run's configuration. Its ``preconditioner`` is the name alone where that is a structure of a package
+            which is not installed here; ``info.config`` has all of it.
         records: A row of metrics.csv per epoch; the first row is the untrained network.
         info: What run.json holds: status, test error, versions, machines.
         epoch: The epoch after which the weights were taken.
@@ -72,8 +72,7 @@ def load_run(
     info = read_run_info(path / "run.json")
     place = RunDirectory(path, info.fingerprint, info.seed)
     records = read_ended_records(place.metrics, info)
-    # The run from which this one was trained on may be gone.
-    config = compose_config(overrides_of(info.config | {"start_from": None}, place.info))
+    config = config_of(info.config, place.info)
     config = dataclasses.replace(config, start_from=info.config.get("start_from"))
     state, epoch, batch = _state(place, info, weights, records)
     network = build_model(config, SIZES[config.dataset.name].classes, torch.device("cpu"))

@@ -1,5 +1,6 @@
 """The saved configuration of a run as overrides, so that it is composed and checked like any other."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from kfac_sua.compose.composition import compose_config
 from kfac_sua.compose.overrides import ONE_OPTION, quoted
-from kfac_sua.config import ConfigError
+from kfac_sua.config import Config, ConfigError, PreconditionerConfig
+from kfac_sua.methods import BASELINE
+from kfac_sua.preconditioner.registry import structure_class
 from kfac_sua.runs.directory import with_later_keys
 
 
@@ -27,8 +31,8 @@ def saved_overrides(directory: Path, given: Sequence[str] = ()) -> list[str]:
         All of them, the given ones last.
 
     Raises:
-        ConfigError: If there is no such file, it is not the configuration of a run, or one of the others names a file
-            of keys, over which the saved keys would win.
+        ConfigError: If there is no such file, it is not the configuration of a run, its structure is not installed, or
+            one of the others names a file of keys, over which the saved keys would win.
     """
     keys = {override.lstrip("+~").partition("=")[0]: override for override in given}
     for group in ("experiment", "scale", "sweep"):
@@ -45,10 +49,36 @@ def saved_overrides(directory: Path, given: Sequence[str] = ()) -> list[str]:
     except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"Cannot read {path}: {str(error).rstrip('.')}.") from error
     saved = overrides_of(values, path)
+    if "preconditioner" not in keys and (why := _why_no_structure(values)):
+        raise ConfigError(
+            f"The structure of {directory} comes from a package that cannot be used here ({why.rstrip('.')}); install "
+            f"it, or give another preconditioner, such as preconditioner=kfac."
+        )
     return [
         *(one for one in saved if not one.startswith(tuple(f"{group}." for group in ONE_OPTION if group in keys))),
         *given,
     ]
+
+
+def config_of(values: Any, source: object) -> Config:
+    """Return the configuration of a run from its plain values, for what needs no more than its network and its data.
+
+    Args:
+        values: As in config.yaml and run.json.
+        source: Where they come from, for messages.
+
+    Returns:
+        The checked configuration, without ``start_from``, as that run may be gone. Where the structure is that of a
+        package which is not installed here, or cannot be imported, its ``preconditioner`` has its name alone.
+
+    Raises:
+        ConfigError: If it is not the configuration of a run, or a check fails.
+    """
+    overrides = overrides_of(values | {"start_from": None}, source)
+    if _why_no_structure(values) is None:
+        return compose_config(overrides)
+    config = compose_config(overrides_of(values | {"start_from": None, "preconditioner": {"name": BASELINE}}, source))
+    return dataclasses.replace(config, preconditioner=PreconditionerConfig(name=values["preconditioner"]["name"]))
 
 
 def overrides_of(values: Any, source: object) -> list[str]:
@@ -72,6 +102,18 @@ def overrides_of(values: Any, source: object) -> list[str]:
         if key not in ((*ONE_OPTION,) if node == "" else ("name",))
     ]
     return [*chosen, *keys]
+
+
+def _why_no_structure(values: Any) -> str | None:
+    """Return why the structure of a configuration cannot be had; ``None`` if it can, or there is none."""
+    structure = values["preconditioner"].get("structure")
+    if structure is None:
+        return None
+    try:
+        structure_class(structure)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _name(values: Any, group: str) -> Any:

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import torch
 
-from kfac_sua.compose import compose_config
-from kfac_sua.compose.saved import overrides_of
+from kfac_sua.compose.saved import config_of
 from kfac_sua.config import Config, ConfigError, KroneckerConfig, ScheduleName, shown
 from kfac_sua.runs.directory import RunDirectory, deciding_values, fingerprint, flat, resolved
 from kfac_sua.runs.metrics import EpochRecord, read_ended_records
@@ -68,7 +67,7 @@ def read_source(training: Training) -> Source | None:
 
 
 def _check_settings(config: Config, info: RunInfo, device: str, num_processes: int) -> None:
-    before = compose_config(overrides_of(info.config | {"start_from": None}, config.start_from))
+    before = config_of(info.config, config.start_from)
     if config.epochs <= before.epochs:
         raise ConfigError(
             f"epochs={config.epochs} must be more than the {before.epochs} of start_from={config.start_from}."

@@ -8,6 +8,12 @@ from pathlib import Path
 
 import pytest
 
+import kfac_sua
+from kfac_sua.compose import compose_config, quoted
+from kfac_sua.compose.saved import saved_overrides
+from kfac_sua.config import ConfigError, to_plain
+from kfac_sua.training.loop import run
+
 ROOT = Path(__file__).resolve().parents[2]
 PLUGIN = ROOT / "tests" / "plugin"
 TINY = ("model=tiny", "device=cpu")
@@ -43,14 +49,44 @@ def test_the_plugin_is_as_small_as_promised():
     assert len((PLUGIN / "diagonal_structure.py").read_text(encoding="utf-8").splitlines()) <= 60
 
 
-def test_it_trains_by_its_name(tmp_path):
-    """``preconditioner=NAME`` takes it, and records have its name."""
-    options = ("dataset=digits", "dataset.train_size=200", "epochs=1", f"output_dir={tmp_path}", "progress=lines")
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The directory of a run with the structure."""
+    root = tmp_path_factory.mktemp("trained")
+    options = ("dataset=digits", "dataset.train_size=200", "epochs=1", f"output_dir={root}", "progress=lines")
     trained = call("kfac_sua.train", "preconditioner=diagonal", *TINY, *options)
     assert trained.returncode == 0, trained.stderr
     assert "3 layers preconditioned (3 diagonal)" in trained.stdout + trained.stderr
-    (info,) = (tmp_path / "digits-tiny-diagonal").rglob("run.json")
-    assert json.loads(info.read_text())["config"]["preconditioner"]["structure"] == "diagonal"
+    (info,) = (root / "digits-tiny-diagonal").rglob("run.json")
+    return info.parent
+
+
+def test_it_trains_by_its_name(trained):
+    """``preconditioner=NAME`` takes it, and records have its name."""
+    info = json.loads((trained / "run.json").read_text(encoding="utf-8"))
+    assert info["config"]["preconditioner"]["structure"] == "diagonal"
+
+
+def test_without_its_package_the_network_can_be_used(trained):
+    """Weights and data need no preconditioner; the configuration keeps its name."""
+    result = call("kfac_sua.evaluate", str(trained), "--device", "cpu", has_plugin=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == call("kfac_sua.evaluate", str(trained), "--device", "cpu").stdout
+    loaded = kfac_sua.load_run(trained)  # this process has no plug-in
+    assert to_plain(loaded.config.preconditioner) == {"name": "diagonal"}
+    assert loaded.info.config["preconditioner"]["structure"] == "diagonal"
+
+
+def test_without_its_package_it_cannot_be_trained_with_again(trained, tmp_path):
+    """The error says what is missing and how to get on; another preconditioner may take its place."""
+    with pytest.raises(ConfigError, match=r"comes from a package that cannot be used here .* got 'diagonal'"):
+        saved_overrides(trained)
+    assert compose_config(saved_overrides(trained, ["preconditioner=kfac"])).preconditioner.name == "kfac"
+    overrides = saved_overrides(
+        trained, ["preconditioner=kfac", f"start_from={quoted(str(trained))}", f"output_dir={tmp_path}"]
+    )
+    with pytest.raises(ConfigError, match=r"preconditioner.name was 'diagonal' and is 'kfac'"):
+        run(compose_config([*overrides, "epochs=2"]))
 
 
 @pytest.mark.slow
