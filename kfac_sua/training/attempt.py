@@ -1,13 +1,15 @@
 """What an attempt at a run finds in the run's directory: whether the run has ended, its checkpoint and its records."""
 
+import contextlib
 import dataclasses
 import functools
 from datetime import UTC, datetime
 
 import torch
 
-from kfac_sua.command_line import kept_command
-from kfac_sua.runs.directory import RunDirectory, end_of, resolved
+from kfac_sua.command_line import kept_command, say
+from kfac_sua.config import Config, GroupSizeScaling, KroneckerConfig
+from kfac_sua.runs.directory import RunDirectory, end_of, resolved, run_directory
 from kfac_sua.runs.environment import environment
 from kfac_sua.runs.metrics import EpochRecord, read_ended_records, read_records, records_digest
 from kfac_sua.runs.run_info import ENDED, RecordError, RunInfo, failure_reason, read_run_info
@@ -29,6 +31,31 @@ def find_ended(directory: RunDirectory, label: str = "") -> RunInfo | None:
         return None
     print(f"{label}already {summary_line(directory, info)}", flush=True)
     return info
+
+
+def tell_of_unscaled_groups(config: Config, directory: RunDirectory, device: str, num_processes: int) -> None:
+    """Say that the same command had another directory before ``group_size_scaling``, if a run began there then.
+
+    Args:
+        config: The checked configuration.
+        directory: The run's directory; nothing is said where a run has begun there.
+        device: ``cpu`` or ``cuda``.
+        num_processes: Processes that carry it out together.
+    """
+    own = config.preconditioner
+    if not isinstance(own, KroneckerConfig) or own.group_size is None or directory.info.exists():
+        return
+    unscaled = dataclasses.replace(own, group_size_scaling=GroupSizeScaling.none)
+    older = run_directory(dataclasses.replace(config, preconditioner=unscaled), device, num_processes)
+    if older.path == directory.path or not older.info.exists():
+        return
+    with contextlib.suppress(RecordError):  # a damaged record of another run is no concern of this one
+        if "group_size_scaling" not in read_run_info(older.info).config["preconditioner"]:
+            say(
+                f"This is a new run, in groups of {own.channels_per_group(config.model.width)}: before there was "
+                f"preconditioner.group_size_scaling, this command made one in groups of {own.group_size}; give "
+                f"preconditioner.group_size_scaling=none to go on with that, {older.path}."
+            )
 
 
 def read_own_info(directory: RunDirectory) -> RunInfo | None:

@@ -14,6 +14,7 @@ from kfac_sua.device import choose_device, choose_precision, rates_as_configured
 from kfac_sua.runs.directory import run_directory
 from kfac_sua.runs.metrics import EpochRecord
 from kfac_sua.runs.run_info import RunInfo
+from kfac_sua.training.attempt import tell_of_unscaled_groups
 from kfac_sua.training.build import build_training
 from kfac_sua.training.capturing import check_captured, outer_phase
 from kfac_sua.training.determinism import determinism
@@ -55,6 +56,8 @@ def run(config: Config, launch: Launch | None = None, invocation: Invocation | N
     """
     with _environment(config, launch or Launch()) as (config, device, process_group):
         directory = run_directory(config, device.type, process_group.size)
+        if process_group.is_main_process:
+            tell_of_unscaled_groups(config, directory, device.type, process_group.size)
         writer = RunWriter(directory, process_group, invocation or Invocation())
         if ended := writer.find_ended():
             return ended

@@ -1,7 +1,10 @@
 """Channels per group at every width: as many groups as at width 1, unless the key says otherwise."""
 
+import shutil
+
 import pytest
 import torch
+from tiny_runs import directory_of, tiny_config
 
 from kfac_sua.bench.communication.counted import ShapeModel
 from kfac_sua.bench.settings import compose_settings, parse_items
@@ -11,6 +14,8 @@ from kfac_sua.compose.saved import overrides_of
 from kfac_sua.config import Config, KroneckerConfig, scaled_group_size, to_plain
 from kfac_sua.preconditioner.report import LayerReport
 from kfac_sua.runs.directory import fingerprint, with_channels_per_group
+from kfac_sua.runs.run_info import read_run_info, write_run_info
+from kfac_sua.training.loop import run
 
 GIVEN = ("optimizer.lr=0.1", "preconditioner.damping=0.1")  # what auto stands for may change
 UNSCALED = "preconditioner.group_size_scaling=none"
@@ -108,6 +113,28 @@ def test_a_record_of_before_the_key_means_what_the_run_did():
     again = compose_config(overrides_of(record, "run.json"))
     assert to_plain(again) == to_plain(config)
     assert fingerprint(again, "cpu")[:8] == FINGERPRINTS_OF_BEFORE["vgg11", "grouped", 0.25]
+
+
+def test_a_run_of_before_the_key_is_told_of(tmp_path, capsys):
+    """The same command makes another run now; it says where the older one is and how to go on with that, once."""
+    command = ("preconditioner=grouped", "preconditioner.group_size=8", "model.width=0.5", "epochs=1", *GIVEN)
+    before, now = (directory_of(tiny_config(tmp_path, *command, *more)) for more in ([UNSCALED], []))
+
+    def said() -> str:
+        """Return what the command says on stderr."""
+        run(tiny_config(tmp_path, *command))
+        return capsys.readouterr().err
+
+    run(tiny_config(tmp_path, *command, UNSCALED))
+    assert said() == ""  # a run with the key was meant as it is
+    info = read_run_info(before.info)
+    del info.config["preconditioner"]["group_size_scaling"]
+    write_run_info(before.info, info)
+    shutil.rmtree(now.path)
+    sentence = said()
+    assert sentence.startswith("This is a new run, in groups of 4")
+    assert f"group_size_scaling=none to go on with that, {before.path}." in sentence
+    assert said() == ""  # the new run has begun
 
 
 def test_a_record_scales_anew_at_another_width():
