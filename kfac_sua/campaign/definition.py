@@ -18,6 +18,9 @@ from kfac_sua.config import CONFIG_DIR, ConfigError
 
 _CAMPAIGNS = CONFIG_DIR / "campaign"
 
+GROUP_SIZE = "{group_size}"
+"""What stands in a label for the channels per group."""
+
 
 @dataclasses.dataclass(kw_only=True)
 class Curve:

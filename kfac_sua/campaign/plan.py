@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kfac_sua.campaign.cell import Cell, Stage, make_cell
-from kfac_sua.campaign.definition import Campaign, Curve, Scale
+from kfac_sua.campaign.definition import GROUP_SIZE, Campaign, Curve, Scale
 from kfac_sua.campaign.grid import Grid, load_grid
 from kfac_sua.compose import quoted
-from kfac_sua.config import ConfigError
+from kfac_sua.config import ConfigError, KroneckerConfig
 from kfac_sua.device import device_type
 from kfac_sua.runs.directory import resolved
 
@@ -73,12 +73,20 @@ class Plan:
         """Compose every curve's runs, so that a typo ends before anything is written.
 
         Raises:
-            ConfigError: If a run cannot be configured, or the final runs, whose seconds are compared, would be of
-                several precisions.
+            ConfigError: If a run cannot be configured, the label of a curve names groups that its runs do not have, or
+                the final runs, whose seconds are compared, would be of several precisions.
         """
         grids = self.grids()
         self.all_grid_cells(grids)
         cells = self.final_cells({key: next(grid.points()) for key, grid in grids.items()})
+        for cell in cells:
+            label, own = self.curves()[cell.curve].label, cell.config.preconditioner
+            has_groups = isinstance(own, KroneckerConfig) and own.group_size is not None
+            if label and GROUP_SIZE in label and not has_groups:
+                raise ConfigError(
+                    f"The label '{label}' of {cell.method} in panel {cell.panel} of {self.campaign.name} names the "
+                    f"channels per group, but preconditioner={own.name} has no groups; leave {GROUP_SIZE} out."
+                )
         precisions = sorted({resolved(cell.config, device_type(cell.config.device))["precision"] for cell in cells})
         if len(precisions) > 1:
             raise ConfigError(

@@ -9,7 +9,7 @@ import pandas as pd
 from kfac_sua.campaign.cell import Cell, each_once, read_cell_info
 from kfac_sua.campaign.claims import CLAIMS
 from kfac_sua.campaign.conduct import Results
-from kfac_sua.campaign.definition import Campaign, Curve, Panel
+from kfac_sua.campaign.definition import GROUP_SIZE, Campaign, Curve, Panel
 from kfac_sua.campaign.judge import judge, rule_table
 from kfac_sua.campaign.plan import Plan
 from kfac_sua.campaign.report import ReportInput, write_report
@@ -28,7 +28,6 @@ from kfac_sua.methods import MethodStyle
 from kfac_sua.runs.environment import source_commit
 from kfac_sua.runs.run_info import RunInfo
 
-GROUP_SIZE = "{group_size}"  # in labels of configs/campaign
 _WRITTEN = (".csv", ".png", ".svg", ".md", ".html")
 
 

@@ -55,6 +55,22 @@ def test_curves_of_several_precisions_are_refused_before_they_are_trained(tmp_pa
     Plan(campaign, scale, tmp_path, 1, ("device=cpu", "precision=float32")).check()
 
 
+@pytest.mark.parametrize("method", ["baseline", "sua"])
+def test_a_label_with_channels_per_group_needs_groups(tmp_path, method):
+    """It would stand in figure and report as it is written."""
+    campaign = load_campaign("fig1")
+    (panel,) = campaign.panels
+    curves = [curve for curve in panel.curves if curve.method in (method, "grouped")]
+    named = [dataclasses.replace(curve, label="Of {group_size}") for curve in curves]
+    plan = Plan(
+        dataclasses.replace(campaign, panels=[dataclasses.replace(panel, curves=named)]),
+        *(load_scale(campaign, "smoke"), tmp_path, 1, ("device=cpu",)),
+    )
+    sentence = f"label 'Of {{group_size}}' of {method} in panel vgg11 of fig1 .* preconditioner={method} has no groups"
+    with pytest.raises(ConfigError, match=sentence):
+        plan.check()
+
+
 @pytest.mark.parametrize("scale", scale_names())
 @pytest.mark.parametrize("name", campaign_names())
 def test_tuning_budgets_are_equal(tmp_path, name, scale):
