@@ -156,6 +156,32 @@ def test_groups_are_as_in_the_paper_where_a_layer_has_as_many(tmp_path, group_si
     assert ("group size" in text.split("\n\n")[0]) == (expected[1] != "yes")
 
 
+def test_settings_that_a_structure_does_not_read_are_none_of_its_runs(tmp_path):
+    """Their defaults in its configuration change nothing; of a structure that is unknown here they may."""
+    definition = campaign({"vgg11": ["kfac", "sua"]}, claims=[])
+    finals = final_frame(definition)
+    settings = {"weight_sharing": "expand", "damping_rule": "factored", "inverse_period": 50}
+
+    def rows_of(*structures: str) -> list[list[list[str]]]:
+        """Return the rows of three settings where the curves have these structures."""
+        infos = run_infos(finals)
+        for info in infos:
+            method = info.config["preconditioner"]["name"]
+            structure = dict(zip(("kfac", "sua"), structures, strict=True))[method]
+            info.config["preconditioner"] |= settings | {"structure": structure}
+        markdown, _ = written(report_input(definition, finals, infos=infos), tmp_path)
+        text = section(markdown, "What differs from the paper")
+        return [rows(text, name) for name in ("weight sharing", "damping rule", "mini-batches between inverses")]
+
+    def here(*structures: str) -> list[str | None]:
+        """Return their values; None without a row."""
+        return [found[0][2] if found else None for found in rows_of(*structures)]
+
+    assert here("kfac", "sua") == ["expand", "factored", "50"]
+    assert here("activation_only", "eigenvalue_corrected") == [None, None, "50"]
+    assert here("not_installed", "not_installed") == ["expand", "factored", "50"]
+
+
 def test_the_initialisation_is_an_open_choice_that_older_runs_made_too(tmp_path):
     """Runs from before the key had what is its default now."""
     finals = final_frame(campaign())

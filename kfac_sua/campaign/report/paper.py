@@ -12,6 +12,8 @@ from kfac_sua.campaign.report.panels import curve_rows, method_label
 from kfac_sua.config import scaled_group_size
 from kfac_sua.data.sizes import SIZES
 from kfac_sua.markdown import bullets, count, escape, join, listed, table
+from kfac_sua.preconditioner.registry import structure_class
+from kfac_sua.preconditioner.settings import READ_BY_ALL
 from kfac_sua.runs.directory import with_channels_per_group, with_later_keys
 from kfac_sua.runs.run_info import RunInfo
 
@@ -229,17 +231,29 @@ def _value(config: Config, key: str) -> Any:
 
 
 def _from(key: str) -> Callable[[RunInfo], str | None]:
-    """Return a setting's ``here`` that is the value of a key."""
+    """Return a setting's ``here`` that is the value of a key; None where the run's structure does not read it."""
 
     def here(info: RunInfo) -> str | None:
         value = _value(with_later_keys(info.config), key)
-        if value is None:
+        if value is None or not _is_read(info.config, key):
             return None
         if isinstance(value, bool):
             return "yes" if value else "no"
         return f"{value:,g}" if isinstance(value, int | float) else str(value)
 
     return here
+
+
+def _is_read(config: Config, key: str) -> bool:
+    """Return whether a run depends on a key, as far as its structure says; one that is not installed may read all."""
+    group, _, name = key.rpartition(".")
+    structure = _value(config, "preconditioner.structure")
+    if group != "preconditioner" or structure is None:
+        return True
+    try:
+        return name in structure_class(structure).reads | READ_BY_ALL
+    except ValueError:
+        return True
 
 
 def training_images(info: RunInfo) -> str | None:
