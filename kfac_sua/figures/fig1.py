@@ -39,7 +39,7 @@ from kfac_sua.figures.lines import (
 )
 from kfac_sua.figures.panels import check_uniform, method_names, with_names
 from kfac_sua.figures.style import styles_with
-from kfac_sua.figures.titles import subject
+from kfac_sua.figures.titles import group_labels, subject
 from kfac_sua.methods import METHODS, MethodStyle
 from kfac_sua.runs.collect import collect_runs, final_runs_root
 from kfac_sua.runs.comparable import seconds_cautions
@@ -116,14 +116,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         frame = without_comparators(collect_runs(final_runs_root(options.root)))
         require_runs(frame, options.methods)
-        best = select_best(frame[frame["preconditioner"].isin(options.methods)])
-        paths = draw_figure1(best, options.out, options.title or subject(best), styles_with(options.methods))
+        candidates = frame[frame["preconditioner"].isin(options.methods)]
+        best = select_best(candidates)
+        styles = styles_with(options.methods, group_labels(best, candidates))
+        paths = draw_figure1(best, options.out, options.title or subject(best), styles)
     except (CollectError, RecordError, FigureError) as error:
         return say(error, BAD_INPUT)
     except OSError as error:
         return say(f"Cannot write the figure to {options.out}: {error.strerror or error}.", BAD_INPUT)
     if not options.quiet:
-        settings = frame.loc[frame["preconditioner"].isin(options.methods), "fingerprint"].nunique()
+        settings = candidates["fingerprint"].nunique()
         print(f"Best setting per method, by the lowest mean validation error, of {settings} settings:")
         print(format_table(final_table(best)))
     for caution in seconds_cautions(best):

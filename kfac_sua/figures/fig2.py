@@ -35,7 +35,7 @@ from kfac_sua.figures.lines import (
 )
 from kfac_sua.figures.panels import check_uniform, method_names, panel_titles, with_names
 from kfac_sua.figures.style import styles_with, wrapped
-from kfac_sua.figures.titles import panel_subjects, subject
+from kfac_sua.figures.titles import group_labels, panel_subjects, subject
 from kfac_sua.methods import METHODS, MethodStyle
 from kfac_sua.runs.collect import collect_runs, final_runs_root
 from kfac_sua.runs.comparable import seconds_cautions
@@ -135,9 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs = without_comparators(collect_runs(final_runs_root(options.root)))
         best = _best_per_panel(runs, options.methods)
         titles = list(panel_subjects(best).items())
-        paths = draw_figure2(
-            best, titles, options.out, options.title or subject(best), styles_with(best["preconditioner"])
-        )
+        styles = styles_with(best["preconditioner"], group_labels(best, runs))
+        paths = draw_figure2(best, titles, options.out, options.title or subject(best), styles)
     except (CollectError, RecordError, FigureError) as error:
         return say(error, BAD_INPUT)
     except OSError as error:

@@ -50,9 +50,14 @@ def method_styles(methods: Sequence[str], labels: Mapping[str, str] | None = Non
     return {name: dataclasses.replace(styles[name], label=labels.get(name, styles[name].label)) for name in methods}
 
 
-def styles_with(methods: Iterable[str]) -> dict[str, MethodStyle]:
-    """Return ``METHODS``, followed by a look for each of the methods that is not among them."""
-    return method_styles([*METHODS, *dict.fromkeys(name for name in methods if name not in METHODS)])
+def styles_with(methods: Iterable[str], labels: Mapping[str, str] | None = None) -> dict[str, MethodStyle]:
+    """Return ``METHODS``, followed by a look for each of the methods that is not among them.
+
+    Args:
+        methods: Names, in the order of the legend.
+        labels: As in :func:`method_styles`.
+    """
+    return method_styles([*METHODS, *dict.fromkeys(name for name in methods if name not in METHODS)], labels)
 
 
 def wrapped(label: str, width: int) -> str:

@@ -5,6 +5,8 @@ from typing import Any
 import pandas as pd
 
 from kfac_sua.markdown import listed
+from kfac_sua.methods import METHODS
+from kfac_sua.runs.summary import says_group_size
 
 # Names of the configuration as the literature writes them; any other is written as it is.
 _WRITTEN = {
@@ -44,6 +46,25 @@ def panel_subjects(frame: pd.DataFrame) -> dict[str, str]:
         titles[name] = f"{what}, {_written(rows, 'schedule')}" if have_schedules else what
     is_unique = len(set(titles.values())) == len(titles)
     return titles if is_unique else {name: f"{name}: {title}" for name, title in titles.items()}
+
+
+def group_labels(rows: pd.DataFrame, candidates: pd.DataFrame) -> dict[str, str]:
+    """Return labels such as ``K-FAC, groups of 16`` for the methods whose channels per group have to be told.
+
+    Args:
+        rows: Rows of ``collect_runs`` that are drawn.
+        candidates: Those that they were chosen from.
+
+    Returns:
+        Labels by preconditioner; none where all groups are of one size, and the network is as wide as published.
+    """
+    if not says_group_size(candidates):
+        return {}
+    sizes = rows[rows["group_size"].notna()].groupby("preconditioner")["group_size"].unique()
+    return {
+        str(name): f"{METHODS[str(name)].label} of {listed([f'{size:g}' for size in sorted(found)])}"
+        for name, found in sizes.items()
+    }
 
 
 def _networks(rows: pd.DataFrame) -> str:

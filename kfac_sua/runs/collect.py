@@ -22,6 +22,7 @@ from kfac_sua.command_line import BAD_INPUT, say
 from kfac_sua.files.atomic import write_atomically
 from kfac_sua.files.openers import refuse_special
 from kfac_sua.runs.comparable import CIRCUMSTANCES, circumstances, seconds_cautions
+from kfac_sua.runs.directory import with_channels_per_group
 from kfac_sua.runs.final_table import QUANTITIES, SETTING_COLUMNS, CollectError, final_table, select_best
 from kfac_sua.runs.metrics import COLUMNS, EpochRecord, read_ended_records
 from kfac_sua.runs.run_info import RecordError, RunInfo, read_run_info
@@ -40,9 +41,10 @@ def collect_runs(root: Path) -> pd.DataFrame:
     Returns:
         The columns of metrics.csv plus ``RUN_COLUMNS``: ``run`` is the directory relative to ``root``, ``base_lr`` the
         configured learning rate (``lr`` is the epoch's, which follows the schedule), ``damping`` NaN for the baseline,
-        ``precision`` as in ``RunInfo``, and ``test_error`` NaN until the run has finished. The columns in
-        ``CIRCUMSTANCES`` say what seconds depend on beside the method. A run without a complete epoch has one row with
-        epoch 0 and NaN for measured values, so that it is not lost.
+        ``group_size`` the channels per group that the preconditioner got, NaN without groups, ``precision`` as in
+        ``RunInfo``, and ``test_error`` NaN until the run has finished. The columns in ``CIRCUMSTANCES`` say what
+        seconds depend on beside the method. A run without a complete epoch has one row with epoch 0 and NaN for
+        measured values, so that it is not lost.
 
     Raises:
         CollectError: If there is no run, a directory has metrics.csv without run.json, or a run occurs twice.
@@ -118,6 +120,7 @@ def _run_values(root: Path, path: Path, info: RunInfo) -> dict[str, Any]:
     try:
         preconditioner = info.config["preconditioner"]
         name = str(preconditioner["name"])
+        group_size = with_channels_per_group(info.config)["preconditioner"].get("group_size")
         return {
             "run": path.parent.relative_to(root).as_posix(),
             "dataset": str(info.config["dataset"]["name"]),
@@ -129,6 +132,7 @@ def _run_values(root: Path, path: Path, info: RunInfo) -> dict[str, Any]:
             "schedule": str(info.config["schedule"]["name"]),
             "base_lr": float(info.config["optimizer"]["lr"]),
             "damping": math.nan if name == "baseline" else float(preconditioner["damping"]),
+            "group_size": math.nan if group_size is None else float(group_size),
             "precision": info.precision,
             "fingerprint": info.fingerprint,
             "seed": info.seed,

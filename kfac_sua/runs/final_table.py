@@ -14,7 +14,7 @@ from kfac_sua.runs.run_info import ENDED, UNENDED
 
 SETTING_COLUMNS = (
     *("dataset", "model", "width", "batch_norm", "preconditioner", "optimizer", "schedule"),
-    *("base_lr", "damping", "precision", "fingerprint"),
+    *("base_lr", "damping", "group_size", "precision", "fingerprint"),
 )
 QUANTITIES = (
     "epochs",

@@ -51,6 +51,18 @@ def format_table(table: pd.DataFrame) -> str:
     return text
 
 
+def says_group_size(rows: pd.DataFrame) -> bool:
+    """Return whether the channels per group have to be told: there are several, or the width may have scaled them.
+
+    Args:
+        rows: Rows of ``collect_runs`` or of ``final_table``; older tables lack ``group_size`` or ``width``.
+    """
+    if "group_size" not in rows:
+        return False
+    grouped = rows[rows["group_size"].notna()]
+    return grouped["group_size"].nunique() > 1 or ("width" in rows and bool((grouped["width"] != 1).any()))
+
+
 def _one_table(rows: pd.DataFrame, *, is_brief: bool) -> str:
     """Return a table with the line above it."""
     settings = {name: cells for name, cells in _settings(rows).items() if set(cells) != {_NOTHING}}
@@ -84,8 +96,20 @@ def _one_table(rows: pd.DataFrame, *, is_brief: bool) -> str:
 
 def _settings(rows: pd.DataFrame) -> dict[str, list[str]]:
     """Return the settings of the rows as text."""
-    names = {"preconditioner": "method", "base_lr": "lr"}
-    order = ("preconditioner", "optimizer", "schedule", "precision", "epochs", "base_lr", "damping", "seeds")
+    names = {"preconditioner": "method", "base_lr": "lr", "group_size": "group size"}
+    order = (
+        "preconditioner",
+        "optimizer",
+        "schedule",
+        "precision",
+        "epochs",
+        "base_lr",
+        "damping",
+        "group_size",
+        "seeds",
+    )
+    if "group_size" in rows and not says_group_size(rows):
+        rows = rows.drop(columns="group_size")
     found = {names.get(name, name): [_text(value) for value in rows[name]] for name in order if name in rows}
     return found | {"runs": [_count_text(row) for _, row in rows.iterrows()]}
 
@@ -96,7 +120,12 @@ def _phrase(name: str, text: str) -> str:
         return f"{text} epoch{'' if text == '1' else 's'}"
     if name == "seeds":
         return f"seed{'' if text.isdecimal() else 's'} {text}"
-    phrases = {"schedule": f"{text} learning rate", "lr": f"lr {text}", "damping": f"damping {text}"}
+    phrases = {
+        "schedule": f"{text} learning rate",
+        "lr": f"lr {text}",
+        "damping": f"damping {text}",
+        "group size": f"groups of {text}",
+    }
     return phrases.get(name, f"runs: {text}" if name == "runs" else text)
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from figures.layout import assert_readable, texts
 from figures.synthetic_frames import PAPER, finals
-from runs.synthetic_runs import epoch_record, write_run
+from runs.synthetic_runs import epoch_record, run_info, write_run
 
 from kfac_sua.figures.curves import FigureError
 from kfac_sua.figures.fig1 import draw_figure1, main
@@ -215,6 +215,19 @@ def test_command_line_draws_the_best_setting_and_prints_it(tmp_path, capsys):
     assert "of 2 settings" in printed
     assert "fig1.svg" in printed
     assert _points(tmp_path / "out", "sua", ERROR)[["mean", "base_lr"]].to_numpy().tolist() == [[20.0, 0.3]]
+
+
+def test_groups_of_a_reduced_width_are_named(tmp_path, capsys):
+    """Whichever are best, also where runs from before ``group_size_scaling`` lie below the same root."""
+    for error, scaling in ((0.4, {}), (0.2, {"group_size_scaling": "width"})):
+        config = run_info("grouped").config | {"model": {"name": "tiny", "width": 0.5}}
+        config["preconditioner"] = config["preconditioner"] | {"group_size": 32} | scaling
+        values = {"config": config, "fingerprint": f"val error {error}"}
+        write_run(tmp_path / str(error), _epochs([2.0], [error], [10]), "grouped", **values)
+    assert main([str(tmp_path), "--out", str(tmp_path / "out"), "--methods", "grouped"]) == 0
+    assert "groups of 16" in capsys.readouterr().out
+    svg = (tmp_path / "out" / "fig1.svg").read_text()
+    assert "K-FAC, groups of 16" in svg
 
 
 def test_command_line_fails_with_one_sentence_when_a_method_is_missing(tmp_path, capsys):

@@ -70,6 +70,22 @@ def test_runs_that_differ_in_another_key_are_told_apart(tmp_path):
     assert sorted(row.split()[0] for row in rows) == ["0123abcd", "abcdef01"]
 
 
+def test_the_channels_per_group_are_told_where_they_are_not_the_published_ones(tmp_path):
+    """Runs from before ``group_size_scaling`` had other groups at a reduced width; at width 1 there is one size."""
+    for width, scaling in ((0.5, {}), (0.5, {"group_size_scaling": "width"}), (1.0, {"group_size_scaling": "width"})):
+        config = run_info("grouped").config | {"model": {"name": "tiny", "width": width}}
+        config["preconditioner"] = config["preconditioner"] | {"group_size": 32} | scaling
+        fingerprint = f"{width} {scaling}"
+        write_run(tmp_path / fingerprint, _epochs(0.2), "grouped", config=config, fingerprint=fingerprint)
+    write_run(tmp_path, _epochs(0.2), "kfac", config=run_info("kfac").config | {"model": config["model"]})
+    narrow, whole = "\n".join(_printed(tmp_path)).split("\n\n")
+    assert "tiny (width 0.5)" in narrow
+    header, *rows = narrow.splitlines()[-3:]
+    assert header.startswith("group size")
+    assert [row.split()[0] for row in rows] == ["16", "32"]
+    assert "group size" not in whole
+
+
 def test_a_table_with_everything_in_it_still_fits(tmp_path):
     """The columns give way to tables of their own, and then the deviations go."""
     for optimizer in ("sgd", "muon"):
