@@ -23,7 +23,7 @@ BAD_COMMANDS = {
     "optimizer.lrr=0.1": r"no key 'optimizer.lrr' \(did you mean 'optimizer.lr'\?\); the keys of optimizer=sgd are",
     "lr=0.1": r"no key 'lr' \(did you mean 'optimizer.lr'\?\); the keys of the configuration are seed, device, epochs,",
     "preconditoner=sua": r"no key 'preconditoner' \(did you mean 'preconditioner'\?\)",
-    "preconditioner=suaa": r"no preconditioner=suaa \(did you mean 'sua'\?\); choose one of activation_only, baseline,",
+    "preconditioner=suaa": r"no preconditioner=suaa \(did you mean 'sua'\?\); choose one of .*baseline,",
     "model=resnet": r"no model=resnet.*; choose one of preact_resnet50, tiny, transformer, vgg11\.",
     "optimizer=adam": r"no optimizer=adam \(did you mean 'adamw'\?\); choose one of adamw, muon, sgd\.",
     "dataset=mnist": r"no dataset=mnist; choose one of cifar10, cifar100, digits\.",
