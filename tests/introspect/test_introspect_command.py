@@ -196,7 +196,7 @@ def test_a_finished_run_is_looked_at(tmp_path):
     assert list(steps.index) == ["untrained", "best", "last"]
     assert steps["untrained"] == 0
     assert steps["last"] == 8
-    assert "damping_rule=exact." in (out / "report.md").read_text(encoding="utf-8")
+    assert "damping_rule=exact for" in (out / "report.md").read_text(encoding="utf-8")
     assert "ε = 1" in (out / "report.md").read_text(encoding="utf-8")
 
 
