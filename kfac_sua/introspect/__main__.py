@@ -36,10 +36,11 @@ from kfac_sua.files.openers import cannot_use
 from kfac_sua.introspect.looks import styles_of
 from kfac_sua.introspect.networks import FRACTIONS, SAVED, UNTRAINED, FreshRun, SavedRun, Source
 from kfac_sua.introspect.record import IntrospectionError, Part, Provenance, keep_settings, read_parts, read_provenances
-from kfac_sua.introspect.report import ReportInput, describe
+from kfac_sua.introspect.report import ReportInput, describe, page_title
 from kfac_sua.introspect.study import INHERITED, Study, measure_part, state_memory, title_of
 from kfac_sua.preconditioner.registry import structure_class
 from kfac_sua.preconditioner.settings import LARGEST_FLOAT, LEAST_FLOAT, FisherType, KroneckerSettings
+from kfac_sua.report_page import render_html
 from kfac_sua.runs.environment import environment
 from kfac_sua.runs.run_info import RecordError, failure_reason
 from kfac_sua.startup import run_command
@@ -138,9 +139,12 @@ def _publish(options: argparse.Namespace, study: Study, parts: Sequence[Part], i
     paths = draw_introspection(frame, options.out, damping, styles, title_of(study))
     provenances = read_provenances(options.out / "parts", parts)
     text = describe(ReportInput(study, frame, styles, damping, provenances, kept_command() or ""))
-    write_atomically(options.out / "report.md", text.encode())
+    page = render_html(text, page_title(study), {path.name: path for path in paths if path.suffix == ".png"})
+    reports = {options.out / "report.md": text, options.out / "report.html": page}
+    for path, content in reports.items():
+        write_atomically(path, content.encode())
     print(text)
-    print(f"Wrote {', '.join(map(str, [*paths, options.out / 'report.md']))}.")
+    print(f"Wrote {', '.join(map(str, [*paths, *reports]))}.")
 
 
 def _own_damping(study: Study) -> float:

@@ -51,12 +51,22 @@ class ReportInput:
         return str(self.frame["checkpoint"].iloc[-1])
 
 
+_CAPTION = (
+    "From the top: the share of the attainable decrease over the checkpoints, and over the damping; the share against"
+    " Frobenius' error; and the two parts of its square. Bands and markers show every seed."
+)
+
+
+def page_title(study: Study) -> str:
+    """Return the heading of the report, as plain text."""
+    return f"How close each approximation is to the Fisher: {title_of(study)}"
+
+
 def describe(report: ReportInput) -> str:
     """Return the report as Markdown; the same input gives the same text."""
     fishers = list(dict.fromkeys(report.frame["fisher"]))
-    title = f"# How close each approximation is to the Fisher: {escape(title_of(report.study))}"
-    blocks = [title, _introduction(report)]
-    blocks += ["![Shares and errors](introspect.png)", "## What it says", _findings(report, fishers)]
+    blocks = [f"# {escape(page_title(report.study))}", _introduction(report)]
+    blocks += ["![Shares and errors](introspect.png)", f"*{_CAPTION}*", "## What it says", _findings(report, fishers)]
     for fisher in fishers:
         blocks += [f"## Against {FISHERS[fisher]}", _legend(report), _checkpoint_tables(report, fisher)]
     blocks += [f"## Share over the damping ({report.last}, all layers at once)", _damping_table(report, fishers)]

@@ -17,8 +17,8 @@ from campaign.report_inputs import (
 
 from kfac_sua.campaign.judge import Part, Verdict
 from kfac_sua.campaign.report import write_report
-from kfac_sua.campaign.report.html import render_html
 from kfac_sua.markdown import code, code_block, escape, number, percent_spread, spread
+from kfac_sua.report_page import render_html
 
 # The smallest PNG file: one white pixel.
 PNG = bytes.fromhex(

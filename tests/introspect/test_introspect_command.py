@@ -55,7 +55,7 @@ def test_a_fresh_run_is_trained_and_looked_at(fresh):
 
 def test_files_are_drawn_again_and_nothing_is_measured_twice(fresh, monkeypatch, capsys):
     """The same command gives the same files to the byte, all from the records."""
-    names = ("introspect.csv", "introspect.svg", "report.md")
+    names = ("introspect.csv", "introspect.svg", "report.md", "report.html")
     before = {name: (fresh / name).read_bytes() for name in names}
     for name in names:
         (fresh / name).unlink()

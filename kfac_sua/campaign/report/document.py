@@ -10,7 +10,6 @@ import pandas as pd
 
 from kfac_sua.campaign.definition import Campaign, Scale
 from kfac_sua.campaign.judge import Verdict
-from kfac_sua.campaign.report.html import render_html
 from kfac_sua.campaign.report.paper import CITATION, TITLE, URL, difference_section, limit_section
 from kfac_sua.campaign.report.provenance import command_section, dirty_warning, environment_section, timing_warning
 from kfac_sua.campaign.report.results import final_problems, final_section, target_section
@@ -20,6 +19,7 @@ from kfac_sua.campaign.report.verdicts import rule_section, verdict_section, ver
 from kfac_sua.campaign.selection import Choice
 from kfac_sua.files.atomic import write_atomically
 from kfac_sua.markdown import code, count, escape, join
+from kfac_sua.report_page import render_html
 from kfac_sua.runs.run_info import RunInfo
 
 

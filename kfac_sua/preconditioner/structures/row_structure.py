@@ -126,7 +126,8 @@ class RowStructure(FisherStructure[RowMeasurement]):
         """Return what :meth:`precondition` needs, by :attr:`kept_shapes`.
 
         Raises:
-            torch.linalg.LinAlgError: If it cannot be computed; the layer then keeps its last inverse.
+            torch.linalg.LinAlgError: If it cannot be computed. It is then called with more damping, as where a number
+                that it returns is not finite; if that fails too, the layer keeps its last inverse.
         """
 
     @abstractmethod
