@@ -17,7 +17,7 @@ import functools
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -118,16 +118,27 @@ def _measure(study: Study, missing: Sequence[Part], num_parts: int, out_dir: Pat
         flush=True,
     )
     announcer = Announcer()
-    # Asking for the memory has told which layers keep the plain gradient; every preconditioner would tell it again.
-    logging.getLogger("kfac_sua.preconditioner").setLevel(logging.ERROR)
     for number, part in enumerate(missing, start=done + 1):
         label = f"[{number}/{num_parts}] seed {part.seed}, {part.checkpoint}, {part.fisher} Fisher"
         started = time.perf_counter()
         try:
-            measure_part(study, part, out_dir / "parts", provenance, functools.partial(announcer.show, label))
+            # Asking for the memory has told which layers keep the plain gradient; every structure would tell it again.
+            with _errors_only(logging.getLogger("kfac_sua.preconditioner")):
+                measure_part(study, part, out_dir / "parts", provenance, functools.partial(announcer.show, label))
         finally:
             announcer.clear()
         print(f"{label}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _errors_only(logger: logging.Logger) -> Iterator[None]:
+    """Let a logger tell errors only, inside."""
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _publish(options: argparse.Namespace, study: Study, parts: Sequence[Part], items: Sequence[Item]) -> None:

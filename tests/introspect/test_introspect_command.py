@@ -1,6 +1,7 @@
 """The command: a fresh run and a finished one, resuming, refusals, and a report that follows from the records."""
 
 import dataclasses
+import logging
 import re
 import shutil
 import signal
@@ -42,6 +43,9 @@ def fresh(tmp_path_factory):
 def test_a_fresh_run_is_trained_and_looked_at(fresh):
     """A row per state, Fisher, statistics, layer, method and damping; shares and cosines are within their bounds."""
     frame = measured(fresh)
+    assert logging.getLogger("kfac_sua.preconditioner").level == logging.NOTSET, (
+        "the program's loggers are as they were"
+    )
     assert tuple(frame.columns) == COLUMNS
     assert set(zip(frame["checkpoint"], frame["step"], strict=True)) == {("untrained", 0), ("end", 6)}
     assert set(frame["fisher"]) == {"empirical", "exact"}
