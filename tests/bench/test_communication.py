@@ -12,6 +12,7 @@ from kfac_sua.bench.communication.measured import Measurement
 from kfac_sua.bench.communication.report import AGREEING, disagreements
 from kfac_sua.bench.settings import compose_settings, parse_items
 from kfac_sua.config import ConfigError
+from kfac_sua.preconditioner.events import GradientEvent
 from kfac_sua.preconditioner.forms.triangles import triangle_numbers
 
 
@@ -47,7 +48,8 @@ def test_bytes_are_those_of_hand_counted_blocks():
     costs = count_costs("kfac", shapes, 8, 8000, math.inf)
     assert costs.header_bytes == 3 * 12 * 8
     assert (costs.rows_bytes, costs.num_low_rank, costs.num_factors) == (0, 0, 6)
-    assert costs.moments_bytes == sum(4 * number * triangle_numbers(width) for number, width in blocks)
+    flags = 3 * 4 * len(GradientEvent)  # of three layers
+    assert costs.moments_bytes == flags + sum(4 * number * triangle_numbers(width) for number, width in blocks)
     assert (costs.inverse_bytes, costs.num_shared, costs.num_everywhere) == (0, 0, 6)
     assert costs.inversion_flops == costs.inversion_flops_alone == sum(count * width**3 for count, width in blocks)
     assert costs.gradient_bytes == sum(4 * parameter.numel() for parameter in shapes.model.parameters())

@@ -21,6 +21,7 @@ from kfac_sua.preconditioner.distributed.assignment import Work, plan_assignment
 from kfac_sua.preconditioner.distributed.averaging import description
 from kfac_sua.preconditioner.distributed.collectives import Processes
 from kfac_sua.preconditioner.distributed.inversion import read_inverse
+from kfac_sua.preconditioner.events import GradientEvent
 from kfac_sua.preconditioner.factors import LayerFactors
 from kfac_sua.preconditioner.forms import EigenBasis, Factor
 from kfac_sua.preconditioner.geometry import BlockLayout
@@ -32,6 +33,9 @@ from kfac_sua.preconditioner.settings import DampingRule
 from kfac_sua.preconditioner.structures.kronecker import KroneckerStructure
 
 META = torch.device("meta")
+
+CHECK_BYTES = 4 * len(GradientEvent)
+"""Bytes of a layer's flags, which processes add up as float32 whenever statistics are measured."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Costs:
         inverse_period: Mini-batches between refreshes.
         header_bytes: Per measurement: what there is.
         rows_bytes: Per measurement: rows and patches.
-        moments_bytes: Per measurement: triangles of dense factors.
+        moments_bytes: Per measurement: triangles of dense factors, and a flag per layer and event of its gradient.
         inverse_bytes: Per refresh.
         inverses_are_summed: Whether these travel as a sum over processes rather than a gather.
         gradient_bytes: Per mini-batch, by DistributedDataParallel: the gradients of all parameters.
@@ -265,7 +269,7 @@ def count_costs(name: str, shapes: ShapeModel, num_processes: int, batch_size: i
         inverse_period=settings.inverse_period,
         header_bytes=sent["header"],
         rows_bytes=sent["rows"],
-        moments_bytes=sent["moments"],
+        moments_bytes=sent["moments"] + (CHECK_BYTES * len(shapes.layers) if num_processes > 1 else 0),
         inverse_bytes=plan.sent_bytes,
         inverses_are_summed=summed,
         gradient_bytes=shapes.gradient_bytes if num_processes > 1 else 0,
