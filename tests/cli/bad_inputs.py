@@ -198,7 +198,7 @@ BAD_COMMANDS = {
     "log_interval=0": r"log_interval must be ≥ 1 step, or null \(never\), got 0\.",
     "checkpoint_interval_s=soon": r"checkpoint_interval_s must be a number or null, got 'soon'\.",
     # more than one option where there can be one
-    "preconditioner=[sua,kfac]": r"preconditioner must be one of baseline, .*, got \['sua', 'kfac'\]\.",
+    "preconditioner=[sua,kfac]": r"preconditioner must be one of activation_only, .*, got \['sua', 'kfac'\]\.",
     "model={name:tiny}": r"model must be one of preact_resnet50, tiny, transformer, vgg11, got \{'name': 'tiny'\}\.",
     "sweep=[lr,lr_damping]": r"sweep=\[lr,lr_damping\] names several grids; run them one after the other\.",
     # interpolations

@@ -104,7 +104,7 @@ def test_a_trial_of_all_parts_is_ok(tmp_path):
     assert done.returncode == 0
     assert done.stderr == ""
     text = (out / "report.md").read_text()
-    assert text.count("Time over plain SGD's step") == 5
+    assert text.count("Time over plain SGD's step") == 6
     assert "parameters equal; metrics equal" in text
     assert (out / NAME).stat().st_size < LIMIT
 
