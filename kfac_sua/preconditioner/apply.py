@@ -49,8 +49,7 @@ def precondition_(
         bias = from_blocks(inverse.apply(blocks, sides), layout, weight_grad)
     if bias_grad is not None and layout.bias is BiasBlock.SEPARATE:
         columns = _bias_blocks(bias_grad.to(dtype), layout)  # [g · P, p, 1]
-        split = inverse.apply_to_bias(columns).view(layout.conv_groups, layout.gradient.count, -1)  # [g, P, p]
-        bias = layout.gradient.merge(split)  # [g, out]
+        bias = _merged_bias(inverse.apply_to_bias(columns), layout)  # [g, out]
     if bias_grad is not None and bias is not None:
         bias_grad.copy_(bias.reshape(bias_grad.shape))  # [out]
 
@@ -77,8 +76,7 @@ def multiplied(
     bias_product = from_blocks(_block_product(to_blocks(weight, bias, layout), factors), layout, product)
     if bias is not None and layout.bias is BiasBlock.SEPARATE:
         columns = factors.gradient.matmul(_bias_blocks(bias, layout))  # [g · P, p, 1]; its activation factor is 1
-        split = columns.view(layout.conv_groups, layout.gradient.count, -1)  # [g, P, p]
-        bias_product = layout.gradient.merge(split)  # [g, out]
+        bias_product = _merged_bias(columns, layout)  # [g, out]
     scaled_bias = None if bias is None or bias_product is None else factors.scale * bias_product.reshape(bias.shape)
     return product.mul_(factors.scale), scaled_bias  # the bias is [out]
 
@@ -160,6 +158,12 @@ def _bias_blocks(bias_grad: Tensor, layout: BlockLayout) -> Tensor:
     """Return the gradient of a separate bias, ``[out]``, as ``[g · P, p, 1]``."""
     split = layout.gradient.split(bias_grad.view(layout.conv_groups, -1))  # [g, P, p]
     return split.flatten(0, 1).unsqueeze(-1)  # [g · P, p, 1]
+
+
+def _merged_bias(columns: Tensor, layout: BlockLayout) -> Tensor:
+    """Undo :func:`_bias_blocks`: return ``[g · P, p, 1]`` as ``[g, out]``."""
+    split = columns.view(layout.conv_groups, layout.gradient.count, -1)  # [g, P, p]
+    return layout.gradient.merge(split)  # [g, out]
 
 
 def to_blocks(weight_grad: Tensor, bias_grad: Tensor | None, layout: BlockLayout) -> Tensor:

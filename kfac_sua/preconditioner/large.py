@@ -13,7 +13,8 @@ import torch
 
 from kfac_sua.preconditioner.forms.rates import rates_of
 from kfac_sua.preconditioner.layer import PreconditionedLayer
-from kfac_sua.preconditioner.settings import DampingRule, InverseMethod, KroneckerSettings, Structure
+from kfac_sua.preconditioner.registry import structure_class
+from kfac_sua.preconditioner.settings import DampingRule, InverseMethod, KroneckerSettings
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def large_layers(layers: Iterable[tuple[PreconditionedLayer, int, int]], setting
         found = [*_totals(layers)]
     if not found:
         return ""
-    if settings.structure not in (Structure.kfac, Structure.sua):
+    if not structure_class(settings.structure).has_sides:
         return f"{'; '.join(found)}. {cause} keeps them dense: list such layers in skip, or use structure=kfac or sua."
     return (
         f"{'; '.join(found)}. {cause} makes factors dense: list such layers in skip, set group_size, or let "
@@ -70,7 +71,7 @@ def device_memory(device: torch.device) -> int | None:
 
 def _dense_because(settings: KroneckerSettings) -> str:
     """Return the setting that makes all factors dense; empty if none does."""
-    if settings.structure not in (Structure.kfac, Structure.sua):
+    if not structure_class(settings.structure).has_sides:
         return f"structure={settings.structure}"
     if settings.ema_decay > 0:
         return f"ema_decay={settings.ema_decay:g}"

@@ -126,7 +126,6 @@ class KroneckerStructure(FisherStructure[LayerFactors]):
 
     def follow(self, device: torch.device, statistics: LayerStatistics) -> None:
         """Take the rates of the device, and keep as many rows as they suggest."""
-        super().follow(device, statistics)
         if self._costs[0].rates is not rates_of(device):
             self._costs = self._costs_on(device)
             assert isinstance(statistics, FactorStatistics)

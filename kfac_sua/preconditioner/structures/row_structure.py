@@ -24,7 +24,6 @@ from kfac_sua.preconditioner.checkpoint.layer_checks import (
 )
 from kfac_sua.preconditioner.distributed.collectives import Processes
 from kfac_sua.preconditioner.factors import LayerMeasurement
-from kfac_sua.preconditioner.forms.accumulator import Scalings
 from kfac_sua.preconditioner.forms.inverse import Shape
 from kfac_sua.preconditioner.geometry import BlockLayout, LayerGeometry
 from kfac_sua.preconditioner.invert import DAMPING_RAISES, Inverter
@@ -32,7 +31,8 @@ from kfac_sua.preconditioner.kronecker import BOTH_SIDES, LayerInverse, Sides
 from kfac_sua.preconditioner.precision import on_one_device
 from kfac_sua.preconditioner.refresh import Refreshed
 from kfac_sua.preconditioner.settings import KroneckerSettings, Structure
-from kfac_sua.preconditioner.statistics import Call, CallRows, LayerStatistics
+from kfac_sua.preconditioner.statistics import LayerStatistics
+from kfac_sua.preconditioner.structures.row_statistics import RowStatistics
 from kfac_sua.preconditioner.structures.rows import LayerRows, ReadCall, joined_rows
 from kfac_sua.preconditioner.structures.structure import BlockSizes, FisherStructure
 
@@ -195,7 +195,7 @@ class RowStructure(FisherStructure[RowMeasurement]):
     def new_statistics(self, name: str, num_processes: int) -> LayerStatistics:
         """Return what keeps a copy of all inputs and output gradients until the step."""
         del num_processes
-        return _RowStatistics(name, self)
+        return RowStatistics(name, self.geometry, self._measured, needs_output_grads=self.needs_output_grads)
 
     @classmethod
     def average_over_processes(
@@ -288,6 +288,20 @@ class RowStructure(FisherStructure[RowMeasurement]):
         sizes = self.sizes_by_letter
         return blocks.reshape(sizes["g"], sizes["p"], sizes["d"])  # [g, p, d]
 
+    def _measured(
+        self,
+        passes: Sequence[Sequence[ReadCall]],
+        num_examples: int,
+        num_rows: int,
+        grad_scale: float,
+        inverse: LayerInverse | None,
+    ) -> RowMeasurement:
+        """Return what a mini-batch says (``row_statistics.Measure``)."""
+        kept = inverse.kept if isinstance(inverse, RowInverse) else None
+        rows = joined_rows(passes, self.geometry, grad_scale, kept)
+        tensors = self._declared("measure", self.measure(rows), self.measured_shapes, rows.inputs)
+        return RowMeasurement(tensors, num_rows / num_examples, num_rows)
+
     def _inverted(self, measured: RowMeasurement, damping: float) -> Tensors | None:
         """Return what :meth:`invert` returns; ``None`` if it fails."""
         try:
@@ -375,73 +389,6 @@ class RowInverse(LayerInverse):
     def apply_to_bias(self, columns: Tensor) -> Tensor:
         """Never called: the bias is a column of the gradient."""
         raise AssertionError("the bias is a column of the gradient")
-
-
-class _RowStatistics(LayerStatistics):
-    """Keeps copies of all inputs and output gradients, and hands them to a structure.
-
-    Args:
-        name: The layer's name, for messages.
-        structure: The structure.
-    """
-
-    def __init__(self, name: str, structure: RowStructure) -> None:
-        self._structure = structure
-        super().__init__(name, structure.geometry)
-
-    def _new_rows(self) -> CallRows:
-        return _ReadRows(self._structure.needs_output_grads)
-
-    def _forget_absorbed(self) -> None:
-        self._read: dict[int, list[ReadCall]] = {}
-
-    def _absorb(self, calls: Sequence[Call]) -> None:
-        for call in calls:
-            assert isinstance(call.rows, _ReadRows)
-            self._read.setdefault(call.model_pass.index, []).append(call.rows.taken())
-
-    def _measured(
-        self,
-        num_examples: int,
-        num_rows: int,
-        *,
-        num_averaged: int,
-        loss_scale: float,
-        scalings: Scalings,
-        inverse: LayerInverse | None,
-    ) -> RowMeasurement:
-        del scalings
-        structure = self._structure
-        kept = inverse.kept if isinstance(inverse, RowInverse) else None
-        rows = joined_rows([*self._read.values()], self.geometry, num_averaged / loss_scale, kept)
-        tensors = structure._declared("measure", structure.measure(rows), structure.measured_shapes, rows.inputs)
-        return RowMeasurement(tensors, num_rows / num_examples, num_rows)
-
-
-class _ReadRows(CallRows):
-    """Copies of one call's inputs, and of its output gradients if they are needed."""
-
-    def __init__(self, needs_output_grads: bool) -> None:
-        self._needs_output_grads = needs_output_grads
-        self._inputs: Tensor | None = None
-        self._output_grads: dict[int, Tensor] = {}
-
-    def taken(self) -> ReadCall:
-        """Return what has been read, which is not kept here any more."""
-        assert self._inputs is not None
-        taken = ReadCall(self._inputs, self._output_grads)
-        self._inputs, self._output_grads = None, {}
-        return taken
-
-    def read_inputs(self, inputs: Tensor) -> None:
-        self._inputs = inputs.clone()
-
-    def read_output_grads(self, output_grads: Tensor, sample: int) -> None:
-        if self._needs_output_grads:
-            self._output_grads[sample] = output_grads.clone()
-
-    def forget_output_grads(self) -> None:
-        self._output_grads = {}
 
 
 def _numbers(shape: Shape, sizes: Mapping[str, int]) -> list[int]:

@@ -80,7 +80,7 @@ class FisherStructure(ABC, Generic[M]):
     def __init__(self, geometry: LayerGeometry, settings: KroneckerSettings, device: torch.device) -> None:
         self.geometry = geometry
         self.settings = settings
-        self.device = device
+        del device  # of those whose costs depend on it
 
     # --- what it is called, and what it takes -----------------------------------------------------------------------
 
@@ -130,8 +130,7 @@ class FisherStructure(ABC, Generic[M]):
             device: The device of the weight now.
             statistics: What :meth:`new_statistics` returned.
         """
-        del statistics
-        self.device = device
+        del device, statistics
 
     @classmethod
     @abstractmethod
